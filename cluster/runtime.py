@@ -1,0 +1,81 @@
+"""Ray's runtime: start it on this machine, and set a task's process up so that its numbers do not depend on it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+
+from specs.job import StepResources
+
+
+class NotEnough(Exception):
+    """This machine cannot give a task what it asks for."""
+
+
+def start(demands: Iterable[StepResources], together: int) -> None:
+    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names.
+
+    demands: what single tasks take. together: how many one-CPU workers must be able to run side by side; a machine
+    with fewer cores still runs them, slower.
+    """
+    demands = list(demands)
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    cpus = max(os.cpu_count() or 1, together, *(int(-(-demand.cpu // 1)) for demand in demands))
+    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cpus, "include_dashboard": False}
+    ray.init(logging_level="ERROR", log_to_driver=False, configure_logging=True, **local)
+    if local:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        most = max((demand.gpu for demand in demands), default=0.0)
+        if most > gpus:
+            raise NotEnough(f"resources: got gpu: {most:g}; accepted: at most {gpus:g}, the GPUs of this machine")
+
+
+def settle() -> Any:
+    """Set this process up for numerical work and return its torch device.
+
+    On a CPU all work runs on one thread: how sums are split over threads changes their last bits, and steps run side
+    by side as processes anyway.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not ray.get_gpu_ids():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+
+
+def fan_out(work: Callable[[Any], Any], items: Iterable[Any], resources: StepResources) -> Iterator[Any]:
+    """Run `work(item)` as a Ray task for each item; yields results as they come, in any order."""
+    task = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=3)(work)
+    waiting = [task.remote(item) for item in items]
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=1)
+        yield ray.get(ready[0])
+
+
+def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `work` on a thread; the returned function waits for it and gives its result or raises its error."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait() -> Any:
+        thread.join()
+        if failure:
+            raise failure[0]
+        return outcome[0]
+
+    return wait

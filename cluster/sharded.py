@@ -1,0 +1,132 @@
+"""DeepSpeed's engine behind the trainer's `Engine`: ZeRO 1 to 3, fp32 or bf16, with an EMA of the fp32 weights.
+
+DeepSpeed keeps the fp32 weights as flat tensors, each worker a part. The EMA and AdamW's two moments are flat tensors
+of the same shape, so all four are read and written the same way: put the flat tensor where the weights are, and have
+DeepSpeed gather (or scatter) it by parameter. Checkpoints are thus whole tensors with the model's names, readable
+without DeepSpeed and by any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
+
+from specs.training import FinetuneSpec
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ShardedEngine:
+    """One worker's share of a model in training; `state` is what an earlier engine's `state()` returned."""
+
+    def __init__(self, model: nn.Module, recipe: FinetuneSpec, state: Mapping[str, Tensor] | None) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        if state is not None:
+            model.load_state_dict({name: state[f"weights/{name}"] for name in names}, strict=False)
+        start = {name: value.detach().clone() for name, value in model.named_parameters()}
+        bf16 = recipe.precision == "bf16"
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0),
+            dist_init_required=False,
+            config={
+                "train_batch_size": recipe.batch,
+                "train_micro_batch_size_per_gpu": recipe.batch // recipe.workers,
+                "gradient_clipping": recipe.clip,
+                "bf16": {"enabled": bf16},
+                "zero_optimization": {"stage": recipe.deepspeed.zero},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+        self.recipe = recipe
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.parameters = dict(self.engine.module.named_parameters())
+        if state is None:
+            # bf16 rounded the weights on their way in; the fp32 ones start from what was given.
+            self._scatter(start)
+            self.ema = self._copies()
+        else:
+            self._resume(state)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.engine(x.to(self.dtype), t, y)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Backward, clip, one AdamW step at `lr`, then the EMA."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.backward(loss)
+        self.engine.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self._flats(), 1 - self.recipe.ema)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, EMA, moments and step count as whole fp32 tensors; every worker must call it."""
+        flats, moments = self._flats(), self._moments()
+        state = {f"weights/{name}": value for name, value in self._gather().items()}
+        kept = self._copies()
+        for kind, tensors in {"ema": self.ema, **{k: [moments[flat][k] for flat in flats] for k in MOMENTS}}.items():
+            self._fill(tensors)
+            state |= {f"{kind}/{name}": value for name, value in self._gather().items()}
+        self._fill(kept)
+        state["adam_steps"] = torch.as_tensor(moments[flats[0]]["step"]).clone()
+        return state
+
+    def _resume(self, state: Mapping[str, Tensor]) -> None:
+        def part(kind: str) -> dict[str, Tensor]:
+            return {name: state[f"{kind}/{name}"] for name in self.parameters}
+
+        self._scatter(part("ema"))
+        self.ema = self._copies()
+        moments = self._moments()
+        for kind in MOMENTS:
+            self._scatter(part(kind))
+            for flat, values in zip(self._flats(), self._copies(), strict=True):
+                moments[flat] |= {kind: values, "step": state["adam_steps"].clone()}
+        self._scatter(part("weights"))
+
+    def _moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """AdamW's state, by flat tensor."""
+        return self.engine.optimizer.optimizer.state
+
+    def _flats(self) -> list[Tensor]:
+        """This worker's flat fp32 weights."""
+        optimizer = self.engine.optimizer
+        if self.recipe.deepspeed.zero == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _copies(self) -> list[Tensor]:
+        return [flat.detach().clone() for flat in self._flats()]
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for flat, value in zip(self._flats(), values, strict=True):
+            flat.copy_(value)
+
+    @torch.no_grad()
+    def _gather(self) -> dict[str, Tensor]:
+        """The flat tensors as whole ones, by parameter."""
+        return {
+            name: safe_get_full_fp32_param(parameter).float().cpu().clone()
+            for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def _scatter(self, values: Mapping[str, Tensor]) -> None:
+        """Put each worker's part of the values into its flat tensors."""
+        for name, parameter in self.parameters.items():
+            value = values[name].to(self.engine.device, torch.float32)
+            if self.recipe.deepspeed.zero < 3:
+                safe_set_full_fp32_param(parameter, value)
+                continue
+            # ZeRO 3 pads a parameter to equal parts; its own setter of whole values does not.
+            part = parameter.ds_tensor.ds_numel
+            rank = torch.distributed.get_rank()
+            padded = F.pad(value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel()))
+            safe_set_local_fp32_param(parameter, padded[rank * part : (rank + 1) * part])

@@ -1,0 +1,244 @@
+"""The command line, `graft`. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 fine, 1 a run failed, 2 the request cannot be carried out as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import api, record
+from pipeline.planning import difference
+from pipeline.record import RunRecord
+from pipeline.store import Manifest, Store
+from specs.load import SpecError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Edit a pretrained diffusion transformer: swap operators, distil, finetune, measure. One job is one file.",
+)
+
+Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job's spec")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or how it begins")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="override a field, e.g. finetune.lr=3e-4")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+StoreUrl = Annotated[str, typer.Option("--store", help="where the runs are kept")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+@app.command()
+def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Run a job; what the store has already is not computed again."""
+    with problems(debug):
+        _report(api.run(job, overrides or (), _view()), as_json)
+
+
+@app.command()
+def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = False, debug: Debug = False) -> None:
+    """Go on with a run from where it stopped."""
+    with problems(debug):
+        _report(api.resume(name, store, _view()), as_json)
+
+
+@app.command()
+def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached."""
+    with problems(debug):
+        made = api.plan(job, overrides or ())
+        store = Store(made.job.store)
+        states = made.states(store)
+        steps: list[dict[str, Any]] = [
+            {
+                "name": step.name,
+                "stage": step.stage,
+                "key": step.key,
+                "state": states[step.name],
+                "needs": sorted(set(step.needs.values())),
+                "resources": step.resources.model_dump(),
+            }
+            for step in made.steps
+        ]
+        if as_json:
+            _json({"job": made.job.name, "steps": steps})
+            return
+        manifests: list[Manifest] = list(store.manifests()) if "pending" in states.values() else []
+        for step, shown in zip(made.steps, steps, strict=True):
+            differs = difference(step, manifests) if shown["state"] != "cached" else None
+            print(f"{shown['state']:8} {step.key[:12]}  {step.name:24} {f'differs in {differs}' if differs else ''}".rstrip())
+        counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
+        print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's name, or how it begins")] = None,
+    store: StoreUrl = ".graftwork",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show all runs, or the steps of one."""
+    with problems(debug):
+        place = Store(store)
+        if name is not None:
+            found = record.find(place, name)
+            _json(found.model_dump(mode="json")) if as_json else _show_run(found)
+            return
+        runs = [record.load(place, run) for run in place.runs()]
+        if as_json:
+            _json([{"run": one.run, "status": one.status, "started": one.started} for one in runs])
+            return
+        for one in runs:
+            ready = sum(step.state in ("done", "cached") for step in one.steps)
+            print(f"{one.status:9} {ready:3}/{len(one.steps)} steps  {one.started}  {one.run}")
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to compare")],
+    store: StoreUrl = ".graftwork",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: the numbers that MLflow holds."""
+    with problems(debug):
+        rows = api.compare(names, store)
+        if as_json:
+            _json(rows)
+            return
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        cells = [[column, *(_cell(row.get(column, "")) for row in rows)] for column in columns]
+        _columns(cells)
+
+
+@app.command()
+def show(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="a key, how it begins, or RUN/STEP")],
+    store: StoreUrl = ".graftwork",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact holds, what made it and from what."""
+    with problems(debug):
+        place = Store(store)
+        manifest = _find_artifact(place, artifact)
+        if as_json:
+            _json(manifest.model_dump(mode="json"))
+            return
+        origin = manifest.origin
+        print(f"{manifest.key}\n{origin.step}, made {origin.made} by {origin.run} in {origin.seconds:.1f}s")
+        print(f"in {place.root / 'artifacts' / manifest.key}")
+        for name, entry in manifest.files.items():
+            print(f"  {entry.size:>12,}  {entry.sha256[:12]}  {name}")
+        print(json.dumps(manifest.identity, indent=1))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a job, for editors that complete YAML."""
+    from specs.job import JobSpec
+
+    _json(JobSpec.model_json_schema())
+
+
+@contextmanager
+def problems(debug: bool) -> Iterator[None]:
+    """Turn errors into lines and exit codes."""
+    try:
+        yield
+    except SpecError as error:
+        if debug:
+            raise
+        _fail(error.lines, 2)
+    except api.RunFailed as error:
+        if debug:
+            print(error.details, file=sys.stderr)
+        failed = error.record
+        _fail([*str(error).splitlines(), f"resume with: graft resume {failed.run}{_store_option(failed)}"], 1)
+    except KeyboardInterrupt:
+        _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail([f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"], 1)
+
+
+def _fail(lines: list[str], code: int) -> None:
+    for line in lines:
+        print(f"graft: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _store_option(failed: RunRecord) -> str:
+    store = failed.job["store"]
+    return "" if store == ".graftwork" else f" --store {store}"
+
+
+def _view() -> Any:
+    from pipeline.view import LiveView, PlainView
+
+    return LiveView() if sys.stderr.isatty() else PlainView()
+
+
+def _report(done: RunRecord, as_json: bool) -> None:
+    if as_json:
+        _json(done.outcome())
+        return
+    cached = sum(step.state == "cached" for step in done.steps)
+    print(f"{done.run}: {done.status}, {cached} of {len(done.steps)} steps from the store")
+    _show_results(done)
+
+
+def _show_run(found: RunRecord) -> None:
+    print(f"{found.run}: {found.status}, started {found.started}")
+    _columns([[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps])
+    _show_results(found)
+    for line in (found.error or "").splitlines():
+        print(line)
+
+
+def _show_results(found: RunRecord) -> None:
+    if not found.results:
+        return
+    columns = list(next(iter(found.results.values())))
+    _columns([["row", *columns]] + [[row, *(_cell(found.results[row][c]) for c in columns)] for row in found.results])
+
+
+def _find_artifact(store: Store, name: str) -> Manifest:
+    if "/" in name:
+        run_name, step = name.split("/", 1)
+        steps = record.find(store, run_name).steps
+        keys = [one.key for one in steps if one.name == step]
+        if not keys:
+            raise SpecError([f"step: got {step!r}; accepted: {', '.join(one.name for one in steps)}"])
+        name = keys[0]
+    found = [manifest for manifest in store.manifests() if manifest.key.startswith(name)]
+    if len(found) != 1:
+        raise SpecError([f"artifact: got {name!r}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"])
+    return found[0]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _columns(lines: list[list[str]]) -> None:
+    """Print cells in columns: the first to the left, the rest to the right unless they are text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _json(document: object) -> None:
+    print(json.dumps(document, indent=1))

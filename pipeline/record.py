@@ -1,0 +1,90 @@
+"""Run records: what a run was asked for, how far it came and what it found. Kept in the store, read by every command.
+
+A run's name is the job's name and a hash of its steps' keys: the same job is the same run, however often it is
+started, and `graft resume` is starting it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.planning import Plan
+from pipeline.store import Store
+from specs.load import SpecError
+
+Status = Literal["running", "finished", "failed"]
+StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
+Results = dict[str, dict[str, float]]
+
+
+class StepRecord(BaseModel):
+    """One step of a run."""
+
+    name: str
+    key: str
+    state: StepState
+    seconds: float = 0.0  # of the work, whichever run did it
+    made_by: str | None = None  # the run that did it
+    mlflow_run: str | None = None  # its MLflow run, where this run executed it
+
+
+class RunRecord(BaseModel):
+    """One run of a job."""
+
+    run: str
+    name: str
+    status: Status
+    started: str
+    job: dict[str, Any]
+    steps: list[StepRecord]
+    results: Results = {}
+    mlflow_uri: str | None = None
+    mlflow_run: str | None = None
+    git_commit: str | None = None
+    error: str | None = None
+
+    def step(self, name: str) -> StepRecord:
+        return next(step for step in self.steps if step.name == name)
+
+    def outcome(self) -> dict[str, Any]:
+        """What `graft run --json` ends with."""
+        return {
+            "run": self.run,
+            "status": self.status,
+            "steps": [step.model_dump(include={"name", "key", "state", "seconds"}) for step in self.steps],
+            "results": self.results,
+        }
+
+
+def run_name(plan: Plan) -> str:
+    return f"{plan.job.name}-{plan.key()[:10]}"
+
+
+def save(store: Store, record: RunRecord) -> None:
+    store.write_run(record.run, record.model_dump_json(indent=1))
+
+
+def find(store: Store, run: str) -> RunRecord:
+    """The run of that name, or the only one whose name starts so; raises SpecError."""
+    matches = [name for name in store.runs() if name.startswith(run)]
+    if run in matches:
+        matches = [run]
+    if len(matches) != 1:
+        known = ", ".join(store.runs()) or "none yet"
+        found = "several runs of that name" if matches else "no such run"
+        raise SpecError([f"run: got {run!r}, {found} in {store.url}; accepted: {known}"])
+    return load(store, matches[0])
+
+
+def load(store: Store, run: str) -> RunRecord:
+    text = store.read_run(run)
+    try:
+        return RunRecord.model_validate_json(text or "")
+    except ValidationError:
+        raise SpecError([f"runs/{run}.json: cannot be read as a run's record; remove it and run the job again"]) from None
+
+
+def load_or_none(store: Store, run: str) -> RunRecord | None:
+    return load(store, run) if run in store.runs() else None

@@ -1,0 +1,51 @@
+"""How a model is measured: the sampler, the metrics and what they are held against."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from specs.fields import Spec, refuse
+
+
+class AncestralSampler(Spec):
+    """Respaced ancestral sampling with the learned variance: the published one."""
+
+    kind: Literal["ancestral"] = "ancestral"
+    steps: int = Field(250, ge=2, le=1000)
+    guidance: float = Field(1.5, ge=0, description="1 is no guidance")
+    guided_channels: Literal["first_three", "all"] = Field("first_three", description="the published code guides three")
+
+
+class DdimSampler(Spec):
+    """Deterministic DDIM: for few steps."""
+
+    kind: Literal["ddim"] = "ddim"
+    steps: int = Field(20, ge=2, le=1000)
+    guidance: float = Field(1.5, ge=0, description="1 is no guidance")
+    guided_channels: Literal["first_three", "all"] = Field("first_three", description="the published code guides three")
+
+
+Sampler = Annotated[AncestralSampler | DdimSampler, Field(discriminator="kind")]
+
+
+class EvaluateSpec(Spec):
+    """What is sampled and what is measured.
+
+    `classifier`: Frechet distance on the features of a small classifier that the job trains on its own data, and the
+    share of samples that it reads as their label. `fid`: the Frechet Inception distance, through pytorch-fid.
+    """
+
+    samples: int = Field(50_000, ge=2)
+    batch: int = Field(64, ge=1, description="samples at a time")
+    metrics: tuple[Literal["classifier", "fid"], ...] = Field(("classifier",), min_length=1)
+    sampler: Sampler = AncestralSampler()
+    reference: str | None = Field(None, description="for fid: an .npz with mu and sigma, or a folder of images")
+    inception: str | None = Field(None, description="for fid: Inception weights; without it torch's hub cache is asked")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if "fid" in self.metrics and self.reference is None:
+            refuse(["reference"], None, "with metrics [fid], an .npz with mu and sigma or a folder of images")
+        return self

@@ -1,0 +1,66 @@
+"""The rootstock: its shape and where its weights come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from specs.fields import Spec, refuse
+from specs.training import TrainingSpec
+
+# Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+Size = Literal[
+    "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
+]
+
+
+class DitModel(Spec):
+    """A diffusion transformer: a published `size`, or depth, width, heads and patch of your own."""
+
+    kind: Literal["dit"] = "dit"
+    size: Size | None = Field(None, description="a published size; excludes the four fields below")
+    depth: int = Field(0, ge=0, description="blocks")
+    width: int = Field(0, ge=0, description="channels of a token; a multiple of 4 and of heads")
+    heads: int = Field(0, ge=0)
+    patch: int = Field(0, ge=0, description="latent pixels along a token's side")
+    learn_sigma: bool = Field(True, description="predict the variance beside the noise")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        shape = ("depth", "width", "heads", "patch")
+        given = [name for name in shape if name in self.model_fields_set]
+        if self.size is not None:
+            letter, patch = self.size.split("/")
+            for name, number in zip(shape, (*SIZES[letter], int(patch)), strict=True):
+                if name in given and getattr(self, name) != number:
+                    refuse([name], getattr(self, name), f"{number}, as size {self.size} says, or no size")
+                object.__setattr__(self, name, number)
+        for name in shape:
+            if getattr(self, name) < 1:
+                refuse([name], getattr(self, name) or None, "an integer of at least 1, or a published size")
+        if self.width % self.heads:
+            refuse(["heads"], self.heads, f"a number that divides the width, {self.width}")
+        if self.width % 4:
+            refuse(["width"], self.width, "a multiple of 4, for the 2-D position embedding")
+        return self
+
+
+class PretrainWeights(TrainingSpec):
+    """Train the rootstock in the job itself: the ordinary diffusion loss, EMA weights kept."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    steps: int = Field(1500, ge=1)
+    batch: int = Field(64, ge=1, description="samples a step, over all workers")
+    lr: float = Field(1e-3, gt=0)
+
+
+class CheckpointWeights(Spec):
+    """Read the rootstock from a file: DiT's published `.pt`, or safetensors with the same names."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+
+
+Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

@@ -1,0 +1,91 @@
+"""What each stage is told: the part of a job that decides the result of one step, ready to be hashed.
+
+Between the plan and a stage there is nothing but one of these; a stage sees no more of the job than its key does.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from specs.data import Codec, Data
+from specs.evaluate import EvaluateSpec, Sampler
+from specs.fields import Spec
+from specs.graft import Edit
+from specs.model import DitModel, Weights
+from specs.training import DistillSpec, FinetuneSpec
+
+Row = Literal["rootstock", "stage1", "stage2", "random_init"]
+
+
+class FeaturesParams(Spec):
+    """Images to latents."""
+
+    data: Data
+    codec: Codec
+
+
+class BaseParams(Spec):
+    """The rootstock."""
+
+    seed: int
+    model: DitModel
+    weights: Weights
+
+
+class ClassifierParams(Spec):
+    """The judge of the classifier metric."""
+
+    seed: int
+
+
+class ProfileParams(Spec):
+    """Statistics of what the operators put out."""
+
+    seed: int
+    samples: int
+
+
+class DistillParams(Spec):
+    """One scion, taught to mimic the operator in its site."""
+
+    seed: int
+    edit: Edit
+    recipe: DistillSpec
+
+
+class Choice(Spec):
+    """One edit of the plan, with why it was chosen."""
+
+    edit: Edit
+    reason: str
+
+
+class SelectParams(Spec):
+    """The candidates, each backed by a distilled scion."""
+
+    choices: tuple[Choice, ...]
+
+
+class FinetuneParams(Spec):
+    """Stage 2, from distilled scions or (the control) from freshly initialised ones."""
+
+    seed: int
+    scions: Literal["distilled", "random"]
+    recipe: FinetuneSpec
+
+
+class SampleParams(Spec):
+    """Samples of one row of the table."""
+
+    seed: int
+    row: Row
+    samples: int
+    batch: int
+    sampler: Sampler
+
+
+class EvaluateParams(Spec):
+    """The table over all rows."""
+
+    seed: int
+    recipe: EvaluateSpec

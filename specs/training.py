@@ -1,0 +1,65 @@
+"""Recipes: pretraining and finetuning share one, distillation has its own. Defaults are the published values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from specs.fields import Spec, Unkeyed, refuse
+
+
+class TrainingSpec(Spec):
+    """The ordinary diffusion training, whatever the weights it starts from."""
+
+    steps: int = Field(50_000, ge=1)
+    batch: int = Field(256, ge=1, description="samples a step, over all workers")
+    lr: float = Field(1e-4, gt=0, description="AdamW, no weight decay")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
+    clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
+    ema: float = Field(0.9999, ge=0, lt=1, description="decay of the weight average, a step")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+    workers: int = Field(1, ge=1, description="processes that share a step's batch")
+    checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> Self:
+        if self.batch % self.workers:
+            refuse(["batch"], self.batch, f"a multiple of workers, {self.workers}")
+        return self
+
+
+class DeepSpeedSpec(Spec):
+    """DeepSpeed's engine: which states are split over the workers."""
+
+    zero: Literal[1, 2, 3] = Field(2, description="ZeRO stage")
+
+
+class FinetuneSpec(TrainingSpec):
+    """Stage 2 (REFERENCE section 5): all parameters of the grafted model, on a small share of the data."""
+
+    fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, taken evenly from each class")
+    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
+    control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
+
+
+class DistillSpec(Spec):
+    """Stage 1 (REFERENCE section 4): regress each scion on the operator that it replaces."""
+
+    samples: int = Field(8_000, ge=1, description="training samples, taken evenly from each class")
+    heldout: int | None = Field(None, ge=1, description="held-out samples; as many as `samples`, or all there are")
+    draws: int = Field(1, ge=1, description="timesteps drawn a sample")
+    epochs: int = Field(200, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(5e-4, gt=0, description="AdamW, no weight decay")
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (50, 100, 150), description="epochs at whose start the learning rate halves"
+    )
+    clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
+    loss: Literal["auto", "l1", "l2", "huber"] = Field("auto", description="auto: l1 for mha, l2 for mlp")
+    gate_weighted: bool = Field(False, description="weight the error by the block's adaLN gate")
+    checkpoint_every: Annotated[int, Unkeyed()] = Field(10, ge=1, description="epochs")

@@ -1,0 +1,86 @@
+"""What one step does: one file a stage, each with `run(context)`.
+
+This file is read by the planner, so it is light: the stages themselves, and torch with them, load when they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from specs.job import StepResources
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the planner has to know of a stage."""
+
+    version: int  # raise it when the stage's code changes what it makes: every artifact of it is then computed anew
+    orchestrates: bool = False  # starts workers of its own and waits for them, so that its task takes no CPU
+
+
+STAGES = {
+    "features": Stage(version=1, orchestrates=True),
+    "base": Stage(version=1, orchestrates=True),
+    "classifier": Stage(version=1),
+    "profile": Stage(version=1),
+    "distill": Stage(version=1),
+    "select": Stage(version=1),
+    "finetune": Stage(version=1, orchestrates=True),
+    "evaluate": Stage(version=1, orchestrates=True),
+}
+
+
+class Input(Protocol):
+    """An artifact that the step needs."""
+
+    @property
+    def key(self) -> str: ...
+
+    def path(self) -> Path:
+        """A local folder with its files, verified."""
+        ...
+
+
+class Partial(Protocol):
+    """Checkpoints that outlive the process, and go when the step commits."""
+
+    def save(self, name: str, write: Callable[[Path], object]) -> None:
+        """Have `write` make a file and publish it whole under `name`."""
+        ...
+
+    def load(self, name: str) -> Path | None:
+        """The last file saved under `name`, or None."""
+        ...
+
+
+class Report(Protocol):
+    """Where a step says how far it is: `done` of `total` units, with the metrics of that moment."""
+
+    def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a stage gets; what it leaves in `out` becomes its artifact."""
+
+    step: str
+    params: Any  # the stage's class in specs.steps
+    inputs: Mapping[str, Input]
+    out: Path
+    partial: Partial
+    report: Report
+    resources: StepResources
+
+    def input(self, role: str) -> Path:
+        """The verified local folder of the artifact that the step needs as `role`."""
+        return self.inputs[role].path()
+
+
+def load(stage: str) -> Callable[[Context], None]:
+    """The function that does a stage's work."""
+    run: Callable[[Context], None] = importlib.import_module(f"stages.{stage}").run
+    return run

@@ -1,0 +1,56 @@
+"""`base`: the rootstock, pretrained here under Ray Train or read from a checkpoint. Leaves a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.launcher import launch
+from cluster.runtime import settle
+from models import checkpoints
+from models.dit import DiT, initialise
+from models.streams import initialising
+from specs.model import CheckpointWeights
+from specs.steps import BaseParams
+from stages import Context
+from stages.latents import read, read_meta
+from stages.pictures import loss_curve
+from stages.training import PlainEngine, TrainingSet, final_weights, train
+
+
+def run(context: Context) -> None:
+    params: BaseParams = context.params
+    model = _new_model(context)
+    if isinstance(params.weights, CheckpointWeights):
+        checkpoints.fill(model, checkpoints.read_published(Path(params.weights.path)), params.weights.path)
+    else:
+        launch(pretrain, context, params.weights.workers, context.resources)
+        weights, curve = final_weights(context.partial)
+        model.load_state_dict(weights, strict=False)
+        loss_curve(curve, "pretraining loss", context.out / "loss")
+    checkpoints.save(model, (), context.out)
+
+
+def pretrain(context: Context) -> None:
+    """One worker's part."""
+    params: BaseParams = context.params
+    assert params.weights.kind == "pretrain"
+    recipe, device = params.weights, settle()
+    latents = read(context.input("features"), "training")
+    model = _new_model(context).to(device)
+    train(
+        lambda state: PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state),
+        TrainingSet(latents.x, latents.labels, model.config.num_classes, device),
+        recipe,
+        seed=params.seed,
+        stream="base",
+        partial=context.partial,
+        report=context.report,
+    )
+
+
+def _new_model(context: Context) -> DiT:
+    params: BaseParams = context.params
+    with initialising(params.seed, "base"):
+        model = DiT(read_meta(context.input("features")).dit_config(params.model))
+        initialise(model)
+    return model

@@ -1,0 +1,155 @@
+"""`distill`: one scion learns to put out what the operator in its site puts out, given the operator's own input.
+
+Stage 1 of the method (arXiv 2506.05340, section 3). The rootstock sees latents noised to uniformly drawn timesteps,
+with their labels, up to the site's block; the scion regresses the operator's output. The weights with the lowest
+held-out error are kept. Leaves `scion.safetensors`, `distill.json` and the loss curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models import checkpoints
+from models.dit import DiT
+from models.streams import generator
+from models.surgery import new_scion, observe
+from specs.graft import Site
+from specs.steps import DistillParams
+from specs.training import DistillSpec
+from stages import Context
+from stages.latents import Noised, noised, read
+from stages.pictures import loss_curve
+from stages.training import PlainEngine, save_tensors
+
+CHECKPOINT = "distill.safetensors"
+BATCH = 64  # of the rootstock's pass, and of held-out evaluation
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+AUTO = {"mha": "l1", "mlp": "l2"}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the operator saw and put out, and the weight of its error."""
+
+    inputs: Tensor  # (n,N,D)
+    outputs: Tensor  # (n,N,D)
+    weights: Tensor | None  # (n,1,D), or all ones
+
+
+def run(context: Context) -> None:
+    from cluster.runtime import settle
+
+    params: DistillParams = context.params
+    recipe, site, device = params.recipe, params.edit.site, settle()
+    model, _ = checkpoints.load(context.input("base"))
+    model = model.to(device)
+    features = context.input("features")
+    training, heldout = read(features, "training"), read(features, "heldout")
+    context.report(0, recipe.epochs)
+    # The same noised latents for every site: sites of one job can share one pass of the rootstock.
+    shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")
+    unseen = noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout")
+    pairs, unseen_pairs = (record(model, site, part, recipe.gate_weighted) for part in (shown, unseen))
+    scion = new_scion(model, site, params.edit.operator, params.seed).to(device)
+    history = fit(scion, pairs, unseen_pairs, context)
+    save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
+    loss_curve(history, f"distilling {site}", context.out / "loss", ("training", "heldout"))
+    best = min(history, key=lambda point: point[2])
+    summary = {
+        "loss": loss_kind(recipe, site),
+        "heldout_error": best[2],
+        "best_epoch": int(best[0]),
+        "relative_error": relative_error(scion, unseen_pairs),
+    }
+    (context.out / "distill.json").write_text(json.dumps(summary, indent=1))
+
+
+def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
+    """Run the rootstock up to the site and keep the operator's inputs and outputs."""
+    device = next(model.parameters()).device
+    seen = [
+        observe(model, [site], *(part.to(device) for part in parts))[site]
+        for parts in zip(shown.z.split(BATCH), shown.t.split(BATCH), shown.labels.split(BATCH), strict=True)
+    ]
+    weights = torch.cat([one.gate for one in seen]).abs()[:, None] if gate_weighted else None
+    return Pairs(torch.cat([one.input for one in seen]), torch.cat([one.output for one in seen]), weights)
+
+
+def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list[tuple[float, float, float]]:
+    """Train to the last epoch, from the last checkpoint if there is one, and leave the best weights in `scion`.
+
+    Returns (epoch, training error, held-out error) of every epoch.
+    """
+    params: DistillParams = context.params
+    recipe, size = params.recipe, len(pairs.inputs)
+    loss_of = LOSSES[loss_kind(recipe, params.edit.site)]
+    state, history, best = _last_checkpoint(context)
+    engine = PlainEngine(scion, clip=recipe.clip, state=state)
+    for epoch in range(len(history), recipe.epochs):
+        lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
+        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(pairs.inputs.device)
+        total = torch.zeros((), device=pairs.inputs.device)
+        for chosen in order.split(recipe.batch):
+            loss = error(scion, pairs, chosen, loss_of)
+            engine.step(loss, lr)
+            total += loss.detach() * len(chosen)
+        training_error, heldout_error = total.item() / size, heldout(scion, unseen, loss_of)
+        if not math.isfinite(heldout_error):
+            raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
+        if heldout_error < min((point[2] for point in history), default=math.inf):
+            best = {name: value.detach().clone() for name, value in scion.state_dict().items()}
+        history.append((epoch + 1, training_error, heldout_error))
+        context.report(epoch + 1, recipe.epochs, {"training_error": training_error, "heldout_error": heldout_error})
+        if (epoch + 1) % recipe.checkpoint_every == 0 or epoch + 1 == recipe.epochs:
+            kept = {f"best/{name}": value.cpu() for name, value in best.items()}
+            kept["history"] = torch.tensor(history, dtype=torch.float64)
+            save_tensors(context.partial, CHECKPOINT, engine.state() | kept)
+    scion.load_state_dict(best)
+    return history
+
+
+def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: nn.Module | object) -> Tensor:
+    """The scion's mean error on some of the pairs, a scalar."""
+    each = loss_of(scion(pairs.inputs[chosen]), pairs.outputs[chosen], reduction="none")  # type: ignore[operator]
+    return (each if pairs.weights is None else each * pairs.weights[chosen]).mean()
+
+
+@torch.no_grad()
+def heldout(scion: nn.Module, pairs: Pairs, loss_of: object) -> float:
+    """Mean error over all pairs."""
+    size = len(pairs.inputs)
+    parts = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]
+    return sum(error(scion, pairs, part, loss_of).item() * (part.stop - part.start) for part in parts) / size
+
+
+@torch.no_grad()
+def relative_error(scion: nn.Module, pairs: Pairs) -> float:
+    """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
+    predicted = torch.cat([scion(part) for part in pairs.inputs.split(BATCH)])
+    spread = (pairs.outputs - pairs.outputs.mean((0, 1))).square().sum()
+    return ((predicted - pairs.outputs).square().sum() / spread).item()
+
+
+def loss_kind(recipe: DistillSpec, site: Site) -> str:
+    """`auto` is L1 for attention, whose outputs have outliers, and L2 for MLPs."""
+    return AUTO[site.target] if recipe.loss == "auto" else recipe.loss
+
+
+def _last_checkpoint(
+    context: Context,
+) -> tuple[dict[str, Tensor] | None, list[tuple[float, float, float]], dict[str, Tensor]]:
+    """Engine state, history and best weights so far."""
+    path = context.partial.load(CHECKPOINT)
+    if path is None:
+        return None, [], {}
+    state = load_file(path)
+    history = [(float(a), float(b), float(c)) for a, b, c in state.pop("history").tolist()]
+    best = {name.removeprefix("best/"): state.pop(name) for name in list(state) if name.startswith("best/")}
+    return state, history, best

@@ -1,0 +1,131 @@
+"""`evaluate`: samples of each row (a step of its own, in `rows.py`), then the table over all rows.
+
+The table's rows: `heldout`, real images that nothing was trained on (the floor), and the models that `rows.py`
+sampled. Leaves `results.json`, a labelled grid of held-out images and the plot of quality against cost.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from functools import partial
+from typing import cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from cluster.runtime import fan_out, settle
+from models.classifier import Classifier
+from models.costs import forward_flops, num_parameters
+from models.frechet import distance, gaussian
+from specs.steps import EvaluateParams, Row, SampleParams
+from stages import Context
+from stages.hybrid import row_model
+from stages.inception import inception_features, load_inception, reference_statistics
+from stages.latents import read, read_meta
+from stages.pictures import quality_against_cost, sample_grid
+from stages.rows import draw, sample_row, to_images
+
+TIMED_SAMPLES, TIMED_RUNS = 16, 3
+Table = dict[str, dict[str, float]]
+
+
+def run(context: Context) -> None:
+    if isinstance(context.params, SampleParams):
+        sample_row(context)
+    else:
+        _tabulate(context)
+
+
+def _tabulate(context: Context) -> None:
+    params: EvaluateParams = context.params
+    # One task, so that a GPU can be asked for and the rows are timed one after another.
+    ((results, heldout),) = fan_out(partial(_measure, context), [params], context.resources)
+    (context.out / "results.json").write_text(json.dumps(results, indent=1))
+    meta = read_meta(context.input("features"))
+    labels = [meta.classes[label] for label in read(context.input("features"), "heldout").labels[: len(heldout)]]
+    sample_grid(heldout, labels, "heldout", context.out / "heldout")
+    quality_against_cost(results, "distance" if "distance" in results["heldout"] else "fid", context.out / "quality-cost")
+
+
+def _measure(context: Context, params: EvaluateParams) -> tuple[Table, NDArray[np.uint8]]:
+    """The table, and the held-out images in it."""
+    device, recipe = settle(), params.recipe
+    features = context.input("features")
+    images = {"heldout": to_images(read(features, "heldout").x[: recipe.samples])}
+    labels = {"heldout": read(features, "heldout").labels[: recipe.samples].numpy()}
+    for row in _rows(context):
+        folder = context.input(f"rows/{row}")
+        images[row], labels[row] = np.load(folder / "samples.npy"), np.load(folder / "labels.npy")
+    table: Table = {row: {} for row in images}
+    if "classifier" in recipe.metrics:
+        _judge(context, table, images, labels)
+    if "fid" in recipe.metrics:
+        assert recipe.reference is not None
+        network = load_inception(recipe.inception, device)
+        reference = reference_statistics(recipe.reference, network, device)
+        for row in table:
+            table[row]["fid"] = distance(gaussian(inception_features(images[row], network, device)), reference)
+    _cost(context, table, device)
+    return table, images["heldout"]
+
+
+def _judge(
+    context: Context, table: Table, images: dict[str, NDArray[np.uint8]], labels: dict[str, NDArray[np.int64]]
+) -> None:
+    """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: read as their label."""
+    folder = context.input("features")
+    meta, training = read_meta(folder), to_images(read(folder, "training").x)
+    judge = Classifier(meta.channels, meta.side, len(meta.classes))
+    judge.load_state_dict(load_file(context.input("classifier") / "classifier.safetensors"))
+    judge.eval()
+    reference = gaussian(_features(judge, training))
+    for row, columns in table.items():
+        features = _features(judge, images[row])
+        columns["distance"] = distance(gaussian(features), reference)
+        with torch.no_grad():
+            read_as = judge.head(torch.from_numpy(features)).argmax(1).numpy()
+        columns["agreement"] = float((read_as == labels[row]).mean())
+
+
+def _features(judge: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        parts = [judge.features((part.float() - 128) / 127.5) for part in torch.from_numpy(images).split(256)]
+    return torch.cat(parts).numpy()
+
+
+def _cost(context: Context, table: Table, device: torch.device) -> None:
+    """`params`, `flops` of a forward pass of one sample, `ms_per_sample` measured; real images cost none of them."""
+    params: EvaluateParams = context.params
+    table["heldout"] |= {"params": 0, "flops": 0, "ms_per_sample": 0.0}
+    models = {row: row_model(context, row, params.seed).to(device) for row in _rows(context)}
+    seconds: dict[Row, list[float]] = {row: [] for row in models}
+    meta = read_meta(context.input("features"))
+    # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
+    for round_ in range(TIMED_RUNS + 1):
+        for row, model in models.items():
+            elapsed = _timed(partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device))
+            if round_ > 0:
+                seconds[row].append(elapsed)
+        context.report(round_ + 1, TIMED_RUNS + 1)
+    for row, model in models.items():
+        table[row] |= {
+            "params": num_parameters(model),
+            "flops": forward_flops(model),
+            "ms_per_sample": 1000 * statistics.median(seconds[row]) / TIMED_SAMPLES,
+        }
+
+
+def _timed(work: partial[torch.Tensor]) -> float:
+    """Seconds until the samples are on the host."""
+    start = time.perf_counter()
+    work().cpu()
+    return time.perf_counter() - start
+
+
+def _rows(context: Context) -> list[Row]:
+    """The sampled rows of this job, in the table's order."""
+    return [cast(Row, row) for row in get_args(Row) if f"rows/{row}" in context.inputs]

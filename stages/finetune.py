@@ -1,0 +1,57 @@
+"""`finetune`: stage 2, the whole graft on a small share of the data, on DeepSpeed's engine. Leaves a model folder.
+
+The same recipe starts from distilled scions or, as the control, from freshly initialised ones; both see the same
+batches, noise and timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.launcher import launch
+from models import checkpoints
+from models.dit import DiT
+from specs.graft import Edit
+from specs.steps import FinetuneParams
+from stages import Context
+from stages.hybrid import with_distilled_scions, with_fresh_scions
+from stages.latents import read
+from stages.pictures import loss_curve
+from stages.training import TrainingSet, final_weights, train
+
+
+def run(context: Context) -> None:
+    params: FinetuneParams = context.params
+    launch(finetune, context, params.recipe.workers, context.resources)
+    weights, curve = final_weights(context.partial)
+    model, edits = _start(context)
+    model.load_state_dict(weights, strict=False)
+    checkpoints.save(model, edits, context.out)
+    loss_curve(curve, "finetuning loss", context.out / "loss")
+
+
+def finetune(context: Context) -> None:
+    """One worker's part."""
+    from cluster.runtime import settle
+    from cluster.sharded import ShardedEngine
+
+    params: FinetuneParams = context.params
+    recipe, device = params.recipe, settle()
+    model, _ = _start(context)
+    latents = read(context.input("features"), "training")
+    latents = latents.first(max(1, round(len(latents.x) * recipe.fraction)))
+    train(
+        lambda state: ShardedEngine(model.to(device), recipe, state),
+        TrainingSet(latents.x, latents.labels, model.config.num_classes, device),
+        recipe,
+        seed=params.seed,
+        stream="finetune",
+        partial=context.partial,
+        report=context.report,
+    )
+
+
+def _start(context: Context) -> tuple[DiT, Sequence[Edit]]:
+    params: FinetuneParams = context.params
+    build = with_distilled_scions if params.scions == "distilled" else with_fresh_scions
+    return build(context, params.seed)

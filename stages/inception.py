@@ -1,0 +1,73 @@
+"""pytorch-fid's Inception network: from a weights file, or from torch's hub cache; and the statistics it gives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.frechet import Gaussian
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
+DIMENSIONS = 2048
+BATCH = 50
+
+
+def cached_weights() -> Path:
+    """Where torch's hub keeps the weights once it has them; found without importing torch."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch"
+    return Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
+
+
+def load_inception(weights: str | None, device: torch.device) -> Any:
+    """pytorch-fid's network; FileNotFoundError, ValueError where the weights are missing or are others."""
+    import pytorch_fid.inception
+    import torch
+
+    path = Path(weights) if weights else cached_weights()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception")
+    # pytorch-fid takes its weights from a URL only; hand it the file instead.
+    by_url = pytorch_fid.inception.load_state_dict_from_url
+    pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(path, weights_only=True)
+    try:
+        block = pytorch_fid.inception.InceptionV3.BLOCK_INDEX_BY_DIM[DIMENSIONS]
+        return pytorch_fid.inception.InceptionV3([block]).to(device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not pytorch-fid's Inception weights: {str(error).splitlines()[0]}") from None
+    finally:
+        pytorch_fid.inception.load_state_dict_from_url = by_url
+
+
+def reference_statistics(path: str, network: Any, device: torch.device) -> Gaussian:
+    """Of an .npz that holds mu and sigma, or of the images in a folder."""
+    from pytorch_fid.fid_score import compute_statistics_of_path
+
+    from models.frechet import Gaussian
+
+    if Path(path).is_dir() and not any(Path(path).iterdir()):
+        raise ValueError(f"{path}: no images in it")
+    try:
+        return Gaussian(*compute_statistics_of_path(path, network, BATCH, DIMENSIONS, device, num_workers=0))
+    except KeyError as error:
+        raise ValueError(f"{path}: holds no {error}; an .npz with mu and sigma is needed") from None
+
+
+def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> NDArray[np.float64]:
+    """(n,2048) of images (n,C,S,S); one channel is shown as three."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(images[start : start + BATCH]).to(device).float() / 255
+            if batch.shape[1] == 1:
+                batch = batch.expand(-1, 3, -1, -1)
+            found.append(network(batch)[0][:, :, 0, 0].double().cpu().numpy())
+    return np.concatenate(found)

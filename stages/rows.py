@@ -1,0 +1,95 @@
+"""Samples of one row of the table: fixed batches, each a Ray task with its own noise, each kept as it is done.
+
+Leaves `samples.npy` (n,C,S,S) uint8, `labels.npy` (n,) and `grid.png`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.runtime import fan_out, settle
+from models.dit import DiT
+from models.sampling import sample
+from models.streams import SampleNoise
+from specs.evaluate import Sampler
+from specs.steps import Row, SampleParams
+from stages import Context
+from stages.hybrid import row_model
+from stages.latents import LatentsMeta, read_meta
+from stages.pictures import sample_grid
+
+
+def sample_row(context: Context) -> None:
+    params: SampleParams = context.params
+    starts = range(0, params.samples, params.batch)
+    missing = [start for start in starts if context.partial.load(_file(start)) is None]
+    done = len(starts) - len(missing)
+    context.report(min(done * params.batch, params.samples), params.samples)
+    for start, images in fan_out(partial(_sample_batch, context), missing, context.resources):
+        context.partial.save(_file(start), partial(_save, images))
+        done += 1
+        context.report(min(done * params.batch, params.samples), params.samples)
+    batches = [context.partial.load(_file(start)) for start in starts]
+    images = np.concatenate([np.load(path) for path in batches if path is not None])
+    meta = read_meta(context.input("features"))
+    labels = labels_of(range(params.samples), meta)
+    np.save(context.out / "samples.npy", images)
+    np.save(context.out / "labels.npy", labels.numpy())
+    sample_grid(images, [meta.classes[label] for label in labels], params.row, context.out / "grid")
+
+
+def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
+    """Labels take turns: sample i is of class i modulo their number."""
+    return torch.tensor([index % len(meta.classes) for index in indices])
+
+
+def draw(
+    model: DiT, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device
+) -> Tensor:
+    """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
+    labels = labels_of(indices, meta).to(device)
+    noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
+    return sample(model, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
+
+
+def to_images(latents: Tensor) -> NDArray[np.uint8]:
+    """Pixels in [-1, 1] -> 0 .. 255, as the published sampler rounds them."""
+    return (127.5 * latents + 128).clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def _sample_batch(context: Context, start: int) -> tuple[int, NDArray[np.uint8]]:
+    params: SampleParams = context.params
+    device = settle()
+    model = _loaded(context).to(device)
+    indices = range(start, min(start + params.batch, params.samples))
+    meta = read_meta(context.input("features"))
+    return start, to_images(draw(model, meta, indices, params.sampler, params.seed, device))
+
+
+_LAST: dict[tuple[str, ...], DiT] = {}
+
+
+def _loaded(context: Context) -> DiT:
+    """The row's model; a process that draws several of its batches builds it once."""
+    params: SampleParams = context.params
+    identity = (params.row, *(context.inputs[role].key for role in sorted(context.inputs)))
+    if identity not in _LAST:
+        _LAST.clear()
+        _LAST[identity] = row_model(context, params.row, params.seed)
+    return _LAST[identity]
+
+
+def _save(images: NDArray[np.uint8], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, numpy would add a suffix to its name
+        np.save(file, images)
+
+
+def _file(start: int) -> str:
+    return f"samples-{start:07d}.npy"

@@ -1,0 +1,248 @@
+"""The training loop of `base` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
+
+It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `PlainEngine` below or a sharded one. Every
+random draw belongs to a step number and is made for the whole batch, of which each worker takes its slice. Training
+that goes on from a checkpoint therefore ends in the same bits as training that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.diffusion import STEPS, Diffusion
+from models.streams import generator
+from specs.training import TrainingSpec
+from stages import Partial, Report
+
+CHECKPOINT = "training.safetensors"
+POINTS = 200  # of the loss curve
+
+
+class Engine(Protocol):
+    """A network in training, and all that changes in it."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Backward, clip, one optimizer step at `lr`, then the EMA."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on: `weights/*`, `ema/*` and the optimizer's. Every worker must call it."""
+        ...
+
+
+class PlainEngine:
+    """AdamW and an EMA on each worker, with gradients averaged over the workers: for models that fit one device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float,
+        ema: float = 0.0,
+        state: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.model, self.clip, self.decay = model, clip, ema
+        self.names = [name for name, _ in model.named_parameters()]
+        self.weights = [value for _, value in model.named_parameters()]
+        self.ema = [value.detach().clone() for value in self.weights]
+        self.adam = torch.optim.AdamW(self.weights, betas=betas, weight_decay=0.0)
+        if state is not None:
+            self._resume(state)
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self.model(*args)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        self.adam.zero_grad()
+        loss.backward()
+        self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        kinds = {"weights": self.weights, "ema": self.ema} | {
+            kind: [self.adam.state[value][kind] for value in self.weights] for kind in ("exp_avg", "exp_avg_sq")
+        }
+        state = {
+            f"{kind}/{name}": value.detach().cpu()
+            for kind, values in kinds.items()
+            for name, value in zip(self.names, values, strict=True)
+        }
+        return state | {"adam_steps": self.adam.state[self.weights[0]]["step"].detach().cpu()}
+
+    @torch.no_grad()
+    def _resume(self, state: Mapping[str, Tensor]) -> None:
+        for name, value, ema in zip(self.names, self.weights, self.ema, strict=True):
+            value.copy_(state[f"weights/{name}"])
+            ema.copy_(state[f"ema/{name}"])
+            self.adam.state[value] = {
+                "step": state["adam_steps"].clone(),
+                "exp_avg": state[f"exp_avg/{name}"].to(value.device),
+                "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(value.device),
+            }
+
+    def _average_gradients(self) -> None:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        gradients = [value.grad for value in self.weights if value.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latents and labels to train on, on any device; a batch of them is moved to `device`."""
+
+    latents: Tensor  # (n,C,S,S)
+    labels: Tensor  # (n,)
+    num_classes: int
+    device: torch.device
+
+
+@dataclass
+class Progress:
+    """How far training is; saved with every checkpoint."""
+
+    step: int = 0
+    curve: list[tuple[float, float]] = field(default_factory=list)  # (step, mean loss since the last point)
+    loss_sum: float = 0.0  # since the last point
+
+
+def train(
+    make_engine: Callable[[Mapping[str, Tensor] | None], Engine],
+    data: TrainingSet,
+    recipe: TrainingSpec,
+    *,
+    seed: int,
+    stream: str,
+    partial: Partial,
+    report: Report,
+) -> None:
+    """Train to the last step, from the last checkpoint if there is one; leaves the final state in `partial`.
+
+    make_engine: builds the engine, from a checkpoint's state or (None) from the start.
+    stream: names the random draws; two trainings with one name see the same batches, noise and timesteps.
+    """
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    progress, state = _last_checkpoint(partial)
+    engine = make_engine(state)
+    diffusion = Diffusion()
+    every = max(1, recipe.steps // POINTS)
+    loss_sum = torch.tensor(progress.loss_sum, device=data.device)
+    report(progress.step, recipe.steps)
+    for step in range(progress.step, recipe.steps):
+        x, t, y, noise = draw_batch(data, recipe, seed, stream, step, rank, workers)
+        loss = diffusion.loss(engine, x, t, y, noise).mean()
+        engine.step(loss, learning_rate(recipe, step))
+        loss_sum += loss.detach()
+        done = step + 1
+        if done % every == 0 or done == recipe.steps:
+            mean = _mean_over_workers(loss_sum).item() / ((done - 1) % every + 1)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} at step {done}; a lower lr or clip may help")
+            progress.curve.append((done, mean))
+            loss_sum.zero_()
+            if rank == 0:
+                report(done, recipe.steps, {"loss": mean, "lr": learning_rate(recipe, step)})
+        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+            loss_sum.copy_(_mean_over_workers(loss_sum))  # one number can stand for all workers after a resume
+            progress.step, progress.loss_sum = done, loss_sum.item()
+            _save_checkpoint(partial, progress, engine.state(), rank)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def draw_batch(
+    data: TrainingSet, recipe: TrainingSpec, seed: int, stream: str, step: int, rank: int, workers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This worker's slice of a step's batch: latents, timesteps, labels (some dropped) and noise."""
+    draws, batch = generator(seed, stream, "step", step), recipe.batch
+    t = torch.randint(STEPS, (batch,), generator=draws)
+    dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
+    noise = torch.randn((batch, *data.latents.shape[1:]), generator=draws)
+    chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
+    share = slice(rank * batch // workers, (rank + 1) * batch // workers)
+    chosen = chosen[share].to(data.latents.device)
+    y = torch.where(dropped[share].to(data.labels.device), data.num_classes, data.labels[chosen])
+    return (
+        data.latents[chosen].to(data.device),
+        t[share].to(data.device),
+        y.to(data.device),
+        noise[share].to(data.device),
+    )
+
+
+def shuffled(size: int, start: int, count: int, seed: int, stream: str) -> Tensor:
+    """Entries start .. start + count of an endless sequence of permutations of `size` items, one an epoch."""
+    picks = []
+    for epoch in range(start // size, (start + count - 1) // size + 1):
+        order = torch.randperm(size, generator=generator(seed, stream, "epoch", epoch))
+        picks.append(order[max(0, start - epoch * size) : start + count - epoch * size])
+    return torch.cat(picks)
+
+
+def learning_rate(recipe: TrainingSpec, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to 0."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    if recipe.schedule == "constant":
+        return recipe.lr
+    along = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * along))
+
+
+def final_weights(partial: Partial) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+    """EMA weights and loss curve of a training that has ended."""
+    progress, state = _last_checkpoint(partial)
+    assert state is not None
+    return {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")}, progress.curve
+
+
+def _mean_over_workers(value: Tensor) -> Tensor:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def save_tensors(partial: Partial, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Publish tensors as one checkpoint file."""
+    whole = {key: value.contiguous() for key, value in tensors.items()}
+    partial.save(name, lambda path: save_file(whole, path))
+
+
+def _save_checkpoint(partial: Partial, progress: Progress, state: dict[str, Tensor], rank: int) -> None:
+    if rank != 0:
+        return
+    state["progress"] = torch.tensor([progress.step, progress.loss_sum], dtype=torch.float64)
+    state["curve"] = torch.tensor(progress.curve, dtype=torch.float64).reshape(-1, 2)
+    save_tensors(partial, CHECKPOINT, state)
+
+
+def _last_checkpoint(partial: Partial) -> tuple[Progress, dict[str, Tensor] | None]:
+    path = partial.load(CHECKPOINT)
+    if path is None:
+        return Progress(), None
+    state = load_file(path)
+    step, loss_sum = state.pop("progress").tolist()
+    curve = [(float(at), float(loss)) for at, loss in state.pop("curve").tolist()]
+    return Progress(int(step), curve, loss_sum), state
