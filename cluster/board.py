@@ -25,9 +25,8 @@ class News:
     points: list[Point] = field(default_factory=list)
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Holds the news until the driver comes for it."""
+    """Holds the news until the driver comes for it; started as a Ray actor."""
 
     def __init__(self) -> None:
         self._news = News()

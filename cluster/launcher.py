@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.runtime import settle
@@ -15,12 +16,11 @@ from specs.job import StepResources
 RESTARTS = 3  # of the whole group, when a worker is lost
 
 
-def launch(work: Callable[[Any], None], argument: Any, workers: int, resources: StepResources) -> None:
-    """Run `work(argument)` on each of `workers` processes and wait; an error in the work is raised here."""
+def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: int, resources: StepResources) -> None:
+    """Run `work(argument, device)` on each of `workers` processes and wait; an error in the work is raised here."""
 
     def loop() -> None:
-        settle()
-        work(argument)
+        work(argument, settle())
 
     trainer = TorchTrainer(
         loop,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from specs.job import StepResources
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NotEnough(Exception):
@@ -34,25 +37,33 @@ def start(demands: Iterable[StepResources], together: int) -> None:
             raise NotEnough(f"resources: got gpu: {most:g}; accepted: at most {gpus:g}, the GPUs of this machine")
 
 
-def settle() -> Any:
-    """Set this process up for numerical work and return its torch device.
+def settle() -> torch.device:
+    """Set this process up for numerical work and return its device.
 
     On a CPU all work runs on one thread: how sums are split over threads changes their last bits, and steps run side
     by side as processes anyway.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    if not ray.get_gpu_ids():
+    on_gpu = bool(ray.get_gpu_ids())
+    if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
     torch.set_num_threads(1)
-    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
 
 
-def fan_out(work: Callable[[Any], Any], items: Iterable[Any], resources: StepResources) -> Iterator[Any]:
-    """Run `work(item)` as a Ray task for each item; yields results as they come, in any order."""
-    task = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=3)(work)
-    waiting = [task.remote(item) for item in items]
+def fan_out(
+    work: Callable[[Any, Any, torch.device], Any], shared: Any, items: Iterable[Any], resources: StepResources
+) -> Iterator[Any]:
+    """Run `work(shared, item, device)` as a Ray task for each item; yields results as they come, in any order."""
+
+    @ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=3)
+    def task(common: Any, item: Any) -> Any:
+        return work(common, item, settle())
+
+    common = ray.put(shared)
+    waiting = [task.remote(common, item) for item in items]
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1)
         yield ray.get(ready[0])

@@ -1,1 +1,1 @@
-"""What a graft is: the transformer, its operators, surgery on it, its diffusion, its files and its costs. Torch only."""
+"""What a graft is: the transformer, its operators, surgery on it, diffusion, files and costs. Torch only."""

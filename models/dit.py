@@ -65,7 +65,7 @@ class TimestepEmbedding(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -129,9 +129,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedding(config.width)
         self.y_embedder = LabelEmbedding(config.num_classes, config.width)
         self.register_buffer("pos_embed", position_embedding(config))
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.num_tokens) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.num_tokens) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -162,16 +160,17 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.cat([columns, rows], dim=1).float()[None]
 
 
-def initialise(model: DiT) -> None:
+def initialise(model: DiT, label_std: float = 0.02) -> None:
     """Published initialisation: xavier-uniform linears, N(0, .02) embeddings, adaLN and the final layer zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    t_mlp, labels = model.t_embedder.mlp, model.y_embedder.embedding_table
-    for weight in (t_mlp[0].weight, t_mlp[2].weight, labels.weight):
-        nn.init.normal_(weight, std=0.02)
+    for linear in model.t_embedder.mlp:
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=0.02)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
     for module in (*model.blocks, model.final_layer):
         nn.init.zeros_(module.adaLN_modulation[1].weight)
     nn.init.zeros_(model.final_layer.linear.weight)

@@ -69,9 +69,7 @@ def _ancestral(
     return chain.posterior_mean(x0, x, position) + torch.exp(0.5 * log_var) * draw()
 
 
-def _ddim(
-    chain: Diffusion, x: Tensor, x0: Tensor, raw: Tensor, position: Tensor, draw: Callable[[], Tensor]
-) -> Tensor:
+def _ddim(chain: Diffusion, x: Tensor, x0: Tensor, raw: Tensor, position: Tensor, draw: Callable[[], Tensor]) -> Tensor:
     """Move along the deterministic path; the noise that belongs to the (clamped) x0 is kept."""
     noise = (x - at(chain.sqrt_kept, position, x) * x0) / at(chain.sqrt_noise, position, x)
     return chain.add_noise(x0, position - 1, noise)

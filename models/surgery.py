@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.dit import DiT
+from models.dit import Block, DiT
 from models.operators import build_operator
 from models.streams import initialising
 from specs.graft import Edit, Site
@@ -73,6 +73,11 @@ def observe(model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, y: Tensor) 
         for hook in hooks:
             hook.remove()
     return {
-        site: Observation(*seen[site], model.blocks[site.block].adaLN_modulation(c).chunk(6, dim=1)[GATE[site.target]])
-        for site in sites
+        site: Observation(*seen[site], modulations(model.blocks[site.block], c)[GATE[site.target]]) for site in sites
     }
+
+
+def modulations(block: nn.Module, c: Tensor) -> tuple[Tensor, ...]:
+    """The block's six modulations (B,D) under condition c (B,D), in DiT's order."""
+    assert isinstance(block, Block)
+    return tuple(block.adaLN_modulation(c).chunk(6, dim=1))

@@ -99,7 +99,9 @@ class Run:
         if self.plan.job.tracking.uri is not None:
             return self.plan.job.tracking.uri
         if not self.store.local:
-            raise SpecError(["tracking.uri: got nothing; accepted: an MLflow server, needed when the store is not a folder"])
+            raise SpecError(
+                ["tracking.uri: got nothing; accepted: an MLflow server, needed when the store is not a folder"]
+            )
         return f"sqlite:///{self.store.root}/mlflow.db"
 
     # -- what execution reports
@@ -221,11 +223,7 @@ class Run:
         )
 
     def _tracked_already(self) -> bool:
-        return (
-            self.past is not None
-            and self.past.status == "finished"
-            and self.past.mlflow_uri == self.tracking_uri()
-        )
+        return self.past is not None and self.past.status == "finished" and self.past.mlflow_uri == self.tracking_uri()
 
     def _note(self, step: str, state: record.StepState, seconds: float, made_by: str | None) -> None:
         entry = self.record.step(step)

@@ -72,9 +72,10 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             _json({"job": made.job.name, "steps": steps})
             return
         manifests: list[Manifest] = list(store.manifests()) if "pending" in states.values() else []
-        for step, shown in zip(made.steps, steps, strict=True):
-            differs = difference(step, manifests) if shown["state"] != "cached" else None
-            print(f"{shown['state']:8} {step.key[:12]}  {step.name:24} {f'differs in {differs}' if differs else ''}".rstrip())
+        for step in made.steps:
+            differs = difference(step, manifests) if states[step.name] != "cached" else None
+            reason = f"differs in {differs}" if differs else ""
+            print(f"{states[step.name]:8} {step.key[:12]}  {step.name:24} {reason}".rstrip())
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
@@ -200,7 +201,9 @@ def _report(done: RunRecord, as_json: bool) -> None:
 
 def _show_run(found: RunRecord) -> None:
     print(f"{found.run}: {found.status}, started {found.started}")
-    _columns([[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps])
+    _columns(
+        [[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps]
+    )
     _show_results(found)
     for line in (found.error or "").splitlines():
         print(line)
@@ -223,7 +226,9 @@ def _find_artifact(store: Store, name: str) -> Manifest:
         name = keys[0]
     found = [manifest for manifest in store.manifests() if manifest.key.startswith(name)]
     if len(found) != 1:
-        raise SpecError([f"artifact: got {name!r}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"])
+        raise SpecError(
+            [f"artifact: got {name!r}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"]
+        )
     return found[0]
 
 

@@ -71,7 +71,7 @@ def execute(plan: Plan, store: Store, run: str, git_commit: str | None, watcher:
     todo = [step for step in plan.steps if states[step.name] != "cached"]
     runtime.start((step.resources for step in todo), together=_widest(plan))
     try:
-        board = Board.remote()
+        board = ray.remote(num_cpus=0)(Board).remote()
         refs: dict[str, Any] = {}
         for step in todo:
             needed = [refs[name] for name in step.needs.values() if name in refs]
@@ -113,7 +113,7 @@ def _run_step(
         return StepResult(step.key, 0.0)
     report(0, 0)
     quiet()
-    runtime.settle()
+    device = runtime.settle()
     try:
         context = stages.Context(
             step=step.name,
@@ -123,11 +123,14 @@ def _run_step(
             partial=store.partial(step.key),
             report=report,
             resources=step.resources,
+            device=device,
         )
         stages.load(step.stage)(context)
         seconds = time.perf_counter() - began
         made = datetime.now(UTC).isoformat(timespec="seconds")
-        store.commit(step.key, context.out, dict(step.identity), origin.model_copy(update={"seconds": seconds, "made": made}))
+        store.commit(
+            step.key, context.out, dict(step.identity), origin.model_copy(update={"seconds": seconds, "made": made})
+        )
         return StepResult(step.key, seconds)
     except Exception as error:
         cause = _root_cause(error)

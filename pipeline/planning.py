@@ -1,4 +1,4 @@
-"""The plan: a job as a list of steps, each with a key that says what its result depends on. Pure data, no Ray, no torch.
+"""The plan: a job as a list of steps, each with a key that says what its result depends on. No Ray, no torch.
 
     key = SHA-256 of canonical JSON over: stage, stage version, parameters that matter to the result, fingerprints of
           outside inputs, and the keys of what the step needs
@@ -109,7 +109,9 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
         )
 
     choices = tuple(
-        params.Choice(edit=edit, reason=spec.layers.reason()) for spec in job.graft for edit in spec.edits(job.model.depth)
+        params.Choice(edit=edit, reason=spec.layers.reason())
+        for spec in job.graft
+        for edit in spec.edits(job.model.depth)
     )
     choices = tuple(sorted(choices, key=lambda choice: str(choice.edit.site)))
     yield "select", "select", params.SelectParams(choices=choices), scions, {}

@@ -29,7 +29,9 @@ def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
         store.check_writable()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SpecError([f"store: got {job.store!r}, which cannot be written: {reason}; accepted: a writable path"]) from None
+        raise SpecError(
+            [f"store: got {job.store!r}, which cannot be written: {reason}; accepted: a writable path"]
+        ) from None
     parts = urlsplit(tracking_uri)
     if parts.scheme in ("http", "https") and parts.hostname:
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -48,11 +50,17 @@ def _files(job: JobSpec) -> list[str]:
     lines = []
     if isinstance(job.data, ImageFolderData):
         if not Path(job.data.path).is_dir():
-            lines.append(f"data.path: got {job.data.path!r}, no such folder; accepted: a folder with one folder a class")
+            lines.append(
+                f"data.path: got {job.data.path!r}, no such folder; accepted: a folder with one folder a class"
+            )
         elif not class_folders(job.data):
-            lines.append(f"data.path: got {job.data.path!r}, no images in it; accepted: a folder with one folder a class")
+            lines.append(
+                f"data.path: got {job.data.path!r}, no images in it; accepted: a folder with one folder a class"
+            )
     if isinstance(job.weights, CheckpointWeights) and not Path(job.weights.path).is_file():
-        lines.append(f"weights.path: got {job.weights.path!r}, no such file; accepted: a .pt or .safetensors checkpoint")
+        lines.append(
+            f"weights.path: got {job.weights.path!r}, no such file; accepted: a .pt or .safetensors checkpoint"
+        )
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
@@ -71,8 +79,12 @@ def _sizes(job: JobSpec) -> list[str]:
     total = training_size(job.data)
     lines = []
     if job.distill.samples > total:
-        lines.append(f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are")
+        lines.append(
+            f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are"
+        )
     kept = sum(class_sizes(job.data)) - total
     if job.distill.heldout is not None and job.distill.heldout > kept:
-        lines.append(f"distill.heldout: got {job.distill.heldout}; accepted: at most {kept}, the held-out images there are")
+        lines.append(
+            f"distill.heldout: got {job.distill.heldout}; accepted: at most {kept}, the held-out images there are"
+        )
     return lines

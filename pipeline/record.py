@@ -83,7 +83,9 @@ def load(store: Store, run: str) -> RunRecord:
     try:
         return RunRecord.model_validate_json(text or "")
     except ValidationError:
-        raise SpecError([f"runs/{run}.json: cannot be read as a run's record; remove it and run the job again"]) from None
+        raise SpecError(
+            [f"runs/{run}.json: cannot be read as a run's record; remove it and run the job again"]
+        ) from None
 
 
 def load_or_none(store: Store, run: str) -> RunRecord | None:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -164,7 +164,7 @@ class Store:
             path.unlink()
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        path.replace(target)
 
     def write(self, name: str, text: str) -> None:
         """Publish a small document, on disk before it is visible."""
@@ -176,8 +176,8 @@ class Store:
             draft.write(text)
             draft.flush()
             os.fsync(draft.fileno())
-        os.chmod(draft.name, 0o644)
-        os.replace(draft.name, self._at(name))
+        Path(draft.name).chmod(0o644)
+        Path(draft.name).replace(self._at(name))
 
     def get(self, name: str, path: Path) -> None:
         """Copy a stored file to a local path."""
@@ -194,7 +194,8 @@ class Store:
 
     def _read(self, name: str) -> str | None:
         try:
-            return self.fs.cat_file(self._at(name)).decode()
+            content: bytes = self.fs.cat_file(self._at(name))
+            return content.decode()
         except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
             return None
 
@@ -220,7 +221,7 @@ class Artifact:
     """A committed artifact, as a stage reads it: `path()` is a local folder whose files were verified first."""
 
     # Verified in this process already: key -> folder.
-    _verified: dict[tuple[str, str], Path] = {}
+    _verified: ClassVar[dict[tuple[str, str], Path]] = {}
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
@@ -278,7 +279,7 @@ class Artifact:
                 self.store.get(f"artifacts/{self.key}/{name}", draft)
             except FileNotFoundError:
                 raise RottenArtifact(self.key, name, "missing") from None
-            os.replace(draft, path)
+            draft.replace(path)
         return folder
 
     def __reduce__(self) -> tuple[type[Artifact], tuple[Store, str]]:

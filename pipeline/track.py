@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 
 from cluster.board import Point
 from pipeline.planning import Plan, Step
-from pipeline.record import Results, RunRecord
+from pipeline.record import RunRecord
 from pipeline.store import Artifact
 from specs.fields import keyed
 
@@ -115,7 +115,7 @@ class Tracker:
     def _group(self, name: str) -> str:
         """The run that gathers steps of one stage: that of a step of this name, or one made for them."""
         if name in {step.name for step in self.plan.steps}:
-            return self.parent if name not in self.steps else self.steps[name]
+            return self.steps.get(name, self.parent)
         if name not in self.steps:
             self.steps[name] = self._create(name, self.parent)
         return self.steps[name]

@@ -10,7 +10,7 @@ from specs.fields import Spec
 
 
 class DigitsData(Spec):
-    """scikit-learn's 1,797 handwritten digits: 8x8, one channel, 10 classes, enlarged by pixel repetition."""
+    """scikit-learn's 1,797 handwritten digits: 8x8, one channel, 10 classes, enlarged bilinearly."""
 
     kind: Literal["digits"] = "digits"
     image_size: int = Field(16, ge=8, le=64, multiple_of=8, description="pixels a side")

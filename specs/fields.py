@@ -45,6 +45,4 @@ def refuse(path: Sequence[str | int], given: object, accepted: str) -> NoReturn:
     """Raise from a validator, naming the exact field below the one validated: "got `given`; accepted: `accepted`"."""
     # Braces would be read as a template by PydanticCustomError.
     error = PydanticCustomError("refused", "{accepted}", {"accepted": accepted})
-    raise ValidationError.from_exception_data(
-        "spec", [InitErrorDetails(type=error, loc=tuple(path), input=given)]
-    )
+    raise ValidationError.from_exception_data("spec", [InitErrorDetails(type=error, loc=tuple(path), input=given)])

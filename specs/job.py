@@ -38,7 +38,9 @@ class ResourcesSpec(Spec):
 class TrackingSpec(Spec):
     """The MLflow server or database that records the job."""
 
-    uri: str | None = Field(None, description="http://host:5000 or sqlite:///file; by default a SQLite file in the store")
+    uri: str | None = Field(
+        None, description="http://host:5000 or sqlite:///file; by default a SQLite file in the store"
+    )
     experiment: str = Field("graftwork", min_length=1)
 
 
@@ -78,7 +80,11 @@ class JobSpec(Spec):
                         )
             edits = edit.edits(self.model.depth)
             if not edits:
-                refuse(["graft", number, "layers"], edit.layers.reason(), f"layers that choose some of {self.model.depth} blocks")
+                refuse(
+                    ["graft", number, "layers"],
+                    edit.layers.reason(),
+                    f"layers that choose some of {self.model.depth} blocks",
+                )
             for site in (str(one.site) for one in edits):
                 if site in taken:
                     refuse(["graft", number, "layers"], site, f"sites that graft.{taken[site]} has not taken")

@@ -102,7 +102,7 @@ def _enter(here: Any, step: str, path: str) -> Any:
 
 def describe(problem: ErrorDetails) -> str:
     """One line: the field's path as the file has it, what was given, what is accepted."""
-    path, section = _locate(problem["loc"])
+    path, section, choices = _locate(problem["loc"])
     given, kind, context = shown(problem["input"]), problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden" and section is not None:
         known = sorted(section.model_fields)
@@ -112,7 +112,7 @@ def describe(problem: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: missing; accepted: {_wanted(section, path)}"
     if kind == "union_tag_not_found":
-        kinds = ", ".join(sorted(filter(None, map(_kind, _named(JobSpec, problem["loc"])))))
+        kinds = ", ".join(sorted(filter(None, map(_kind, choices))))
         return f"{path}: got {given}; accepted: a mapping with a kind{': ' if kinds else ''}{kinds}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: got {context['tag']!r}; accepted: {context['expected_tags']}"
@@ -127,8 +127,8 @@ def _wanted(section: type[BaseModel] | None, path: str) -> str:
     return (field.description if field and field.description else None) or "a value; the field is required"
 
 
-def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None]:
-    """The path without pydantic's union tags, and the section that holds its last field."""
+def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
+    """The path without pydantic's union tags, the section that holds its last field, and what that field may hold."""
     path: list[str] = []
     section: type[BaseModel] | None = JobSpec
     inside: list[type[BaseModel]] = []  # the members of a union whose tag comes next
@@ -143,7 +143,7 @@ def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None]
             holder, section = section, inside[0] if len(inside) == 1 else None
             if section is None and not inside:
                 section = holder
-    return ".".join(path), section
+    return ".".join(path), section, inside
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

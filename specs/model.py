@@ -11,9 +11,7 @@ from specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-Size = Literal[
-    "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
-]
+Size = Literal["S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"]
 
 
 class DitModel(Spec):
@@ -54,6 +52,9 @@ class PretrainWeights(TrainingSpec):
     steps: int = Field(1500, ge=1)
     batch: int = Field(64, ge=1, description="samples a step, over all workers")
     lr: float = Field(1e-3, gt=0)
+    label_std: float = Field(
+        0.02, gt=0, description="of the label embedding at the start; narrow models need more than the published 0.02"
+    )
 
 
 class CheckpointWeights(Spec):

@@ -9,9 +9,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from specs.job import StepResources
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Context:
     partial: Partial
     report: Report
     resources: StepResources
+    device: torch.device  # of this task; workers that the stage starts are given their own
 
     def input(self, role: str) -> Path:
         """The verified local folder of the artifact that the step needs as `role`."""

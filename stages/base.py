@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from cluster.launcher import launch
-from cluster.runtime import settle
 from models import checkpoints
 from models.dit import DiT, initialise
 from models.streams import initialising
-from specs.model import CheckpointWeights
+from specs.model import CheckpointWeights, PretrainWeights
 from specs.steps import BaseParams
 from stages import Context
 from stages.latents import read, read_meta
@@ -30,11 +31,11 @@ def run(context: Context) -> None:
     checkpoints.save(model, (), context.out)
 
 
-def pretrain(context: Context) -> None:
+def pretrain(context: Context, device: torch.device) -> None:
     """One worker's part."""
     params: BaseParams = context.params
     assert params.weights.kind == "pretrain"
-    recipe, device = params.weights, settle()
+    recipe = params.weights
     latents = read(context.input("features"), "training")
     model = _new_model(context).to(device)
     train(
@@ -52,5 +53,5 @@ def _new_model(context: Context) -> DiT:
     params: BaseParams = context.params
     with initialising(params.seed, "base"):
         model = DiT(read_meta(context.input("features")).dit_config(params.model))
-        initialise(model)
+        initialise(model, params.weights.label_std if isinstance(params.weights, PretrainWeights) else 0.02)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,8 @@ from stages.training import PlainEngine, save_tensors
 
 CHECKPOINT = "distill.safetensors"
 BATCH = 64  # of the rootstock's pass, and of held-out evaluation
-LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+LossFunction = Callable[..., Tensor]
+LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 AUTO = {"mha": "l1", "mlp": "l2"}
 
 
@@ -44,10 +46,8 @@ class Pairs:
 
 
 def run(context: Context) -> None:
-    from cluster.runtime import settle
-
     params: DistillParams = context.params
-    recipe, site, device = params.recipe, params.edit.site, settle()
+    recipe, site, device = params.recipe, params.edit.site, context.device
     model, _ = checkpoints.load(context.input("base"))
     model = model.to(device)
     features = context.input("features")
@@ -94,7 +94,9 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
     for epoch in range(len(history), recipe.epochs):
         lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
-        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(pairs.inputs.device)
+        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(
+            pairs.inputs.device
+        )
         total = torch.zeros((), device=pairs.inputs.device)
         for chosen in order.split(recipe.batch):
             loss = error(scion, pairs, chosen, loss_of)
@@ -115,14 +117,14 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list
     return history
 
 
-def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: nn.Module | object) -> Tensor:
+def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: LossFunction) -> Tensor:
     """The scion's mean error on some of the pairs, a scalar."""
-    each = loss_of(scion(pairs.inputs[chosen]), pairs.outputs[chosen], reduction="none")  # type: ignore[operator]
+    each = loss_of(scion(pairs.inputs[chosen]), pairs.outputs[chosen], reduction="none")
     return (each if pairs.weights is None else each * pairs.weights[chosen]).mean()
 
 
 @torch.no_grad()
-def heldout(scion: nn.Module, pairs: Pairs, loss_of: object) -> float:
+def heldout(scion: nn.Module, pairs: Pairs, loss_of: LossFunction) -> float:
     """Mean error over all pairs."""
     size = len(pairs.inputs)
     parts = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from cluster.runtime import fan_out, settle
+from cluster.runtime import fan_out
 from models.classifier import Classifier
 from models.costs import forward_flops, num_parameters
 from models.frechet import distance, gaussian
@@ -43,17 +43,19 @@ def run(context: Context) -> None:
 def _tabulate(context: Context) -> None:
     params: EvaluateParams = context.params
     # One task, so that a GPU can be asked for and the rows are timed one after another.
-    ((results, heldout),) = fan_out(partial(_measure, context), [params], context.resources)
+    ((results, heldout),) = fan_out(_measure, context, [params], context.resources)
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
     meta = read_meta(context.input("features"))
     labels = [meta.classes[label] for label in read(context.input("features"), "heldout").labels[: len(heldout)]]
     sample_grid(heldout, labels, "heldout", context.out / "heldout")
-    quality_against_cost(results, "distance" if "distance" in results["heldout"] else "fid", context.out / "quality-cost")
+    quality_against_cost(
+        results, "distance" if "distance" in results["heldout"] else "fid", context.out / "quality-cost"
+    )
 
 
-def _measure(context: Context, params: EvaluateParams) -> tuple[Table, NDArray[np.uint8]]:
+def _measure(context: Context, params: EvaluateParams, device: torch.device) -> tuple[Table, NDArray[np.uint8]]:
     """The table, and the held-out images in it."""
-    device, recipe = settle(), params.recipe
+    recipe = params.recipe
     features = context.input("features")
     images = {"heldout": to_images(read(features, "heldout").x[: recipe.samples])}
     labels = {"heldout": read(features, "heldout").labels[: recipe.samples].numpy()}
@@ -67,8 +69,9 @@ def _measure(context: Context, params: EvaluateParams) -> tuple[Table, NDArray[n
         assert recipe.reference is not None
         network = load_inception(recipe.inception, device)
         reference = reference_statistics(recipe.reference, network, device)
-        for row in table:
-            table[row]["fid"] = distance(gaussian(inception_features(images[row], network, device)), reference)
+        for name, columns in table.items():
+            features_of_row = inception_features(images[name], network, device)
+            columns["fid"] = distance(gaussian(features_of_row), reference)
     _cost(context, table, device)
     return table, images["heldout"]
 
@@ -107,7 +110,9 @@ def _cost(context: Context, table: Table, device: torch.device) -> None:
     # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
     for round_ in range(TIMED_RUNS + 1):
         for row, model in models.items():
-            elapsed = _timed(partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device))
+            elapsed = _timed(
+                partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device)
+            )
             if round_ > 0:
                 seconds[row].append(elapsed)
         context.report(round_ + 1, TIMED_RUNS + 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from cluster.launcher import launch
 from models import checkpoints
 from models.dit import DiT
@@ -30,13 +32,12 @@ def run(context: Context) -> None:
     loss_curve(curve, "finetuning loss", context.out / "loss")
 
 
-def finetune(context: Context) -> None:
+def finetune(context: Context, device: torch.device) -> None:
     """One worker's part."""
-    from cluster.runtime import settle
-    from cluster.sharded import ShardedEngine
+    from cluster.sharded import ShardedEngine  # DeepSpeed, which only the workers need
 
     params: FinetuneParams = context.params
-    recipe, device = params.recipe, settle()
+    recipe = params.recipe
     model, _ = _start(context)
     latents = read(context.input("features"), "training")
     latents = latents.first(max(1, round(len(latents.x) * recipe.fraction)))

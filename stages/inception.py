@@ -32,7 +32,9 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
 
     path = Path(weights) if weights else cached_weights()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception")
+        raise FileNotFoundError(
+            f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception"
+        )
     # pytorch-fid takes its weights from a URL only; hand it the file instead.
     by_url = pytorch_fid.inception.load_state_dict_from_url
     pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(path, weights_only=True)

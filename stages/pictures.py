@@ -10,9 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 COLUMNS, LINES = 10, 4  # of a sample grid
 
@@ -58,7 +59,7 @@ def quality_against_cost(results: Mapping[str, Mapping[str, float]], quality: st
     _write(figure, path)
 
 
-def _write(figure: plt.Figure, path: Path) -> None:
+def _write(figure: Figure, path: Path) -> None:
     # No date in the file: the same picture is the same bytes.
     figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
     plt.close(figure)

@@ -24,13 +24,16 @@ BATCH = 64
 def run(context: Context) -> None:
     params: ProfileParams = context.params
     model, _ = checkpoints.load(context.input("base"))
+    model = model.to(context.device)
     sites = [Site(block=block, target=target) for block in range(model.config.depth) for target in ("mha", "mlp")]
     latents = read(context.input("features"), "training").first(params.samples)
     shown = noised(latents, 1, params.seed, "profile")
     moments = {site: Moments() for site in sites}
     for start in range(0, len(shown.z), BATCH):
         part = slice(start, start + BATCH)
-        for site, seen in observe(model, sites, shown.z[part], shown.t[part], shown.labels[part]).items():
+        for site, seen in observe(
+            model, sites, *(each[part].to(context.device) for each in (shown.z, shown.t, shown.labels))
+        ).items():
             moments[site].add(seen.output)
         context.report(min(start + BATCH, len(shown.z)), len(shown.z))
     table = {str(site): moments[site].summary() for site in sites}
@@ -45,7 +48,7 @@ class Moments:
         self.powers = torch.zeros(4, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
-        values = values.double().flatten()
+        values = values.cpu().double().flatten()
         self.count += values.numel()
         self.largest = max(self.largest, values.abs().max().item())
         self.powers += torch.stack([values.pow(power).sum() for power in (1, 2, 3, 4)])

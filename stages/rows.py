@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.runtime import fan_out, settle
+from cluster.runtime import fan_out
 from models.dit import DiT
 from models.sampling import sample
 from models.streams import SampleNoise
 from specs.evaluate import Sampler
-from specs.steps import Row, SampleParams
+from specs.steps import SampleParams
 from stages import Context
 from stages.hybrid import row_model
 from stages.latents import LatentsMeta, read_meta
@@ -32,7 +32,7 @@ def sample_row(context: Context) -> None:
     missing = [start for start in starts if context.partial.load(_file(start)) is None]
     done = len(starts) - len(missing)
     context.report(min(done * params.batch, params.samples), params.samples)
-    for start, images in fan_out(partial(_sample_batch, context), missing, context.resources):
+    for start, images in fan_out(_sample_batch, context, missing, context.resources):
         context.partial.save(_file(start), partial(_save, images))
         done += 1
         context.report(min(done * params.batch, params.samples), params.samples)
@@ -50,9 +50,7 @@ def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
     return torch.tensor([index % len(meta.classes) for index in indices])
 
 
-def draw(
-    model: DiT, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device
-) -> Tensor:
+def draw(model: DiT, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device) -> Tensor:
     """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
     labels = labels_of(indices, meta).to(device)
     noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
@@ -64,9 +62,8 @@ def to_images(latents: Tensor) -> NDArray[np.uint8]:
     return (127.5 * latents + 128).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def _sample_batch(context: Context, start: int) -> tuple[int, NDArray[np.uint8]]:
+def _sample_batch(context: Context, start: int, device: torch.device) -> tuple[int, NDArray[np.uint8]]:
     params: SampleParams = context.params
-    device = settle()
     model = _loaded(context).to(device)
     indices = range(start, min(start + params.batch, params.samples))
     meta = read_meta(context.input("features"))

@@ -83,7 +83,9 @@ def split(data: Data) -> tuple[list[Item], list[Item]]:
 def interleave(classes: Sequence[Sequence[Item]]) -> list[Item]:
     """One of each class in turn, until all are used: item i of a class with n comes at (i + 1/2) / n."""
     placed = [
-        ((position + 0.5) / len(members), item.label, item) for members in classes for position, item in enumerate(members)
+        ((position + 0.5) / len(members), item.label, item)
+        for members in classes
+        for position, item in enumerate(members)
     ]
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
@@ -91,12 +93,12 @@ def interleave(classes: Sequence[Sequence[Item]]) -> list[Item]:
 def read_image(data: Data, name: str) -> np.ndarray:
     """(C,S,S) float32 in [-1, 1]; raises ValueError, naming the file, where it is no image."""
     import numpy as np
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(data, DigitsData):
-        image = _digits()[0][int(name)] / 8 - 1
-        scale = data.image_size // 8
-        return np.kron(image, np.ones((scale, scale)))[None].astype(np.float32)
-    from PIL import Image, UnidentifiedImageError
+        digit = Image.fromarray(_digits()[0][int(name)].astype(np.float32) / 8 - 1)
+        size = (data.image_size, data.image_size)
+        return np.asarray(digit.resize(size, Image.Resampling.BILINEAR))[None]
 
     path = Path(data.path) / name
     try:
@@ -104,10 +106,8 @@ def read_image(data: Data, name: str) -> np.ndarray:
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from None
     side = data.image_size
-    scale = side / min(picture.size)
-    picture = picture.resize(
-        (max(side, round(picture.width * scale)), max(side, round(picture.height * scale))), Image.Resampling.BICUBIC
-    )
+    scaled = [max(side, round(length * side / min(picture.size))) for length in picture.size]
+    picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32)
     return (pixels / 127.5 - 1).transpose(2, 0, 1)

@@ -29,7 +29,7 @@ POINTS = 200  # of the loss curve
 class Engine(Protocol):
     """A network in training, and all that changes in it."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
 
     def step(self, loss: Tensor, lr: float) -> None:
         """Backward, clip, one optimizer step at `lr`, then the EMA."""
@@ -54,7 +54,7 @@ class PlainEngine:
     ) -> None:
         self.model, self.clip, self.decay = model, clip, ema
         self.names = [name for name, _ in model.named_parameters()]
-        self.weights = [value for _, value in model.named_parameters()]
+        self.weights: list[Tensor] = list(model.parameters())
         self.ema = [value.detach().clone() for value in self.weights]
         self.adam = torch.optim.AdamW(self.weights, betas=betas, weight_decay=0.0)
         if state is not None:
@@ -75,9 +75,8 @@ class PlainEngine:
             torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        kinds = {"weights": self.weights, "ema": self.ema} | {
-            kind: [self.adam.state[value][kind] for value in self.weights] for kind in ("exp_avg", "exp_avg_sq")
-        }
+        kinds: dict[str, list[Tensor]] = {"weights": self.weights, "ema": self.ema}
+        kinds |= {kind: [self.adam.state[value][kind] for value in self.weights] for kind in ("exp_avg", "exp_avg_sq")}
         state = {
             f"{kind}/{name}": value.detach().cpu()
             for kind, values in kinds.items()
@@ -213,7 +212,9 @@ def final_weights(partial: Partial) -> tuple[dict[str, Tensor], list[tuple[float
     """EMA weights and loss curve of a training that has ended."""
     progress, state = _last_checkpoint(partial)
     assert state is not None
-    return {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")}, progress.curve
+    return {
+        name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")
+    }, progress.curve
 
 
 def _mean_over_workers(value: Tensor) -> Tensor:
