@@ -1,0 +1,73 @@
+"""What the tests of whole jobs share: the command line in a process of its own, and one finished tiny job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "digits-tiny.yaml"
+GRAFT = str(Path(sys.executable).with_name("graft"))
+
+Graft = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the tiny job."""
+
+    store: Path
+    outcome: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        return str(self.outcome["run"])
+
+
+def graft_command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([GRAFT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def graft(tmp_path: Path) -> Graft:
+    """Run `graft ARGUMENTS` in an empty folder, as a user would."""
+
+    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return graft_command(*arguments, cwd=cwd, timeout=timeout)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny job, run once for the session. Tests read its store and leave it as it is."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = graft_command("run", str(TINY), "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return Finished(store=folder / ".graftwork", outcome=json.loads(done.stdout))
+
+
+@pytest.fixture
+def tiny_copy(tiny: Finished, tmp_path: Path) -> Finished:
+    """A copy of the finished job's store, to be changed at will; MLflow's database stays behind."""
+    store = tmp_path / ".graftwork"
+    shutil.copytree(tiny.store, store, ignore=shutil.ignore_patterns("mlflow*"))
+    return Finished(store=store, outcome=tiny.outcome)
+
+
+def keys(outcome: dict[str, Any]) -> dict[str, str]:
+    """Step -> key, of a run's or a plan's JSON."""
+    return {step["name"]: step["key"] for step in outcome["steps"]}
+
+
+def states(outcome: dict[str, Any]) -> dict[str, str]:
+    """Step -> state, of a run's or a plan's JSON."""
+    return {step["name"]: step["state"] for step in outcome["steps"]}

@@ -1,0 +1,141 @@
+"""The tiny job, run for real with Ray, DeepSpeed and MLflow: what it leaves, and what running it again costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+
+from tests.conftest import TINY, Finished, Graft, keys, states
+
+ROWS = ["heldout", "rootstock", "stage1", "stage2", "random_init"]
+COLUMNS = {"distance", "agreement", "params", "flops", "ms_per_sample"}
+
+
+def test_the_outcome_names_every_step_and_row(tiny: Finished) -> None:
+    outcome = tiny.outcome
+    assert outcome["status"] == "finished"
+    assert set(states(outcome).values()) == {"done"}
+    assert all(step["seconds"] > 0 for step in outcome["steps"])
+    assert list(outcome["results"]) == ROWS
+    assert all(set(columns) == COLUMNS for columns in outcome["results"].values())
+
+
+def test_every_row_and_every_site_leaves_a_picture(tiny: Finished) -> None:
+    found = keys(tiny.outcome)
+    for row in ROWS[1:]:
+        assert (tiny.store / "artifacts" / found[f"evaluate/{row}"] / "grid.png").stat().st_size > 0
+    for step in ("base", "finetune", "finetune/random_init", "distill/01.mha", "distill/03.mha"):
+        assert (tiny.store / "artifacts" / found[step] / "loss.png").stat().st_size > 0
+    assert (tiny.store / "artifacts" / found["evaluate"] / "heldout.png").stat().st_size > 0
+
+
+def test_the_graft_costs_fewer_flops_than_the_rootstock(tiny: Finished) -> None:
+    results = tiny.outcome["results"]
+    assert results["stage1"]["flops"] == results["stage2"]["flops"] < results["rootstock"]["flops"]
+
+
+def test_distillation_lowered_the_error_of_every_site(tiny: Finished) -> None:
+    plan = json.loads((tiny.store / "artifacts" / keys(tiny.outcome)["select"] / "plan.json").read_text())
+    assert [edit["edit"]["site"]["block"] for edit in plan] == [1, 3]
+    for site in ("01.mha", "03.mha"):
+        curve = (tiny.store / "artifacts" / keys(tiny.outcome)[f"distill/{site}"] / "loss.csv").read_text().split()
+        first, last = (float(line.split(",")[2]) for line in (curve[1], curve[-1]))
+        assert last < 0.8 * first
+
+
+def test_the_same_command_again_starts_neither_ray_nor_torch(tiny: Finished) -> None:
+    code = (
+        "import sys, pipeline; "
+        f"done = pipeline.run({str(TINY)!r}, ['store={tiny.store}']); "
+        "assert done.status == 'finished' and all(step.state == 'cached' for step in done.steps), done; "
+        "heavy = {'ray', 'torch', 'mlflow', 'deepspeed', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_name_or_other_resources_recompute_nothing(tiny: Finished, graft: Graft) -> None:
+    renamed = graft(
+        "plan",
+        str(TINY),
+        "--json",
+        *("--set", f"store={tiny.store}"),
+        *("--set", "name=other"),
+        *("--set", "resources.distill.cpu=2"),
+        *("--set", "tracking.experiment=elsewhere"),
+    )
+    assert set(states(json.loads(renamed.stdout)).values()) == {"cached"}
+
+
+def test_another_learning_rate_recomputes_finetune_and_evaluate_alone(tiny: Finished, graft: Graft) -> None:
+    plan = graft("plan", str(TINY), "--json", "--set", f"store={tiny.store}", "--set", "finetune.lr=3e-4")
+    pending = {step["stage"] for step in json.loads(plan.stdout)["steps"] if step["state"] != "cached"}
+    assert pending == {"finetune", "evaluate"}
+    told = graft("plan", str(TINY), "--set", f"store={tiny.store}", "--set", "finetune.lr=3e-4").stdout
+    assert "recipe.lr: 0.0005 -> 0.0003" in told
+
+
+def test_a_renamed_job_that_is_all_cached_still_stands_in_mlflow(tiny_copy: Finished, graft: Graft) -> None:
+    done = graft("run", str(TINY), "--json", "--set", "name=renamed")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert set(states(outcome).values()) == {"cached"}
+    with sqlite3.connect(tiny_copy.store / "mlflow.db") as database:
+        assert database.execute("select name, status from runs").fetchall() == [(outcome["run"], "FINISHED")]
+
+
+def test_a_flipped_byte_is_found_set_aside_and_recomputed(tiny_copy: Finished, graft: Graft) -> None:
+    found = keys(tiny_copy.outcome)
+    artifacts = tiny_copy.store / "artifacts"
+    for step, file in (("classifier", "classifier.safetensors"), ("evaluate", "results.json")):
+        path = artifacts / found[step] / file
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    done = graft("run", str(TINY), "--json")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert {name for name, state in states(outcome).items() if state == "done"} == {"classifier", "evaluate"}
+    assert "classifier.safetensors" in done.stderr and "results.json" in done.stderr
+    assert len(list((tiny_copy.store / "rotten").iterdir())) == 2
+    quality = {row: (c["distance"], c["agreement"]) for row, c in outcome["results"].items()}
+    assert quality == {row: (c["distance"], c["agreement"]) for row, c in tiny_copy.outcome["results"].items()}
+
+
+def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Finished, graft: Graft) -> None:
+    """Site 2 diverges (an mlp without limit); 1 and 3 are cached, 0 is new and must finish."""
+    shutil.rmtree(tiny_copy.store / "runs")
+    wild = "{target: mlp, operator: {kind: mlp, ratio: 3}, layers: {kind: explicit, blocks: [2]}}"
+    done = graft(
+        "run",
+        str(TINY),
+        "--json",
+        *(
+            "--set",
+            f"graft=[{wild}, {{target: mha, operator: {{kind: swa}}, layers: {{kind: explicit, blocks: [0]}}}}]",
+        ),
+        *("--set", "distill.lr=1e25"),
+        *("--set", "distill.loss=l2"),
+        *("--set", "distill.clip=1e30"),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    told = done.stderr.splitlines()[-2:]
+    assert told[0].startswith("graft: step distill/") and "the held-out error is" in told[0]
+    run = told[1].removeprefix("graft: resume with: graft resume ")
+    status = json.loads(graft("status", run, "--json").stdout)
+    assert status["status"] == "failed"
+
+
+def test_status_compare_and_show_agree_with_the_run(tiny: Finished, graft: Graft) -> None:
+    store = ("--store", str(tiny.store))
+    assert tiny.run in graft("status", *store).stdout
+    rows = json.loads(graft("compare", tiny.run, tiny.run, "--json", *store).stdout)
+    assert len(rows) == 2 and rows[0]["run"] == tiny.run
+    assert rows[0]["stage2.distance"] == tiny.outcome["results"]["stage2"]["distance"]
+    shown = json.loads(graft("show", f"{tiny.run}/finetune", "--json", *store).stdout)
+    assert shown["key"] == keys(tiny.outcome)["finetune"]
+    assert "model.safetensors" in shown["files"]

@@ -1,0 +1,431 @@
+"""What can be asked for, and how a bad request is refused: one line a problem, with path, value and what is accepted."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from specs.fields import Spec, Unkeyed, keyed
+from specs.job import JobSpec
+from specs.layers import AllLayers, InterleavedLayers
+from specs.load import SpecError, job_from, load
+from specs.model import DitModel
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "ray", "mlflow", "deepspeed", "sklearn")
+
+DOCUMENT: dict[str, Any] = {
+    "name": "small",
+    "data": {"kind": "digits", "image_size": 16},
+    "model": {"kind": "dit", "depth": 4, "width": 32, "heads": 2, "patch": 2},
+    "weights": {"kind": "pretrain", "steps": 20, "batch": 16},
+    "graft": [
+        {
+            "target": "mha",
+            "operator": {"kind": "hyena_y", "kernel": 4},
+            "layers": {"kind": "explicit", "blocks": [1, 3]},
+        }
+    ],
+    "distill": {"samples": 64, "milestones": [3]},
+    "evaluate": {"samples": 40, "sampler": {"kind": "ddim", "steps": 4}},
+}
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return copy.deepcopy(DOCUMENT)
+
+
+def put(document: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """Set a field by hand, without the code under test."""
+    here: Any = document
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    for step in steps:
+        here = here[step] if isinstance(here, list) else here.setdefault(step, {})
+    here[last] = value
+    return document
+
+
+def refusal(document: dict[str, Any], *overrides: str) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        job_from(document, overrides)
+    return caught.value.lines
+
+
+def assert_says(lines: list[str], path: str, given: str, accepted: str) -> None:
+    assert len(lines) == 1, lines
+    (line,) = lines
+    assert "\n" not in line
+    assert line.startswith(f"{path}: "), line
+    assert f"got {given}" in line, line
+    assert accepted in line.partition("accepted: ")[2], line
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("seeed", "seed"),
+        ("distill.epoch", "epochs"),
+        ("model.widht", "width"),
+        ("finetune.deepspeed.zeero", "zero"),
+        ("evaluate.sampler.stepz", "steps"),
+        ("graft.0.targett", "target"),
+        ("graft.0.operator.kernal", "kernel"),
+        ("graft.0.layers.block", "blocks"),
+        ("resources.distil", "distill"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_one_that_was_meant(
+    document: dict[str, Any], path: str, near: str
+) -> None:
+    lines = refusal(put(document, path, 7))
+    assert_says(lines, path, "7", near)
+    assert f"did you mean {near}?" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "accepted"),
+    [
+        ("seed", "abc", "integer"),
+        ("seed", 1.5, "integer"),
+        ("name", 5, "string"),
+        ("distill", 3, "dictionary"),
+        ("distill.lr", [1], "number"),
+        ("distill.gate_weighted", "perhaps", "boolean"),
+        ("graft", "swa", "tuple"),
+        ("graft.0", 3, "dictionary"),
+        ("graft.0.operator", 3, "dictionary"),
+        ("graft.0.layers.blocks", 1, "tuple"),
+        ("graft.0.layers.blocks.1", "two", "integer"),
+        ("data.image_size", None, "integer"),
+        ("tracking.uri", 3, "string"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(
+    document: dict[str, Any], path: str, value: object, accepted: str
+) -> None:
+    given = "nothing" if value is None else repr(value)
+    assert_says(refusal(put(document, path, value)), path, given, accepted)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "accepted"),
+    [
+        ("seed", -1, "0"),
+        ("data.image_size", 12, "multiple of 8"),
+        ("data.heldout", 1.0, "less than 1"),
+        ("graft.0.operator.kernel", 0, "1"),
+        ("distill.loss", "l3", "'huber'"),
+        ("evaluate.metrics.0", "lpips", "'fid'"),
+        ("evaluate.sampler.steps", 1001, "1000"),
+        ("finetune.fraction", 1.5, "1"),
+        ("finetune.deepspeed.zero", 4, "3"),
+        ("resources.distill.gpu", -1, "0"),
+        ("weights.lr", float("nan"), "finite"),
+        ("name", "a b", "pattern"),
+        ("model.size", "XXL/2", "'XL/2'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(document: dict[str, Any], path: str, value: object, accepted: str) -> None:
+    if path == "evaluate.metrics.0":
+        document["evaluate"]["metrics"] = [None]
+    assert_says(refusal(put(document, path, value)), path, repr(value), accepted)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("inf")])
+def test_a_ratio_outside_0_to_1_is_refused(document: dict[str, Any], ratio: float) -> None:
+    put(document, "graft.0.layers", {"kind": "interleaved", "ratio": ratio})
+    assert_says(refusal(document), "graft.0.layers.ratio", repr(ratio), "")
+
+
+def test_a_ratio_of_an_operator_out_of_range_is_refused(document: dict[str, Any]) -> None:
+    put(document, "graft.0", {"target": "mlp", "operator": {"kind": "mlp", "ratio": 0}, "layers": {"kind": "all"}})
+    assert_says(refusal(document), "graft.0.operator.ratio", "0", "greater than 0")
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("graft.0.operator", ("mha", "swa", "hyena_se", "hyena_x", "hyena_y", "mlp")),
+        ("graft.0.layers", ("all", "explicit", "interleaved")),
+        ("data", ("digits", "image_folder")),
+        ("weights", ("pretrain", "checkpoint")),
+        ("evaluate.sampler", ("ancestral", "ddim")),
+    ],
+)
+class TestKinds:
+    def test_an_unknown_kind_is_refused_with_the_known_ones(
+        self, document: dict[str, Any], path: str, known: tuple[str, ...]
+    ) -> None:
+        lines = refusal(put(document, path, {"kind": "nonesuch"}))
+        for kind in known:
+            assert_says(lines, f"{path}.kind", "'nonesuch'", f"'{kind}'")
+
+    def test_a_missing_kind_is_refused_with_the_known_ones(
+        self, document: dict[str, Any], path: str, known: tuple[str, ...]
+    ) -> None:
+        lines = refusal(put(document, path, {}))
+        for kind in known:
+            assert_says(lines, path, "{}", kind)
+
+
+@pytest.mark.parametrize("path", ["name", "model", "graft", "graft.0.target", "graft.0.layers.blocks"])
+def test_a_missing_field_is_named(document: dict[str, Any], path: str) -> None:
+    *steps, last = path.split(".")
+    here: Any = document
+    for step in steps:
+        here = here[int(step)] if step.isdigit() else here[step]
+    del here[last]
+    (line,) = refusal(document)
+    assert line.startswith(f"{path}: missing; accepted: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "given", "accepted"),
+    [
+        ({"graft.0.layers.blocks": [1, 4]}, "graft.0.layers.blocks.1", "4", "0 .. 3"),
+        ({"graft.0.layers.blocks": [-1]}, "graft.0.layers.blocks.0", "-1", "0"),
+        ({"graft.0.layers.blocks": []}, "graft.0.layers.blocks", "[]", "1"),
+        ({"graft.0.layers.blocks": [1, 3, 1]}, "graft.0.layers.blocks.2", "1", "once"),
+        ({"model.heads": 3}, "model.heads", "3", "divides the width, 32"),
+        ({"model.width": 34}, "model.width", "34", "multiple of 4"),
+        ({"model.depth": 0}, "model.depth", "0", "at least 1"),
+        ({"model.size": "XL/2"}, "model.depth", "4", "28"),
+        ({"model.patch": 3}, "data.image_size", "16", "multiple of the patch, 3"),
+        ({"graft.0.target": "mlp"}, "graft.0.operator.kind", "'hyena_y'", "an operator for mlp"),
+        ({"graft.0.operator": {"kind": "mlp"}}, "graft.0.operator.kind", "'mlp'", "an operator for mha"),
+        ({"graft.0.layers": {"kind": "interleaved", "ratio": 0.1}}, "graft.0.layers", "", "4 blocks"),
+        ({"weights.workers": 3}, "weights.batch", "16", "multiple of workers, 3"),
+        ({"evaluate.metrics": ["fid"]}, "evaluate.reference", "nothing", "mu and sigma"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_does_not_fit_together_is_refused_at_the_field_to_change(
+    document: dict[str, Any], changes: dict[str, object], path: str, given: str, accepted: str
+) -> None:
+    for field, value in changes.items():
+        put(document, field, value)
+    assert_says(refusal(document), path, given, accepted)
+
+
+def test_two_edits_on_one_site_are_refused_naming_the_site_and_the_first_edit(document: dict[str, Any]) -> None:
+    document["graft"].append({"target": "mha", "operator": {"kind": "swa"}, "layers": {"kind": "all"}})
+    assert_says(refusal(document), "graft.1.layers", "'01.mha'", "graft.0")
+
+
+def test_two_edits_on_different_targets_of_one_block_are_accepted(document: dict[str, Any]) -> None:
+    document["graft"].append({"target": "mlp", "operator": {"kind": "mlp"}, "layers": {"kind": "all"}})
+    sites = [str(edit.site) for edit in job_from(document).edits()]
+    assert sites == ["00.mlp", "01.mha", "01.mlp", "02.mlp", "03.mha", "03.mlp"]
+
+
+def test_every_problem_gets_a_line_of_its_own(document: dict[str, Any]) -> None:
+    put(document, "seed", -1)
+    put(document, "graft.0.operator.kernel", 0)
+    put(document, "distill.epoch", 3)
+    lines = refusal(document)
+    assert sorted(line.partition(":")[0] for line in lines) == ["distill.epoch", "graft.0.operator.kernel", "seed"]
+
+
+def test_a_long_value_is_shortened(document: dict[str, Any]) -> None:
+    (line,) = refusal(put(document, "seed", "x\n" * 1000))
+    assert len(line) < 250 and "\n" not in line
+
+
+# -- files
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"name: x\nmodel: {kind: dit\ngraft: 1\n", "line 3"),
+        (b"name: x\n\tmodel: 1\n", "line 2"),
+        (b"- name: x\n", "mapping"),
+        (b"just words", "mapping"),
+        (b"", "mapping"),
+        (b"\xff\xfe\x00binary\x9f", "not text"),
+        (b"name: !!python/object/apply:os.system ['true']\n", "line 1"),
+    ],
+    ids=["unbalanced", "tab", "list", "scalar", "empty", "binary", "python tag"],
+)
+def test_a_file_that_is_no_job_is_refused_in_one_line_that_names_it(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    (line,) = caught.value.lines
+    assert "\n" not in line and line.startswith(str(path)) and says in line
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["missing", "a folder"])
+def test_a_file_that_cannot_be_read_is_refused_in_one_line_that_names_it(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "job.yaml"
+    make(path)
+    with pytest.raises(SpecError, match="cannot be read") as caught:
+        load(path)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}: ") and "accepted: " in line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_example_is_a_valid_job(path: Path) -> None:
+    assert load(path).edits()
+
+
+def test_a_job_survives_a_round_trip_through_yaml(document: dict[str, Any]) -> None:
+    job = job_from(document)
+    assert job_from(yaml.safe_load(yaml.safe_dump(job.model_dump(mode="json")))) == job
+
+
+# -- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("seed=7", lambda job: job.seed, 7),
+        ("name=other", lambda job: job.name, "other"),
+        ("weights.lr=1e-3", lambda job: job.weights.lr, 1e-3),
+        ("finetune.control=false", lambda job: job.finetune.control, False),
+        ("finetune.deepspeed.zero=3", lambda job: job.finetune.deepspeed.zero, 3),
+        ("graft.0.operator.kernel=8", lambda job: job.graft[0].operator.kernel, 8),
+        ("graft[0].operator.kernel=8", lambda job: job.graft[0].operator.kernel, 8),
+        ("graft.0.layers.blocks=[0]", lambda job: job.graft[0].layers.blocks, (0,)),
+        ("graft[0].layers.blocks[1]=2", lambda job: job.graft[0].layers.blocks, (1, 2)),
+        ("distill.milestones.0=5", lambda job: job.distill.milestones, (5,)),
+        ("evaluate.sampler.guidance=4.0", lambda job: job.evaluate.sampler.guidance, 4.0),
+        ("store=s3://bucket/a=b", lambda job: job.store, "s3://bucket/a=b"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_override_sets_the_field(document: dict[str, Any], override: str, read: Any, value: object) -> None:
+    assert read(job_from(document, [override])) == value
+
+
+def test_the_last_override_of_a_field_wins(document: dict[str, Any]) -> None:
+    assert job_from(document, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("kind_is", ["graft.0.operator.kind=swa", "graft[0].operator.kind=swa"])
+def test_another_kind_drops_the_fields_of_the_old_one(document: dict[str, Any], kind_is: str) -> None:
+    operator = job_from(document, [kind_is, "graft.0.operator.window=6"]).graft[0].operator
+    assert operator.model_dump() == {"kind": "swa", "window": 6}
+
+
+def test_the_same_kind_again_keeps_its_fields(document: dict[str, Any]) -> None:
+    put(document, "graft.0.operator.kernel", 9)
+    assert job_from(document, ["graft.0.operator.kind=hyena_y"]).graft[0].operator.kernel == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "given"),
+    [
+        ("seed=abc", "seed", "'abc'"),
+        ("finetune.steps=1.5", "finetune.steps", "1.5"),
+        ("finetune.control=perhaps", "finetune.control", "'perhaps'"),
+        ("graft.0.operator.kernel=[4]", "graft.0.operator.kernel", "[4]"),
+        ("seed=", "seed", "nothing"),
+    ],
+)
+def test_an_override_is_checked_like_the_file(document: dict[str, Any], override: str, path: str, given: str) -> None:
+    assert_says(refusal(document, override), path, given, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "given"),
+    [
+        ("nonsense", "--set", "'nonsense'"),
+        ("=3", "--set", "'=3'"),
+        ("seed={a", "--set seed", "'{a'"),
+        ("seed=!!python/object/apply:os.getcwd []", "--set seed", "'!!python"),
+        ("graft.1.target=mlp", "--set graft.1", "'1'"),
+        ("graft[1].target=mlp", "--set graft.1", "'1'"),
+        ("graft.-1.target=mlp", "--set graft.-1", "'-1'"),
+        ("graft.first.target=mlp", "--set graft.first", "'first'"),
+        ("distill.milestones.1=7", "--set distill.milestones.1", "'1'"),
+        ("name.first=x", "--set name", "'small'"),
+        ("name.kind=x", "--set name", "'small'"),
+        ("distill.milestones.0.x=1", "--set distill.milestones.0", "3"),
+        ("distill.milestones.0.kind=1", "--set distill.milestones.0", "3"),
+        ("distill.milestones.0.x.y=1", "--set distill.milestones.0", "3"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_refused(
+    document: dict[str, Any], override: str, path: str, given: str
+) -> None:
+    assert_says(refusal(document, override), path, given, "")
+
+
+# -- models and layers
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("letter", "depth", "width", "heads"),
+    [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)],
+)
+def test_a_published_size_stands_for_its_shape(letter: str, depth: int, width: int, heads: int, patch: int) -> None:
+    model = DitModel.model_validate({"size": f"{letter}/{patch}"})
+    assert (model.depth, model.width, model.heads, model.patch) == (depth, width, heads, patch)
+
+
+def test_half_interleaved_takes_every_second_block() -> None:
+    assert InterleavedLayers(ratio=0.5).choose(28) == tuple(range(1, 28, 2))
+
+
+def test_three_quarters_interleaved_leaves_every_fourth_block() -> None:
+    left = set(range(28)) - set(InterleavedLayers(ratio=0.75).choose(28))
+    assert left == {0, 4, 8, 12, 16, 20, 24}
+
+
+@pytest.mark.parametrize("depth", [8, 10, 28])
+@pytest.mark.parametrize("tenth", range(1, 11))
+def test_interleaving_takes_its_share_whatever_its_binary_fraction(tenth: int, depth: int) -> None:
+    assert len(InterleavedLayers(ratio=tenth / 10).choose(depth)) == depth * tenth // 10
+
+
+def test_all_takes_every_block() -> None:
+    assert AllLayers().choose(3) == (0, 1, 2)
+
+
+# -- specs as values
+
+
+def test_what_cannot_change_a_result_is_dropped_however_deep() -> None:
+    class Inner(Spec):
+        matters: int = 1
+        cannot_matter: Annotated[int, Unkeyed()] = 2
+
+    class Outer(Spec):
+        one: Inner = Inner()
+        several: tuple[Inner, ...] = (Inner(), Inner())
+        hidden: Annotated[Inner, Unkeyed()] = Inner()
+
+    assert keyed(Outer()) == {"one": {"matters": 1}, "several": [{"matters": 1}, {"matters": 1}]}
+
+
+def test_a_spec_cannot_be_changed(document: dict[str, Any]) -> None:
+    job = job_from(document)
+    with pytest.raises(ValidationError, match="frozen"):
+        job.seed = 3
+
+
+def test_the_schema_describes_every_section() -> None:
+    assert set(JobSpec.model_json_schema()["properties"]) == set(JobSpec.model_fields)
+
+
+@pytest.mark.parametrize("modules", ["specs.job, specs.load", "pipeline", "pipeline.cli"])
+def test_the_front_door_opens_without_the_heavy_libraries(modules: str) -> None:
+    check = f"import sys, {modules}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
