@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,22 +20,27 @@ class NotEnough(Exception):
     """This machine cannot give a task what it asks for."""
 
 
-def start(demands: Iterable[StepResources], together: int) -> None:
-    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names.
+@contextmanager
+def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
+    """Ray on this machine, or the cluster that RAY_ADDRESS names, for as long as the context lasts.
 
     demands: what single tasks take. together: how many one-CPU workers must be able to run side by side; a machine
     with fewer cores still runs them, slower.
     """
     demands = list(demands)
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    cpus = max(os.cpu_count() or 1, together, *(int(-(-demand.cpu // 1)) for demand in demands))
+    cpus = max(os.cpu_count() or 1, together, *(math.ceil(demand.cpu) for demand in demands))
+    # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
     local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cpus, "include_dashboard": False}
-    ray.init(logging_level="ERROR", log_to_driver=False, configure_logging=True, **local)
-    if local:
+    ray.init(logging_level="ERROR", log_to_driver=False, **local)
+    try:
         gpus = ray.cluster_resources().get("GPU", 0.0)
         most = max((demand.gpu for demand in demands), default=0.0)
-        if most > gpus:
+        if local and most > gpus:
             raise NotEnough(f"resources: got gpu: {most:g}; accepted: at most {gpus:g}, the GPUs of this machine")
+        yield
+    finally:
+        ray.shutdown()
 
 
 def settle() -> torch.device:
@@ -67,26 +73,3 @@ def fan_out(
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1)
         yield ray.get(ready[0])
-
-
-def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Start `work` on a thread; the returned function waits for it and gives its result or raises its error."""
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def wait() -> Any:
-        thread.join()
-        if failure:
-            raise failure[0]
-        return outcome[0]
-
-    return wait

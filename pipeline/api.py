@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,7 @@ class Run:
         self.tracker: Tracker | None = None
 
     def go(self) -> RunRecord:
-        states = self.plan.states(self.store)
-        if all(state == "cached" for state in states.values()) and self._tracked_already():
+        if self._all_cached() and self._tracked_already():
             try:
                 return self._finish()
             except RottenArtifact as rotten:
@@ -144,22 +144,30 @@ class Run:
 
     def _execute(self) -> None:
         """Until nothing is left to do; what is found damaged is set aside and computed again."""
+        # MLflow and Ray each take seconds to start: side by side.
+        with ThreadPoolExecutor(1) as pool:
+            tracking = pool.submit(self._track)
+            if not self._all_cached():
+                from pipeline.execute import session
+
+                with session(self.plan):
+                    self.tracker = tracking.result()
+                    self._execute_in_session()
+            self.tracker = tracking.result()
+
+    def _execute_in_session(self) -> None:
         from pipeline.execute import execute
 
-        self.tracker = self._track()
         for _ in range(REPAIRS + 1):
-            if all(state == "cached" for state in self.plan.states(self.store).values()):
+            failures = execute(self.plan, self.store, self.record.run, self.record.git_commit, self)
+            damaged = {failure.rotten: failure.problem for failure in failures if failure.rotten}
+            if not failures:
                 return
-            outcome = execute(self.plan, self.store, self.record.run, self.record.git_commit, self)
-            rotten = [failure for failure in outcome.failures if failure.rotten]
-            if outcome.failures and len(rotten) < len(outcome.failures):
-                self._fail(outcome.failures)
-            for failure in rotten:
-                assert failure.rotten is not None
-                self._set_aside(failure.rotten, failure.problem)
-            if not rotten:
-                return
-        self._fail(outcome.failures)
+            if any(not failure.rotten for failure in failures):
+                break
+            for key, problem in damaged.items():
+                self._set_aside(key, problem)
+        self._fail(failures)
 
     def _fail(self, failures: Sequence[Any]) -> None:
         self.record.error = "\n".join(str(failure) for failure in failures)
@@ -221,6 +229,9 @@ class Run:
         return StepRecord(
             name=name, key=key, state="cached", seconds=origin.seconds, made_by=origin.run, mlflow_run=mlflow_run
         )
+
+    def _all_cached(self) -> bool:
+        return all(state == "cached" for state in self.plan.states(self.store).values())
 
     def _tracked_already(self) -> bool:
         return self.past is not None and self.past.status == "finished" and self.past.mlflow_uri == self.tracking_uri()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -40,14 +40,18 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Run a job; what the store has already is not computed again."""
     with problems(debug):
-        _report(api.run(job, overrides or (), _view()), as_json)
+        with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is for the result
+            done = api.run(job, overrides or (), _view())
+        _report(done, as_json)
 
 
 @app.command()
 def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = False, debug: Debug = False) -> None:
     """Go on with a run from where it stopped."""
     with problems(debug):
-        _report(api.resume(name, store, _view()), as_json)
+        with redirect_stdout(sys.stderr):
+            done = api.resume(name, store, _view())
+        _report(done, as_json)
 
 
 @app.command()

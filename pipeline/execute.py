@@ -12,7 +12,8 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -58,27 +59,21 @@ class Watcher(Protocol):
     def skipped(self, step: str, because_of: str) -> None: ...
 
 
-@dataclass
-class Outcome:
-    """How an execution went."""
-
-    failures: list[StepFailed] = field(default_factory=list)
+def session(plan: Plan) -> AbstractContextManager[None]:
+    """Ray, with room for each of the plan's steps."""
+    return runtime.session((step.resources for step in plan.steps), together=_widest(plan))
 
 
-def execute(plan: Plan, store: Store, run: str, git_commit: str | None, watcher: Watcher) -> Outcome:
-    """Run what the store lacks; returns when every step has ended, failed or been skipped."""
+def execute(plan: Plan, store: Store, run: str, git_commit: str | None, watcher: Watcher) -> list[StepFailed]:
+    """Run what the store lacks, within a `session`; returns the failures when every step has come to its end."""
     states = plan.states(store)
-    todo = [step for step in plan.steps if states[step.name] != "cached"]
-    runtime.start((step.resources for step in todo), together=_widest(plan))
-    try:
-        board = ray.remote(num_cpus=0)(Board).remote()
-        refs: dict[str, Any] = {}
-        for step in todo:
+    board = ray.remote(num_cpus=0)(Board).remote()
+    refs: dict[str, Any] = {}
+    for step in plan.steps:
+        if states[step.name] != "cached":
             needed = [refs[name] for name in step.needs.values() if name in refs]
             refs[step.name] = _submit(step, plan, store, run, git_commit, Reporter(board, step.name), needed)
-        return _watch(refs, board, watcher)
-    finally:
-        ray.shutdown()
+    return _watch(refs, board, watcher)
 
 
 def _widest(plan: Plan) -> int:
@@ -138,9 +133,10 @@ def _run_step(
         raise StepFailed(step.name, _one_line(cause), traceback.format_exc(), rotten) from None
 
 
-def _watch(refs: Mapping[str, Any], board: Any, watcher: Watcher) -> Outcome:
+def _watch(refs: Mapping[str, Any], board: Any, watcher: Watcher) -> list[StepFailed]:
     """Follow the tasks until all have ended."""
-    outcome, waiting = Outcome(), dict(refs)
+    failures: list[StepFailed] = []
+    waiting = dict(refs)
     begun: set[str] = set()
     while waiting:
         ray.wait(list(waiting.values()), timeout=POLL_SECONDS)
@@ -151,11 +147,11 @@ def _watch(refs: Mapping[str, Any], board: Any, watcher: Watcher) -> Outcome:
         watcher.news(news)
         ready, _ = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=0)
         for name in [name for name, ref in waiting.items() if ref in ready]:
-            _end(name, waiting.pop(name), watcher, outcome)
-    return outcome
+            _end(name, waiting.pop(name), watcher, failures)
+    return failures
 
 
-def _end(name: str, ref: Any, watcher: Watcher, outcome: Outcome) -> None:
+def _end(name: str, ref: Any, watcher: Watcher, failures: list[StepFailed]) -> None:
     try:
         watcher.ended(name, ray.get(ref))
     except ray.exceptions.RayTaskError as error:
@@ -165,11 +161,11 @@ def _end(name: str, ref: Any, watcher: Watcher, outcome: Outcome) -> None:
         if failure.step != name:  # Ray hands a task the error of what it needed
             watcher.skipped(name, failure.step)
             return
-        outcome.failures.append(failure)
+        failures.append(failure)
         watcher.failed(name, failure.problem)
     except ray.exceptions.RayError as error:
         failure = StepFailed(name, f"its worker was lost {RETRIES + 1} times: {_one_line(error)}", str(error), None)
-        outcome.failures.append(failure)
+        failures.append(failure)
         watcher.failed(name, failure.problem)
 
 

@@ -1,4 +1,4 @@
-"""What can be asked for, and how a bad request is refused: one line a problem, with path, value and what is accepted."""
+"""What can be asked for, and how a bad request is refused: a line a problem, with path, value and what is accepted."""
 
 from __future__ import annotations
 

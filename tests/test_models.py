@@ -1,0 +1,915 @@
+"""What a graft is: the transformer and its tensors, operators, diffusion, samplers, surgery, files and costs."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import checkpoints
+from models.checkpoints import UnfitCheckpoint
+from models.costs import forward_flops, num_parameters
+from models.diffusion import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
+from models.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
+from models.frechet import Gaussian, distance, gaussian
+from models.operators import build_operator
+from models.sampling import guided, sample
+from models.streams import SampleNoise, generator, initialising, seed_of
+from models.surgery import graft, modulations, new_scion, observe, operator_at, prefix, replace
+from specs.evaluate import AncestralSampler, DdimSampler
+from specs.graft import Edit, Site
+from specs.operators import HyenaSE, HyenaX, HyenaY, Mha, Mlp, OperatorSpec, Swa
+
+TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+
+
+def lively(module: nn.Module, seed: int = 0) -> Any:
+    """The module with every parameter random: nothing is hidden behind a zero."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(0.3 * torch.randn(value.shape, generator=draws))
+    return module
+
+
+@pytest.fixture
+def model() -> DiT:
+    return lively(DiT(TINY))
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
+
+
+# -- the transformer
+
+
+def published_tensors(depth: int, width: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    """REFERENCE section 1, for patch 2, 4 latent channels and 1000 classes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, num_tokens, width),
+        "x_embedder.proj.weight": (width, 4, 2, 2),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.2.weight": (width, width),
+        "y_embedder.embedding_table.weight": (1001, width),
+        "final_layer.linear.weight": (2 * 2 * 8, width),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+    }
+    for i in range(depth):
+        shapes |= {
+            f"blocks.{i}.attn.qkv.weight": (3 * width, width),
+            f"blocks.{i}.attn.proj.weight": (width, width),
+            f"blocks.{i}.mlp.fc1.weight": (4 * width, width),
+            f"blocks.{i}.mlp.fc2.weight": (width, 4 * width),
+            f"blocks.{i}.adaLN_modulation.1.weight": (6 * width, width),
+        }
+    biases = {
+        name.replace(".weight", ".bias"): shape[:1]
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and "embedding_table" not in name
+    }
+    return shapes | biases
+
+
+@pytest.fixture(scope="module")
+def xl2() -> DiT:
+    with torch.device("meta"):
+        return DiT(DiTConfig(input_size=32, in_channels=4, patch=2, depth=28, width=1152, heads=16, num_classes=1000))
+
+
+def test_xl2_has_the_published_tensors(xl2: DiT) -> None:
+    assert {name: tuple(value.shape) for name, value in xl2.state_dict().items()} == published_tensors(28, 1152, 256)
+
+
+def test_xl2_has_the_published_number_of_parameters(xl2: DiT) -> None:
+    # The published count takes in the fixed position embedding, which is a buffer here.
+    assert num_parameters(xl2) + xl2.pos_embed.numel() == 675_129_632
+
+
+def test_xl2_costs_the_published_flops(xl2: DiT) -> None:
+    # 118.6 Gflops in arXiv 2212.09748, which counts a multiply-add once.
+    assert forward_flops(xl2) / 2 == pytest.approx(118.6e9, rel=2e-3)
+
+
+def test_the_position_embedding_follows_its_formula() -> None:
+    side, width = TINY.input_size // TINY.patch, TINY.width
+    expected = [
+        [
+            wave(place / 10_000 ** (k / (width / 4)))
+            for place in (column, row)
+            for wave in (math.sin, math.cos)
+            for k in range(width // 4)
+        ]
+        for row in range(side)
+        for column in range(side)
+    ]
+    torch.testing.assert_close(position_embedding(TINY), torch.tensor([expected]), rtol=0, atol=1e-6)
+
+
+def test_a_timestep_is_described_by_cosines_then_sines() -> None:
+    embedding = TimestepEmbedding(256)
+    as_is = nn.Linear(256, 256, bias=False)
+    nn.init.eye_(as_is.weight)
+    embedding.mlp = nn.Sequential(as_is)
+    angles = [7 * 10_000 ** (-k / 128) for k in range(128)]
+    expected = torch.tensor([[*map(math.cos, angles), *map(math.sin, angles)]])
+    torch.testing.assert_close(embedding(torch.tensor([7])), expected, rtol=0, atol=1e-5)
+
+
+def test_a_block_adds_its_operators_between_modulation_and_gate(model: DiT) -> None:
+    x, c, block = torch.randn(2, 16, 16), torch.randn(2, 16), model.blocks[1]
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    linear = block.adaLN_modulation[1]
+    m = (F.silu(c) @ linear.weight.T + linear.bias).reshape(2, 6, 1, 16).unbind(1)
+    y = x + m[2] * block.attn(norm(x) * (1 + m[1]) + m[0])
+    y = y + m[5] * block.mlp(norm(y) * (1 + m[4]) + m[3])
+    torch.testing.assert_close(block(x, c), y)
+
+
+def test_patches_go_back_where_they_came_from() -> None:
+    config = DiTConfig(**{**TINY.__dict__, "learn_sigma": False})
+    image = torch.arange(2 * 3 * 64, dtype=torch.float32).reshape(2, 3, 8, 8)
+    tokens = [
+        [
+            [image[b, c, 2 * row + p, 2 * column + q].item() for p in range(2) for q in range(2) for c in range(3)]
+            for row in range(4)
+            for column in range(4)
+        ]
+        for b in range(2)
+    ]
+    assert torch.equal(DiT(config).unpatchify(torch.tensor(tokens)), image)
+
+
+def test_an_initialised_model_puts_out_zero(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    model = DiT(TINY)
+    initialise(model)
+    output = model(*batch)
+    assert output.shape == (4, 6, 8, 8) and not output.any()
+
+
+def test_an_initialised_block_passes_its_input_through() -> None:
+    model = DiT(TINY)
+    initialise(model)
+    x = torch.randn(2, 16, 16)
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 16)), x)
+
+
+# -- operators
+
+
+def build(spec: OperatorSpec, num_tokens: int = 16, width: int = 16, heads: int = 2) -> Any:
+    """An operator in fp64, all of whose weights are random."""
+    return lively(build_operator(spec, width, heads, num_tokens)).double()
+
+
+def dense_attention(x: Tensor, operator: Any, window: int, heads: int = 2) -> Tensor:
+    """Softmax attention through an N x N matrix of scores, all but the band masked."""
+    batch, num_tokens, width = x.shape
+    qkv = x @ operator.Wqkv.weight.T + operator.Wqkv.bias
+    q, k, v = (part.reshape(batch, num_tokens, heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
+    scores = q @ k.transpose(2, 3) / math.sqrt(width / heads)
+    far = (torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None]).abs() > window
+    y = scores.masked_fill(far, -math.inf).softmax(-1) @ v
+    return y.transpose(1, 2).reshape(batch, num_tokens, width) @ operator.out_proj.weight.T + operator.out_proj.bias
+
+
+@pytest.mark.parametrize(("num_tokens", "window"), [(16, 4), (16, 1), (3, 4), (1, 4), (9, 8)])
+def test_band_attention_is_dense_attention_with_all_but_the_band_masked(num_tokens: int, window: int) -> None:
+    operator = build(Swa(window=window))
+    x = torch.randn(2, num_tokens, 16, dtype=torch.float64)
+    torch.testing.assert_close(operator(x), dense_attention(x, operator, window))
+
+
+def test_full_attention_is_dense_attention() -> None:
+    operator = build(Mha())
+    x = torch.randn(2, 16, 16, dtype=torch.float64)
+    named = argparse.Namespace(Wqkv=operator.qkv, out_proj=operator.proj)
+    torch.testing.assert_close(operator(x), dense_attention(x, named, window=16))
+
+
+def hyena_by_hand(x: Tensor, operator: Any, kernel: int) -> Tensor:
+    """Token by token, tap by tap."""
+
+    def convolved(sequence: list[Tensor], taps: nn.Conv1d | None) -> list[Tensor]:
+        if taps is None:
+            return sequence
+        assert taps.bias is not None
+        return [
+            taps.bias
+            + sum(taps.weight[:, 0, kernel - 1 - back] * sequence[n - back] for back in range(kernel) if n >= back)
+            for n in range(len(sequence))
+        ]
+
+    width = x.shape[-1]
+    qkv = [token @ operator.in_proj.weight.T + operator.in_proj.bias for token in x.unbind(1)]
+    qkv = convolved(qkv, operator.short_filter)
+    gated = convolved([one[:, width : 2 * width] * one[:, 2 * width :] for one in qkv], operator.inner_filter)
+    y = [one[:, :width] * inner for one, inner in zip(qkv, gated, strict=True)]
+    return torch.stack([one @ operator.out_proj.weight.T + operator.out_proj.bias for one in y], dim=1)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("spec", "short", "inner"), [(HyenaSE, True, True), (HyenaX, True, False), (HyenaY, False, True)]
+)
+def test_a_hyena_is_its_definition_token_by_token(
+    spec: Callable[..., OperatorSpec], short: bool, inner: bool, kernel: int
+) -> None:
+    operator = build(spec(kernel=kernel))
+    assert (operator.short_filter is not None, operator.inner_filter is not None) == (short, inner)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(operator(x), hyena_by_hand(x, operator, kernel))
+
+
+@pytest.mark.parametrize(
+    ("spec", "before", "after"),
+    [
+        (Mha(), 16, 16),
+        (Swa(window=2), 2, 2),
+        (HyenaSE(kernel=3), 0, 4),
+        (HyenaX(kernel=3), 0, 2),
+        (HyenaY(kernel=3), 0, 2),
+        (Mlp(ratio=2), 0, 0),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_a_token_reaches_as_far_as_the_operator_says(spec: OperatorSpec, before: int, after: int) -> None:
+    operator, moved = build(spec), 8
+    x = torch.randn(1, 16, 16, dtype=torch.float64)
+    nudged = x.clone()
+    nudged[:, moved] += 1
+    changed = (operator(nudged) != operator(x)).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == list(range(max(0, moved - before), min(16, moved + after + 1)))
+
+
+@pytest.mark.parametrize("spec", [HyenaSE(), HyenaY()], ids=["hyena_se", "hyena_y"])
+def test_the_inner_filter_starts_as_the_identity(spec: OperatorSpec) -> None:
+    taps = build_operator(spec, 16, 2, 16).inner_filter
+    assert torch.equal(taps.weight[:, 0], torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(16, 4)) and not taps.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (Mha(), {"qkv": (48, 16), "proj": (16, 16)}),
+        (Swa(), {"Wqkv": (48, 16), "out_proj": (16, 16)}),
+        (
+            HyenaSE(),
+            {"in_proj": (48, 16), "short_filter": (48, 1, 4), "inner_filter": (16, 1, 4), "out_proj": (16, 16)},
+        ),
+        (HyenaX(), {"in_proj": (48, 16), "short_filter": (48, 1, 4), "out_proj": (16, 16)}),
+        (HyenaY(), {"in_proj": (48, 16), "inner_filter": (16, 1, 4), "out_proj": (16, 16)}),
+        (Mlp(), {"fc1": (48, 16), "fc2": (16, 48)}),
+        (Mlp(ratio=6), {"fc1": (96, 16), "fc2": (16, 96)}),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_an_operator_has_the_published_tensors(spec: OperatorSpec, shapes: dict[str, tuple[int, ...]]) -> None:
+    expected = {f"{name}.weight": shape for name, shape in shapes.items()}
+    expected |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+    state = build_operator(spec, 16, 2, 16).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "spec", [Mha(), Swa(), HyenaSE(), HyenaX(), HyenaY(), Mlp()], ids=lambda spec: spec.model_dump()["kind"]
+)
+def test_gradients_reach_the_input_and_every_weight(spec: OperatorSpec) -> None:
+    operator = build(spec)
+    x = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
+    operator(x).square().sum().backward()
+    reached = {name: value.grad is not None and bool(value.grad.any()) for name, value in operator.named_parameters()}
+    assert all(reached.values()), reached
+    assert x.grad is not None and x.grad.ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("spec", [Swa(), HyenaSE()], ids=["swa", "hyena_se"])
+def test_fewer_tokens_than_the_operator_sees_are_no_problem(spec: OperatorSpec, num_tokens: int) -> None:
+    assert build(spec)(torch.randn(2, num_tokens, 16, dtype=torch.float64)).isfinite().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the number of entries of all that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+def test_band_attention_never_makes_a_matrix_of_tokens_by_tokens() -> None:
+    operator = build_operator(Swa(window=2), 8, 1, 1024)
+    with LargestTensor() as largest, torch.no_grad():
+        operator(torch.randn(1, 1024, 8))
+    assert largest.numel <= 1024 * 8 * 5 + 1024
+
+
+@pytest.mark.parametrize("spec", [Swa(), HyenaSE(), HyenaX(), HyenaY(), Mlp()], ids=lambda spec: spec.kind)
+def test_a_local_operator_costs_in_proportion_to_the_tokens(spec: Any) -> None:
+    def flops(num_tokens: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            build_operator(spec, 16, 2, num_tokens)(torch.zeros(1, num_tokens, 16))
+        return counter.get_total_flops()
+
+    # A convolution also computes its padding: a constant, whatever the number of tokens.
+    assert flops(256) - flops(128) == 2 * (flops(128) - flops(64))
+
+
+# -- diffusion
+
+
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+def posterior(before: float, after: float, x0: float, x: float) -> tuple[float, float]:
+    """Mean and variance of x[s] given x[t] and x0, by conditioning one Gaussian on another (alpha_bar at s and t)."""
+    kept = after / before
+    prior_mean, prior_var = math.sqrt(before) * x0, 1 - before
+    gain = prior_var * math.sqrt(kept) / (kept * prior_var + 1 - kept)
+    return prior_mean + gain * (x - math.sqrt(kept) * prior_mean), prior_var - gain * math.sqrt(kept) * prior_var
+
+
+def filled(value: float, channels: int = 1) -> Tensor:
+    return torch.full((1, channels, 1, 1), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_noising_has_the_right_mean_and_spread(t: int) -> None:
+    z = Diffusion().add_noise(
+        torch.full((100_000, 1, 1, 1), 0.7), torch.full((100_000,), t), torch.randn(100_000, 1, 1, 1)
+    )
+    spread = math.sqrt(1 - ALPHA_BAR[t])
+    assert z.mean().item() == pytest.approx(math.sqrt(ALPHA_BAR[t]) * 0.7, abs=5 * spread / math.sqrt(100_000))
+    assert z.std().item() == pytest.approx(spread, rel=0.02)
+
+
+def test_removing_the_noise_gives_back_the_image() -> None:
+    chain, x0, noise, t = Diffusion(), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 300, 600])
+    torch.testing.assert_close(chain.x0_from_noise(chain.add_noise(x0, t, noise), t, noise), x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1, 2, 500, 999])
+def test_the_posterior_is_that_of_two_gaussians(t: int) -> None:
+    chain, at_t = Diffusion(), torch.tensor([t])
+    mean, variance = posterior(ALPHA_BAR[t - 1], ALPHA_BAR[t], x0=0.4, x=-1.3)
+    assert chain.posterior_mean(filled(0.4), filled(-1.3), at_t).item() == pytest.approx(mean, rel=1e-5)
+    assert chain.min_log_var[t].item() == pytest.approx(math.log(variance), rel=1e-6)
+
+
+def test_the_first_posterior_is_the_image_itself() -> None:
+    mean = Diffusion().posterior_mean(filled(0.4), filled(-1.3), torch.tensor([0]))
+    assert mean.item() == pytest.approx(0.4, rel=1e-6)
+
+
+def test_the_first_log_variance_is_the_second_ones() -> None:
+    chain = Diffusion()
+    assert chain.min_log_var[0] == chain.min_log_var[1]
+
+
+@pytest.mark.parametrize("t", [1, 400, 999])
+@pytest.mark.parametrize("raw", [-1.0, 0.0, 0.5, 1.0])
+def test_the_variance_output_moves_between_posterior_variance_and_beta(raw: float, t: int) -> None:
+    _, smallest = posterior(ALPHA_BAR[t - 1], ALPHA_BAR[t], 0.0, 0.0)
+    largest = 1 - ALPHA_BAR[t] / ALPHA_BAR[t - 1]
+    share = (raw + 1) / 2
+    expected = share * math.log(largest) + (1 - share) * math.log(smallest)
+    assert Diffusion().log_variance(filled(raw), torch.tensor([t])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_divergence_of_gaussians_is_torchs() -> None:
+    mean, log_var, other_mean, other_log_var = torch.randn(4, 100, dtype=torch.float64)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (log_var / 2).exp()),
+        torch.distributions.Normal(other_mean, (other_log_var / 2).exp()),
+    )
+    torch.testing.assert_close(gaussian_kl(mean, log_var, other_mean, other_log_var), expected)
+
+
+@pytest.mark.parametrize(("mean", "log_var"), [(0.0, -4.0), (0.9, -1.0), (-1.2, -6.0)])
+def test_the_256_levels_share_a_probability_of_one(mean: float, log_var: float) -> None:
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    chances = discretised_log_likelihood(levels, torch.full_like(levels, mean), torch.full_like(levels, log_var)).exp()
+    assert chances.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def hybrid_loss(output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    return Diffusion().loss(lambda *_: output, x0, t, torch.zeros_like(t), noise)
+
+
+@pytest.fixture
+def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Network output (2C channels), x0, t and noise."""
+    x0, noise = 0.5 * torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    predicted = noise + 0.3 * torch.randn(3, 2, 4, 4)
+    return torch.cat([predicted, torch.rand(3, 2, 4, 4) - 0.5], 1), x0, torch.tensor([3, 400, 990]), noise
+
+
+def test_the_bound_trains_the_variance_and_not_the_mean(example: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    output, x0, t, noise = example
+    output.requires_grad_()
+    (whole,) = torch.autograd.grad(hybrid_loss(output, x0, t, noise).sum(), output)
+    (of_error,) = torch.autograd.grad((output[:, :2] - noise).square().flatten(1).mean(1).sum(), output)
+    torch.testing.assert_close(whole[:, :2], of_error[:, :2])
+    assert whole[:, 2:].ne(0).all()
+
+
+@pytest.mark.parametrize("t", [1, 400, 990])
+def test_the_loss_is_the_error_plus_the_divergence_in_bits(t: int) -> None:
+    x0, noise, predicted, raw = 0.3, -0.8, -0.5, 0.2
+    kept, before = ALPHA_BAR[t], ALPHA_BAR[t - 1]
+    x = math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise
+    true_mean, true_var = posterior(before, kept, x0, x)
+    mean, _ = posterior(before, kept, (x - math.sqrt(1 - kept) * predicted) / math.sqrt(kept), x)
+    deviation = math.exp((0.6 * math.log(1 - kept / before) + 0.4 * math.log(true_var)) / 2)
+    normal = torch.distributions.Normal
+    bound = torch.distributions.kl_divergence(
+        normal(torch.tensor(true_mean), math.sqrt(true_var)), normal(torch.tensor(mean), deviation)
+    )
+    output = torch.cat([filled(predicted), filled(raw)], 1)
+    found = hybrid_loss(output, filled(x0), torch.tensor([t]), filled(noise)).item()
+    assert found == pytest.approx((predicted - noise) ** 2 + bound.item() / math.log(2), rel=2e-3)
+
+
+def test_the_loss_at_the_first_timestep_is_the_error_plus_the_likelihood_in_bits() -> None:
+    x0, noise, predicted, raw = 10 / 127.5 - 1, 0.7, 0.1, 0.5
+    kept, chain = ALPHA_BAR[0], Diffusion()
+    x = math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise
+    mean = (x - math.sqrt(1 - kept) * predicted) / math.sqrt(kept)  # the first posterior is x0 itself
+    deviation = math.exp((0.75 * math.log(1e-4) + 0.25 * chain.min_log_var[1].item()) / 2)
+    level = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), deviation)
+    chance = level.cdf(torch.tensor(x0 + 1 / 255)) - level.cdf(torch.tensor(x0 - 1 / 255))
+    output = torch.cat([filled(predicted), filled(raw)], 1)
+    found = hybrid_loss(output, filled(x0), torch.tensor([0]), filled(noise)).item()
+    assert found == pytest.approx((predicted - noise) ** 2 - math.log2(chance.item()), rel=1e-3)
+
+
+def test_without_a_variance_the_loss_is_the_error_alone(example: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    output, x0, t, noise = example
+    expected = (output[:, :2] - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(hybrid_loss(output[:, :2], x0, t, noise), expected)
+
+
+CONSTANTS = ("alpha_bar", "x0_weight", "xt_weight", "min_log_var", "max_log_var")
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_chain_respaced_to_every_step_is_the_whole_chain(constant: str) -> None:
+    assert torch.equal(getattr(respaced(STEPS), constant), getattr(Diffusion(), constant))
+
+
+@pytest.mark.parametrize("count", [2, 4, 20, 250])
+class TestRespacing:
+    def test_both_ends_are_kept(self, count: int) -> None:
+        timesteps = respaced(count).timesteps.tolist()
+        assert len(set(timesteps)) == count and (timesteps[0], timesteps[-1]) == (0, 999)
+
+    def test_the_noise_at_a_timestep_is_that_of_the_whole_chain(self, count: int) -> None:
+        chain = respaced(count)
+        np.testing.assert_allclose(chain.alpha_bar.numpy(), ALPHA_BAR[chain.timesteps.numpy()], rtol=1e-12)
+
+    def test_the_posterior_is_that_of_its_own_longer_steps(self, count: int) -> None:
+        chain = respaced(count)
+        before, after = (ALPHA_BAR[chain.timesteps[i]] for i in (count - 2, count - 1))
+        mean, variance = posterior(before, after, x0=0.4, x=-1.3)
+        found = chain.posterior_mean(filled(0.4), filled(-1.3), torch.tensor([count - 1])).item()
+        assert found == pytest.approx(mean, rel=1e-5)
+        assert chain.min_log_var[-1].item() == pytest.approx(math.log(variance), rel=1e-6)
+
+
+# -- sampling
+
+
+def knows(x0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A network that sees through the noise to x0; it is told timesteps of the whole chain."""
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        kept = torch.from_numpy(ALPHA_BAR)[t][:, None, None, None]
+        noise = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
+        return torch.cat([noise, torch.zeros_like(noise)], 1).float()
+
+    return network
+
+
+def drawn(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor], sampler: Any, shape: tuple[int, ...], bounded: bool = False
+) -> Tensor:
+    draws = torch.Generator().manual_seed(1)
+    return sample(
+        network,
+        torch.zeros(shape[0], dtype=torch.long),
+        lambda: torch.randn(shape, generator=draws),
+        sampler=sampler,
+        null_class=5,
+        bounded=bounded,
+    )
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["latents", "pixels"])
+@pytest.mark.parametrize("sampler", [DdimSampler(steps=10, guidance=1), AncestralSampler(steps=10, guidance=1)])
+def test_a_network_that_knows_the_image_draws_it(sampler: Any, bounded: bool) -> None:
+    x0 = torch.rand(3, 2, 4, 4) * 2 - 1
+    torch.testing.assert_close(drawn(knows(x0), sampler, (3, 2, 4, 4), bounded), x0, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [DdimSampler(steps=100, guidance=1), AncestralSampler(steps=250, guidance=1)])
+def test_the_best_network_for_a_gaussian_draws_that_gaussian(sampler: Any) -> None:
+    centre, spread = 0.6, 0.3
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        kept = torch.from_numpy(ALPHA_BAR)[t][:, None, None, None].float()
+        return (1 - kept).sqrt() * (x - kept.sqrt() * centre) / (kept * spread**2 + 1 - kept)
+
+    samples = drawn(network, sampler, (4, 1, 64, 64))
+    assert samples.mean().item() == pytest.approx(centre, abs=0.02)
+    assert samples.std().item() == pytest.approx(spread, rel=0.05)
+
+
+def test_pixels_stay_within_their_range() -> None:
+    samples = drawn(knows(torch.full((1, 1, 2, 2), 3.0)), DdimSampler(steps=5, guidance=1), (1, 1, 2, 2), bounded=True)
+    assert torch.equal(samples, torch.ones(1, 1, 2, 2))
+
+
+def test_ddim_draws_noise_only_once(batch: tuple[Tensor, Tensor, Tensor], model: DiT) -> None:
+    calls = []
+
+    def draw() -> Tensor:
+        calls.append(1)
+        return batch[0]
+
+    sample(model, batch[2], draw, sampler=DdimSampler(steps=4), null_class=5, bounded=False)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def labelled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A network over 4 channels whose output tells the label: y + channel / 10."""
+    return lambda x, t, y: y[:, None, None, None] + (torch.arange(8) / 10)[None, :, None, None].expand(len(x), 8, 2, 2)
+
+
+def test_guidance_of_one_is_no_guidance(model: DiT) -> None:
+    assert guided(model, torch.tensor([1]), 5, DdimSampler(guidance=1.0)) is model
+
+
+@pytest.mark.parametrize(("channels", "count"), [("first_three", 3), ("all", 4)])
+def test_guidance_moves_the_guided_channels_away_from_the_null_class(
+    labelled: Callable[[Tensor, Tensor, Tensor], Tensor], channels: Any, count: int
+) -> None:
+    y = torch.tensor([1, 3])
+    x, t = torch.zeros(2, 4, 2, 2), torch.zeros(2, dtype=torch.long)
+    found = guided(labelled, y, 5, DdimSampler(guidance=4.0, guided_channels=channels))(x, t, y)
+    expected = labelled(x, t, y).clone()
+    expected[:, :count] = labelled(x, t, 5 + 4 * (y - 5))[:, :count]
+    torch.testing.assert_close(found, expected)
+
+
+def test_guiding_three_of_one_channel_guides_that_one(labelled: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def one_channel(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return labelled(x, t, y)[:, :2]
+
+    y, zero = torch.tensor([1]), torch.zeros(1, dtype=torch.long)
+    x = torch.zeros(1, 1, 2, 2)
+    found = guided(one_channel, y, 5, DdimSampler(guidance=2.0))(x, zero, y)
+    torch.testing.assert_close(
+        found, torch.cat([one_channel(x, zero, 2 * y - 5)[:, :1], one_channel(x, zero, y)[:, 1:]], 1)
+    )
+
+
+# -- streams
+
+
+def test_the_same_name_draws_the_same_numbers() -> None:
+    first, second = (torch.randn(5, generator=generator(3, "base", "step", 7)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_streams_of_different_names_differ() -> None:
+    names: list[tuple[Any, ...]] = [
+        (0, "a"),
+        (1, "a"),
+        (0, "b"),
+        (0, "a", 1),
+        (0, "a", 11),
+        (0, "a", 1, 1),
+        (0, 1, "a"),
+    ]
+    assert len({seed_of(*name) for name in names}) == len(names)
+
+
+def test_a_stream_is_the_same_on_every_machine() -> None:
+    assert seed_of(0, "base", "step", 7) == 2_885_756_687_977_401_089
+
+
+def test_initialising_leaves_the_global_stream_as_it_was() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    with initialising(0, "anything"):
+        torch.randn(10)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("split", [(6,), (1, 5), (2, 2, 2), (5, 1)])
+def test_any_split_into_batches_draws_the_same_noise(split: tuple[int, ...]) -> None:
+    whole = SampleNoise(0, range(6), (2, 3), CPU)
+    starts = [sum(split[:i]) for i in range(len(split))]
+    parts = [SampleNoise(0, range(start, start + size), (2, 3), CPU) for start, size in zip(starts, split, strict=True)]
+    for _ in range(3):
+        assert torch.equal(torch.cat([part() for part in parts]), whole())
+
+
+# -- surgery
+
+
+MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=2, target="mlp")
+
+
+@pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE, Site(block=0, target="mlp")], ids=str)
+def test_what_is_observed_is_what_a_forward_by_hand_sees(
+    model: DiT, batch: tuple[Tensor, Tensor, Tensor], site: Site
+) -> None:
+    tokens, c = model.embed(*batch)
+    for block in model.blocks[: site.block]:
+        tokens = block(tokens, c)
+    block = model.blocks[site.block]
+    m = [part[:, None] for part in modulations(block, c)]
+    seen = block.norm1(tokens) * (1 + m[1]) + m[0]
+    made, gate = block.attn(seen), m[2]
+    if site.target == "mlp":
+        tokens = tokens + gate * made
+        seen = block.norm2(tokens) * (1 + m[4]) + m[3]
+        made, gate = block.mlp(seen), m[5]
+    found = observe(model, [site], *batch)[site]
+    torch.testing.assert_close((found.input, found.output, found.gate), (seen, made, gate[:, 0]))
+
+
+def test_several_sites_are_observed_in_one_pass(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    together = observe(model, [MLP_SITE, MHA_SITE], *batch)
+    for site in (MLP_SITE, MHA_SITE):
+        assert torch.equal(together[site].output, observe(model, [site], *batch)[site].output)
+
+
+def test_observing_leaves_no_trace(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    observe(model, [MHA_SITE], *batch)
+    assert not operator_at(model, MHA_SITE)._forward_hooks
+
+
+def test_blocks_behind_the_last_site_are_not_run(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    model.blocks[2] = nn.Identity()  # would fail: it takes two arguments
+    assert observe(model, [MHA_SITE], *batch)
+
+
+@pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
+def test_replacing_an_operator_by_its_copy_changes_nothing(
+    model: DiT, batch: tuple[Tensor, Tensor, Tensor], site: Site
+) -> None:
+    before = model(*batch)
+    replace(model, site, copy.deepcopy(operator_at(model, site)))
+    assert torch.equal(model(*batch), before)
+
+
+def test_a_graft_leaves_every_other_tensor_alone(model: DiT) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graft(model, [Edit(site=MHA_SITE, operator=Swa())], seed=0)
+    after = model.state_dict()
+    changed = {name for name in before.keys() | after.keys() if name not in after or name not in before}
+    assert all(name.startswith(prefix(MHA_SITE)) for name in changed)
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+
+
+def test_a_scion_starts_the_same_wherever_it_is_made(model: DiT) -> None:
+    torch.manual_seed(1)
+    first = new_scion(model, MHA_SITE, HyenaX(), seed=4).state_dict()
+    torch.manual_seed(2)
+    second = new_scion(model, MHA_SITE, HyenaX(), seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_scions_of_two_sites_start_differently(model: DiT) -> None:
+    first, second = (new_scion(model, Site(block=i, target="mha"), HyenaX(), seed=4) for i in (0, 1))
+    assert not torch.equal(first.in_proj.weight, second.in_proj.weight)
+
+
+# -- files
+
+
+GRAFTS = (Edit(site=MHA_SITE, operator=HyenaSE(kernel=3)), Edit(site=MLP_SITE, operator=Mlp(ratio=1.5)))
+
+
+@pytest.fixture
+def grafted(model: DiT) -> DiT:
+    return lively(graft(model, GRAFTS, seed=0), seed=1)
+
+
+def test_a_grafted_model_comes_back_from_its_folder_bit_for_bit(
+    grafted: DiT, batch: tuple[Tensor, Tensor, Tensor], tmp_path: Path
+) -> None:
+    checkpoints.save(grafted, GRAFTS, tmp_path)
+    loaded, edits = checkpoints.load(tmp_path)
+    assert edits == GRAFTS and loaded.config == TINY
+    assert torch.equal(loaded(*batch), grafted(*batch))
+
+
+def test_a_model_folder_holds_tensors_and_json_only(grafted: DiT, tmp_path: Path) -> None:
+    checkpoints.save(grafted, GRAFTS, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == "graftwork.dit/1"
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(model: DiT) -> None:
+    state = model.state_dict()
+    state["final_layer.linear.bias"] = torch.zeros(7)
+    with pytest.raises(UnfitCheckpoint) as caught:
+        checkpoints.fill(model, state, "other.pt")
+    assert str(caught.value) == "other.pt: does not fit the model: final_layer.linear.bias: (7,), expected (24,)"
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_tensor_too_few_or_too_many_is_named(model: DiT, change: str) -> None:
+    state = model.state_dict()
+    if change == "missing":
+        state["extra"] = state.pop("pos_embed")
+        del state["extra"]
+    else:
+        state["unknown"] = torch.zeros(1)
+    with pytest.raises(UnfitCheckpoint, match="pos_embed" if change == "missing" else "unknown"):
+        checkpoints.fill(model, state, "other.pt")
+
+
+def test_a_checkpoint_of_another_model_names_ten_tensors_and_counts_the_rest(model: DiT) -> None:
+    other = DiT(DiTConfig(**{**TINY.__dict__, "width": 32}))
+    with pytest.raises(UnfitCheckpoint) as caught:
+        checkpoints.fill(model, other.state_dict(), "other.pt")
+    message = str(caught.value)
+    assert "\n" not in message and message.count("expected") == 10
+    differing = sum(value.shape != model.state_dict()[name].shape for name, value in other.state_dict().items())
+    assert message.endswith(f"and {differing - 10} more")
+
+
+def test_an_unfit_checkpoint_leaves_the_model_as_it_was(model: DiT) -> None:
+    before = copy.deepcopy(model.state_dict())
+    state = {name: value + 1 for name, value in before.items()}
+    state["pos_embed"] = torch.zeros(3)
+    with pytest.raises(UnfitCheckpoint):
+        checkpoints.fill(model, state, "other.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def published(model: DiT, path: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
+    """Write a file as DiT's training script does; returns the state dicts in it."""
+    states = {part: {name: value + n for name, value in model.state_dict().items()} for n, part in enumerate(parts)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    args = argparse.Namespace(model="DiT-XL/2", image_size=256, lr=1e-4, data_path="/data", ckpt=None, flags=[1, 2.5])
+    torch.save({**states, "opt": optimizer.state_dict(), "args": args}, path)
+    return states
+
+
+def test_of_a_published_file_the_averaged_weights_are_read(model: DiT, tmp_path: Path) -> None:
+    states = published(model, tmp_path / "model.pt", "model", "ema")
+    found = checkpoints.read_published(tmp_path / "model.pt")
+    assert found.keys() == states["ema"].keys()
+    assert all(torch.equal(value, states["ema"][name]) for name, value in found.items())
+
+
+def test_of_a_published_file_without_averages_the_model_is_read(model: DiT, tmp_path: Path) -> None:
+    states = published(model, tmp_path / "model.pt", "model")
+    found = checkpoints.read_published(tmp_path / "model.pt")
+    assert all(torch.equal(value, states["model"][name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("name", ["bare.pt", "bare.safetensors"])
+def test_a_bare_state_dict_is_read(model: DiT, tmp_path: Path, name: str) -> None:
+    if name.endswith(".pt"):
+        torch.save(model.state_dict(), tmp_path / name)
+    else:
+        checkpoints.save(model, (), tmp_path)
+        (tmp_path / "model.safetensors").rename(tmp_path / name)
+    found = checkpoints.read_published(tmp_path / name)
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+class Payload:
+    """Unpickling one touches a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [torch.save, None], ids=["torch", "plain"])
+def test_a_checkpoint_that_carries_code_is_refused_and_runs_none_of_it(tmp_path: Path, write: Any) -> None:
+    path, marker = tmp_path / "model.pt", tmp_path / "marker"
+    content = {"ema": {"weight": torch.zeros(1)}, "args": Payload(marker)}
+    if write is None:
+        path.write_bytes(pickle.dumps(content))
+    else:
+        write(content, path)
+    with pytest.raises(UnfitCheckpoint):
+        checkpoints.read_published(path)
+    assert not marker.exists()
+
+
+def spoil(path: Path, how: str, model: DiT) -> None:
+    match how:
+        case "missing":
+            pass
+        case "a folder":
+            path.mkdir()
+        case "empty":
+            path.touch()
+        case "text":
+            path.write_text("<html>404: not found</html>\n" * 10)
+        case "truncated":
+            if path.suffix == ".pt":
+                torch.save(model.state_dict(), path)
+            else:
+                checkpoints.save(model, (), path.parent)
+                (path.parent / "model.safetensors").rename(path)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) * 2 // 3])
+
+
+@pytest.mark.parametrize("how", ["missing", "a folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("name", ["other.pt", "other.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
+    model: DiT, tmp_path: Path, name: str, how: str
+) -> None:
+    spoil(tmp_path / name, how, model)
+    with pytest.raises(UnfitCheckpoint) as caught:
+        checkpoints.read_published(tmp_path / name)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ") and "\n" not in message and len(message) < 400
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "other.pt")
+    with pytest.raises(UnfitCheckpoint, match="no state dict"):
+        checkpoints.read_published(tmp_path / "other.pt")
+
+
+# -- costs and distances
+
+
+def test_flops_of_a_forward_pass_are_those_of_the_formula() -> None:
+    tokens, width, patch = TINY.num_tokens, TINY.width, TINY.patch
+    block = tokens * width * (3 * width + width + 4 * width + 4 * width)  # qkv, proj, fc1, fc2
+    block += 2 * tokens * tokens * width  # scores, and their weighted sum
+    block += width * 6 * width  # modulation
+    patches = tokens * width * TINY.in_channels * patch**2 + tokens * width * TINY.out_channels * patch**2
+    condition = 256 * width + width * width + width * 2 * width  # timestep, and the final layer's modulation
+    assert forward_flops(DiT(TINY)) == 2 * (TINY.depth * block + patches + condition)
+
+
+def test_counting_flops_leaves_the_model_where_it_is(model: DiT) -> None:
+    forward_flops(model)
+    assert model.pos_embed.device == CPU
+
+
+def test_parameters_are_counted_without_the_fixed_position_embedding() -> None:
+    state = DiT(TINY).state_dict()
+    assert num_parameters(DiT(TINY)) == sum(v.numel() for name, v in state.items() if name != "pos_embed")
+
+
+def test_the_frechet_distance_of_diagonal_gaussians_has_its_closed_form() -> None:
+    draws = np.random.default_rng(0)
+    (mu, other_mu), (var, other_var) = draws.normal(size=(2, 6)), draws.uniform(0.1, 2, size=(2, 6))
+    expected = ((mu - other_mu) ** 2).sum() + ((np.sqrt(var) - np.sqrt(other_var)) ** 2).sum()
+    found = distance(Gaussian(mu, np.diag(var)), Gaussian(other_mu, np.diag(other_var)))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_gaussian_is_fitted_with_the_unbiased_covariance() -> None:
+    features = np.array([[0.0, 1.0], [2.0, 5.0]], dtype=np.float32)
+    fitted = gaussian(features)
+    np.testing.assert_array_equal(fitted.mu, [1.0, 3.0])
+    np.testing.assert_array_equal(fitted.sigma, [[2.0, 4.0], [4.0, 8.0]])
