@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import ray
 
+from cluster.runtime import end_with_parent
+
 
 @dataclass(frozen=True)
 class Point:
@@ -29,6 +31,7 @@ class Board:
     """Holds the news until the driver comes for it; started as a Ray actor."""
 
     def __init__(self) -> None:
+        end_with_parent()
         self._news = News()
 
     def write(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:

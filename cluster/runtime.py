@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,6 +17,9 @@ from specs.job import StepResources
 
 if TYPE_CHECKING:
     import torch
+
+
+PARENT_CHECK_SECONDS = 0.1
 
 
 class NotEnough(Exception):
@@ -49,6 +55,7 @@ def settle() -> torch.device:
     On a CPU all work runs on one thread: how sums are split over threads changes their last bits, and steps run side
     by side as processes anyway.
     """
+    end_with_parent()
     os.environ["OMP_NUM_THREADS"] = "1"
     on_gpu = bool(ray.get_gpu_ids())
     if not on_gpu:
@@ -57,6 +64,19 @@ def settle() -> torch.device:
 
     torch.set_num_threads(1)
     return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+
+
+@cache
+def end_with_parent() -> None:
+    """Have this process end when Ray's node process, its parent, is gone: Ray itself lets a running task go on."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def fan_out(

@@ -77,11 +77,14 @@ class Run:
         self.tracker: Tracker | None = None
 
     def go(self) -> RunRecord:
-        if self._all_cached() and self._tracked_already():
+        if self._all_cached():
             try:
-                return self._finish()
+                self._read_results()
             except RottenArtifact as rotten:
                 self._set_aside(rotten.key, str(rotten))
+            else:
+                if self._tracked_already():
+                    return self._finish()
         preflight.check_places(self.plan.job, self.store, self.tracking_uri())
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
@@ -174,15 +177,18 @@ class Run:
         raise RunFailed(self.record, "\n".join(failure.details for failure in failures))
 
     def _finish(self) -> RunRecord:
-        """Read the results, from verified files, and close the books."""
-        results = self.store.artifact(self.plan["evaluate"].key).read("results.json")
-        self.record.results = json.loads(results)
+        """Close the books."""
+        self._read_results()
         self.record.status, self.record.error = "finished", None
         if self.tracker is not None:
             self.tracker.finished(self.record)
         if self.record != self.past:
             record.save(self.store, self.record)
         return self.record
+
+    def _read_results(self) -> None:
+        """The table, from a verified file."""
+        self.record.results = json.loads(self.store.artifact(self.plan["evaluate"].key).read("results.json"))
 
     def _break_off(self, error: BaseException) -> None:
         self.record.status = "failed"

@@ -39,7 +39,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 @app.command()
 def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Run a job; what the store has already is not computed again."""
-    with problems(debug):
+    with problems(debug, as_json):
         with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is for the result
             done = api.run(job, overrides or (), _view())
         _report(done, as_json)
@@ -48,7 +48,7 @@ def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: D
 @app.command()
 def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = False, debug: Debug = False) -> None:
     """Go on with a run from where it stopped."""
-    with problems(debug):
+    with problems(debug, as_json):
         with redirect_stdout(sys.stderr):
             done = api.resume(name, store, _view())
         _report(done, as_json)
@@ -156,8 +156,8 @@ def schema() -> None:
 
 
 @contextmanager
-def problems(debug: bool) -> Iterator[None]:
-    """Turn errors into lines and exit codes."""
+def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
+    """Turn errors into lines and exit codes; a failed run still ends with its JSON document, if one was asked for."""
     try:
         yield
     except SpecError as error:
@@ -168,6 +168,8 @@ def problems(debug: bool) -> Iterator[None]:
         if debug:
             print(error.details, file=sys.stderr)
         failed = error.record
+        if as_json:
+            _json(failed.outcome())
         _fail([*str(error).splitlines(), f"resume with: graft resume {failed.run}{_store_option(failed)}"], 1)
     except KeyboardInterrupt:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys, states
 
 SECONDS_TO_BEGIN = 180
-SECONDS_TO_DIE = 5  # of Ray's processes, once their driver is gone
+SECONDS_TO_DIE = 2  # of Ray's processes, once their driver is gone
 
 
 def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(

@@ -1,0 +1,105 @@
+"""Bad input on the command line: one line a problem, exit code 2, nothing started, no traceback."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import app
+from tests.conftest import TINY
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def graft(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+BAD = [
+    ("nonsense=1", "nonsense: unknown field"),
+    ("finetune.lr=fast", "finetune.lr: got 'fast'"),
+    ("graft.0.operator.kind=hyena_z", "graft.0.operator.kind: got 'hyena_z'; accepted: 'mha', 'swa'"),
+    ("graft.0.layers.ratio=1.5", "graft.0.layers.ratio: got 1.5; accepted: less than or equal to 1"),
+    ("graft.0.layers={kind: explicit, blocks: [9]}", "graft.0.layers.blocks.0: got 9; accepted: a block of this model"),
+    ("model.heads=3", "model.heads: got 3; accepted: a number that divides the width, 32"),
+    ("model.patch=3", "data.image_size: got 16; accepted: a multiple of the patch, 3"),
+    ("distill.samples=5000", "distill.samples: got 5000; accepted: at most 899"),
+    ("weights={kind: checkpoint, path: none.pt}", "weights.path: got 'none.pt', no such file"),
+    ("data={kind: image_folder, path: none}", "data.path: got 'none', no such folder"),
+    ("store=/dev/null/store", "store: got '/dev/null/store', which cannot be written"),
+    ("tracking.uri=http://127.0.0.1:{port}", "tracking.uri: got http://127.0.0.1:{port}, which does not answer"),
+]
+
+
+@pytest.mark.parametrize(("override", "told"), BAD, ids=[override.split("=")[0] for override, _ in BAD])
+def test_a_bad_field_is_one_line_and_exit_code_2(override: str, told: str) -> None:
+    port = str(free_port())
+    done = graft("run", str(TINY), "--set", override.replace("{port}", port))
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("graft: " + told.replace("{port}", port))
+    assert "accepted: " in line
+    assert done.stdout == ""
+
+
+def test_an_unreadable_yaml_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: x\nmodel: {kind: dit\n")
+    done = graft("plan", "job.yaml")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("graft: job.yaml, line 3, column 1: not valid YAML")
+
+
+def test_several_problems_are_several_lines() -> None:
+    done = graft("plan", str(TINY), "--set", "model.heads=3", "--set", "finetune.lr=-1", "--set", "seed=x")
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["seed", "model.heads", "finetune.lr"]
+
+
+def test_fid_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "real").mkdir()
+    done = graft("plan", str(TINY), "--set", "evaluate.metrics=[fid]", "--set", "evaluate.reference=real")
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{tmp_path}/torch/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth" in line
+
+
+def test_an_unknown_run_lists_those_that_are_there() -> None:
+    done = graft("resume", "nobody")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"graft: run: got 'nobody', no such run in {Path.cwd()}/.graftwork; accepted: none yet"
+    ]
+
+
+def test_plan_prints_the_documented_json() -> None:
+    document = json.loads(graft("plan", str(TINY), "--json").stdout)
+    assert set(document) == {"job", "steps"}
+    assert document["job"] == "digits-tiny"
+    assert all(
+        set(step) == {"name", "stage", "key", "state", "needs", "resources"} and step["state"] == "pending"
+        for step in document["steps"]
+    )
+
+
+def test_planning_leaves_nothing_behind(tmp_path: Path) -> None:
+    graft("plan", str(TINY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = json.loads(graft("schema").stdout)
+    assert set(yaml.safe_load(TINY.read_text())) <= set(schema["properties"])
