@@ -141,7 +141,9 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,N,D) and condition (B,D)."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        tokens = self.x_embedder(x)
+        # The embedding is a buffer, which an engine that casts the parameters may leave in fp32.
+        return tokens + self.pos_embed.to(tokens.dtype), self.t_embedder(t) + self.y_embedder(y)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""

@@ -1,0 +1,116 @@
+"""DeepSpeed's engine on two real workers over gloo: ZeRO 1, 2 and 3, fp32 and bf16, resumed from whole tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import json, os, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+from cluster.sharded import ShardedEngine
+from models.dit import DiT, DiTConfig, initialise
+from models.streams import generator, initialising
+from specs.training import FinetuneSpec
+from stages.training import PlainEngine
+
+def model():
+    with initialising(0, "test"):
+        made = DiT(DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=12, heads=3, num_classes=3))
+        initialise(made)
+        torch.nn.init.normal_(made.final_layer.linear.weight, std=0.1)
+    return made
+
+def steps(engine, first, last):
+    for step in range(first, last):
+        draws = generator(0, "step", step)
+        x, t, y = torch.randn(4, 1, 8, 8, generator=draws), torch.tensor([1, 9, 99, 999]), torch.tensor([0, 1, 2, 3])
+        mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        engine.step(engine(x[mine], t[mine], y[mine]).float().square().mean(), 1e-3)
+    return engine.state()
+
+def furthest(a, b):
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+found = {}
+plain = steps(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6)
+for zero in (1, 2, 3):
+    for precision in ("fp32", "bf16"):
+        recipe = FinetuneSpec(steps=6, batch=4, lr=1e-3, clip=1.0, ema=0.9, workers=2, precision=precision,
+                              deepspeed={"zero": zero})
+        straight = steps(ShardedEngine(model(), recipe, None), 0, 6)
+        half = steps(ShardedEngine(model(), recipe, None), 0, 3)
+        resumed = steps(ShardedEngine(model(), recipe, half), 3, 6)
+        found[f"zero{zero} {precision}"] = {
+            "names": sorted(straight) == sorted(plain),
+            "to_plain": furthest(straight, plain),
+            "to_resumed": furthest(straight, resumed),
+            "fp32_weights": any(
+                (value != value.bfloat16().float()).any().item()
+                for name, value in straight.items() if name.startswith("weights/")
+            ),
+            "moved": furthest(straight, half),
+        }
+if dist.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(found))
+dist.barrier()
+"""
+
+ENGINES = [f"zero{zero} {precision}" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
+Found = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What two workers found for every engine."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(folder / "found.json")],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"{rank}.log").open("w"),
+            cwd=Path(__file__).parent.parent,
+        )
+        for rank in (0, 1)
+    ]
+    codes = [worker.wait(240) for worker in workers]
+    assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
+    outcome: Found = json.loads((folder / "found.json").read_text())
+    return outcome
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_engine_ends_in_the_same_bits(found: Found, engine: str) -> None:
+    assert found[engine]["moved"] > 0
+    assert found[engine]["to_resumed"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_state_has_the_names_of_the_plain_engine(found: Found, engine: str) -> None:
+    assert found[engine]["names"]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_in_fp32_it_does_what_the_plain_engine_does(found: Found, zero: int) -> None:
+    assert found[f"zero{zero} fp32"]["to_plain"] < 1e-4
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_in_bf16_the_weights_it_keeps_are_full_precision(found: Found, zero: int) -> None:
+    assert found[f"zero{zero} bf16"]["fp32_weights"]
