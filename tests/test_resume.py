@@ -44,7 +44,7 @@ def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(
     for step, when in made.items():
         assert (store / "artifacts" / found[step] / "manifest.json").stat().st_mtime_ns == when, f"{step} ran again"
     first_point = next(line for line in done.stderr.splitlines() if "] finetune: " in line and "/40" in line)
-    assert int(first_point.split("finetune: ")[1].split("/")[0]) > 5  # it went on from a checkpoint
+    assert int(first_point.split("finetune: ")[1].split("/")[0]) >= 5  # it went on from a checkpoint
     for step, file in (
         ("distill/01.mha", "scion.safetensors"),
         ("distill/03.mha", "scion.safetensors"),

@@ -1,0 +1,78 @@
+"""The demo's promises, on the demo itself, and jobs of other kinds than its own. Slow: `make test-slow`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.dit import DiT, DiTConfig, initialise
+from models.streams import generator, initialising
+from tests.conftest import ROOT, Graft, states
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(1800)
+def test_the_demo_reaches_the_quality_that_it_promises(graft: Graft) -> None:
+    done = graft("run", str(ROOT / "examples" / "digits.yaml"), "--json", timeout=1500)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert results["rootstock"]["agreement"] >= 0.95
+    assert results["stage2"]["distance"] <= 1.3 * results["rootstock"]["distance"]
+    assert results["stage2"]["distance"] < results["random_init"]["distance"]
+    assert results["heldout"]["distance"] < results["rootstock"]["distance"]
+
+
+def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(graft: Graft, tmp_path: Path) -> None:
+    """No pretraining: a `.pt` in the published layout, RGB images, attention and MLP edits at once, ZeRO 3 in bf16."""
+    pixels = generator(0, "pixels")
+    for label in range(3):
+        (tmp_path / "photos" / f"class-{label}").mkdir(parents=True)
+        for number in range(12):
+            image = torch.randint(0, 256, (20, 24, 3), generator=pixels).to(torch.uint8).numpy().astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "photos" / f"class-{label}" / f"{number}.png")
+    with initialising(0, "rootstock"):
+        rootstock = DiT(DiTConfig(input_size=16, in_channels=3, patch=4, depth=3, width=24, heads=2, num_classes=3))
+        initialise(rootstock)
+    published = {"ema": rootstock.state_dict(), "opt": {}, "args": argparse.Namespace(model="DiT")}
+    torch.save(published, tmp_path / "rootstock.pt")
+    (tmp_path / "job.yaml").write_text("""
+name: photos
+data: {kind: image_folder, path: photos, image_size: 16, heldout: 0.25}
+model: {kind: dit, depth: 3, width: 24, heads: 2, patch: 4}
+weights: {kind: checkpoint, path: rootstock.pt}
+graft:
+  - {target: mha, operator: {kind: swa, window: 2}, layers: {kind: explicit, blocks: [0, 2]}}
+  - {target: mlp, operator: {kind: mlp, ratio: 1.5}, layers: {kind: all}}
+distill: {samples: 27, epochs: 2, batch: 9, milestones: []}
+finetune:
+  {fraction: 1.0, steps: 4, batch: 4, warmup: 0, precision: bf16, workers: 2, deepspeed: {zero: 3}, control: false}
+evaluate: {samples: 12, batch: 6, sampler: {kind: ancestral, steps: 4, guidance: 1.5}}
+""")
+    done = graft("run", "job.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert [name for name in states(outcome) if name.startswith("distill/")] == [
+        *("distill/00.mha", "distill/00.mlp", "distill/01.mlp", "distill/02.mha", "distill/02.mlp")
+    ]
+    results = outcome["results"]
+    assert list(results) == ["heldout", "rootstock", "stage1", "stage2"]
+    assert results["stage2"]["params"] < results["rootstock"]["params"]
+
+
+def test_a_checkpoint_of_another_model_is_one_line_and_the_way_on(graft: Graft, tmp_path: Path) -> None:
+    other = DiT(DiTConfig(input_size=16, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=10))
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    tiny = str(ROOT / "examples" / "digits-tiny.yaml")
+    done = graft("run", tiny, "--set", "weights={kind: checkpoint, path: other.pt}")
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
+    assert told[0].startswith("graft: step base failed: UnfitCheckpoint: other.pt: does not fit the model: ")
+    assert told[1].startswith("graft: resume with: graft resume digits-tiny-")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,330 @@
+"""The Frechet Inception distance, through pytorch-fid's own network; its weights are of the test's making."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_fid.inception
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from pytorch_fid import fid_score
+
+from models.frechet import Gaussian, distance, gaussian
+from stages import inception
+from stages.inception import WEIGHTS_FILE, cached_weights, inception_features, load_inception, reference_statistics
+
+CPU = torch.device("cpu")
+COUNT, SIDE = 4, 16
+
+# Fewer images than features leave the covariances singular; pytorch-fid's square root says so.
+pytestmark = pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file like the published one: the same names and shapes, random numbers that keep activations alive."""
+    state: dict[str, torch.Tensor] = {}
+
+    def keep(network: torch.nn.Module, _: object) -> None:
+        state.update(network.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(torchvision.models.Inception3, "load_state_dict", keep)
+        pytorch_fid.inception.fid_inception_v3()
+    draws = torch.Generator().manual_seed(0)
+    for value in state.values():
+        if value.dim() == 4:  # He's deviation, for the ReLU that follows each convolution
+            value.copy_(torch.randn(value.shape, generator=draws) * (2 / value[0].numel()) ** 0.5)
+    path = tmp_path_factory.mktemp("weights") / WEIGHTS_FILE
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(weights: Path) -> Any:
+    return load_inception(str(weights), CPU)
+
+
+def images(seed: int, channels: int = 3) -> NDArray[np.uint8]:
+    """Blobs of colour: each seed another kind."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (COUNT, channels, 2 + seed, 2 + seed))
+    return coarse.astype(np.uint8).repeat(SIDE, 2).repeat(SIDE, 3)[:, :, :SIDE, :SIDE]
+
+
+def as_folder(pictures: NDArray[np.uint8], folder: Path) -> Path:
+    folder.mkdir()
+    for index, picture in enumerate(pictures):
+        shaped = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
+        Image.fromarray(shaped).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    home = tmp_path_factory.mktemp("images")
+    return as_folder(images(0), home / "ours"), as_folder(images(1), home / "theirs")
+
+
+@pytest.fixture(scope="module")
+def ours(network: Any) -> Gaussian:
+    return gaussian(inception_features(images(0), network, CPU))
+
+
+@pytest.fixture(scope="module")
+def theirs(folders: tuple[Path, Path], network: Any) -> Gaussian:
+    return reference_statistics(str(folders[1]), network, CPU)
+
+
+def within_their_span(first: Gaussian, second: Gaussian) -> tuple[Gaussian, Gaussian]:
+    """Both in an orthonormal basis of the few directions in which either varies, or in which they differ.
+
+    That leaves their distance as it is, and saves half a minute for the square root of a 2048 x 2048 matrix.
+    """
+    probe = np.random.default_rng(0).normal(size=(len(first.mu), COUNT))
+    columns = [first.sigma @ probe, second.sigma @ probe, (first.mu - second.mu)[:, None]]
+    basis, _ = np.linalg.qr(np.concatenate(columns, axis=1))
+    one, other = (Gaussian(basis.T @ g.mu, basis.T @ g.sigma @ basis) for g in (first, second))
+    return one, other
+
+
+@dataclass
+class Official:
+    """What pytorch-fid's command line makes of the two folders."""
+
+    fid: float
+    first: Gaussian
+    second: Gaussian
+
+
+@pytest.fixture(scope="module")
+def official(folders: tuple[Path, Path], weights: Path) -> Official:
+    seen: list[Gaussian] = []
+    original = fid_score.calculate_frechet_distance
+
+    def smaller(*stats: NDArray[np.float64]) -> float:
+        seen.extend([Gaussian(*stats[:2]), Gaussian(*stats[2:])])
+        first, second = within_their_span(*seen)
+        return original(first.mu, first.sigma, second.mu, second.sigma)
+
+    with pytest.MonkeyPatch.context() as patch:
+        by_url = lambda *_, **__: torch.load(weights, weights_only=True)  # noqa: E731
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", by_url)
+        patch.setattr(fid_score, "calculate_frechet_distance", smaller)
+        fid = fid_score.calculate_fid_given_paths([str(folder) for folder in folders], 50, CPU, 2048, num_workers=0)
+    return Official(float(fid), *seen)
+
+
+# -- the distance
+
+
+def test_the_test_images_are_told_apart(official: Official) -> None:
+    assert official.fid > 1
+
+
+@pytest.mark.parametrize("part", ["mu", "sigma"])
+def test_statistics_of_samples_are_those_of_pytorch_fid(ours: Gaussian, official: Official, part: str) -> None:
+    found, expected = getattr(ours, part), getattr(official.first, part)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("part", ["mu", "sigma"])
+def test_statistics_of_a_folder_are_those_of_pytorch_fid(theirs: Gaussian, official: Official, part: str) -> None:
+    found, expected = getattr(theirs, part), getattr(official.second, part)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_distance_of_images_to_their_own_folder_is_nothing(
+    ours: Gaussian, folders: tuple[Path, Path], network: Any, official: Official
+) -> None:
+    itself = reference_statistics(str(folders[0]), network, CPU)
+    assert distance(*within_their_span(ours, itself)) == pytest.approx(0, abs=1e-4 * official.fid)
+
+
+def test_the_distance_to_another_folder_is_that_of_pytorch_fid(
+    ours: Gaussian, theirs: Gaussian, official: Official
+) -> None:
+    assert distance(*within_their_span(ours, theirs)) == pytest.approx(official.fid, rel=1e-4)
+
+
+def test_a_reference_from_an_npz_is_that_of_its_folder(theirs: Gaussian, network: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "reference.npz", mu=theirs.mu, sigma=theirs.sigma)
+    found = reference_statistics(str(tmp_path / "reference.npz"), network, CPU)
+    assert np.array_equal(found.mu, theirs.mu) and np.array_equal(found.sigma, theirs.sigma)
+
+
+def test_one_channel_is_seen_as_three_equal_ones(network: Any) -> None:
+    grey = images(0, channels=1)[:2]
+    assert np.array_equal(inception_features(grey, network, CPU), inception_features(grey.repeat(3, 1), network, CPU))
+
+
+def test_any_split_into_batches_gives_the_same_features(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = inception_features(images(0)[:3], network, CPU)
+    monkeypatch.setattr(inception, "BATCH", 2)
+    split = inception_features(images(0)[:3], network, CPU)
+    assert whole.shape == (3, 2048)
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+# -- the weights
+
+
+def test_the_network_holds_the_weights_of_the_file(network: Any, weights: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    assert torch.equal(network.blocks[0][0].conv.weight, state["Conv2d_1a_3x3.conv.weight"])
+
+
+def test_the_network_is_not_in_training(network: Any) -> None:
+    assert not network.training and not any(value.requires_grad for value in network.parameters())
+
+
+def test_without_a_named_file_the_weights_come_from_torchs_cache(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached_weights().parent.mkdir(parents=True)
+    cached_weights().symlink_to(weights)
+    assert load_inception(None, CPU).blocks
+
+
+def test_loading_leaves_pytorch_fid_as_it_was(weights: Path, tmp_path: Path) -> None:
+    before = pytorch_fid.inception.load_state_dict_from_url
+    (tmp_path / "wrong.pth").write_bytes(b"")
+    for path in (weights, tmp_path / "wrong.pth"):
+        with contextlib.suppress(Exception):
+            load_inception(str(path), CPU)
+        assert pytorch_fid.inception.load_state_dict_from_url is before
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "cache"])
+def test_missing_weights_are_asked_for_in_one_line_that_says_where_to_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "mine.pth" if named else tmp_path / "hub" / "checkpoints" / WEIGHTS_FILE
+    with pytest.raises(FileNotFoundError) as caught:
+        load_inception(str(path) if named else None, CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "evaluate.inception" in message and "\n" not in message
+
+
+class Payload:
+    """Unpickling one touches a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def wrong_weights(how: str, path: Path) -> None:
+    match how:
+        case "another network":
+            torch.save({"fc.weight": torch.zeros(3)}, path)
+        case "no state dict":
+            torch.save([torch.zeros(3)], path)
+        case "text":
+            path.write_text("<html>404: not found</html>")
+        case "empty":
+            path.touch()
+        case "truncated":
+            torch.save({"fc.weight": torch.zeros(3000)}, path)
+            path.write_bytes(path.read_bytes()[:5000])
+        case "code":
+            torch.save({"fc.weight": Payload(path.with_name("marker"))}, path)
+
+
+@pytest.mark.parametrize("how", ["another network", "no state dict", "text", "empty", "truncated", "code"])
+def test_other_weights_are_refused_in_one_line_that_names_the_file(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "other.pth"
+    wrong_weights(how, path)
+    with pytest.raises(ValueError) as caught:
+        load_inception(str(path), CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"TORCH_HOME": "/cache/torch"},
+        {"XDG_CACHE_HOME": "/cache"},
+        {"TORCH_HOME": "~/t", "XDG_CACHE_HOME": "/cache"},
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_torchs_hub_puts_the_file(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cached_weights() == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+
+
+def test_the_file_is_the_one_that_pytorch_fid_downloads() -> None:
+    assert pytorch_fid.inception.FID_WEIGHTS_URL.endswith(f"/{WEIGHTS_FILE}")
+
+
+# -- the reference
+
+
+def wrong_reference(how: str, folder: Path) -> Path:
+    path = folder / "reference"
+    match how:
+        case "an empty folder":
+            path.mkdir()
+        case "a folder of text":
+            path.mkdir()
+            (path / "README.md").touch()
+        case "a folder of class folders":
+            (path / "cat").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(path / "cat" / "0.png")
+        case "an npz without mu":
+            path = folder / "reference.npz"
+            np.savez(path, arr_0=np.zeros(3))
+        case "an npz that is none":
+            path = folder / "reference.npz"
+            path.write_text("<html>404: not found</html>")
+        case "another file":
+            path.write_text("?")
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "an empty folder",
+        "a folder of text",
+        "a folder of class folders",
+        "an npz without mu",
+        "an npz that is none",
+        "another file",
+    ],
+)
+def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, network: Any, how: str
+) -> None:
+    path = wrong_reference(how, tmp_path)
+    with pytest.raises(ValueError) as caught:
+        reference_statistics(str(path), network, CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message

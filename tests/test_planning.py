@@ -1,0 +1,496 @@
+"""The plan: what changes which keys. And what is known to be wrong before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import preflight
+from pipeline.planning import Plan, difference, make_plan
+from pipeline.store import FileEntry, Manifest, Origin, Store, canonical
+from specs.data import DigitsData, ImageFolderData
+from specs.job import JobSpec
+from specs.load import SpecError, load
+from stages import STAGES
+from stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, training_size
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
+SITES = "graft.0.layers={kind: explicit, blocks: [%s]}"
+
+
+def job(*overrides: str) -> JobSpec:
+    return load(EXAMPLE, [SITES % "1, 3", *overrides])
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(job(*overrides))
+
+
+def keys(plan: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in plan.steps}
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    """Names of the steps that both plans have, under different keys."""
+    first, second = keys(before), keys(after)
+    return {name for name in first.keys() & second.keys() if first[name] != second[name]}
+
+
+def following(plan: Plan, *names: str) -> set[str]:
+    """The named steps and all that needs them, however far."""
+    reached = set(names)
+    for step in plan.steps:
+        if reached & set(step.needs.values()):
+            reached.add(step.name)
+    return reached
+
+
+# -- the steps
+
+
+def test_the_steps_of_the_example_are_these() -> None:
+    assert list(keys(planned())) == [
+        "features",
+        "base",
+        "classifier",
+        "profile",
+        "distill/01.mha",
+        "distill/03.mha",
+        "select",
+        "finetune",
+        "finetune/random_init",
+        "evaluate/rootstock",
+        "evaluate/stage1",
+        "evaluate/stage2",
+        "evaluate/random_init",
+        "evaluate",
+    ]
+
+
+def test_each_step_comes_after_those_it_needs() -> None:
+    done: set[str] = set()
+    for step in planned().steps:
+        assert set(step.needs.values()) <= done, step.name
+        done.add(step.name)
+
+
+def test_no_two_steps_share_a_key() -> None:
+    found = keys(planned())
+    assert len(set(found.values())) == len(found)
+
+
+def test_two_targets_of_one_block_are_two_steps() -> None:
+    plan = planned(
+        "graft=[{target: mha, operator: {kind: swa}, layers: {kind: explicit, blocks: [2]}},"
+        " {target: mlp, operator: {kind: mlp}, layers: {kind: explicit, blocks: [2]}}]"
+    )
+    assert {"distill/02.mha", "distill/02.mlp"} == {name for name in keys(plan) if name.startswith("distill")}
+
+
+def test_without_the_control_no_control_is_trained_or_sampled() -> None:
+    assert not [name for name in keys(planned("finetune.control=false")) if "random_init" in name]
+
+
+def test_without_the_classifier_metric_no_classifier_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "ref.npz").write_bytes(b"statistics")
+    plan = planned("evaluate.metrics=[fid]", f"evaluate.reference={tmp_path / 'ref.npz'}")
+    assert "classifier" not in keys(plan)
+
+
+# -- what changes which keys
+
+
+@pytest.mark.parametrize("override", ["finetune.lr=0.002", "finetune.steps=13", "finetune.deepspeed.zero=1"])
+def test_the_finetune_recipe_reaches_finetune_and_evaluate_only(override: str) -> None:
+    assert changed(planned(), planned(override)) == {
+        "finetune",
+        "finetune/random_init",
+        "evaluate/stage2",
+        "evaluate/random_init",
+        "evaluate",
+    }
+
+
+@pytest.mark.parametrize("override", ["graft.0.operator.kernel=3", "graft.0.operator.kind=swa"])
+def test_the_operator_reaches_distill_and_what_follows(override: str) -> None:
+    kept = set(keys(planned())) - changed(planned(), planned(override))
+    assert kept == {"features", "base", "classifier", "profile", "evaluate/rootstock"}
+
+
+def test_the_distillation_recipe_reaches_distill_and_what_needs_it() -> None:
+    before = planned()
+    assert changed(before, planned("distill.epochs=7")) == following(before, "distill/01.mha", "distill/03.mha")
+
+
+def test_the_rootstock_recipe_reaches_all_but_the_data_and_the_judge() -> None:
+    kept = set(keys(planned())) - changed(planned(), planned("weights.steps=21"))
+    assert kept == {"features", "classifier"}
+
+
+@pytest.mark.parametrize("override", ["evaluate.samples=41", "evaluate.sampler.guidance=2.0"])
+def test_the_sampler_reaches_evaluate_only(override: str) -> None:
+    assert {name.partition("/")[0] for name in changed(planned(), planned(override))} == {"evaluate"}
+
+
+def test_the_data_reach_every_step() -> None:
+    assert changed(planned(), planned("data.image_size=8")) == set(keys(planned()))
+
+
+def test_the_seed_reaches_all_but_the_features() -> None:
+    assert changed(planned(), planned("seed=1")) == set(keys(planned())) - {"features"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=another",
+        "tracking.uri=http://elsewhere:5000",
+        "tracking.experiment=other",
+        "resources.distill.gpu=0.5",
+        "resources.finetune.cpu=4",
+        "store=/elsewhere",
+        "weights.checkpoint_every=7",
+        "distill.checkpoint_every=7",
+        "finetune.checkpoint_every=7",
+    ],
+)
+def test_what_cannot_change_a_result_changes_no_key(override: str) -> None:
+    assert keys(planned(override)) == keys(planned())
+
+
+def test_another_site_adds_one_distillation_and_keeps_the_others() -> None:
+    def distilled(plan: Plan) -> dict[str, str]:
+        return {name: key for name, key in keys(plan).items() if name.startswith("distill")}
+
+    before, after = distilled(planned()), distilled(planned(SITES % "0, 1, 3"))
+    assert after.keys() - before.keys() == {"distill/00.mha"}
+    assert before.items() <= after.items()
+
+
+def test_a_site_has_the_same_key_whatever_chose_it() -> None:
+    interleaved = planned("graft.0.layers={kind: interleaved, ratio: 0.5}")
+    assert not {name for name in changed(planned(), interleaved) if name.startswith("distill")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = planned()
+    monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], version=STAGES[stage].version + 1))
+    mine = [step.name for step in before.steps if step.stage == stage]
+    assert mine and changed(before, planned()) == following(before, *mine)
+
+
+def test_the_digits_file_is_in_the_key_of_the_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = planned()
+    (tmp_path / "digits.csv.gz").write_bytes(b"others")
+    monkeypatch.setattr("pipeline.fingerprints.digits_file", lambda: tmp_path / "digits.csv.gz")
+    assert "features" in changed(before, planned())
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Outside inputs: a checkpoint, a reference, Inception weights, a folder of images."""
+    for name in ("base.pt", "reference.npz", "inception.pth"):
+        (tmp_path / name).write_bytes(name.encode())
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(40):
+            (tmp_path / "images" / name / f"{index}.png").touch()
+    return tmp_path
+
+
+OUTSIDE = {
+    "base.pt": ("base", "weights={{kind: checkpoint, path: {}}}"),
+    "reference.npz": ("evaluate", "evaluate={{metrics: [fid], inception: x.pth, reference: {}}}"),
+    "inception.pth": ("evaluate", "evaluate={{metrics: [fid], reference: x.npz, inception: {}}}"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+class TestOutsideFiles:
+    @pytest.fixture(autouse=True)
+    def _beside(self, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(files)
+        for name in ("x.npz", "x.pth"):
+            Path(name).write_bytes(b"the other one")
+
+    def test_other_content_reaches_its_step_and_what_follows(self, files: Path, name: str) -> None:
+        step, override = OUTSIDE[name]
+        before = planned(override.format(files / name))
+        (files / name).write_bytes(b"another")
+        assert changed(before, planned(override.format(files / name))) == following(before, step)
+
+    def test_the_same_content_in_another_place_changes_no_key(self, files: Path, name: str) -> None:
+        _, override = OUTSIDE[name]
+        before = planned(override.format(files / name))
+        (files / "elsewhere").mkdir()
+        (files / name).rename(files / "elsewhere" / name)
+        assert changed(before, planned(override.format(files / "elsewhere" / name))) == set()
+
+
+@pytest.mark.parametrize("change", ["another image", "another size", "touched", "renamed class"])
+def test_a_changed_image_folder_reaches_every_step(files: Path, change: str) -> None:
+    images, override = files / "images", f"data={{kind: image_folder, path: {files / 'images'}}}"
+    before = planned(override)
+    match change:
+        case "another image":
+            (images / "cat" / "new.png").touch()
+        case "another size":
+            (images / "cat" / "3.png").write_bytes(b"1")
+        case "touched":
+            os.utime(images / "cat" / "3.png", (1, 1))
+        case "renamed class":
+            (images / "cat").rename(images / "bird")
+    assert changed(before, planned(override)) == set(keys(before))
+
+
+# -- keys as such
+
+
+def test_a_key_is_the_sha256_of_canonical_json() -> None:
+    document = {
+        "stage": "distill",
+        "version": 1,
+        "params": {"lr": 0.0005, "blocks": [1, 3]},
+        "outside": {},
+        "needs": {},
+    }
+    assert hashlib.sha256(canonical(document).encode()).hexdigest() == (
+        "8b20f3c10b356e0615d02eac4924a8ebe534b8f421149229ebdd5666f8a39fd8"
+    )
+
+
+def test_a_step_is_keyed_by_its_identity() -> None:
+    for step in planned().steps:
+        assert step.key == hashlib.sha256(canonical(dict(step.identity)).encode()).hexdigest()
+
+
+def test_planning_twice_gives_the_same_keys() -> None:
+    assert keys(planned()) == keys(planned())
+
+
+def test_the_job_as_a_whole_has_a_key_of_its_steps() -> None:
+    assert planned().key() == planned("name=another").key() != planned("seed=1").key()
+
+
+def test_a_step_that_is_not_cached_says_what_differs_from_the_nearest_one() -> None:
+    def cached(*overrides: str) -> Manifest:
+        step = planned(*overrides)["finetune"]
+        origin = Origin(step=step.name, run="r", seconds=1, made="now")
+        return Manifest(
+            key=step.key, identity=dict(step.identity), files={"x": FileEntry(size=0, sha256="")}, origin=origin
+        )
+
+    manifests = [cached("finetune.lr=0.002"), cached("finetune.lr=0.003", "finetune.steps=3")]
+    assert difference(planned("finetune.lr=0.004")["finetune"], manifests) == "recipe.lr: 0.002 -> 0.004"
+
+
+def test_a_step_that_was_never_made_differs_from_nothing() -> None:
+    assert difference(planned()["finetune"], []) is None
+
+
+# -- preflight
+
+
+def problem(job: JobSpec) -> str:
+    with pytest.raises(SpecError) as caught:
+        preflight.check(job)
+    (line,) = caught.value.lines
+    assert "\n" not in line
+    return line
+
+
+def test_the_example_passes() -> None:
+    preflight.check(job())
+
+
+@pytest.mark.parametrize(("field", "most"), [("samples", 899), ("heldout", 898)])
+def test_more_samples_than_there_are_images_are_refused(field: str, most: int) -> None:
+    preflight.check(job(f"distill.{field}={most}"))
+    line = problem(job(f"distill.{field}={most + 1}"))
+    assert line.startswith(f"distill.{field}: got {most + 1}; accepted: at most {most}")
+
+
+def test_the_published_number_of_samples_is_refused_where_there_are_fewer() -> None:
+    line = problem(job("distill={}"))
+    assert line.startswith("distill.samples: got 8000; accepted: at most 899")
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_an_image_folder_that_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "images"
+    if kind == "a file":
+        path.touch()
+    line = problem(job(f"data={{kind: image_folder, path: {path}}}"))
+    assert line.startswith(f"data.path: got '{path}', no such folder; accepted: ")
+
+
+@pytest.mark.parametrize("kind", ["empty", "empty classes", "no images", "no classes"])
+def test_an_image_folder_without_images_in_class_folders_is_refused(tmp_path: Path, kind: str) -> None:
+    if kind != "empty":
+        (tmp_path / "cat").mkdir()
+    if kind == "no images":
+        (tmp_path / "cat" / "notes.txt").touch()
+    if kind == "no classes":
+        (tmp_path / "cat.png").touch()
+    line = problem(job(f"data={{kind: image_folder, path: {tmp_path}}}"))
+    assert line.startswith(f"data.path: got '{tmp_path}', no images in it; accepted: ")
+
+
+def test_more_samples_than_an_image_folder_has_are_refused(files: Path) -> None:
+    line = problem(job(f"data={{kind: image_folder, path: {files / 'images'}}}", "distill={samples: 73}"))
+    assert line.startswith("distill.samples: got 73; accepted: at most 72")
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder"])
+def test_a_checkpoint_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "base.pt"
+    if kind == "a folder":
+        path.mkdir()
+    line = problem(job(f"weights={{kind: checkpoint, path: {path}}}"))
+    assert line.startswith(f"weights.path: got '{path}', no such file; accepted: ")
+
+
+@pytest.mark.parametrize("missing", ["reference", "inception"])
+def test_a_reference_or_inception_file_that_is_missing_is_refused(files: Path, missing: str) -> None:
+    there = {"reference": files / "reference.npz", "inception": files / "inception.pth"} | {missing: files / "none"}
+    overrides = [f"evaluate.{name}={path}" for name, path in there.items()]
+    line = problem(job("evaluate.metrics=[fid]", *overrides))
+    assert line.startswith(f"evaluate.{missing}: got '{files / 'none'}', which does not exist; accepted: ")
+
+
+def test_fid_without_inception_weights_says_where_to_put_them(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(files))
+    line = problem(job("evaluate.metrics=[fid]", f"evaluate.reference={files / 'reference.npz'}"))
+    assert line.startswith("evaluate.inception: got nothing; accepted: ")
+    assert str(files / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth") in line
+
+
+def test_every_missing_file_gets_a_line_of_its_own(files: Path) -> None:
+    asked = job(
+        f"data={{kind: image_folder, path: {files / 'none'}}}",
+        f"weights={{kind: checkpoint, path: {files / 'none'}}}",
+        f"evaluate.reference={files / 'none'}",
+    )
+    with pytest.raises(SpecError) as caught:
+        preflight.check(asked)
+    assert [line.partition(":")[0] for line in caught.value.lines] == [
+        "data.path",
+        "weights.path",
+        "evaluate.reference",
+    ]
+
+
+def places_problem(job: JobSpec, uri: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        preflight.check_places(job, Store(job.store), uri)
+    (line,) = caught.value.lines
+    assert "\n" not in line
+    return line
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "store"
+    line = places_problem(job(f"store={path}"), "sqlite:///x.db")
+    assert line.startswith(f"store: got '{path}', which cannot be written: ") and "accepted: " in line
+
+
+def test_an_mlflow_server_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    line = places_problem(job(f"store={tmp_path}"), f"http://127.0.0.1:{port}")
+    assert line.startswith(f"tracking.uri: got http://127.0.0.1:{port}, which does not answer")
+    assert "accepted: " in line
+
+
+def test_a_password_in_the_tracking_address_is_not_shown(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    assert "hunter2" not in places_problem(job(f"store={tmp_path}"), f"http://me:hunter2@127.0.0.1:{port}")
+
+
+def test_places_that_answer_pass(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        preflight.check_places(job(), Store(str(tmp_path)), f"http://127.0.0.1:{port}")
+
+
+# -- the split
+
+
+def test_the_digits_a_class_are_those_of_the_file() -> None:
+    from sklearn.datasets import load_digits
+
+    assert tuple(np.bincount(load_digits().target)) == DIGITS_PER_CLASS
+
+
+def test_every_digit_is_in_exactly_one_part() -> None:
+    training, heldout = split(DigitsData())
+    assert sorted([*training, *heldout], key=lambda item: int(item.name)) == items(DigitsData())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+def test_each_class_gives_its_share(share: float) -> None:
+    training, heldout = split(DigitsData(heldout=share))
+    held, all_of = Counter(item.label for item in heldout), dict(enumerate(DIGITS_PER_CLASS))
+    assert all(abs(held[label] - share * size) <= 0.5 for label, size in all_of.items())
+    assert len(training) == training_size(DigitsData(heldout=share))
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "heldout"])
+def test_every_prefix_holds_each_class_in_proportion_within_one(part: int) -> None:
+    whole = split(DigitsData())[part]
+    sizes, seen = Counter(item.label for item in whole), Counter[int]()
+    for count, item in enumerate(whole, start=1):
+        seen[item.label] += 1
+        assert all(abs(seen[label] - size * count / len(whole)) <= 1 for label, size in sizes.items()), count
+
+
+def test_the_split_is_the_same_on_every_machine() -> None:
+    training, heldout = split(DigitsData())
+    names = " ".join(item.name for item in [*training, *heldout])
+    assert hashlib.sha256(names.encode()).hexdigest() == (
+        "d629f82bb567285dd4748347e4d3e15289123af4233c795f89e0cac110c4c539"
+    )
+
+
+def test_an_image_folder_is_split_the_same_whatever_its_order_on_disk(tmp_path: Path) -> None:
+    for folder, order in (("one", 1), ("two", -1)):
+        for name in ["dog", "cat"][::order]:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for index in range(20)[::order]:
+                (tmp_path / folder / name / f"{index}.JPEG").touch()
+    first, second = (split(ImageFolderData(path=str(tmp_path / folder))) for folder in ("one", "two"))
+    assert first == second
+    assert class_sizes(ImageFolderData(path=str(tmp_path / "one"))) == (20, 20)
+
+
+def test_classes_are_numbered_in_the_order_of_their_names(files: Path) -> None:
+    found = items(ImageFolderData(path=str(files / "images")))
+    assert {(item.name.partition("/")[0], item.label) for item in found} == {("cat", 0), ("dog", 1)}
+
+
+@pytest.mark.parametrize(("size", "training"), [(1, 1), (2, 1), (3, 2)])
+def test_of_the_smallest_classes_an_image_stays_on_each_side(tmp_path: Path, size: int, training: int) -> None:
+    (tmp_path / "cat").mkdir()
+    for index in range(size):
+        (tmp_path / "cat" / f"{index}.png").touch()
+    data = ImageFolderData(path=str(tmp_path))
+    assert [len(part) for part in split(data)] == [training, size - training]
+
+
+def test_classes_of_any_size_take_turns() -> None:
+    big, small = [Item(f"b{i}", 0) for i in range(6)], [Item(f"s{i}", 1) for i in range(2)]
+    assert [item.name for item in interleave([big, small])] == ["b0", "b1", "s0", "b2", "b3", "b4", "s1", "b5"]

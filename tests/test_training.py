@@ -1,0 +1,606 @@
+"""Training and distilling: a run that was killed and resumed ends in the same bits, on one worker as on several."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickletools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import checkpoints
+from models.diffusion import STEPS, Diffusion
+from models.dit import DiT, DiTConfig
+from models.surgery import GATE, modulations, new_scion, observe, operator_at
+from pipeline.store import Partial, Store
+from specs.graft import Edit, Site
+from specs.job import StepResources
+from specs.operators import HyenaY, Mha, Mlp
+from specs.steps import DistillParams
+from specs.training import DistillSpec, TrainingSpec
+from stages import Context, distill, training
+from stages.latents import Latents, LatentsMeta, Noised, noised, read_meta, write_meta
+from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
+
+TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
+CPU = torch.device("cpu")
+RECIPE = TrainingSpec(steps=12, batch=8, lr=3e-3, warmup=3, clip=1.0, ema=0.7, schedule="cosine", checkpoint_every=4)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+@dataclass
+class Reports:
+    """A report that notes all it is told, and dies at `dies_at`."""
+
+    dies_at: int | None = None
+
+    def __post_init__(self) -> None:
+        self.seen: list[tuple[int, int, Mapping[str, float]]] = []
+
+    def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        self.seen.append((done, total, metrics or {}))
+        if done == self.dies_at:
+            raise Killed
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+def lively(module: nn.Module, seed: int = 0) -> Any:
+    """The module with every parameter random: nothing is hidden behind a zero."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(0.2 * torch.randn(value.shape, generator=draws))
+    return module
+
+
+def make_data() -> TrainingSet:
+    draws = torch.Generator().manual_seed(1)
+    return TrainingSet(torch.randn(30, 1, 8, 8, generator=draws), torch.arange(30) % 3, num_classes=3, device=CPU)
+
+
+@pytest.fixture
+def data() -> TrainingSet:
+    return make_data()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def run_training(
+    partial: Partial,
+    data: TrainingSet,
+    recipe: TrainingSpec = RECIPE,
+    report: Reports | None = None,
+    seed: int = 0,
+    weights: int = 0,
+) -> None:
+    """Train from the weights of that number, or from the checkpoint."""
+
+    def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
+        model = lively(DiT(TINY), weights)
+        return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
+
+    train(make_engine, data, recipe, seed=seed, stream="base", partial=partial, report=report or Reports())
+
+
+def state_of(partial: Partial, name: str = training.CHECKPOINT) -> dict[str, Tensor]:
+    path = partial.load(name)
+    assert path is not None
+    return load_file(path)
+
+
+def assert_same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+# -- training
+
+
+def run_until_done(store: Store, key: str, data: TrainingSet, deaths: tuple[int, ...]) -> None:
+    """Start again after each death, from other weights than at first: all must come from the checkpoint."""
+    for death in (*deaths, None):
+        weights = 99 if store.state(key) == "partial" else 0
+        try:
+            run_training(store.partial(key), data, report=Reports(dies_at=death), weights=weights)
+        except Killed:
+            assert death is not None
+
+
+@pytest.mark.parametrize("deaths", [(3,), (6,), (9,), (12,), (6, 9, 12)], ids=str)
+def test_training_that_was_killed_and_resumed_ends_in_the_same_bits(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(training, "POINTS", 4)  # points of the curve at 3, 6, 9, 12; checkpoints at 4, 8, 12
+    run_until_done(store, "straight", data, ())
+    run_until_done(store, "killed", data, deaths)
+    assert_same_bits(state_of(store.partial("killed")), state_of(store.partial("straight")))
+
+
+def test_a_kill_costs_no_more_than_the_work_since_the_last_checkpoint(store: Store, data: TrainingSet) -> None:
+    with pytest.raises(Killed):
+        run_training(store.partial("a"), data, report=Reports(dies_at=11))
+    report = Reports()
+    run_training(store.partial("a"), data, report=report)
+    assert [done for done, _, _ in report.seen] == [8, 9, 10, 11, 12]
+
+
+def test_how_often_checkpoints_are_saved_changes_no_bit(store: Store, data: TrainingSet) -> None:
+    for key, every in (("seldom", 12), ("often", 1)):
+        run_training(store.partial(key), data, RECIPE.model_copy(update={"checkpoint_every": every}))
+    assert_same_bits(state_of(store.partial("seldom")), state_of(store.partial("often")))
+
+
+def test_another_seed_ends_elsewhere(store: Store, data: TrainingSet) -> None:
+    for seed in (0, 1):
+        run_training(store.partial(str(seed)), data, seed=seed)
+    first, second = (final_weights(store.partial(key))[0] for key in ("0", "1"))
+    assert not torch.equal(first["x_embedder.proj.weight"], second["x_embedder.proj.weight"])
+
+
+def test_the_curve_ends_at_the_last_step_with_the_losses_that_were_reported(store: Store, data: TrainingSet) -> None:
+    report = Reports()
+    run_training(store.partial("a"), data, report=report)
+    _, curve = final_weights(store.partial("a"))
+    assert curve == [(done, metrics["loss"]) for done, _, metrics in report.seen if metrics]
+    assert curve[-1][0] == RECIPE.steps
+
+
+def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(store.partial("fine"), data)
+    monkeypatch.setattr(training, "POINTS", 2)  # a point every 6 steps
+    run_training(store.partial("coarse"), data)
+    fine, coarse = ([loss for _, loss in final_weights(store.partial(key))[1]] for key in ("fine", "coarse"))
+    assert coarse == pytest.approx([np.mean(fine[:6]), np.mean(fine[6:])], rel=1e-5)
+
+
+def test_training_lowers_the_loss(store: Store, data: TrainingSet) -> None:
+    run_training(store.partial("a"), data, RECIPE.model_copy(update={"steps": 80, "warmup": 5, "checkpoint_every": 80}))
+    _, curve = final_weights(store.partial("a"))
+    first, last = (np.mean([loss for _, loss in part]) for part in (curve[:10], curve[-10:]))
+    assert last < 0.8 * first
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(store: Store, data: TrainingSet) -> None:
+    spoilt = 17
+    order = torch.cat([torch.randperm(30, generator=training.generator(0, "base", "epoch", e)) for e in range(4)])
+    first_seen = order.tolist().index(spoilt) // RECIPE.batch + 1
+    data.latents[spoilt] = math.nan
+    with pytest.raises(FloatingPointError, match=rf"nan at step {first_seen};"):
+        run_training(store.partial("a"), data)
+
+
+def plain_training(data: TrainingSet, recipe: TrainingSpec) -> tuple[DiT, list[dict[str, Tensor]]]:
+    """The same training in its simplest form; returns the model and its weights after each step."""
+    model, steps = lively(DiT(TINY)), []
+    adam = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=0.0)
+    for step in range(recipe.steps):
+        x, t, y, noise = draw_batch(data, recipe, 0, "base", step, rank=0, workers=1)
+        adam.zero_grad()
+        Diffusion().loss(model, x, t, y, noise).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        adam.param_groups[0]["lr"] = learning_rate(recipe, step)
+        adam.step()
+        steps.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    return model, steps
+
+
+def test_a_step_is_clipped_adamw_without_decay(store: Store, data: TrainingSet) -> None:
+    run_training(store.partial("a"), data)
+    found = state_of(store.partial("a"))
+    _, steps = plain_training(data, RECIPE)
+    torch.testing.assert_close({name: found[f"weights/{name}"] for name in steps[-1]}, steps[-1], rtol=0, atol=1e-6)
+
+
+def test_the_average_moves_by_its_share_towards_the_weights_at_each_step(store: Store, data: TrainingSet) -> None:
+    run_training(store.partial("a"), data)
+    average = {name: value.detach().clone() for name, value in lively(DiT(TINY)).named_parameters()}
+    for weights in plain_training(data, RECIPE)[1]:
+        average = {name: 0.7 * value + 0.3 * weights[name] for name, value in average.items()}
+    torch.testing.assert_close(final_weights(store.partial("a"))[0], average, rtol=0, atol=1e-6)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    run_training(Store(f"{folder}/store").partial("two"), make_data())
+    dist.destroy_process_group()
+
+
+def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: TrainingSet) -> None:
+    workers = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    store = Store(str(tmp_path / "store"))
+    run_training(store.partial("one"), data)
+    assert workers.wait(timeout=300) == 0
+    one, two = state_of(store.partial("one")), state_of(store.partial("two"))
+    for state in (one, two):
+        for name, value in state.items():
+            if name.endswith("attn.qkv.bias"):
+                # A key's bias cancels in the softmax: its gradient is rounding alone, which Adam scales up.
+                value[TINY.width : 2 * TINY.width] = 0
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+
+
+# -- batches and learning rates
+
+
+@pytest.mark.parametrize("size", [1, 5, 30])
+def test_every_item_comes_once_an_epoch(size: int) -> None:
+    order = shuffled(size, 0, 4 * size, 0, "base").reshape(4, size)
+    assert all(sorted(epoch.tolist()) == list(range(size)) for epoch in order)
+
+
+def test_epochs_come_in_different_orders() -> None:
+    assert len({tuple(epoch.tolist()) for epoch in shuffled(30, 0, 120, 0, "base").reshape(4, 30)}) == 4
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 30, 64])
+def test_any_slicing_gives_the_same_sequence(count: int) -> None:
+    pieces = [shuffled(30, start, count, 0, "base") for start in range(0, 128, count)]
+    assert torch.equal(torch.cat(pieces)[:128], shuffled(30, 0, 128, 0, "base"))
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_the_workers_slices_are_the_whole_batch(data: TrainingSet, workers: int) -> None:
+    whole = draw_batch(data, RECIPE, 0, "base", 5, rank=0, workers=1)
+    slices = [draw_batch(data, RECIPE, 0, "base", 5, rank, workers) for rank in range(workers)]
+    assert all(
+        torch.equal(torch.cat(parts), part) for parts, part in zip(zip(*slices, strict=True), whole, strict=True)
+    )
+
+
+def test_a_latent_keeps_its_label(data: TrainingSet) -> None:
+    recipe = RECIPE.model_copy(update={"label_dropout": 0.0})
+    x, _, y, _ = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1)
+    for latent, label in zip(x, y, strict=True):
+        (index,) = (data.latents == latent).flatten(1).all(1).nonzero().flatten().tolist()
+        assert data.labels[index] == label
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_dropped_labels_becomes_the_null_class(data: TrainingSet, share: float) -> None:
+    recipe = RECIPE.model_copy(update={"label_dropout": share, "batch": 4000})
+    _, _, y, _ = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1)
+    assert (y == data.num_classes).float().mean().item() == pytest.approx(share, abs=0.03)
+
+
+def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:
+    _, t, _, _ = draw_batch(data, RECIPE.model_copy(update={"batch": 20_000}), 0, "base", 0, rank=0, workers=1)
+    assert (t.min().item(), t.max().item()) == (0, STEPS - 1)
+    assert t.float().mean().item() == pytest.approx((STEPS - 1) / 2, rel=0.03)
+
+
+def rates(**recipe: Any) -> list[float]:
+    spec = TrainingSpec(steps=20, batch=1, lr=0.1, **recipe)
+    return [learning_rate(spec, step) for step in range(20)]
+
+
+def test_the_warm_up_rises_in_equal_steps_to_the_full_rate() -> None:
+    assert rates(warmup=4)[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_a_constant_rate_stays() -> None:
+    assert rates(warmup=4)[4:] == [0.1] * 16 and rates() == [0.1] * 20
+
+
+def test_a_cosine_falls_from_the_full_rate_through_its_half_towards_zero() -> None:
+    found = rates(schedule="cosine", warmup=4)
+    assert found[4] == 0.1 and found[12] == pytest.approx(0.05)
+    assert found[4:] == sorted(found[4:], reverse=True) and 0 < found[-1] < 0.002
+
+
+def test_a_warm_up_longer_than_the_training_only_rises() -> None:
+    assert rates(schedule="cosine", warmup=40) == pytest.approx([0.1 * (step + 1) / 40 for step in range(20)])
+
+
+# -- latents as distillation sees them
+
+
+def test_a_samples_noise_depends_on_its_place_alone(data: TrainingSet) -> None:
+    latents = Latents(data.latents, data.labels)
+    few, many = (noised(latents.first(count), 2, 0, "distill") for count in (4, 9))
+    assert (
+        torch.equal(few.z, many.z[:8]) and torch.equal(few.t, many.t[:8]) and torch.equal(few.labels, many.labels[:8])
+    )
+
+
+def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: TrainingSet) -> None:
+    shown = noised(Latents(data.latents[:1], data.labels[:1]), 3, 0, "distill")
+    assert len(set(shown.t.tolist())) == 3
+    assert shown.labels.tolist() == [0, 0, 0]
+
+
+# -- distillation
+
+
+MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
+
+
+def make_context(store: Store, key: str, out: Path, report: Reports | None = None, **changes: Any) -> Context:
+    edit = changes.pop("edit", Edit(site=MHA_SITE, operator=HyenaY()))
+    recipe = {"samples": 24, "epochs": 7, "batch": 10, "lr": 0.01, "milestones": (3,), "checkpoint_every": 2}
+    return Context(
+        step=f"distill/{edit.site}",
+        params=DistillParams(seed=0, edit=edit, recipe=DistillSpec(**{**recipe, **changes})),
+        inputs={},
+        out=out,
+        partial=store.partial(key),
+        report=report or Reports(),
+        resources=StepResources(),
+        device=CPU,
+    )
+
+
+@pytest.fixture
+def rootstock() -> DiT:
+    return lively(DiT(TINY))
+
+
+@pytest.fixture
+def shown(data: TrainingSet) -> Noised:
+    return noised(Latents(data.latents[:24], data.labels[:24]), 1, 0, "distill")
+
+
+@pytest.fixture
+def pairs(rootstock: DiT, shown: Noised) -> distill.Pairs:
+    return distill.record(rootstock, MHA_SITE, shown, gate_weighted=False)
+
+
+@pytest.fixture
+def unseen(rootstock: DiT, data: TrainingSet) -> distill.Pairs:
+    kept = Latents(data.latents[24:], data.labels[24:])
+    return distill.record(rootstock, MHA_SITE, noised(kept, 1, 0, "distill/heldout"), gate_weighted=False)
+
+
+@pytest.mark.parametrize("deaths", [(1,), (3,), (4,), (7,), (3, 5, 6)], ids=str)
+def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
+    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path, deaths: tuple[int, ...]
+) -> None:
+    def distilled(key: str, deaths: tuple[int, ...]) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
+        for death in deaths:
+            scion = new_scion(rootstock, MHA_SITE, HyenaY(), 99 if store.state(key) == "partial" else 0)
+            with pytest.raises(Killed):
+                distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path, Reports(dies_at=death)))
+        scion = new_scion(rootstock, MHA_SITE, HyenaY(), 99 if store.state(key) == "partial" else 0)
+        history = distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path))
+        return scion.state_dict(), history
+
+    straight, killed = distilled("straight", ()), distilled("killed", deaths)
+    assert killed[1] == straight[1]
+    assert_same_bits(killed[0], straight[0])
+
+
+def test_distilling_brings_the_scion_nearer(
+    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path
+) -> None:
+    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    before = distill.relative_error(scion, unseen)
+    distill.fit(scion, pairs, unseen, make_context(store, "a", tmp_path, epochs=30))
+    assert distill.relative_error(scion, unseen) < 0.7 * before
+
+
+def test_the_weights_of_the_best_epoch_are_kept(
+    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path
+) -> None:
+    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
+        contrary = distill.Pairs(pairs.inputs, scion(pairs.inputs), None)
+    history = distill.fit(scion, pairs, contrary, make_context(store, "a", tmp_path))
+    errors = [heldout for _, _, heldout in history]
+    assert errors.index(min(errors)) == 0
+    assert distill.heldout(scion, contrary, distill.LOSSES["l1"]) == errors[0]
+
+
+def test_the_rate_halves_at_each_milestone(
+    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = PlainEngine.step
+    monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
+    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
+    distill.fit(scion, pairs, pairs, context)
+    assert rates == [0.08, 0.04, 0.04, 0.02, 0.02]
+
+
+def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_epoch(
+    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path
+) -> None:
+    broken = distill.Pairs(pairs.inputs, pairs.outputs * math.nan, None)
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        distill.fit(new_scion(rootstock, MHA_SITE, HyenaY(), 0), pairs, broken, make_context(store, "a", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("site", "loss", "kind"),
+    [(MHA_SITE, "auto", "l1"), (MLP_SITE, "auto", "l2"), (MHA_SITE, "l2", "l2"), (MLP_SITE, "huber", "huber")],
+    ids=str,
+)
+def test_auto_is_l1_for_attention_and_l2_for_mlps(site: Site, loss: Any, kind: str) -> None:
+    assert distill.loss_kind(DistillSpec(loss=loss), site) == kind
+
+
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": torch.abs,
+    "l2": torch.square,
+    "huber": lambda e: torch.where(e.abs() < 1, 0.5 * e.square(), e.abs() - 0.5),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gate weighted"])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted: bool) -> None:
+    draws = torch.Generator().manual_seed(0)
+    inputs, outputs = 2 * torch.randn(2, 5, 4, 3, generator=draws)
+    weights = torch.rand(5, 1, 3, generator=draws)
+    pairs = distill.Pairs(inputs, outputs, weights if weighted else None)
+    expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
+    found = distill.error(nn.Identity(), pairs, slice(1, 4), distill.LOSSES[kind])
+    torch.testing.assert_close(found, expected.mean())
+
+
+@pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
+def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, shown: Noised, site: Site) -> None:
+    pairs = distill.record(rootstock, site, shown, gate_weighted=True)
+    _, c = rootstock.embed(shown.z, shown.t, shown.labels)
+    gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
+    assert pairs.weights is not None
+    torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
+
+
+def test_unweighted_pairs_have_no_weights(pairs: distill.Pairs) -> None:
+    assert pairs.weights is None
+
+
+def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
+    rootstock: DiT, shown: Noised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "BATCH", 7)
+    pairs = distill.record(rootstock, MHA_SITE, shown, gate_weighted=False)
+    seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+    torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.input, seen.output))
+
+
+def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
+    pairs: distill.Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (pairs.inputs - pairs.outputs).abs().mean().item()
+    monkeypatch.setattr(distill, "BATCH", 7)
+    assert distill.heldout(nn.Identity(), pairs, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
+def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site: Site, operator: Any) -> None:
+    scion = new_scion(rootstock, site, operator, seed=0)
+    scion.load_state_dict(operator_at(rootstock, site).state_dict())
+    pairs = distill.record(rootstock, site, shown, gate_weighted=False)
+    assert distill.heldout(scion, pairs, distill.LOSSES["l1"]) == 0
+    assert distill.relative_error(scion, pairs) == 0
+
+
+def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(pairs: distill.Pairs) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pairs.outputs.mean((0, 1)).expand_as(x)
+
+    assert distill.relative_error(Mean(), pairs) == pytest.approx(1, rel=1e-5)
+
+
+# -- the whole step, and what it leaves
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An artifact that a step needs."""
+
+    key: str
+    place: Path
+
+    def path(self) -> Path:
+        return self.place
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folder]:
+    features, base = tmp_path / "features", tmp_path / "base"
+    features.mkdir()
+    base.mkdir()
+    for name, part in (("training", slice(0, 24)), ("heldout", slice(24, 30))):
+        np.save(features / f"{name}_latents.npy", data.latents[part].numpy())
+        np.save(features / f"{name}_labels.npy", data.labels[part].numpy())
+    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=24, num_heldout=6)
+    write_meta(features, meta)
+    checkpoints.save(rootstock, (), base)
+    return {"features": Folder("f", features), "base": Folder("b", base)}
+
+
+def run_distill(store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None) -> None:
+    out.mkdir(exist_ok=True)
+    made = make_context(store, key, out, report)
+    distill.run(Context(**{**made.__dict__, "inputs": inputs}))
+
+
+def test_a_distill_step_leaves_the_best_scion_and_its_figures(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, unseen: distill.Pairs
+) -> None:
+    report = Reports()
+    run_distill(store, "a", inputs, tmp_path / "out", report)
+    summary = json.loads((tmp_path / "out" / "distill.json").read_text())
+    best_done, _, best = min((seen for seen in report.seen if seen[2]), key=lambda seen: seen[2]["heldout_error"])
+    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    scion.load_state_dict(load_file(tmp_path / "out" / "scion.safetensors"))
+    assert summary == {
+        "loss": "l1",
+        "heldout_error": best["heldout_error"],
+        "best_epoch": best_done,
+        "relative_error": pytest.approx(distill.relative_error(scion, unseen)),
+    }
+
+
+def test_a_distill_step_that_was_killed_and_resumed_leaves_the_same_files(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path
+) -> None:
+    run_distill(store, "straight", inputs, tmp_path / "straight")
+    with pytest.raises(Killed):
+        run_distill(store, "killed", inputs, tmp_path / "killed", Reports(dies_at=5))
+    run_distill(store, "killed", inputs, tmp_path / "killed")
+    for name in ("scion.safetensors", "distill.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def is_pickle(path: Path) -> bool:
+    content = path.read_bytes()
+    if content.startswith(b"PK"):
+        return True  # torch.save's archive
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r").dtype.hasobject
+    try:
+        return len(list(pickletools.genops(content))) > 1
+    except Exception:
+        return False
+
+
+def test_nothing_that_a_step_leaves_or_keeps_is_a_pickle(
+    store: Store, data: TrainingSet, inputs: dict[str, Folder], tmp_path: Path
+) -> None:
+    run_training(store.partial("base"), data)
+    run_distill(store, "distill", inputs, tmp_path / "out")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".npy", ".json"}
+    assert [path.name for path in files if is_pickle(path)] == []
+
+
+def test_latents_of_a_spec_become_the_models_shape(inputs: dict[str, Folder]) -> None:
+    from specs.model import DitModel
+
+    model = DitModel(depth=2, width=16, heads=2, patch=2)
+    assert read_meta(inputs["features"].path()).dit_config(model) == copy.deepcopy(TINY)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")
