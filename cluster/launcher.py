@@ -22,17 +22,24 @@ def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: in
     def loop() -> None:
         work(argument, settle())
 
-    trainer = TorchTrainer(
-        loop,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=resources.gpu > 0,
-            resources_per_worker={"CPU": resources.cpu, "GPU": resources.gpu},
-        ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
-        run_config=ray.train.RunConfig(
-            storage_path=tempfile.mkdtemp(prefix="graftwork-train-"),
-            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
-        ),
-    )
-    trainer.fit()
+    for attempt in range(RESTARTS + 1):
+        try:
+            TorchTrainer(
+                loop,
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=resources.gpu > 0,
+                    resources_per_worker={"CPU": resources.cpu, "GPU": resources.gpu},
+                ),
+                torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
+                run_config=ray.train.RunConfig(storage_path=tempfile.mkdtemp(prefix="graftwork-train-")),
+            ).fit()
+            return
+        except ray.train.WorkerGroupError as error:
+            # Ray Train would start again after any error; only a lost worker deserves it.
+            raised = [failure._base_exc for failure in error.worker_failures.values() if hasattr(failure, "_base_exc")]
+            if raised:
+                # When one worker fails, the others see their connections break: the first cause is the telling one.
+                raise min(raised, key=lambda cause: isinstance(cause, RuntimeError)) from error
+            if attempt == RESTARTS:
+                raise

@@ -54,7 +54,7 @@ def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | N
 def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:
     """Go on with a run: the steps in the store are not repeated, training goes on from its last checkpoint."""
     past = record.find(Store(store), name)
-    return run(job_from(past.job), view=view)
+    return run(job_from({**past.job, "store": store}), view=view)
 
 
 def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, Any]]:

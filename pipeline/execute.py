@@ -170,15 +170,10 @@ def _end(name: str, ref: Any, watcher: Watcher, failures: list[StepFailed]) -> N
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The error that a worker of the step raised, below what Ray wraps around it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            inner = next(iter(failures.values()))
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner
+    """The error that a task of the step raised, below what Ray wraps around it."""
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 def _one_line(error: BaseException) -> str:

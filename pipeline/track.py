@@ -7,6 +7,7 @@ began, after the last point that stands there, so that no point is logged twice.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str, record: RunRecord, plan: Plan, files: Path | None) -> None:
         """files: where a database of ours keeps its pictures; a server has a place of its own."""
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
         self.client = MlflowClient(tracking_uri=uri)
         self.plan = plan
         self.experiment = self._experiment(experiment, files)

@@ -134,7 +134,7 @@ class LiveView(SilentView):
 def _line(name: str, row: Row) -> RenderableType:
     mark, style = MARKS[row.state]
     line = Table.grid(padding=(0, 1))
-    for width in (2, 26, 24, 9, None):
+    for width in (2, 26, 24, 12, None):
         line.add_column(width=width)
     bar: RenderableType = ""
     if row.state == "running" and row.total:

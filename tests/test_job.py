@@ -125,6 +125,15 @@ def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Fi
     )
 
 
+def test_a_finetune_that_diverges_fails_at_once_and_says_so(tiny_copy: Finished, graft: Graft) -> None:
+    wild = ("--set", "finetune.lr=1e30", "--set", "finetune.control=false")
+    done = graft("run", str(TINY), *wild)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
+    assert told[0].startswith("graft: step finetune failed: FloatingPointError: the loss is nan at step ")
+    assert done.stderr.count("finetune: running") == 1
+
+
 def test_status_compare_and_show_agree_with_the_run(tiny: Finished, graft: Graft) -> None:
     store = ("--store", str(tiny.store))
     assert tiny.run in graft("status", *store).stdout
