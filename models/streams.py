@@ -7,6 +7,7 @@ asking again for one starts it again, which is what makes a resumed run continue
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 def seed_of(seed: int, *name: str | int) -> int:
     """63 bits of SHA-256 over the stream's name."""
-    text = "/".join(str(part) for part in ("stream", seed, *name))
+    text = json.dumps(["stream", seed, *name])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -22,6 +22,7 @@ from specs.fields import Spec, keyed
 from specs.job import JobSpec, StepResources
 from specs.model import CheckpointWeights
 from stages import STAGES
+from stages.inception import weights_path
 
 PROFILE_SAMPLES = 256
 
@@ -139,9 +140,10 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
         yield f"evaluate/{row}", "evaluate", sampling, needs, {}
 
     outside = {}
-    for role, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
-        if path is not None:
-            outside |= file_fingerprint(role, path)
+    if "fid" in job.evaluate.metrics:
+        assert job.evaluate.reference is not None
+        outside = file_fingerprint("reference", job.evaluate.reference)
+        outside |= file_fingerprint("inception", str(weights_path(job.evaluate.inception)))
     needs = {role: step for models in rows.values() for role, step in models.items()}
     needs |= {f"rows/{row}": f"evaluate/{row}" for row in rows}
     if judged:

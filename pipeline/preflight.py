@@ -11,6 +11,7 @@ from specs.data import ImageFolderData
 from specs.job import JobSpec
 from specs.load import SpecError
 from specs.model import CheckpointWeights
+from stages.inception import weights_path
 from stages.sources import class_folders, class_sizes, training_size
 
 
@@ -64,14 +65,12 @@ def _files(job: JobSpec) -> list[str]:
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
-    if "fid" in job.evaluate.metrics and job.evaluate.inception is None:
-        from stages.inception import cached_weights
-
-        if not cached_weights().is_file():
-            lines.append(
-                f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights "
-                f"({cached_weights().name}), named here or placed at {cached_weights()}"
-            )
+    hub = weights_path(None)
+    if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not hub.is_file():
+        lines.append(
+            f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights ({hub.name}), named here or "
+            f"placed at {hub}"
+        )
     return lines
 
 

@@ -256,6 +256,8 @@ class Artifact:
     def verify(self) -> None:
         """Read every file and compare it with the manifest, whatever was verified before."""
         self._verified.pop((self.store.url, self.key), None)
+        if not self.store.local:  # a copy on this machine says nothing of the store
+            shutil.rmtree(self._cache(), ignore_errors=True)
         self.path()
 
     def _verify(self, manifest: Manifest, name: str, path: Path) -> None:
@@ -267,8 +269,12 @@ class Artifact:
         if digest(path) != entry.sha256:
             raise RottenArtifact(self.key, name, "is not what was committed (SHA-256 differs)")
 
+    def _cache(self) -> Path:
+        """Where a remote artifact's files are kept on this machine."""
+        return Path(tempfile.gettempdir()) / "graftwork-cache" / self.key
+
     def _download(self, manifest: Manifest) -> Path:
-        folder = Path(tempfile.gettempdir()) / "graftwork-cache" / self.key
+        folder = self._cache()
         for name, entry in manifest.files.items():
             path = folder / name
             if path.exists() and path.stat().st_size == entry.size and digest(path) == entry.sha256:

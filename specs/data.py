@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from specs.fields import Spec
+from specs.fields import Spec, Unkeyed
 
 
 class DigitsData(Spec):
@@ -21,7 +21,7 @@ class ImageFolderData(Spec):
     """A folder with one folder of images a class; classes are numbered in the order of their names."""
 
     kind: Literal["image_folder"] = "image_folder"
-    path: str
+    path: Annotated[str, Unkeyed()]  # its files are in the key
     image_size: int = Field(256, ge=8, description="pixels a side, after scaling the short side and a centre crop")
     heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
 

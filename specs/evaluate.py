@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Spec, refuse
+from specs.fields import Spec, Unkeyed, refuse
 
 
 class AncestralSampler(Spec):
@@ -41,8 +41,13 @@ class EvaluateSpec(Spec):
     batch: int = Field(64, ge=1, description="samples at a time")
     metrics: tuple[Literal["classifier", "fid"], ...] = Field(("classifier",), min_length=1)
     sampler: Sampler = AncestralSampler()
-    reference: str | None = Field(None, description="for fid: an .npz with mu and sigma, or a folder of images")
-    inception: str | None = Field(None, description="for fid: Inception weights; without it torch's hub cache is asked")
+    # The content of both files is in the key.
+    reference: Annotated[str | None, Unkeyed()] = Field(
+        None, description="for fid: an .npz with mu and sigma, or a folder of images"
+    )
+    inception: Annotated[str | None, Unkeyed()] = Field(
+        None, description="for fid: Inception weights; without it torch's hub cache is asked"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

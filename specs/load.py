@@ -75,10 +75,10 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         raise SpecError([f"--set {path}: got {text!r}; accepted: a YAML value"]) from None
     here: Any = document
     for number, step in enumerate(steps[:-1]):
-        here = _enter(here, step, ".".join(steps[: number + 1]))
+        here = _enter(here, step, steps[:number])
     last = steps[-1]
+    _enter(here, last, steps[:-1], make=False)
     if isinstance(here, list):
-        _enter(here, last, ".".join(steps))
         here[int(last)] = value
     elif last == "kind" and here.get("kind") != value:
         here.clear()
@@ -87,17 +87,18 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         here[last] = value
 
 
-def _enter(here: Any, step: str, path: str) -> Any:
-    """The container at `step`, made if it is a missing section."""
+def _enter(here: Any, step: str, above: list[str], make: bool = True) -> Any:
+    """What stands at `step` of the section or list at `above`; a missing section is made."""
+    path = ".".join([*above, step])
     if isinstance(here, list):
         if not step.isdigit() or int(step) >= len(here):
             raise SpecError([f"--set {path}: got {step!r}; accepted: 0 .. {len(here) - 1}"])
         return here[int(step)]
-    if here.get(step) is None:
+    if not isinstance(here, dict):
+        raise SpecError([f"--set {'.'.join(above)}: got {shown(here)}; accepted: a section with fields"])
+    if here.get(step) is None and make:
         here[step] = {}
-    if not isinstance(here[step], dict | list):
-        raise SpecError([f"--set {path}: got {shown(here[step])}; accepted: a section with fields"])
-    return here[step]
+    return here.get(step)
 
 
 def describe(problem: ErrorDetails) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Spec, refuse
+from specs.fields import Spec, Unkeyed, refuse
 from specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -37,7 +37,11 @@ class DitModel(Spec):
                 object.__setattr__(self, name, number)
         for name in shape:
             if getattr(self, name) < 1:
-                refuse([name], getattr(self, name) or None, "an integer of at least 1, or a published size")
+                refuse(
+                    [name],
+                    getattr(self, name) if name in given else None,
+                    "an integer of at least 1, or a published size",
+                )
         if self.width % self.heads:
             refuse(["heads"], self.heads, f"a number that divides the width, {self.width}")
         if self.width % 4:
@@ -61,7 +65,7 @@ class CheckpointWeights(Spec):
     """Read the rootstock from a file: DiT's published `.pt`, or safetensors with the same names."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: str
+    path: Annotated[str, Unkeyed()]  # its content is in the key
 
 
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

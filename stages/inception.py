@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from zipfile import BadZipFile
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from models.frechet import Gaussian
 
@@ -19,10 +20,11 @@ DIMENSIONS = 2048
 BATCH = 50
 
 
-def cached_weights() -> Path:
-    """Where torch's hub keeps the weights once it has them; found without importing torch."""
+def weights_path(given: str | None) -> Path:
+    """The weights file: the one given, or where torch's hub keeps it once it has it (found without importing torch)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch"
-    return Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
+    hub = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
+    return Path(given) if given is not None else hub
 
 
 def load_inception(weights: str | None, device: torch.device) -> Any:
@@ -30,39 +32,49 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
     import pytorch_fid.inception
     import torch
 
-    path = Path(weights) if weights else cached_weights()
+    path = weights_path(weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception"
         )
-    # pytorch-fid takes its weights from a URL only; hand it the file instead.
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of Inception weights ({type(error).__name__})") from None
+    # pytorch-fid takes its weights from a URL only; hand it the file's instead.
     by_url = pytorch_fid.inception.load_state_dict_from_url
-    pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(path, weights_only=True)
+    pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: state
     try:
         block = pytorch_fid.inception.InceptionV3.BLOCK_INDEX_BY_DIM[DIMENSIONS]
         return pytorch_fid.inception.InceptionV3([block]).to(device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not pytorch-fid's Inception weights: {str(error).splitlines()[0]}") from None
     finally:
         pytorch_fid.inception.load_state_dict_from_url = by_url
 
 
 def reference_statistics(path: str, network: Any, device: torch.device) -> Gaussian:
-    """Of an .npz that holds mu and sigma, or of the images in a folder."""
-    from pytorch_fid.fid_score import compute_statistics_of_path
+    """Of an .npz that holds mu and sigma, or of the images in a folder; ValueError for anything else."""
+    from pytorch_fid.fid_score import IMAGE_EXTENSIONS, compute_statistics_of_path
 
     from models.frechet import Gaussian
 
-    if Path(path).is_dir() and not any(Path(path).iterdir()):
-        raise ValueError(f"{path}: no images in it")
+    if Path(path).is_dir():
+        if not any(file.suffix[1:].lower() in IMAGE_EXTENSIONS for file in Path(path).iterdir()):
+            raise ValueError(f"{path}: no images directly in this folder")
+    elif Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: neither a folder of images nor an .npz with mu and sigma")
     try:
         return Gaussian(*compute_statistics_of_path(path, network, BATCH, DIMENSIONS, device, num_workers=0))
     except KeyError as error:
         raise ValueError(f"{path}: holds no {error}; an .npz with mu and sigma is needed") from None
+    except (BadZipFile, UnpicklingError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as an .npz with mu and sigma ({type(error).__name__})") from None
 
 
 def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> NDArray[np.float64]:
     """(n,2048) of images (n,C,S,S); one channel is shown as three."""
+    import numpy as np
     import torch
 
     found = []

@@ -56,7 +56,7 @@ class PlainEngine:
         self.names = [name for name, _ in model.named_parameters()]
         self.weights: list[Tensor] = list(model.parameters())
         self.ema = [value.detach().clone() for value in self.weights]
-        self.adam = torch.optim.AdamW(self.weights, betas=betas, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.weights, betas=betas, weight_decay=0.0, fused=True)
         if state is not None:
             self._resume(state)
 
@@ -154,16 +154,14 @@ def train(
         loss_sum += loss.detach()
         done = step + 1
         if done % every == 0 or done == recipe.steps:
-            mean = _mean_over_workers(loss_sum).item() / ((done - 1) % every + 1)
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {done}; a lower lr or clip may help")
+            mean = _finite(_mean_over_workers(loss_sum).item(), done) / ((done - 1) % every + 1)
             progress.curve.append((done, mean))
             loss_sum.zero_()
             if rank == 0:
                 report(done, recipe.steps, {"loss": mean, "lr": learning_rate(recipe, step)})
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
             loss_sum.copy_(_mean_over_workers(loss_sum))  # one number can stand for all workers after a resume
-            progress.step, progress.loss_sum = done, loss_sum.item()
+            progress.step, progress.loss_sum = done, _finite(loss_sum.item(), done)
             _save_checkpoint(partial, progress, engine.state(), rank)
     if dist.is_initialized():
         dist.barrier()
@@ -215,6 +213,12 @@ def final_weights(partial: Partial) -> tuple[dict[str, Tensor], list[tuple[float
     return {
         name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")
     }, progress.curve
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; a lower lr or clip may help")
+    return loss
 
 
 def _mean_over_workers(value: Tensor) -> Tensor:

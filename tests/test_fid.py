@@ -19,7 +19,7 @@ from pytorch_fid import fid_score
 
 from models.frechet import Gaussian, distance, gaussian
 from stages import inception
-from stages.inception import WEIGHTS_FILE, cached_weights, inception_features, load_inception, reference_statistics
+from stages.inception import WEIGHTS_FILE, inception_features, load_inception, reference_statistics, weights_path
 
 CPU = torch.device("cpu")
 COUNT, SIDE = 4, 16
@@ -196,8 +196,8 @@ def test_without_a_named_file_the_weights_come_from_torchs_cache(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached_weights().parent.mkdir(parents=True)
-    cached_weights().symlink_to(weights)
+    weights_path(None).parent.mkdir(parents=True)
+    weights_path(None).symlink_to(weights)
     assert load_inception(None, CPU).blocks
 
 
@@ -277,7 +277,7 @@ def test_the_cache_is_where_torchs_hub_puts_the_file(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cached_weights() == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    assert weights_path(None) == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
 
 
 def test_the_file_is_the_one_that_pytorch_fid_downloads() -> None:

@@ -100,7 +100,8 @@ def test_without_the_control_no_control_is_trained_or_sampled() -> None:
 
 def test_without_the_classifier_metric_no_classifier_is_trained(tmp_path: Path) -> None:
     (tmp_path / "ref.npz").write_bytes(b"statistics")
-    plan = planned("evaluate.metrics=[fid]", f"evaluate.reference={tmp_path / 'ref.npz'}")
+    files = [f"evaluate.{name}={tmp_path / 'ref.npz'}" for name in ("reference", "inception")]
+    plan = planned("evaluate.metrics=[fid]", *files)
     assert "classifier" not in keys(plan)
 
 
