@@ -63,6 +63,31 @@ def tiny_copy(tiny: Finished, tmp_path: Path) -> Finished:
     return Finished(store=store, outcome=tiny.outcome)
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception weights in the published names and shapes: random numbers that keep activations alive."""
+    import pytorch_fid.inception
+    import torch
+    import torchvision
+
+    state: dict[str, Any] = {}
+
+    def keep(network: Any, _: object) -> None:
+        state.update(network.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(torchvision.models.Inception3, "load_state_dict", keep)
+        pytorch_fid.inception.fid_inception_v3()
+    draws = torch.Generator().manual_seed(0)
+    for value in state.values():
+        if value.dim() == 4:  # He's deviation, for the ReLU that follows each convolution
+            value.copy_(torch.randn(value.shape, generator=draws) * (2 / value[0].numel()) ** 0.5)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
 def keys(outcome: dict[str, Any]) -> dict[str, str]:
     """Step -> key, of a run's or a plan's JSON."""
     return {step["name"]: step["key"] for step in outcome["steps"]}

@@ -29,8 +29,10 @@ def test_the_demo_reaches_the_quality_that_it_promises(graft: Graft) -> None:
     assert results["heldout"]["distance"] < results["rootstock"]["distance"]
 
 
-def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(graft: Graft, tmp_path: Path) -> None:
-    """No pretraining: a `.pt` in the published layout, RGB images, attention and MLP edits at once, ZeRO 3 in bf16."""
+def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(
+    graft: Graft, tmp_path: Path, weights: Path
+) -> None:
+    """A `.pt` in the published layout, RGB images, attention and MLP edits at once, ZeRO 3 in bf16, real FID."""
     pixels = generator(0, "pixels")
     for label in range(3):
         (tmp_path / "photos" / f"class-{label}").mkdir(parents=True)
@@ -42,7 +44,8 @@ def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(g
         initialise(rootstock)
     published = {"ema": rootstock.state_dict(), "opt": {}, "args": argparse.Namespace(model="DiT")}
     torch.save(published, tmp_path / "rootstock.pt")
-    (tmp_path / "job.yaml").write_text("""
+    (tmp_path / "job.yaml").write_text(
+        """
 name: photos
 data: {kind: image_folder, path: photos, image_size: 16, heldout: 0.25}
 model: {kind: dit, depth: 3, width: 24, heads: 2, patch: 4}
@@ -53,8 +56,15 @@ graft:
 distill: {samples: 27, epochs: 2, batch: 9, milestones: []}
 finetune:
   {fraction: 1.0, steps: 4, batch: 4, warmup: 0, precision: bf16, workers: 2, deepspeed: {zero: 3}, control: false}
-evaluate: {samples: 12, batch: 6, sampler: {kind: ancestral, steps: 4, guidance: 1.5}}
-""")
+evaluate:
+  samples: 12
+  batch: 6
+  metrics: [fid]
+  reference: photos/class-0
+  inception: INCEPTION
+  sampler: {kind: ancestral, steps: 4, guidance: 1.5}
+""".replace("INCEPTION", str(weights))
+    )
     done = graft("run", "job.yaml", "--json")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
@@ -64,6 +74,8 @@ evaluate: {samples: 12, batch: 6, sampler: {kind: ancestral, steps: 4, guidance:
     results = outcome["results"]
     assert list(results) == ["heldout", "rootstock", "stage1", "stage2"]
     assert results["stage2"]["params"] < results["rootstock"]["params"]
+    assert all(columns["fid"] > 0 and "distance" not in columns for columns in results.values())
+    assert results["heldout"]["fid"] < results["rootstock"]["fid"]
 
 
 def test_a_checkpoint_of_another_model_is_one_line_and_the_way_on(graft: Graft, tmp_path: Path) -> None:

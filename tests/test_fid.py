@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import pytorch_fid.inception
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
@@ -32,27 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file like the published one: the same names and shapes, random numbers that keep activations alive."""
-    state: dict[str, torch.Tensor] = {}
-
-    def keep(network: torch.nn.Module, _: object) -> None:
-        state.update(network.state_dict())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: None)
-        patch.setattr(torchvision.models.Inception3, "load_state_dict", keep)
-        pytorch_fid.inception.fid_inception_v3()
-    draws = torch.Generator().manual_seed(0)
-    for value in state.values():
-        if value.dim() == 4:  # He's deviation, for the ReLU that follows each convolution
-            value.copy_(torch.randn(value.shape, generator=draws) * (2 / value[0].numel()) ** 0.5)
-    path = tmp_path_factory.mktemp("weights") / WEIGHTS_FILE
-    torch.save(state, path)
-    return path
 
 
 @pytest.fixture(scope="module")
