@@ -20,6 +20,9 @@ from specs.training import FinetuneSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+# On a CPU, DeepSpeed would compile a shared-memory operation at its first start. Only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 class ShardedEngine:
     """One worker's share of a model in training; `state` is what an earlier engine's `state()` returned."""

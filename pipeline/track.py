@@ -22,6 +22,7 @@ from pipeline.record import RunRecord
 from pipeline.store import Artifact
 from specs.fields import keyed
 
+FLUSH_SECONDS = 2.0
 BATCH = 500  # points that MLflow takes at once, at most 1000
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store
 
@@ -45,6 +46,8 @@ class Tracker:
         else:
             self._describe_job(record)
         self.logged: dict[str, int] = {}  # step -> last point that stands in MLflow
+        self.waiting: list[Point] = []
+        self.flushed = time.monotonic()
 
     def started(self, step: Step) -> str:
         """The MLflow run of a step, made or gone on with."""
@@ -61,7 +64,13 @@ class Tracker:
         return run
 
     def points(self, points: list[Point]) -> None:
-        """Append to the curves of the steps."""
+        """Append to the curves of the steps: gathered first, since each write to a database costs more than its points."""
+        self.waiting += points
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        points, self.waiting, self.flushed = self.waiting, [], time.monotonic()
         by_step: dict[str, list[Metric]] = {}
         for point in points:
             if point.step in self.steps and point.done > self.logged.get(point.step, -1):
@@ -73,6 +82,7 @@ class Tracker:
             self.logged[step] = max(metric.step for metric in metrics)
 
     def ended(self, step: Step, seconds: float, artifact: Artifact) -> None:
+        self._flush()
         run = self.steps[step.name]
         self.client.log_batch(run, metrics=[Metric("seconds", seconds, _now_ms(), 0)])
         for path in sorted(artifact.path().iterdir()):
@@ -81,6 +91,7 @@ class Tracker:
         self.client.set_terminated(run, "FINISHED")
 
     def failed(self, step: Step, problem: str) -> None:
+        self._flush()
         self._tags(self.steps[step.name], {"graftwork.error": problem})
         self.client.set_terminated(self.steps[step.name], "FAILED")
 
