@@ -64,7 +64,7 @@ class Tracker:
         return run
 
     def points(self, points: list[Point]) -> None:
-        """Append to the curves of the steps: gathered first, since each write to a database costs more than its points."""
+        """Append to the curves of the steps; gathered first, since a write costs a database more than its points."""
         self.waiting += points
         if time.monotonic() - self.flushed > FLUSH_SECONDS:
             self._flush()
@@ -97,6 +97,7 @@ class Tracker:
 
     def finished(self, record: RunRecord) -> None:
         """The job's end: its table, each step's artifact key and the run that made it."""
+        self._flush()
         metrics = [
             Metric(f"{row}.{column}", value, _now_ms(), 0)
             for row, columns in record.results.items()
@@ -110,10 +111,6 @@ class Tracker:
         for group in set(self.steps) - {step.name for step in record.steps}:
             self.client.set_terminated(self.steps[group], "FINISHED")
         self.client.set_terminated(self.parent, "FINISHED" if record.status == "finished" else "FAILED")
-
-    def picture(self, path: Path) -> None:
-        """Show a file in the job's own run."""
-        self.client.log_artifact(self.parent, str(path))
 
     def _experiment(self, name: str, files: Path | None) -> str:
         known = self.client.get_experiment_by_name(name)
