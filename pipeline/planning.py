@@ -18,11 +18,11 @@ from typing import Any
 from pipeline.fingerprints import data_fingerprint, file_fingerprint
 from pipeline.store import Manifest, State, Store, canonical
 from specs import steps as params
+from specs.evaluate import inception_file
 from specs.fields import Spec, keyed
 from specs.job import JobSpec, StepResources
 from specs.model import CheckpointWeights
 from stages import STAGES
-from stages.inception import weights_path
 
 PROFILE_SAMPLES = 256
 
@@ -143,7 +143,7 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
     if "fid" in job.evaluate.metrics:
         assert job.evaluate.reference is not None
         outside = file_fingerprint("reference", job.evaluate.reference)
-        outside |= file_fingerprint("inception", str(weights_path(job.evaluate.inception)))
+        outside |= file_fingerprint("inception", str(inception_file(job.evaluate.inception)))
     needs = {role: step for models in rows.values() for role, step in models.items()}
     needs |= {f"rows/{row}": f"evaluate/{row}" for row in rows}
     if judged:

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from pipeline.store import Store
 from specs.data import ImageFolderData
+from specs.evaluate import inception_file
 from specs.job import JobSpec
 from specs.load import SpecError
 from specs.model import CheckpointWeights
-from stages.inception import weights_path
 from stages.sources import class_folders, class_sizes, training_size
 
 
@@ -65,7 +65,7 @@ def _files(job: JobSpec) -> list[str]:
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
-    hub = weights_path(None)
+    hub = inception_file(None)
     if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not hub.is_file():
         lines.append(
             f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights ({hub.name}), named here or "

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from specs.fields import Spec, Unkeyed, refuse
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
 
 
 class AncestralSampler(Spec):
@@ -54,3 +58,10 @@ class EvaluateSpec(Spec):
         if "fid" in self.metrics and self.reference is None:
             refuse(["reference"], None, "with metrics [fid], an .npz with mu and sigma or a folder of images")
         return self
+
+
+def inception_file(given: str | None) -> Path:
+    """The Inception weights: the file given, or where torch's hub keeps them (found without importing torch)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch"
+    hub = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
+    return Path(given) if given is not None else hub

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
+
+from specs.evaluate import WEIGHTS_FILE, inception_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,16 +16,8 @@ if TYPE_CHECKING:
 
     from models.frechet import Gaussian
 
-WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
 DIMENSIONS = 2048
 BATCH = 50
-
-
-def weights_path(given: str | None) -> Path:
-    """The weights file: the one given, or where torch's hub keeps it once it has it (found without importing torch)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch"
-    hub = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
-    return Path(given) if given is not None else hub
 
 
 def load_inception(weights: str | None, device: torch.device) -> Any:
@@ -32,7 +25,7 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
     import pytorch_fid.inception
     import torch
 
-    path = weights_path(weights)
+    path = inception_file(weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception"

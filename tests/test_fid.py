@@ -17,8 +17,9 @@ from PIL import Image
 from pytorch_fid import fid_score
 
 from models.frechet import Gaussian, distance, gaussian
+from specs.evaluate import WEIGHTS_FILE, inception_file
 from stages import inception
-from stages.inception import WEIGHTS_FILE, inception_features, load_inception, reference_statistics, weights_path
+from stages.inception import inception_features, load_inception, reference_statistics
 
 CPU = torch.device("cpu")
 COUNT, SIDE = 4, 16
@@ -174,8 +175,8 @@ def test_without_a_named_file_the_weights_come_from_torchs_cache(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    weights_path(None).parent.mkdir(parents=True)
-    weights_path(None).symlink_to(weights)
+    inception_file(None).parent.mkdir(parents=True)
+    inception_file(None).symlink_to(weights)
     assert load_inception(None, CPU).blocks
 
 
@@ -255,7 +256,7 @@ def test_the_cache_is_where_torchs_hub_puts_the_file(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert weights_path(None) == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    assert inception_file(None) == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
 
 
 def test_the_file_is_the_one_that_pytorch_fid_downloads() -> None:
