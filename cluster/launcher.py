@@ -37,7 +37,8 @@ def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: in
             return
         except ray.train.WorkerGroupError as error:
             # Ray Train would start again after any error; only a lost worker deserves it.
-            raised = [failure._base_exc for failure in error.worker_failures.values() if hasattr(failure, "_base_exc")]
+            failures = error.worker_failures.values()
+            raised = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
             if raised:
                 # When one worker fails, the others see their connections break: the first cause is the telling one.
                 raise min(raised, key=lambda cause: isinstance(cause, RuntimeError)) from error
