@@ -6,9 +6,7 @@ an error in the work fails its step at once, the steps that need it are skipped,
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
 import traceback
 from collections.abc import Mapping
@@ -184,7 +182,5 @@ def _one_line(error: BaseException) -> str:
 
 def quiet() -> None:
     """Keep what libraries say of themselves out of a step's process."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with contextlib.suppress(ImportError):
-        logging.getLogger("ray").setLevel(logging.ERROR)
+    for library in ("DeepSpeed", "ray"):
+        logging.getLogger(library).setLevel(logging.ERROR)
