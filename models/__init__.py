@@ -1,1 +1,20 @@
-"""What a graft is: the transformer, its operators, surgery on it, diffusion, files and costs. Torch only."""
+"""What a graft is: the transformer, its operators, surgery on it, diffusion, files and costs. Torch only, and torch
+only once it is needed: importing the package is cheap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.dit import DiT
+
+
+def load(source: str | Path, *, device: torch.device | str | None = None) -> DiT:
+    """The model in a file or folder, or under a hub id, ready to be called: see `models.checkpoints.read`."""
+    from models import checkpoints
+
+    model, _ = checkpoints.read(source, device=device)
+    return model.eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.operators import build_operator
-from specs.operators import Mha, Mlp
+from specs.operators import Mha, Mlp, Place
 
 FREQUENCIES = 256  # sinusoids that describe a timestep
 MAX_PERIOD = 10_000.0
@@ -36,6 +36,10 @@ class DiTConfig:
     @property
     def num_tokens(self) -> int:
         return (self.input_size // self.patch) ** 2
+
+    @property
+    def place(self) -> Place:
+        return Place(self.width, self.heads, self.num_tokens)
 
     @property
     def out_channels(self) -> int:
@@ -91,18 +95,45 @@ def layer_norm(width: int) -> nn.LayerNorm:
 class Block(nn.Module):
     """One transformer block under adaLN-Zero conditioning."""
 
-    def __init__(self, width: int, heads: int, num_tokens: int) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self.norm1 = layer_norm(width)
-        self.attn: nn.Module = build_operator(Mha(), width, heads, num_tokens)
-        self.norm2 = layer_norm(width)
-        self.mlp: nn.Module = build_operator(Mlp(ratio=4), width, heads, num_tokens)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.norm1 = layer_norm(place.width)
+        self.attn: nn.Module = build_operator(Mha(), place)
+        self.norm2 = layer_norm(place.width)
+        self.mlp: nn.Module = build_operator(Mlp(ratio=4), place)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(place.width, 6 * place.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class ParallelBlock(nn.Module):
+    """Two blocks that read the same input: y = x + merge([a(x) - x, b(x) - x]) (REFERENCE section 7)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, width: int) -> None:
+        """The merge starts as the sum of what the two blocks add."""
+        super().__init__()
+        self.first, self.second = first, second
+        self.merge = nn.Linear(2 * width, width)
+        with torch.no_grad():
+            self.merge.weight.copy_(torch.eye(width).repeat(1, 2))
+            self.merge.bias.zero_()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + self.update(x, c)
+
+    def update(self, x: Tensor, c: Tensor) -> Tensor:
+        """What the block adds to its input."""
+        return self.merge(torch.cat([self.first(x, c) - x, self.second(x, c) - x], dim=-1))
+
+
+class Absorbed(nn.Module):
+    """Stands where a block was that a parallel block before it took in, so that blocks keep their numbers."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -129,7 +160,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedding(config.width)
         self.y_embedder = LabelEmbedding(config.num_classes, config.width)
         self.register_buffer("pos_embed", position_embedding(config))
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.num_tokens) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.place) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -1,83 +1,125 @@
-"""Surgery: look at the operator in a site, put another in its place, watch what goes in and out of it."""
+"""Surgery: look at what stands in a site, put another thing in its place, watch what goes in and out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.dit import Block, DiT
+from models.dit import Absorbed, Block, DiT, ParallelBlock
 from models.operators import build_operator
 from models.streams import initialising
-from specs.graft import Edit, Site
-from specs.operators import Operator
+from specs.graft import Edit, Parallel, Site
 
 ATTRIBUTE = {"mha": "attn", "mlp": "mlp"}  # a target's name within a block
 GATE = {"mha": 2, "mlp": 5}  # a target's gate among the six modulations
 
 
-def prefix(site: Site) -> str:
-    """Where the site's tensors stand in a state dict."""
-    return f"blocks.{site.block}.{ATTRIBUTE[site.target]}."
+def block_at(model: DiT, index: int) -> Block:
+    """The block of that number, also where a parallel block has taken it in."""
+    block: Any = model.blocks[index]
+    if isinstance(block, ParallelBlock):
+        block = block.first
+    elif isinstance(block, Absorbed):
+        block = model.blocks[index - 1].second
+    assert isinstance(block, Block)
+    return block
 
 
-def operator_at(model: DiT, site: Site) -> nn.Module:
-    return getattr(model.blocks[site.block], ATTRIBUTE[site.target])
+def scion_at(model: DiT, site: Site) -> nn.Module:
+    """The operator in a site, or the parallel block."""
+    if site.target == "pair":
+        return model.blocks[site.block]
+    return getattr(block_at(model, site.block), ATTRIBUTE[site.target])
 
 
-def replace(model: DiT, site: Site, operator: nn.Module) -> None:
-    setattr(model.blocks[site.block], ATTRIBUTE[site.target], operator)
+def replace(model: DiT, site: Site, scion: nn.Module) -> None:
+    if site.target == "pair":
+        model.blocks[site.block], model.blocks[site.block + 1] = scion, Absorbed()
+    else:
+        setattr(block_at(model, site.block), ATTRIBUTE[site.target], scion)
 
 
-def new_scion(model: DiT, site: Site, operator: Operator, seed: int) -> nn.Module:
-    """A freshly initialised scion for the site; the same seed gives the same weights wherever it is made."""
-    config = model.config
+def new_scion(model: DiT, edit: Edit, seed: int) -> nn.Module:
+    """A fresh scion for the edit; the same seed gives the same weights wherever it is made.
+
+    An operator is initialised; a parallel block is made of the model's own two blocks.
+    """
+    site, config = edit.site, model.config
+    if isinstance(edit.operator, Parallel):
+        return ParallelBlock(model.blocks[site.block], model.blocks[site.block + 1], config.width)
     with initialising(seed, "scion", str(site)):
-        return build_operator(operator, config.width, config.heads, config.num_tokens)
+        return build_operator(edit.operator, config.place)
 
 
 def graft(model: DiT, edits: Iterable[Edit], seed: int) -> DiT:
-    """Put a fresh scion into each edit's site, in place."""
-    for edit in edits:
-        replace(model, edit.site, new_scion(model, edit.site, edit.operator, seed))
+    """Put a fresh scion into each edit's site, in place; parallel blocks take in what is there by then."""
+    for edit in sorted(edits, key=Edit.sort_key):
+        replace(model, edit.site, new_scion(model, edit, seed))
     return model
+
+
+def all_edits(before: Iterable[Edit], after: Iterable[Edit]) -> tuple[Edit, ...]:
+    """The edits that a model carries once `after` is made on one that carries `before`: the last one at a site."""
+    merged = {edit.site: edit for edit in (*before, *after)}
+    return tuple(sorted(merged.values(), key=Edit.sort_key))
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What an operator saw and made of it."""
+    """What a scion in the site would see, and what it has to answer: see `answer`."""
 
-    input: Tensor  # (B,N,D), after norm and modulation
-    output: Tensor  # (B,N,D), before the gate
-    gate: Tensor  # (B,D)
+    inputs: tuple[Tensor, ...]  # an operator's (B,N,D), after norm and modulation; a pair's stream (B,N,D) and c (B,D)
+    output: Tensor  # (B,N,D), before the gate; of a pair, what its blocks add to the stream
+    gate: Tensor | None  # (B,D); a pair has none
+
+
+def answer(scion: nn.Module) -> Callable[..., Tensor]:
+    """The function of an observation's inputs that is distilled."""
+    return scion.update if isinstance(scion, ParallelBlock) else scion
 
 
 @torch.no_grad()
 def observe(model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, y: Tensor) -> dict[Site, Observation]:
-    """Run the rootstock on (x, t, y), no further than the last site's block, and record each site's operator."""
+    """Run the model on (x, t, y), no further than the last site's block, and record what stands in each site."""
     sites = tuple(sites)
+    operators = [site for site in sites if site.target != "pair"]
     seen: dict[Site, tuple[Tensor, Tensor]] = {}
     hooks = [
-        operator_at(model, site).register_forward_hook(
+        scion_at(model, site).register_forward_hook(
             lambda _, args, output, site=site: seen.__setitem__(site, (args[0], output))
         )
-        for site in sites
+        for site in operators
     ]
+    pairs = [site for site in sites if site.target == "pair"]
+    kept = {site.block + offset for site in pairs for offset in (0, 2)}
+    last = max(site.block + (site.target == "pair") for site in sites)
+    stream: dict[int, Tensor] = {}  # before the block of that number
     try:
         tokens, c = model.embed(x, t, y)
-        for block in model.blocks[: 1 + max(site.block for site in sites)]:
+        for index, block in enumerate(model.blocks[: 1 + last]):
+            if index in kept:
+                stream[index] = tokens
             tokens = block(tokens, c)
+        stream[1 + last] = tokens
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        site: Observation(*seen[site], modulations(model.blocks[site.block], c)[GATE[site.target]]) for site in sites
-    }
+    found = {}
+    for site in sites:
+        if site.target == "pair":
+            before, after = stream[site.block], stream[site.block + 2]
+            found[site] = Observation((before, c), after - before, None)
+        else:
+            inputs, output = seen[site]
+            gate = modulations(block_at(model, site.block), c)[GATE[site.target]]
+            found[site] = Observation((inputs,), output, gate)
+    return found
 
 
-def modulations(block: nn.Module, c: Tensor) -> tuple[Tensor, ...]:
+def modulations(block: Block, c: Tensor) -> tuple[Tensor, ...]:
     """The block's six modulations (B,D) under condition c (B,D), in DiT's order."""
-    assert isinstance(block, Block)
     return tuple(block.adaLN_modulation(c).chunk(6, dim=1))

@@ -1,6 +1,6 @@
 """How steps become a job: plan, store, execute, track, and the command line."""
 
-from pipeline.api import RunFailed, compare, plan, resume, run
+from pipeline.api import RunFailed, compare, export, plan, resume, run
 from specs.load import SpecError
 
-__all__ = ["RunFailed", "SpecError", "compare", "plan", "resume", "run"]
+__all__ = ["RunFailed", "SpecError", "compare", "export", "plan", "resume", "run"]

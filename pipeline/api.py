@@ -18,14 +18,19 @@ from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
 from pipeline.store import RottenArtifact, Store
 from pipeline.view import SilentView, View
+from specs.costs import GraftCost
+from specs.data import ImageFolderData
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
+from stages.sources import class_sizes
 
 if TYPE_CHECKING:
     from cluster.board import News
+    from models.checkpoints import Layout
     from pipeline.execute import StepResult
     from pipeline.track import Tracker
 
+MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 REPAIRS = 3  # times that a run recomputes what it finds damaged, before it gives up
 
 
@@ -39,16 +44,30 @@ class RunFailed(Exception):
 
 
 def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
-    """What a job comes to, step by step; raises SpecError where it cannot be done."""
+    """What a job comes to, step by step; raises SpecError where it cannot be done.
+
+    Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run.
+    """
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
-    preflight.check(spec)
+    shortages = preflight.shortages(spec)
+    if shortages:
+        raise SpecError(shortages)
     return planning.make_plan(spec)
+
+
+def costs(job: JobSpec) -> GraftCost | None:
+    """What the graft costs beside its rootstock; None where the number of classes is in data that are elsewhere."""
+    here = not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
+    num_classes = job.data.classes or (len(class_sizes(job.data)) if here else 0)
+    return planning.costs(job, num_classes) if num_classes else None
 
 
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:
     """Do what is not in the store yet and return the run; raises SpecError before, RunFailed after it has begun."""
-    made = plan(job, overrides)
-    return Run(made, view or SilentView()).go()
+    spec = job if isinstance(job, JobSpec) else load(job, overrides)
+    preflight.fetch(spec)
+    preflight.check(spec)
+    return Run(planning.make_plan(spec), view or SilentView()).go()
 
 
 def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:
@@ -65,6 +84,39 @@ def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, An
         | {f"{row}.{column}": value for row, columns in one.results.items() for column, value in columns.items()}
         for one in found
     ]
+
+
+def export(
+    name: str, out: str | Path, layout: Layout = "graftwork", store: str = ".graftwork", vae: str | None = None
+) -> Path:
+    """Write a model of a run for other tools, with a model card; raises SpecError where that cannot be.
+
+    name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
+    """
+    from models.checkpoints import Card, ExportRefused, export
+
+    run_name, _, step = name.partition("/")
+    place = Store(store)
+    found = record.find(place, run_name)
+    models = [one.name for one in found.steps if one.name.split("/")[0] in MODEL_STAGES]
+    if (step or "finetune") not in models:
+        raise SpecError([f"export: got {name!r}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"])
+    artifact = found.step(step or "finetune")
+    if place.manifest(artifact.key) is None:
+        raise SpecError([f"export: {found.run}/{artifact.name} is not in the store; go on with: graft resume {found.run}"])
+    job = found.job
+    card = Card(
+        title=found.run,
+        rootstock=f"`{json.dumps(job['model'])}` with weights `{json.dumps(job['weights'])}`.",
+        recipe={section: job[section] for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")},
+        results=found.results,
+        keys={one.name: one.key for one in found.steps},
+    )
+    try:
+        export(place.artifact(artifact.key).path(), Path(out), layout, card=card, vae=vae)
+    except ExportRefused as refused:
+        raise SpecError([f"export: {refused}"]) from None
+    return Path(out)
 
 
 class Run:

@@ -9,14 +9,17 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from pipeline import api, record
+from pipeline import api, preflight, record
 from pipeline.planning import difference
 from pipeline.record import RunRecord
 from pipeline.store import Manifest, Store
+from specs.costs import GraftCost
 from specs.load import SpecError
 
 app = typer.Typer(
@@ -56,9 +59,11 @@ def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = Fals
 
 @app.command()
 def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached."""
+    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached; and its costs."""
     with problems(debug):
         made = api.plan(job, overrides or ())
+        absent = preflight.absent(made.job)
+        cost = api.costs(made.job)
         store = Store(made.job.store)
         states = made.states(store)
         steps: list[dict[str, Any]] = [
@@ -73,7 +78,7 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             for step in made.steps
         ]
         if as_json:
-            _json({"job": made.job.name, "steps": steps})
+            _json({"job": made.job.name, "steps": steps, "costs": cost and asdict(cost), "absent": absent})
             return
         manifests: list[Manifest] = list(store.manifests()) if "pending" in states.values() else []
         for step in made.steps:
@@ -82,6 +87,29 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             print(f"{states[step.name]:8} {step.key[:12]}  {step.name:24} {reason}".rstrip())
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
+        if cost is not None:
+            _show_costs(cost)
+        if absent:
+            print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
+        for line in absent:
+            print(f"graft: {line}", file=sys.stderr)
+
+
+def _show_costs(cost: GraftCost) -> None:
+    """Parameters and FLOPs of one forward pass of one sample, and how the graft compares."""
+    rows = [
+        ("rootstock", cost.rootstock, None),
+        ("graft", cost.graft, cost.rootstock),
+        ("operators before", cost.replaced, None),
+        ("operators after", cost.scions, cost.replaced),
+    ]
+    print(f"{'costs':18}{'parameters':>16}{'':9}{'GFLOP a pass':>16}")
+    for name, of, against in rows:
+        params, flops = (
+            f" {new / old - 1:+8.1%}" if against is not None and old else f"{'':9}"
+            for new, old in ((of.params, against and against.params), (of.flops, against and against.flops))
+        )
+        print(f"{name:18}{of.params:16,}{params}{of.flops / 1e9:16,.4g}{flops}".rstrip())
 
 
 @app.command()
@@ -145,6 +173,28 @@ def show(
         for name, entry in manifest.files.items():
             print(f"  {entry.size:>12,}  {entry.sha256[:12]}  {name}")
         print(json.dumps(manifest.identity, indent=1))
+
+
+class Layout(StrEnum):
+    """What other tools read."""
+
+    graftwork = "graftwork"
+    diffusers = "diffusers"
+    published = "published"
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(metavar="RUN[/STEP]", help="a run's graft, or the model of another step")],
+    out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
+    layout: Annotated[Layout, typer.Option("--as", help="for whom")] = Layout.graftwork,
+    vae: Annotated[str | None, typer.Option("--vae", help="for diffusers: write a whole DiTPipeline, with it")] = None,
+    store: StoreUrl = ".graftwork",
+    debug: Debug = False,
+) -> None:
+    """Write a model for other tools: safetensors, diffusers or the published .pt, with a model card."""
+    with problems(debug):
+        print(api.export(name, out, layout.value, store, vae))
 
 
 @app.command()

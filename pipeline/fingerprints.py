@@ -8,28 +8,48 @@ from pathlib import Path
 
 from pipeline.store import canonical, digest
 from specs.data import Data, DigitsData
+from specs.hub import is_hub_id, local_snapshot
+
+
+ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 
 
 def data_fingerprint(data: Data) -> dict[str, str]:
     """The digits' file by content; an image folder by the names, sizes and times of its files."""
     if isinstance(data, DigitsData):
         return {"digits": digest(digits_file())}
-    return folder_fingerprint("images", Path(data.path))
+    return images_fingerprint("images", Path(data.path))
 
 
-def file_fingerprint(role: str, path: str) -> dict[str, str]:
-    """A file by content, a folder as above."""
-    if Path(path).is_dir():
-        return folder_fingerprint(role, Path(path))
-    return {role: digest(Path(path))}
+def reference_fingerprint(path: str) -> dict[str, str]:
+    """What samples are held against: statistics by content, or a folder of images."""
+    return images_fingerprint("reference", Path(path)) if Path(path).is_dir() else weights_fingerprint("reference", path)
 
 
-def folder_fingerprint(role: str, folder: Path) -> dict[str, str]:
-    listing = [
-        [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+def weights_fingerprint(role: str, path: str) -> dict[str, str]:
+    """A file, or all files of a folder, by content; a hub id by the revision that is in the local cache."""
+    if is_hub_id(path):
+        snapshot = local_snapshot(path)
+        return {role: f"{path}@{snapshot.name}" if snapshot else ABSENT}
+    place = Path(path)
+    if place.is_dir():
+        return _hashed(role, [[name, digest(file)] for name, file in _files(place)])
+    return {role: digest(place) if place.is_file() else ABSENT}
+
+
+def images_fingerprint(role: str, folder: Path) -> dict[str, str]:
+    """A folder that may be too large to read: the names, sizes and times of its files."""
+    if not folder.is_dir():
+        return {role: ABSENT}
+    stats = ((name, file.stat()) for name, file in _files(folder))
+    return _hashed(role, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _hashed(role: str, listing: list[list[object]]) -> dict[str, str]:
     return {role: hashlib.sha256(canonical(listing).encode()).hexdigest()}
 
 

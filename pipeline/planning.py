@@ -11,18 +11,25 @@ reaches exactly the steps behind it: another learning rate for the finetune chan
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.fingerprints import data_fingerprint, file_fingerprint
+from pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
 from pipeline.store import Manifest, State, Store, canonical
 from specs import steps as params
+from specs.costs import GraftCost, graft_cost, rootstock_cost
+from specs.data import VaeCodec
 from specs.evaluate import inception_file
 from specs.fields import Spec, keyed
+from specs.graft import Edit
+from specs.hub import is_hub_id, local_snapshot
 from specs.job import JobSpec, StepResources
 from specs.model import CheckpointWeights
 from stages import STAGES
+from stages.sources import vae_folder
 
 PROFILE_SAMPLES = 256
 
@@ -88,9 +95,12 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
     scions = {f"scions/{edit.site}": f"distill/{edit.site}" for edit in edits}
     hybrid = {**rootstock, "select": "select", **scions}
 
-    yield "features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, data_fingerprint(job.data)
+    outside = data_fingerprint(job.data)
+    if isinstance(job.codec, VaeCodec):
+        outside |= weights_fingerprint("codec", str(vae_folder(Path(job.codec.path))))
+    yield "features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, outside
 
-    outside = file_fingerprint("checkpoint", job.weights.path) if isinstance(job.weights, CheckpointWeights) else {}
+    outside = weights_fingerprint("checkpoint", job.weights.path) if isinstance(job.weights, CheckpointWeights) else {}
     base = params.BaseParams(seed=seed, model=job.model, weights=job.weights)
     yield "base", "base", base, {"features": "features"}, outside
 
@@ -101,20 +111,19 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
     yield "profile", "profile", params.ProfileParams(seed=seed, samples=PROFILE_SAMPLES), rootstock, {}
 
     for edit in edits:
+        within = _within(edit, edits)
         yield (
             f"distill/{edit.site}",
             "distill",
-            params.DistillParams(seed=seed, edit=edit, recipe=job.distill),
-            rootstock,
-            {},
+            params.DistillParams(seed=seed, edit=edit, within=within, recipe=job.distill),
+            {**rootstock, **{f"scions/{inner.site}": f"distill/{inner.site}" for inner in within}},
+            weights_fingerprint("scions", edit.scions) if edit.scions else {},
         )
 
-    choices = tuple(
-        params.Choice(edit=edit, reason=spec.layers.reason())
-        for spec in job.graft
-        for edit in spec.edits(job.model.depth)
-    )
-    choices = tuple(sorted(choices, key=lambda choice: str(choice.edit.site)))
+    chosen = [
+        params.Choice(edit=edit, reason=spec.reason()) for spec in job.graft for edit in spec.edits(job.model.depth)
+    ]
+    choices = tuple(sorted(chosen, key=lambda choice: choice.edit.sort_key()))
     yield "select", "select", params.SelectParams(choices=choices), scions, {}
 
     finetune = params.FinetuneParams(seed=seed, scions="distilled", recipe=job.finetune)
@@ -133,6 +142,7 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
         sampling = params.SampleParams(
             seed=seed,
             row=row,
+            codec=job.codec,
             samples=job.evaluate.samples,
             batch=job.evaluate.batch,
             sampler=job.evaluate.sampler,
@@ -142,13 +152,39 @@ def _steps(job: JobSpec) -> Iterator[tuple[str, str, Spec, dict[str, str], dict[
     outside = {}
     if "fid" in job.evaluate.metrics:
         assert job.evaluate.reference is not None
-        outside = file_fingerprint("reference", job.evaluate.reference)
-        outside |= file_fingerprint("inception", str(inception_file(job.evaluate.inception)))
+        outside = reference_fingerprint(job.evaluate.reference)
+        outside |= weights_fingerprint("inception", str(inception_file(job.evaluate.inception)))
     needs = {role: step for models in rows.values() for role, step in models.items()}
     needs |= {f"rows/{row}": f"evaluate/{row}" for row in rows}
     if judged:
         needs |= {"classifier": "classifier"}
-    yield "evaluate", "evaluate", params.EvaluateParams(seed=seed, recipe=job.evaluate), needs, outside
+    yield "evaluate", "evaluate", params.EvaluateParams(seed=seed, codec=job.codec, recipe=job.evaluate), needs, outside
+
+
+def costs(job: JobSpec, num_classes: int) -> GraftCost:
+    """What the job's graft costs beside its rootstock, by formula; edits that a checkpoint carries are in both."""
+    channels = job.codec.latent_channels(job.data)
+    rootstock = rootstock_cost(job.model, job.place(), channels, num_classes)
+    return graft_cost(rootstock, job.edits(), job.place(), carried_edits(job))
+
+
+def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
+    """The edits that a model folder of ours says it carries; other files tell only when their tensors are read."""
+    if not isinstance(job.weights, CheckpointWeights):
+        return ()
+    snapshot = local_snapshot(job.weights.path) if is_hub_id(job.weights.path) else Path(job.weights.path)
+    config = snapshot / "config.json" if snapshot is not None else None
+    if config is None or not config.is_file():
+        return ()
+    return tuple(Edit.model_validate(edit) for edit in json.loads(config.read_text()).get("edits", ()))
+
+
+def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of the blocks that a parallel block takes in."""
+    if edit.site.target != "pair":
+        return ()
+    blocks = (edit.site.block, edit.site.block + 1)
+    return tuple(other for other in edits if other.site.target != "pair" and other.site.block in blocks)
 
 
 def difference(step: Step, manifests: list[Manifest]) -> str | None:

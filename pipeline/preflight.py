@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.store import Store
-from specs.data import ImageFolderData
+from specs.data import ImageFolderData, VaeCodec
 from specs.evaluate import inception_file
+from specs.graft import OperatorEdits
+from specs.hub import is_hub_id, local_path, local_snapshot
 from specs.job import JobSpec
 from specs.load import SpecError
 from specs.model import CheckpointWeights
+from stages.codec import misfits
 from stages.sources import class_folders, class_sizes, training_size
 
 
 def check(job: JobSpec) -> None:
-    """Raise SpecError, one line a problem, for all that the job names and that is not there."""
-    lines = [*_files(job)]
-    if not any(line.startswith("data.") for line in lines):
-        lines += _sizes(job)
+    """Raise SpecError, one line a problem, for all that a run of the job would not find, or not find enough of."""
+    lines = [*absent(job), *shortages(job)]
     if lines:
         raise SpecError(lines)
 
@@ -47,21 +49,16 @@ def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
             ) from None
 
 
-def _files(job: JobSpec) -> list[str]:
+def absent(job: JobSpec) -> list[str]:
+    """A line for each file or folder that the job names and that is not on this machine."""
     lines = []
     if isinstance(job.data, ImageFolderData):
+        accepted = "accepted: a folder with one folder a class"
         if not Path(job.data.path).is_dir():
-            lines.append(
-                f"data.path: got {job.data.path!r}, no such folder; accepted: a folder with one folder a class"
-            )
+            lines.append(f"data.path: got {job.data.path!r}, no such folder; {accepted}")
         elif not class_folders(job.data):
-            lines.append(
-                f"data.path: got {job.data.path!r}, no images in it; accepted: a folder with one folder a class"
-            )
-    if isinstance(job.weights, CheckpointWeights) and not Path(job.weights.path).is_file():
-        lines.append(
-            f"weights.path: got {job.weights.path!r}, no such file; accepted: a .pt or .safetensors checkpoint"
-        )
+            lines.append(f"data.path: got {job.data.path!r}, no images in it; {accepted}")
+    lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
@@ -72,6 +69,51 @@ def _files(job: JobSpec) -> list[str]:
             f"placed at {hub}"
         )
     return lines
+
+
+def fetch(job: JobSpec) -> None:
+    """Have every hub id that the job names in the local cache; raises SpecError where one cannot be had."""
+    for field, path in _weights(job):
+        try:
+            local_path(path)
+        except Exception as error:  # whatever the network, the hub or its library says
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            accepted = "accepted: a file or folder on this machine, or a hub id that can be fetched"
+            raise SpecError([f"{field}: got {path!r}, which cannot be fetched: {reason}; {accepted}"]) from None
+
+
+def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """The field and path of all weights that the job brings along."""
+    if isinstance(job.codec, VaeCodec):
+        yield "codec.path", job.codec.path
+    if isinstance(job.weights, CheckpointWeights):
+        yield "weights.path", job.weights.path
+    for number, edit in enumerate(job.graft):
+        if isinstance(edit, OperatorEdits) and edit.scions is not None:
+            yield f"graft.{number}.scions", edit.scions
+
+
+def _absent_weights(field: str, path: str) -> str | None:
+    if is_hub_id(path):
+        return None if local_snapshot(path) else f"{field}: got {path!r}, not in the hub's local cache; a run fetches it"
+    if Path(path).exists():
+        return None
+    return f"{field}: got {path!r}, no such file; accepted: a file or folder with weights, or a hub id"
+
+
+def shortages(job: JobSpec) -> list[str]:
+    """A line for each number that the data or the codec, where they are on this machine, cannot meet."""
+    return [*misfits(job.codec, job.data), *_data_shortages(job)]
+
+
+def _data_shortages(job: JobSpec) -> list[str]:
+    if isinstance(job.data, ImageFolderData):
+        found = len(class_folders(job.data)) if Path(job.data.path).is_dir() else 0
+        if not found:
+            return []  # `absent` says so
+        if job.data.classes is not None and found != job.data.classes:
+            return [f"data.classes: got {job.data.classes}; accepted: {found}, the class folders in {job.data.path}"]
+    return _sizes(job)
 
 
 def _sizes(job: JobSpec) -> list[str]:

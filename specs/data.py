@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from specs.fields import Spec, Unkeyed
 class DigitsData(Spec):
     """scikit-learn's 1,797 handwritten digits: 8x8, one channel, 10 classes, enlarged bilinearly."""
 
+    channels: ClassVar[int] = 1
+    classes: ClassVar[int] = 10
     kind: Literal["digits"] = "digits"
     image_size: int = Field(16, ge=8, le=64, multiple_of=8, description="pixels a side")
     heldout: float = Field(0.5, gt=0, lt=1, description="share of each class kept from training")
@@ -20,8 +22,12 @@ class DigitsData(Spec):
 class ImageFolderData(Spec):
     """A folder with one folder of images a class; classes are numbered in the order of their names."""
 
+    channels: ClassVar[int] = 3
     kind: Literal["image_folder"] = "image_folder"
     path: Annotated[str, Unkeyed()]  # its files are in the key
+    classes: Annotated[int | None, Unkeyed()] = Field(
+        None, ge=1, description="how many classes there must be; with it a plan needs no images"
+    )
     image_size: int = Field(256, ge=8, description="pixels a side, after scaling the short side and a centre crop")
     heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
 
@@ -32,7 +38,27 @@ Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]
 class PixelCodec(Spec):
     """No encoder: the latents are the pixels, in [-1, 1]."""
 
+    factor: ClassVar[int] = 1
     kind: Literal["pixel"] = "pixel"
 
+    def latent_channels(self, data: Data) -> int:
+        return data.channels
 
-Codec = PixelCodec
+
+class VaeCodec(Spec):
+    """diffusers' AutoencoderKL: a latent is a sample of the encoder's posterior, times `scale`."""
+
+    kind: Literal["vae"] = "vae"
+    path: Annotated[str, Unkeyed()] = Field(
+        "stabilityai/sd-vae-ft-ema", description="a folder, or a hub id; its content is in the key"
+    )
+    scale: float = Field(0.18215, gt=0)
+    factor: int = Field(8, ge=1, description="pixels along a latent's side")
+    channels: int = Field(4, ge=1, description="channels of a latent")
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def latent_channels(self, data: Data) -> int:
+        return self.channels
+
+
+Codec = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]

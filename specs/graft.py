@@ -1,39 +1,54 @@
-"""Edits: what a person asks for (`EditSpec`), and what it comes to, site by site (`Edit`)."""
+"""Edits: what a person asks for (`OperatorEdits`, `ParallelEdits`), and what it comes to, site by site (`Edit`)."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from specs.fields import Spec, refuse
+from specs.fields import Spec, Unkeyed, refuse
 from specs.layers import Layers
 from specs.operators import Operator, Target
 
 
 class Site(Spec):
-    """A place where an operator can be replaced."""
+    """A place that an edit changes: an operator of a block, or a block and the one after it."""
 
     block: int = Field(ge=0)
-    target: Target
+    target: Target | Literal["pair"]
 
     def __str__(self) -> str:
         return f"{self.block:02d}.{self.target}"
+
+
+class Parallel(Spec):
+    """Two consecutive blocks that read the same input; a learned projection merges what they add to it."""
+
+    kind: Literal["parallel"] = "parallel"
 
 
 class Edit(Spec):
     """One scion in one site."""
 
     site: Site
-    operator: Operator
+    operator: Annotated[Operator | Parallel, Field(discriminator="kind")]
+    scions: Annotated[str | None, Unkeyed()] = None  # as in OperatorEdits; the file's content is in the key
+
+    def sort_key(self) -> tuple[bool, int, str]:
+        """Pairs come last: they take in blocks that carry other scions."""
+        return self.site.target == "pair", self.site.block, self.site.target
 
 
-class EditSpec(Spec):
+class OperatorEdits(Spec):
     """Replace the operators at `target` by `operator`, in the blocks that `layers` chooses."""
 
+    kind: Literal["replace"] = "replace"
     target: Target
     operator: Operator
     layers: Layers
+    scions: Annotated[str | None, Unkeyed()] = Field(
+        None, description="a graft to take the scions from, instead of distilling them: a file, a folder or a hub id"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -44,6 +59,51 @@ class EditSpec(Spec):
     def edits(self, depth: int) -> tuple[Edit, ...]:
         """The edit of each chosen block, in order."""
         return tuple(
-            Edit(site=Site(block=block, target=self.target), operator=self.operator)
+            Edit(site=Site(block=block, target=self.target), operator=self.operator, scions=self.scions)
             for block in self.layers.choose(depth)
         )
+
+    def reason(self) -> str:
+        return self.layers.reason()
+
+
+class ParallelEdits(Spec):
+    """Depth to width (REFERENCE section 7): the two blocks of a pair become one parallel block."""
+
+    kind: Literal["parallel"] = "parallel"
+    pairs: Literal["all"] | tuple[tuple[int, int], ...] = Field(
+        "all", description="all: [0, 1], [2, 3], ..; or a list of pairs of consecutive blocks"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.pairs == "all":
+            return self
+        taken: set[int] = set()
+        for position, pair in enumerate(self.pairs):
+            if pair[0] < 0 or pair[1] != pair[0] + 1:
+                refuse(["pairs", position], list(pair), "two consecutive blocks, as in [4, 5]")
+            if taken & set(pair):
+                refuse(["pairs", position], list(pair), "each block in one pair only")
+            taken |= set(pair)
+        if not self.pairs:
+            refuse(["pairs"], [], "all, or at least one pair")
+        return self
+
+    def edits(self, depth: int) -> tuple[Edit, ...]:
+        pairs = tuple((block, block + 1) for block in range(0, depth - 1, 2)) if self.pairs == "all" else self.pairs
+        return tuple(Edit(site=Site(block=first, target="pair"), operator=Parallel()) for first, _ in sorted(pairs))
+
+    def reason(self) -> str:
+        return "all pairs" if self.pairs == "all" else "listed in the spec"
+
+
+def _kind(given: Any) -> str:
+    """`kind` may be left out of the common case."""
+    kind = given.get("kind", "replace") if isinstance(given, dict) else getattr(given, "kind", "replace")
+    return str(kind)
+
+
+EditSpec = Annotated[
+    Annotated[OperatorEdits, Tag("replace")] | Annotated[ParallelEdits, Tag("parallel")], Discriminator(_kind)
+]

@@ -9,9 +9,10 @@ from pydantic import Field, StringConstraints, model_validator
 from specs.data import Codec, Data, DigitsData, PixelCodec
 from specs.evaluate import EvaluateSpec
 from specs.fields import Spec, refuse
-from specs.graft import Edit, EditSpec
+from specs.graft import Edit, EditSpec, ParallelEdits
 from specs.layers import ExplicitLayers
 from specs.model import DitModel, PretrainWeights, Weights
+from specs.operators import Place
 from specs.training import DistillSpec, FinetuneSpec
 
 
@@ -66,32 +67,63 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.data.image_size % self.model.patch:
-            refuse(["data", "image_size"], self.data.image_size, f"a multiple of the patch, {self.model.patch}")
-        taken: dict[str, int] = {}
+        side = self.latent_side()
+        if self.data.image_size % self.codec.factor or side % self.model.patch:
+            factor = f" times the codec's factor, {self.codec.factor}" if self.codec.factor > 1 else ""
+            refuse(["data", "image_size"], self.data.image_size, f"a multiple of the patch, {self.model.patch}{factor}")
+        if "classifier" in self.evaluate.metrics and not isinstance(self.codec, PixelCodec):
+            refuse(["evaluate", "metrics"], list(self.evaluate.metrics), "[fid]; the classifier reads pixels only")
         for number, edit in enumerate(self.graft):
-            if isinstance(edit.layers, ExplicitLayers):
-                for position, block in enumerate(edit.layers.blocks):
-                    if block >= self.model.depth:
-                        refuse(
-                            ["graft", number, "layers", "blocks", position],
-                            block,
-                            f"a block of this model, 0 .. {self.model.depth - 1}",
-                        )
-            edits = edit.edits(self.model.depth)
-            if not edits:
-                refuse(
-                    ["graft", number, "layers"],
-                    edit.layers.reason(),
-                    f"layers that choose some of {self.model.depth} blocks",
-                )
-            for site in (str(one.site) for one in edits):
-                if site in taken:
-                    refuse(["graft", number, "layers"], site, f"sites that graft.{taken[site]} has not taken")
-                taken[site] = number
+            self._check_blocks(number, edit)
+        self._check_sites()
         return self
 
+    def _check_blocks(self, number: int, edit: EditSpec) -> None:
+        """That an edit's blocks are there, and its operator can stand in them."""
+        depth = self.model.depth
+        if isinstance(edit, ParallelEdits):
+            if edit.pairs == "all" and depth % 2:
+                refuse(["graft", number, "pairs"], "all", f"a list of pairs: the model has {depth} blocks, an odd number")
+            for position, pair in enumerate(edit.pairs if edit.pairs != "all" else ()):
+                if pair[1] >= depth:
+                    refuse(["graft", number, "pairs", position], list(pair), f"blocks of this model, 0 .. {depth - 1}")
+            return
+        if isinstance(edit.layers, ExplicitLayers):
+            for position, block in enumerate(edit.layers.blocks):
+                if block >= depth:
+                    accepted = f"a block of this model, 0 .. {depth - 1}"
+                    refuse(["graft", number, "layers", "blocks", position], block, accepted)
+        if not edit.edits(depth):
+            accepted = f"layers that choose some of {depth} blocks"
+            refuse(["graft", number, "layers"], edit.layers.reason(), accepted)
+        misfit = edit.operator.misfit(self.place())
+        if misfit is not None:
+            field, given, accepted = misfit
+            refuse(["graft", number, "operator", field], given, accepted)
+
+    def _check_sites(self) -> None:
+        """That no site is edited twice, and no block paired twice."""
+        taken: dict[str, int] = {}
+        for number, edits in enumerate(self.graft):
+            for edit in edits.edits(self.model.depth):
+                pair = edit.site.target == "pair"
+                blocks = (edit.site.block, edit.site.block + 1) if pair else (edit.site.block,)
+                for site in (f"{block:02d}.{edit.site.target}" for block in blocks):
+                    if site in taken:
+                        field = "pairs" if pair else "layers"
+                        refuse(["graft", number, field], site, f"sites that graft.{taken[site]} has not taken")
+                    taken[site] = number
+
+    def latent_side(self) -> int:
+        """Latent pixels a side."""
+        return self.data.image_size // self.codec.factor
+
+    def place(self) -> Place:
+        """The shape of the model's blocks."""
+        num_tokens = (self.latent_side() // self.model.patch) ** 2
+        return Place(width=self.model.width, heads=self.model.heads, num_tokens=num_tokens)
+
     def edits(self) -> tuple[Edit, ...]:
-        """Every edit of the job, site by site, in the order of the blocks."""
+        """Every edit of the job, site by site, in the order in which they are made."""
         chosen = [edit for spec in self.graft for edit in spec.edits(self.model.depth)]
-        return tuple(sorted(chosen, key=lambda edit: (edit.site.block, edit.site.target)))
+        return tuple(sorted(chosen, key=Edit.sort_key))

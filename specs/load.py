@@ -25,7 +25,7 @@ class SpecError(Exception):
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job in a YAML file, with `section.field=value` overrides applied before it is checked."""
-    return job_from(read_yaml(path), overrides)
+    return job_from(read_job(Path(path)), overrides)
 
 
 def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec:
@@ -39,6 +39,35 @@ def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec
         # pydantic counts a list's valid items only, so a bad item makes the list too short as well: say it once.
         blamed = {problem["loc"][:cut] for problem in problems for cut in range(len(problem["loc"]))}
         raise SpecError([describe(problem) for problem in problems if problem["loc"] not in blamed]) from None
+
+
+def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A job's document; `extends: other.yaml`, beside it, gives the fields that it does not name itself.
+
+    Sections are merged field by field, unless their kinds differ; lists, such as the edits, are replaced.
+    """
+    document = read_yaml(path)
+    base = document.pop("extends", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise SpecError([f"{path}: extends: got {shown(base)}; accepted: the path of another job's file"])
+    other = path.parent / base
+    if other.resolve() in (file.resolve() for file in (*above, path)):
+        raise SpecError([f"{path}: extends: got {base!r}, which extends this file; accepted: files without a circle"])
+    return merged(read_job(other, (*above, path)), document)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    result = dict(base)
+    for name, value in over.items():
+        below = result.get(name)
+        if isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind")):
+            result[name] = merged(below, value)
+        else:
+            result[name] = value
+    return result
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

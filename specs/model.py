@@ -62,7 +62,8 @@ class PretrainWeights(TrainingSpec):
 
 
 class CheckpointWeights(Spec):
-    """Read the rootstock from a file: DiT's published `.pt`, or safetensors with the same names."""
+    """Read the rootstock, or a graft of one: DiT's or a graft's published `.pt`, a diffusers DiT folder, ours, or a hub
+    id. What it carries already is found from its tensors."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: Annotated[str, Unkeyed()]  # its content is in the key

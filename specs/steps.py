@@ -46,10 +46,11 @@ class ProfileParams(Spec):
 
 
 class DistillParams(Spec):
-    """One scion, taught to mimic the operator in its site."""
+    """One scion, taught to mimic what stands in its site."""
 
     seed: int
     edit: Edit
+    within: tuple[Edit, ...] = ()  # of a parallel block: the edits of its blocks, distilled before
     recipe: DistillSpec
 
 
@@ -79,6 +80,7 @@ class SampleParams(Spec):
 
     seed: int
     row: Row
+    codec: Codec  # its weights are in the key of the features
     samples: int
     batch: int
     sampler: Sampler
@@ -88,4 +90,5 @@ class EvaluateParams(Spec):
     """The table over all rows."""
 
     seed: int
+    codec: Codec
     recipe: EvaluateSpec

@@ -30,10 +30,10 @@ STAGES = {
     "base": Stage(version=1, orchestrates=True),
     "classifier": Stage(version=1),
     "profile": Stage(version=1),
-    "distill": Stage(version=1),
+    "distill": Stage(version=2),
     "select": Stage(version=1),
     "finetune": Stage(version=1, orchestrates=True),
-    "evaluate": Stage(version=1, orchestrates=True),
+    "evaluate": Stage(version=2, orchestrates=True),
 }
 
 

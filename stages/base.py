@@ -1,8 +1,9 @@
-"""`base`: the rootstock, pretrained here under Ray Train or read from a checkpoint. Leaves a model folder."""
+"""`base`: the rootstock, pretrained here under Ray Train or read from a checkpoint, with the edits that it carries.
+
+Leaves a model folder.
+"""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from cluster.launcher import launch
 from models import checkpoints
 from models.dit import DiT, initialise
 from models.streams import initialising
+from specs.graft import Edit
 from specs.model import CheckpointWeights, PretrainWeights
 from specs.steps import BaseParams
 from stages import Context
@@ -20,15 +22,17 @@ from stages.training import PlainEngine, TrainingSet, final_weights, train
 
 def run(context: Context) -> None:
     params: BaseParams = context.params
-    model = _new_model(context)
+    edits: tuple[Edit, ...] = ()
     if isinstance(params.weights, CheckpointWeights):
-        checkpoints.fill(model, checkpoints.read_published(Path(params.weights.path)), params.weights.path)
+        expected = read_meta(context.input("features")).dit_config(params.model)
+        model, edits = checkpoints.read(params.weights.path, config=expected)
     else:
+        model = _new_model(context)
         launch(pretrain, context, params.weights.workers, context.resources)
         weights, curve = final_weights(context.partial)
         model.load_state_dict(weights, strict=False)
         loss_curve(curve, "pretraining loss", context.out / "loss")
-    checkpoints.save(model, (), context.out)
+    checkpoints.save(model, edits, context.out)
 
 
 def pretrain(context: Context, device: torch.device) -> None:
@@ -51,7 +55,8 @@ def pretrain(context: Context, device: torch.device) -> None:
 
 def _new_model(context: Context) -> DiT:
     params: BaseParams = context.params
+    assert isinstance(params.weights, PretrainWeights)
     with initialising(params.seed, "base"):
         model = DiT(read_meta(context.input("features")).dit_config(params.model))
-        initialise(model, params.weights.label_std if isinstance(params.weights, PretrainWeights) else 0.02)
+        initialise(model, params.weights.label_std)
     return model

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from models import checkpoints
 from models.dit import DiT
 from models.streams import generator
-from models.surgery import new_scion, observe
+from models.surgery import answer, new_scion, observe, scion_at
 from specs.graft import Site
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context
+from stages.hybrid import with_scions
 from stages.latents import Noised, noised, read
 from stages.pictures import loss_curve
 from stages.training import PlainEngine, save_tensors
@@ -33,21 +34,21 @@ CHECKPOINT = "distill.safetensors"
 BATCH = 64  # of the rootstock's pass, and of held-out evaluation
 LossFunction = Callable[..., Tensor]
 LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-AUTO = {"mha": "l1", "mlp": "l2"}
+AUTO = {"mha": "l1", "mlp": "l2", "pair": "l1"}
 
 
 @dataclass(frozen=True)
 class Pairs:
     """What the operator saw and put out, and the weight of its error."""
 
-    inputs: Tensor  # (n,N,D)
+    inputs: tuple[Tensor, ...]  # each (n,..): an operator's tokens; a pair's tokens and condition
     outputs: Tensor  # (n,N,D)
     weights: Tensor | None  # (n,1,D), or all ones
 
 
 def run(context: Context) -> None:
     params: DistillParams = context.params
-    recipe, site, device = params.recipe, params.edit.site, context.device
+    recipe, edit, device = params.recipe, params.edit, context.device
     model, _ = checkpoints.load(context.input("base"))
     model = model.to(device)
     features = context.input("features")
@@ -56,30 +57,43 @@ def run(context: Context) -> None:
     # The same noised latents for every site: sites of one job can share one pass of the rootstock.
     shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")
     unseen = noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout")
-    pairs, unseen_pairs = (record(model, site, part, recipe.gate_weighted) for part in (shown, unseen))
-    scion = new_scion(model, site, params.edit.operator, params.seed).to(device)
-    history = fit(scion, pairs, unseen_pairs, context)
+    pairs, unseen_pairs = (record(model, edit.site, part, recipe.gate_weighted) for part in (shown, unseen))
+    with_scions(model, params.within, context, params.seed)
+    scion = new_scion(model, edit, params.seed).to(device)
+    if edit.scions is None:
+        history = fit(scion, pairs, unseen_pairs, context)
+        loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
+        best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
+    else:
+        take(scion, edit.site, edit.scions)
+        best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss_kind(recipe, edit.site)])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
-    loss_curve(history, f"distilling {site}", context.out / "loss", ("training", "heldout"))
-    best = min(history, key=lambda point: point[2])
     summary = {
-        "loss": loss_kind(recipe, site),
-        "heldout_error": best[2],
-        "best_epoch": int(best[0]),
+        "loss": loss_kind(recipe, edit.site),
+        "heldout_error": heldout_error,
+        "best_epoch": int(best_epoch),
         "relative_error": relative_error(scion, unseen_pairs),
     }
     (context.out / "distill.json").write_text(json.dumps(summary, indent=1))
 
 
 def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
-    """Run the rootstock up to the site and keep the operator's inputs and outputs."""
+    """Run the rootstock up to the site and keep the inputs and outputs of what stands there."""
     device = next(model.parameters()).device
     seen = [
         observe(model, [site], *(part.to(device) for part in parts))[site]
         for parts in zip(shown.z.split(BATCH), shown.t.split(BATCH), shown.labels.split(BATCH), strict=True)
     ]
-    weights = torch.cat([one.gate for one in seen]).abs()[:, None] if gate_weighted else None
-    return Pairs(torch.cat([one.input for one in seen]), torch.cat([one.output for one in seen]), weights)
+    gates = [one.gate for one in seen if one.gate is not None]
+    weights = torch.cat(gates).abs()[:, None] if gate_weighted and gates else None
+    inputs = tuple(torch.cat(parts) for parts in zip(*(one.inputs for one in seen), strict=True))
+    return Pairs(inputs, torch.cat([one.output for one in seen]), weights)
+
+
+def take(scion: nn.Module, site: Site, source: str) -> None:
+    """Fill the scion from a graft that has one of its kind in the same site."""
+    graft, _ = checkpoints.read(source)
+    checkpoints.fill(scion, scion_at(graft, site).state_dict(), f"{source}: {site}")
 
 
 def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list[tuple[float, float, float]]:
@@ -88,21 +102,20 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list
     Returns (epoch, training error, held-out error) of every epoch.
     """
     params: DistillParams = context.params
-    recipe, size = params.recipe, len(pairs.inputs)
+    recipe, size = params.recipe, len(pairs.outputs)
     loss_of = LOSSES[loss_kind(recipe, params.edit.site)]
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
+    device = pairs.outputs.device
     for epoch in range(len(history), recipe.epochs):
         lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
-        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(
-            pairs.inputs.device
-        )
-        total = torch.zeros((), device=pairs.inputs.device)
+        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(device)
+        total = torch.zeros((), device=device)
         for chosen in order.split(recipe.batch):
             loss = error(scion, pairs, chosen, loss_of)
             engine.step(loss, lr)
             total += loss.detach() * len(chosen)
-        training_error, heldout_error = total.item() / size, heldout(scion, unseen, loss_of)
+        training_error, heldout_error = total.item() / size, error_on(scion, unseen, loss_of)
         if not math.isfinite(heldout_error):
             raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
         if heldout_error < min((point[2] for point in history), default=math.inf):
@@ -119,14 +132,15 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list
 
 def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: LossFunction) -> Tensor:
     """The scion's mean error on some of the pairs, a scalar."""
-    each = loss_of(scion(pairs.inputs[chosen]), pairs.outputs[chosen], reduction="none")
+    answers = answer(scion)(*(part[chosen] for part in pairs.inputs))
+    each = loss_of(answers, pairs.outputs[chosen], reduction="none")
     return (each if pairs.weights is None else each * pairs.weights[chosen]).mean()
 
 
 @torch.no_grad()
-def heldout(scion: nn.Module, pairs: Pairs, loss_of: LossFunction) -> float:
+def error_on(scion: nn.Module, pairs: Pairs, loss_of: LossFunction) -> float:
     """Mean error over all pairs."""
-    size = len(pairs.inputs)
+    size = len(pairs.outputs)
     parts = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]
     return sum(error(scion, pairs, part, loss_of).item() * (part.stop - part.start) for part in parts) / size
 
@@ -134,13 +148,14 @@ def heldout(scion: nn.Module, pairs: Pairs, loss_of: LossFunction) -> float:
 @torch.no_grad()
 def relative_error(scion: nn.Module, pairs: Pairs) -> float:
     """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
-    predicted = torch.cat([scion(part) for part in pairs.inputs.split(BATCH)])
+    batches = zip(*(part.split(BATCH) for part in pairs.inputs), strict=True)
+    predicted = torch.cat([answer(scion)(*batch) for batch in batches])
     spread = (pairs.outputs - pairs.outputs.mean((0, 1))).square().sum()
     return ((predicted - pairs.outputs).square().sum() / spread).item()
 
 
 def loss_kind(recipe: DistillSpec, site: Site) -> str:
-    """`auto` is L1 for attention, whose outputs have outliers, and L2 for MLPs."""
+    """`auto` is L1 where attention's outliers are in the output, which is so of a pair too, and L2 for MLPs."""
     return AUTO[site.target] if recipe.loss == "auto" else recipe.loss
 
 

@@ -19,17 +19,19 @@ from safetensors.torch import load_file
 
 from cluster.runtime import fan_out
 from models.classifier import Classifier
-from models.costs import forward_flops, num_parameters
+from models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
 from models.frechet import distance, gaussian
 from specs.steps import EvaluateParams, Row, SampleParams
 from stages import Context
+from stages.codec import Coder, load_codec
 from stages.hybrid import row_model
 from stages.inception import inception_features, load_inception, reference_statistics
 from stages.latents import read, read_meta
 from stages.pictures import quality_against_cost, sample_grid
-from stages.rows import draw, sample_row, to_images
+from stages.rows import draw, sample_row
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3
+COSTS = ("params", "flops", "ms_per_sample", "latency_ms", "peak_memory")
 Table = dict[str, dict[str, float]]
 
 
@@ -57,14 +59,15 @@ def _measure(context: Context, params: EvaluateParams, device: torch.device) -> 
     """The table, and the held-out images in it."""
     recipe = params.recipe
     features = context.input("features")
-    images = {"heldout": to_images(read(features, "heldout").x[: recipe.samples])}
+    codec = load_codec(params.codec, device)
+    images = {"heldout": codec.decode(read(features, "heldout").x[: recipe.samples])}
     labels = {"heldout": read(features, "heldout").labels[: recipe.samples].numpy()}
     for row in _rows(context):
         folder = context.input(f"rows/{row}")
         images[row], labels[row] = np.load(folder / "samples.npy"), np.load(folder / "labels.npy")
     table: Table = {row: {} for row in images}
     if "classifier" in recipe.metrics:
-        _judge(context, table, images, labels)
+        _judge(context, codec, table, images, labels)
     if "fid" in recipe.metrics:
         assert recipe.reference is not None
         network = load_inception(recipe.inception, device)
@@ -77,11 +80,11 @@ def _measure(context: Context, params: EvaluateParams, device: torch.device) -> 
 
 
 def _judge(
-    context: Context, table: Table, images: dict[str, NDArray[np.uint8]], labels: dict[str, NDArray[np.int64]]
+    context: Context, codec: Coder, table: Table, images: dict[str, NDArray[np.uint8]], labels: dict[str, NDArray[np.int64]]
 ) -> None:
     """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: read as their label."""
     folder = context.input("features")
-    meta, training = read_meta(folder), to_images(read(folder, "training").x)
+    meta, training = read_meta(folder), codec.decode(read(folder, "training").x)
     judge = Classifier(meta.channels, meta.side, len(meta.classes))
     judge.load_state_dict(load_file(context.input("classifier") / "classifier.safetensors"))
     judge.eval()
@@ -101,11 +104,16 @@ def _features(judge: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float3
 
 
 def _cost(context: Context, table: Table, device: torch.device) -> None:
-    """`params`, `flops` of a forward pass of one sample, `ms_per_sample` measured; real images cost none of them."""
+    """What each model costs; real images cost nothing.
+
+    params; flops: of a forward pass of one sample; latency_ms and peak_memory (bytes): of a forward pass of a batch;
+    ms_per_sample: of a whole sampling.
+    """
     params: EvaluateParams = context.params
-    table["heldout"] |= {"params": 0, "flops": 0, "ms_per_sample": 0.0}
+    table["heldout"] |= dict.fromkeys(COSTS, 0)
     models = {row: row_model(context, row, params.seed).to(device) for row in _rows(context)}
     seconds: dict[Row, list[float]] = {row: [] for row in models}
+    latency: dict[Row, list[float]] = {row: [] for row in models}
     meta = read_meta(context.input("features"))
     # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
     for round_ in range(TIMED_RUNS + 1):
@@ -113,15 +121,20 @@ def _cost(context: Context, table: Table, device: torch.device) -> None:
             elapsed = _timed(
                 partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device)
             )
+            one_pass = forward_seconds(model, forward_inputs(model, params.recipe.batch, device))
             if round_ > 0:
                 seconds[row].append(elapsed)
+                latency[row].append(one_pass)
         context.report(round_ + 1, TIMED_RUNS + 1)
     for row, model in models.items():
-        table[row] |= {
-            "params": num_parameters(model),
-            "flops": forward_flops(model),
-            "ms_per_sample": 1000 * statistics.median(seconds[row]) / TIMED_SAMPLES,
-        }
+        costs = (
+            num_parameters(model),
+            forward_flops(model),
+            1000 * statistics.median(seconds[row]) / TIMED_SAMPLES,
+            1000 * statistics.median(latency[row]),
+            forward_memory(model, forward_inputs(model, params.recipe.batch, device)),
+        )
+        table[row] |= dict(zip(COSTS, costs, strict=True))
 
 
 def _timed(work: partial[torch.Tensor]) -> float:

@@ -5,59 +5,102 @@ Leaves `{training,heldout}_latents.npy` (n,C,S,S) float32, `{training,heldout}_l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import ray.data
-from numpy.typing import NDArray
+import torch
 
-from specs.data import Data, ImageFolderData
+from cluster.runtime import settle
+from specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
+from specs.job import StepResources
 from specs.steps import FeaturesParams
 from stages import Context
+from stages.codec import BATCH, Coder, load_codec, require_fit
 from stages.latents import SPLITS, LatentsMeta, write_meta
 from stages.sources import Item, class_folders, read_image, split
 
-BATCH = 64
+BATCHES_A_TASK = 8
+Batch = dict[str, Any]  # a row of Ray's data set: `split`, `start`, `names`, and `images`, encoded in the end
 
 
 def run(context: Context) -> None:
     params: FeaturesParams = context.params
-    splits = dict(zip(SPLITS, split(params.data), strict=True))
-    total, done = sum(map(len, splits.values())), 0
-    shape = read_image(params.data, splits["training"][0].name).shape
-    context.report(0, total)
+    data, codec = params.data, params.codec
+    require_fit(codec, data)
+    splits = dict(zip(SPLITS, split(data), strict=True))
+    channels, side = codec.latent_channels(data), data.image_size // codec.factor
+    latents = {}
     for name, items in splits.items():
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in items], dtype=np.int64))
-        path = context.out / f"{name}_latents.npy"
-        latents = np.lib.format.open_memmap(path, "w+", np.float32, (len(items), *shape))
-        for batch in _encoded(params.data, items, context):
-            latents[batch["index"]] = batch["latent"]
-            done += len(batch["index"])
-            context.report(done, total)
-        latents.flush()
+        path, shape = context.out / f"{name}_latents.npy", (len(items), channels, side, side)
+        latents[name] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    total, done = sum(map(len, splits.values())), 0
+    context.report(0, total)
+    for batch in _encoded(params, splits, context.resources):
+        start, count = batch["start"], len(batch["images"])
+        latents[batch["split"]][start : start + count] = batch["images"]
+        done += count
+        context.report(done, total)
+    for part in latents.values():
+        part.flush()
     meta = LatentsMeta(
-        codec=params.codec.kind,
-        channels=shape[0],
-        side=shape[1],
-        classes=_class_names(params.data),
+        codec=codec.kind,
+        scale=codec.scale if isinstance(codec, VaeCodec) else 1.0,
+        channels=channels,
+        side=side,
+        classes=_class_names(data),
         num_training=len(splits["training"]),
         num_heldout=len(splits["heldout"]),
     )
     write_meta(context.out, meta)
 
 
-def _encoded(data: Data, items: list[Item], context: Context) -> Any:
-    """Batches of `index` and `latent`, in whatever order they are ready."""
+def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: StepResources) -> Iterator[Batch]:
+    """The batches, encoded, in whatever order they are ready.
 
-    def encode(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return {"index": batch["index"], "latent": np.stack([read_image(data, name) for name in batch["name"]])}
+    Which images pass through the VAE together is settled here, and not by how Ray cuts the data for the workers that
+    it happens to have: so not even the last bits depend on those.
+    """
 
+    def read(batch: Batch) -> Batch:  # in here, so that a worker that only reads need not load torch with this module
+        return {**batch, "images": np.stack([read_image(data, name) for name in batch["names"]])}
+
+    data, encode = params.data, {"num_cpus": resources.cpu, "num_gpus": resources.gpu or None}
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"index": index, "name": item.name} for index, item in enumerate(items)]
-    dataset = ray.data.from_items(rows).map_batches(
-        encode, batch_size=BATCH, num_cpus=context.resources.cpu, num_gpus=context.resources.gpu or None
-    )
-    return dataset.iter_batches(batch_size=BATCH, batch_format="numpy")
+    batches = [
+        {"split": name, "start": start, "names": [item.name for item in items[start : start + BATCH]]}
+        for name, items in splits.items()
+        for start in range(0, len(items), BATCH)
+    ]
+    num_tasks = math.ceil(len(batches) / BATCHES_A_TASK)
+    rows = ray.data.from_items(batches, override_num_blocks=num_tasks)
+    if isinstance(params.codec, PixelCodec):
+        return iter(rows.map(read, **encode).iter_rows())
+    # Without a GPU Ray fuses the two, so that a worker reads what it encodes and one CPU is enough.
+    images = rows.map(read, num_cpus=1 if resources.gpu else resources.cpu)
+    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
+    return iter(images.map(Encoder, fn_constructor_args=(params.codec,), compute=workers, **encode).iter_rows())
+
+
+class Encoder:
+    """A worker that holds the VAE."""
+
+    def __init__(self, codec: VaeCodec) -> None:
+        self.codec = codec
+
+    def __call__(self, batch: Batch) -> Batch:
+        settle()
+        latents = self._vae.encode(torch.from_numpy(np.array(batch["images"])), batch["names"])
+        return {**batch, "images": latents.cpu().numpy()}
+
+    @cached_property
+    def _vae(self) -> Coder:
+        """Loaded with the first batch: of an error before that, Ray says only that a worker died."""
+        return load_codec(self.codec, settle())
 
 
 def _class_names(data: Data) -> tuple[str, ...]:

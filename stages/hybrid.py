@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from safetensors.torch import load_file
 
 from models import checkpoints
 from models.dit import DiT
-from models.surgery import graft, operator_at
+from models.surgery import all_edits, graft, scion_at
 from specs.graft import Edit
 from specs.steps import Row
 from stages import Context
@@ -16,19 +16,26 @@ from stages.select import read_plan
 
 
 def with_fresh_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
-    """The rootstock with the plan's operators, initialised as they were before distillation."""
+    """The rootstock with the plan's edits, initialised as they were before distillation."""
     model, edits = checkpoints.load(context.input("base"))
     plan = read_plan(context.input("select"))
-    return graft(model, plan, seed), (*edits, *plan)
+    return graft(model, plan, seed), all_edits(edits, plan)
 
 
 def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
     """The graft after stage 1."""
-    model, edits = with_fresh_scions(context, seed)
-    for edit in read_plan(context.input("select")):
-        scion = load_file(context.input(f"scions/{edit.site}") / "scion.safetensors")
-        operator_at(model, edit.site).load_state_dict(scion)
-    return model, edits
+    model, edits = checkpoints.load(context.input("base"))
+    plan = read_plan(context.input("select"))
+    return with_scions(model, plan, context, seed), all_edits(edits, plan)
+
+
+def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) -> DiT:
+    """Put the distilled scion of each edit into the model, in place; a pair's holds those of its blocks."""
+    for edit in sorted(edits, key=Edit.sort_key):
+        graft(model, [edit], seed)
+        state = load_file(context.input(f"scions/{edit.site}") / "scion.safetensors")
+        scion_at(model, edit.site).load_state_dict(state)
+    return model
 
 
 def row_model(context: Context, row: Row, seed: int) -> DiT:

@@ -24,6 +24,7 @@ class LatentsMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     codec: str
+    scale: float = 1.0  # latents are the codec's own, times this
     channels: int
     side: int
     classes: tuple[str, ...]

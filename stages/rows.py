@@ -1,6 +1,6 @@
 """Samples of one row of the table: fixed batches, each a Ray task with its own noise, each kept as it is done.
 
-Leaves `samples.npy` (n,C,S,S) uint8, `labels.npy` (n,) and `grid.png`.
+Leaves `samples.npy` (n,C,S,S) uint8, decoded by the codec; `labels.npy` (n,) and `grid.png`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from models.streams import SampleNoise
 from specs.evaluate import Sampler
 from specs.steps import SampleParams
 from stages import Context
+from stages.codec import Coder, load_codec
 from stages.hybrid import row_model
 from stages.latents import LatentsMeta, read_meta
 from stages.pictures import sample_grid
@@ -57,29 +58,26 @@ def draw(model: DiT, meta: LatentsMeta, indices: range, sampler: Sampler, seed: 
     return sample(model, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
 
 
-def to_images(latents: Tensor) -> NDArray[np.uint8]:
-    """Pixels in [-1, 1] -> 0 .. 255, as the published sampler rounds them."""
-    return (127.5 * latents + 128).clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-
 def _sample_batch(context: Context, start: int, device: torch.device) -> tuple[int, NDArray[np.uint8]]:
     params: SampleParams = context.params
-    model = _loaded(context).to(device)
+    model, codec = _loaded(context, device)
     indices = range(start, min(start + params.batch, params.samples))
     meta = read_meta(context.input("features"))
-    return start, to_images(draw(model, meta, indices, params.sampler, params.seed, device))
+    return start, codec.decode(draw(model, meta, indices, params.sampler, params.seed, device))
 
 
-_LAST: dict[tuple[str, ...], DiT] = {}
+_LAST: dict[tuple[str, ...], tuple[DiT, Coder]] = {}
 
 
-def _loaded(context: Context) -> DiT:
-    """The row's model; a process that draws several of its batches builds it once."""
+def _loaded(context: Context, device: torch.device) -> tuple[DiT, Coder]:
+    """The row's model and the codec; a process that draws several of its batches loads them once."""
     params: SampleParams = context.params
+    # The key of the features stands for the VAE's content.
     identity = (params.row, *(context.inputs[role].key for role in sorted(context.inputs)))
     if identity not in _LAST:
         _LAST.clear()
-        _LAST[identity] = row_model(context, params.row, params.seed)
+        model = row_model(context, params.row, params.seed).to(device)
+        _LAST[identity] = model, load_codec(params.codec, device)
     return _LAST[identity]
 
 

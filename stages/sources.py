@@ -1,4 +1,4 @@
-"""Data sources: which images there are, which are held out, and how one is read.
+"""Data sources: which images there are, which are held out, and how one is read; and where a VAE lies.
 
 The split and every smaller subset go by a hash of the image's name, class by class: the same images on any machine,
 whatever the order of a listing.
@@ -111,6 +111,12 @@ def read_image(data: Data, name: str) -> np.ndarray:
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32)
     return (pixels / 127.5 - 1).transpose(2, 0, 1)
+
+
+def vae_folder(place: Path) -> Path:
+    """Where in a folder a VAE lies: in itself, or in the `vae` of a saved pipeline."""
+    within = place / "vae"
+    return within if (within / "config.json").is_file() and not (place / "config.json").is_file() else place
 
 
 @cache

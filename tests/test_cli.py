@@ -71,7 +71,7 @@ def test_several_problems_are_several_lines() -> None:
 def test_fid_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "real").mkdir()
-    done = graft("plan", str(TINY), "--set", "evaluate.metrics=[fid]", "--set", "evaluate.reference=real")
+    done = graft("run", str(TINY), "--set", "evaluate.metrics=[fid]", "--set", "evaluate.reference=real")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert f"{tmp_path}/torch/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth" in line
@@ -87,12 +87,28 @@ def test_an_unknown_run_lists_those_that_are_there() -> None:
 
 def test_plan_prints_the_documented_json() -> None:
     document = json.loads(graft("plan", str(TINY), "--json").stdout)
-    assert set(document) == {"job", "steps"}
+    assert set(document) == {"job", "steps", "costs", "absent"}
     assert document["job"] == "digits-tiny"
+    assert document["absent"] == []
+    assert set(document["costs"]) == {"rootstock", "graft", "replaced", "scions"}
+    assert document["costs"]["graft"] == {"params": 88_136, "flops": 7_493_632}  # what evaluate's table says
     assert all(
         set(step) == {"name", "stage", "key", "state", "needs", "resources"} and step["state"] == "pending"
         for step in document["steps"]
     )
+
+
+def test_a_plan_needs_none_of_the_files_and_says_which_are_not_here(tmp_path: Path) -> None:
+    elsewhere = ("data={kind: image_folder, path: none, classes: 7}", "weights={kind: checkpoint, path: none.pt}")
+    done = graft("plan", str(TINY), *(part for override in elsewhere for part in ("--set", override)))
+    assert done.exit_code == 0
+    assert "0 cached, 0 partial, 14 pending" in done.stdout
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()[1:]] == ["data.path", "weights.path"]
+    (tmp_path / "none" / "only").mkdir(parents=True)
+    (tmp_path / "none" / "only" / "image.png").touch()
+    done = graft("plan", str(TINY), "--set", elsewhere[0], "--set", "distill.samples=1")
+    assert done.exit_code == 2
+    assert done.stderr == "graft: data.classes: got 7; accepted: 1, the class folders in none\n"
 
 
 def test_planning_leaves_nothing_behind(tmp_path: Path) -> None:

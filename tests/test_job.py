@@ -6,11 +6,14 @@ import json
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
+
+import yaml
 
 from tests.conftest import TINY, Finished, Graft, keys, states
 
 ROWS = ["heldout", "rootstock", "stage1", "stage2", "random_init"]
-COLUMNS = {"distance", "agreement", "params", "flops", "ms_per_sample"}
+COLUMNS = {"distance", "agreement", "params", "flops", "ms_per_sample", "latency_ms", "peak_memory"}
 
 
 def test_the_outcome_names_every_step_and_row(tiny: Finished) -> None:
@@ -143,3 +146,39 @@ def test_status_compare_and_show_agree_with_the_run(tiny: Finished, graft: Graft
     shown = json.loads(graft("show", f"{tiny.run}/finetune", "--json", *store).stdout)
     assert shown["key"] == keys(tiny.outcome)["finetune"]
     assert "model.safetensors" in shown["files"]
+
+
+EVERY_EDIT = """
+- {target: mha, operator: {kind: swa, window: 2}, layers: {kind: explicit, blocks: [0]}}
+- {target: mha, operator: {kind: hyena_se}, layers: {kind: explicit, blocks: [1]}}
+- {target: mha, operator: {kind: hyena_x}, layers: {kind: explicit, blocks: [2]}}
+- {target: mha, operator: {kind: hyena_y}, layers: {kind: explicit, blocks: [3]}}
+- {target: mha, operator: {kind: mamba2, d_state: 8}, layers: {kind: explicit, blocks: [4]}}
+- {target: mha, operator: {kind: mha}, layers: {kind: explicit, blocks: [5]}}
+- {target: mlp, operator: {kind: mlp, ratio: 3}, layers: {kind: explicit, blocks: [0, 1]}}
+- {target: mlp, operator: {kind: mlp_hyena_x, ratio: 1}, layers: {kind: explicit, blocks: [3]}}
+- {kind: parallel, pairs: [[2, 3], [4, 5]]}
+"""
+
+
+def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
+    """All operators in different blocks, at both targets, and pairs that take some of them in."""
+    document = yaml.safe_load(TINY.read_text())
+    document["model"]["depth"] = 6
+    document["weights"] |= {"steps": 4, "workers": 1}
+    document["graft"] = yaml.safe_load(EVERY_EDIT)
+    document["distill"] |= {"epochs": 2, "milestones": []}
+    document["finetune"] |= {"steps": 4, "control": False}
+    document["evaluate"] |= {"samples": 10, "batch": 10}
+    (tmp_path / "every.yaml").write_text(yaml.safe_dump(document))
+    planned = json.loads(graft("plan", "every.yaml", "--json").stdout)["costs"]
+    done = graft("run", "every.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert [name for name in keys(outcome) if name.startswith("distill/")][-3:] == [
+        *("distill/05.mha", "distill/02.pair", "distill/04.pair")
+    ]
+    results = outcome["results"]
+    for row, cost in (("rootstock", planned["rootstock"]), ("stage1", planned["graft"]), ("stage2", planned["graft"])):
+        assert {name: results[row][name] for name in ("params", "flops")} == cost
+    assert results["stage2"]["peak_memory"] > 4 * results["stage2"]["params"]

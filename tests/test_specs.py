@@ -319,7 +319,8 @@ def test_the_last_override_of_a_field_wins(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind_is", ["graft.0.operator.kind=swa", "graft[0].operator.kind=swa"])
 def test_another_kind_drops_the_fields_of_the_old_one(document: dict[str, Any], kind_is: str) -> None:
     operator = job_from(document, [kind_is, "graft.0.operator.window=6"]).graft[0].operator
-    assert operator.model_dump() == {"kind": "swa", "window": 6}
+    assert operator.model_dump(exclude_defaults=True) == {"window": 6}
+    assert operator.kind == "swa"
 
 
 def test_the_same_kind_again_keeps_its_fields(document: dict[str, Any]) -> None:

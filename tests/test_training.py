@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from models import checkpoints
 from models.diffusion import STEPS, Diffusion
 from models.dit import DiT, DiTConfig
-from models.surgery import GATE, modulations, new_scion, observe, operator_at
+from models.surgery import GATE, graft, modulations, new_scion, observe, scion_at
 from pipeline.store import Partial, Store
-from specs.graft import Edit, Site
+from specs.graft import Edit, Parallel, Site
 from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
-from stages import Context, distill, training
-from stages.latents import Latents, LatentsMeta, Noised, noised, read_meta, write_meta
+from stages import Context, distill, hybrid, training
+from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -340,14 +340,15 @@ def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: Trainin
 
 
 MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
+MHA_EDIT = Edit(site=MHA_SITE, operator=HyenaY())
 
 
 def make_context(store: Store, key: str, out: Path, report: Reports | None = None, **changes: Any) -> Context:
-    edit = changes.pop("edit", Edit(site=MHA_SITE, operator=HyenaY()))
+    edit, within = changes.pop("edit", MHA_EDIT), changes.pop("within", ())
     recipe = {"samples": 24, "epochs": 7, "batch": 10, "lr": 0.01, "milestones": (3,), "checkpoint_every": 2}
     return Context(
         step=f"distill/{edit.site}",
-        params=DistillParams(seed=0, edit=edit, recipe=DistillSpec(**{**recipe, **changes})),
+        params=DistillParams(seed=0, edit=edit, within=within, recipe=DistillSpec(**{**recipe, **changes})),
         inputs={},
         out=out,
         partial=store.partial(key),
@@ -384,10 +385,10 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
 ) -> None:
     def distilled(key: str, deaths: tuple[int, ...]) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
         for death in deaths:
-            scion = new_scion(rootstock, MHA_SITE, HyenaY(), 99 if store.state(key) == "partial" else 0)
+            scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
             with pytest.raises(Killed):
                 distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path, Reports(dies_at=death)))
-        scion = new_scion(rootstock, MHA_SITE, HyenaY(), 99 if store.state(key) == "partial" else 0)
+        scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
         history = distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path))
         return scion.state_dict(), history
 
@@ -399,7 +400,7 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
 def test_distilling_brings_the_scion_nearer(
     rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path
 ) -> None:
-    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    scion = new_scion(rootstock, MHA_EDIT, 0)
     before = distill.relative_error(scion, unseen)
     distill.fit(scion, pairs, unseen, make_context(store, "a", tmp_path, epochs=30))
     assert distill.relative_error(scion, unseen) < 0.7 * before
@@ -408,13 +409,13 @@ def test_distilling_brings_the_scion_nearer(
 def test_the_weights_of_the_best_epoch_are_kept(
     rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path
 ) -> None:
-    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    scion = new_scion(rootstock, MHA_EDIT, 0)
     with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
-        contrary = distill.Pairs(pairs.inputs, scion(pairs.inputs), None)
+        contrary = distill.Pairs(pairs.inputs, scion(*pairs.inputs), None)
     history = distill.fit(scion, pairs, contrary, make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
-    assert distill.heldout(scion, contrary, distill.LOSSES["l1"]) == errors[0]
+    assert distill.error_on(scion, contrary, distill.LOSSES["l1"]) == errors[0]
 
 
 def test_the_rate_halves_at_each_milestone(
@@ -423,7 +424,7 @@ def test_the_rate_halves_at_each_milestone(
     rates: list[float] = []
     step = PlainEngine.step
     monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
-    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    scion = new_scion(rootstock, MHA_EDIT, 0)
     context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
     distill.fit(scion, pairs, pairs, context)
     assert rates == [0.08, 0.04, 0.04, 0.02, 0.02]
@@ -434,7 +435,7 @@ def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_ep
 ) -> None:
     broken = distill.Pairs(pairs.inputs, pairs.outputs * math.nan, None)
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        distill.fit(new_scion(rootstock, MHA_SITE, HyenaY(), 0), pairs, broken, make_context(store, "a", tmp_path))
+        distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, broken, make_context(store, "a", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
     draws = torch.Generator().manual_seed(0)
     inputs, outputs = 2 * torch.randn(2, 5, 4, 3, generator=draws)
     weights = torch.rand(5, 1, 3, generator=draws)
-    pairs = distill.Pairs(inputs, outputs, weights if weighted else None)
+    pairs = distill.Pairs((inputs,), outputs, weights if weighted else None)
     expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
     found = distill.error(nn.Identity(), pairs, slice(1, 4), distill.LOSSES[kind])
     torch.testing.assert_close(found, expected.mean())
@@ -484,23 +485,23 @@ def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
     monkeypatch.setattr(distill, "BATCH", 7)
     pairs = distill.record(rootstock, MHA_SITE, shown, gate_weighted=False)
     seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
-    torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.input, seen.output))
+    torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.inputs, seen.output))
 
 
 def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
     pairs: distill.Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = (pairs.inputs - pairs.outputs).abs().mean().item()
+    whole = (pairs.inputs[0] - pairs.outputs).abs().mean().item()
     monkeypatch.setattr(distill, "BATCH", 7)
-    assert distill.heldout(nn.Identity(), pairs, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+    assert distill.error_on(nn.Identity(), pairs, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
 def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site: Site, operator: Any) -> None:
-    scion = new_scion(rootstock, site, operator, seed=0)
-    scion.load_state_dict(operator_at(rootstock, site).state_dict())
+    scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
+    scion.load_state_dict(scion_at(rootstock, site).state_dict())
     pairs = distill.record(rootstock, site, shown, gate_weighted=False)
-    assert distill.heldout(scion, pairs, distill.LOSSES["l1"]) == 0
+    assert distill.error_on(scion, pairs, distill.LOSSES["l1"]) == 0
     assert distill.relative_error(scion, pairs) == 0
 
 
@@ -540,9 +541,11 @@ def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folde
     return {"features": Folder("f", features), "base": Folder("b", base)}
 
 
-def run_distill(store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None) -> None:
+def run_distill(
+    store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
+) -> None:
     out.mkdir(exist_ok=True)
-    made = make_context(store, key, out, report)
+    made = make_context(store, key, out, report, **changes)
     distill.run(Context(**{**made.__dict__, "inputs": inputs}))
 
 
@@ -553,7 +556,7 @@ def test_a_distill_step_leaves_the_best_scion_and_its_figures(
     run_distill(store, "a", inputs, tmp_path / "out", report)
     summary = json.loads((tmp_path / "out" / "distill.json").read_text())
     best_done, _, best = min((seen for seen in report.seen if seen[2]), key=lambda seen: seen[2]["heldout_error"])
-    scion = new_scion(rootstock, MHA_SITE, HyenaY(), 0)
+    scion = new_scion(rootstock, MHA_EDIT, 0)
     scion.load_state_dict(load_file(tmp_path / "out" / "scion.safetensors"))
     assert summary == {
         "loss": "l1",
@@ -572,6 +575,50 @@ def test_a_distill_step_that_was_killed_and_resumed_leaves_the_same_files(
     run_distill(store, "killed", inputs, tmp_path / "killed")
     for name in ("scion.safetensors", "distill.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+PAIR = Edit(site=Site(block=0, target="pair"), operator=Parallel())
+
+
+def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstocks_pair(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
+) -> None:
+    run_distill(store, "scion", inputs, tmp_path / "scion")
+    inputs |= {f"scions/{MHA_SITE}": Folder("s", tmp_path / "scion")}
+    run_distill(store, "pair", inputs, tmp_path / "pair", edit=PAIR, within=(MHA_EDIT,), epochs=20, lr=3e-3)
+    pair = load_file(tmp_path / "pair" / "scion.safetensors")
+    assert "second.attn.inner_filter.weight" in pair and "first.attn.qkv.weight" in pair and "merge.weight" in pair
+    # What it started from: the rootstock's blocks, the distilled scion, and the sum of both.
+    model = hybrid.with_scions(rootstock, (MHA_EDIT,), make_bare(inputs), 0)
+    start = new_scion(model, PAIR, 0)
+    latents = read(inputs["features"].place, "heldout").first(24)
+    unseen = distill.record(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"), gate_weighted=False)
+    summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
+    assert summary["relative_error"] < 0.9 * distill.relative_error(start, unseen)
+    start.load_state_dict(pair)
+    assert summary["relative_error"] == pytest.approx(distill.relative_error(start, unseen), rel=1e-5)
+
+
+def make_bare(inputs: dict[str, Folder]) -> Context:
+    """A context of which only the inputs are read."""
+    nothing: Any = None
+    return Context("", nothing, inputs, nothing, nothing, nothing, nothing, CPU)
+
+
+def test_scions_of_another_graft_are_taken_as_they_are(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
+) -> None:
+    donor = lively(graft(DiT(TINY), [MHA_EDIT], 0), seed=5)
+    (tmp_path / "donor").mkdir()
+    checkpoints.save(donor, (MHA_EDIT,), tmp_path / "donor")
+    edit = MHA_EDIT.model_copy(update={"scions": str(tmp_path / "donor")})
+    run_distill(store, "a", inputs, tmp_path / "out", edit=edit)
+    assert_same_bits(load_file(tmp_path / "out" / "scion.safetensors"), scion_at(donor, MHA_SITE).state_dict())
+    summary = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert summary["best_epoch"] == 0 and summary["heldout_error"] > 0
+    other = Edit(site=MHA_SITE, operator=HyenaY(kernel=2), scions=edit.scions)
+    with pytest.raises(checkpoints.UnfitCheckpoint, match=r"donor: 01.mha: .*inner_filter.weight: \(16, 1, 4\), expected \(16, 1, 2\)"):
+        run_distill(store, "b", inputs, tmp_path / "out", edit=other)
 
 
 def is_pickle(path: Path) -> bool:

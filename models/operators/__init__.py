@@ -6,30 +6,71 @@ definition here is plain PyTorch and is the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from specs.operators import OperatorSpec
+from specs.operators import OperatorSpec, Place, Target
 
-_BUILDERS: dict[type[OperatorSpec], Callable[..., nn.Module]] = {}
+Builder = Callable[[Any, Place], nn.Module]
+B = TypeVar("B", bound=Builder)
+Shapes = Mapping[str, tuple[int, ...]]  # of an operator's tensors, by name
+Settings = Callable[[Shapes, Place], dict[str, Any]]
 
 
-def register(spec: type[OperatorSpec]) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Decorate a builder `(spec, width, heads, num_tokens) -> module`."""
+@dataclass(frozen=True)
+class Entry:
+    """How an operator is built, and how its settings are read off the shapes of its tensors."""
 
-    def keep(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        _BUILDERS[spec] = builder
+    build: Builder
+    settings: Settings
+
+
+REGISTRY: dict[type[OperatorSpec], Entry] = {}
+
+
+def register(spec: type[OperatorSpec], settings: Settings = lambda shapes, place: {}) -> Callable[[B], B]:
+    """Decorate a module that is made as `module(spec, place)`, or a function that makes one.
+
+    settings: the fields of the spec that a checkpoint's shapes tell, for a file that names no operators; by default
+    none, so that only operators with default settings are recognised. Given the tensors of another operator it may
+    raise what comes of that: LookupError, ArithmeticError, ValueError.
+    """
+
+    def keep(builder: B) -> B:
+        REGISTRY[spec] = Entry(builder, settings)
         return builder
 
     return keep
 
 
-def build_operator(spec: Any, width: int, heads: int, num_tokens: int) -> nn.Module:
-    """A freshly initialised operator for blocks of `width` channels, `heads` heads and `num_tokens` tokens."""
-    return _BUILDERS[type(spec)](spec, width, heads, num_tokens)
+def build_operator(spec: OperatorSpec, place: Place) -> nn.Module:
+    """A freshly initialised operator."""
+    return REGISTRY[type(spec)].build(spec, place)
+
+
+def recognise(shapes: Shapes, target: Target, place: Place) -> OperatorSpec | None:
+    """The operator for `target` whose tensors have just these names and shapes; None where there is none."""
+    for kind, entry in REGISTRY.items():
+        if target not in kind.targets:
+            continue
+        try:
+            spec = kind(**entry.settings(shapes, place))
+        except (LookupError, ArithmeticError, ValueError):  # not this kind's tensors, or settings it does not take
+            continue
+        if spec.misfit(place) is None and shapes == _shapes(spec, place):
+            return spec
+    return None
+
+
+def _shapes(spec: OperatorSpec, place: Place) -> Shapes:
+    with torch.device("meta"):
+        operator = build_operator(spec, place)
+    return {name: tuple(value.shape) for name, value in operator.state_dict().items()}
 
 
 # Importing a module registers its operators.
-from models.operators import attention, hyena, mlp  # noqa: E402, F401
+from models.operators import attention, hyena, mamba, mlp  # noqa: E402, F401

@@ -2,65 +2,124 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.operators import register
-from specs.operators import Mha, Swa
+from models.operators.kernels import FLASH_ATTENTION, choose, on_gpu
+from specs.operators import Mha, Place, Swa
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-class Attention(nn.Module):
-    """Attention over all tokens; DiT's own names, `qkv` and `proj`."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SlidingWindowAttention(nn.Module):
-    """Each token attends to the `window` tokens on each side of it and to itself; flash-attn's names.
-
-    Cost grows with N * window: keys and values are gathered into bands of 2 * window + 1, never into N x N.
-    """
-
-    def __init__(self, width: int, heads: int, window: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.window = window
-        self.Wqkv = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.Wqkv(x), self.heads)  # (B,H,N,E)
-        num_tokens, width = q.shape[2], self.window
-        # (B,H,N,E,2w+1); positions beyond either end are padding, masked below.
-        k, v = (F.pad(a, (0, 0, width, width)).unfold(2, 2 * width + 1, 1) for a in (k, v))
-        scores = (q[:, :, :, None] @ k)[:, :, :, 0] * q.shape[-1] ** -0.5
-        position = torch.arange(num_tokens, device=x.device)[:, None] + torch.arange(-width, width + 1, device=x.device)
-        scores = scores.masked_fill((position < 0) | (position >= num_tokens), float("-inf"))
-        y = (v @ scores.softmax(-1)[..., None])[..., 0]
-        return self.out_proj(y.transpose(1, 2).flatten(2))
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,N,3D), rows ordered q, k, v -> three of (B,H,N,E)."""
-    batch, num_tokens, _ = qkv.shape
-    q, k, v = qkv.view(batch, num_tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
+FLEX_BLOCK = 128  # tokens in a block of FlexAttention's mask
+FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLEX_CHANNELS = 16  # the fewest a head may have there
 
 
 @register(Mha)
-def _mha(spec: Mha, width: int, heads: int, num_tokens: int) -> nn.Module:
-    return Attention(width, heads)
+class Attention(nn.Module):
+    """Attention over all tokens; DiT's own names, `qkv` and `proj`."""
+
+    def __init__(self, spec: Mha, place: Place) -> None:
+        super().__init__()
+        self.spec = spec
+        self.heads = place.heads
+        self.qkv = nn.Linear(place.width, 3 * place.width)
+        self.proj = nn.Linear(place.width, place.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        flash = choose(FLASH_ATTENTION, self.spec, q, q.shape[-1])
+        if flash is not None:
+            y = flash(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(*heads_first(q, k, v)).transpose(1, 2)
+        return self.proj(y.flatten(2))
 
 
 @register(Swa)
-def _swa(spec: Swa, width: int, heads: int, num_tokens: int) -> nn.Module:
-    return SlidingWindowAttention(width, heads, spec.window)
+class SlidingWindowAttention(nn.Module):
+    """Each token attends to the `window` tokens on each side of it and to itself; flash-attn's names.
+
+    Cost grows with N * window, and no N x N matrix is ever made: not by flash-attn, not by FlexAttention, which stands
+    in for it on a GPU, and not by the definition, which gathers keys and values into bands.
+    """
+
+    def __init__(self, spec: Swa, place: Place) -> None:
+        super().__init__()
+        self.spec = spec
+        self.heads = place.heads
+        self.Wqkv = nn.Linear(place.width, 3 * place.width)
+        self.out_proj = nn.Linear(place.width, place.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.Wqkv(x), self.heads)
+        window = self.spec.window
+        flash = choose(FLASH_ATTENTION, self.spec, q, q.shape[-1])
+        if flash is not None:
+            y = flash(q, k, v, window_size=(window, window))
+        elif on_gpu(q) and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_CHANNELS:
+            mask = band_mask(q.shape[1], window, q.device)
+            y = compiled_flex_attention()(*heads_first(q, k, v), block_mask=mask).transpose(1, 2)
+        else:
+            y = band_attention(*heads_first(q, k, v), window).transpose(1, 2)
+        return self.out_proj(y.flatten(2))
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,N,3D), rows ordered q, k, v -> three of (B,N,H,E)."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    return q, k, v
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three of (B,N,H,E) -> three of (B,H,N,E)."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """(B,H,N,E) each: every query against its own 2 * window + 1 keys."""
+    num_tokens, band = q.shape[2], 2 * window + 1
+    # (B,H,N,E,band); positions beyond either end are padding, masked below.
+    k, v = (F.pad(a, (0, 0, window, window)).unfold(2, band, 1) for a in (k, v))
+    scores = (q[:, :, :, None] @ k)[:, :, :, 0] * q.shape[-1] ** -0.5
+    position = torch.arange(num_tokens, device=q.device)[:, None] + torch.arange(-window, window + 1, device=q.device)
+    scores = scores.masked_fill((position < 0) | (position >= num_tokens), float("-inf"))
+    return (v @ scores.softmax(-1)[..., None])[..., 0]
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention as one fused kernel. Uncompiled it would make the N x N matrix, so a failure to compile is one."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@functools.cache
+def band_mask(num_tokens: int, window: int, device: torch.device) -> BlockMask:
+    """The band as FlexAttention takes it, made of blocks: torch's own maker evaluates it on N x N."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = torch.arange(-(-num_tokens // FLEX_BLOCK), device=device)
+    first = ((blocks * FLEX_BLOCK - window) // FLEX_BLOCK).clamp(min=0)
+    last = (((blocks + 1) * FLEX_BLOCK - 1 + window) // FLEX_BLOCK).clamp(max=len(blocks) - 1)
+    seen = (first[:, None] + blocks) % len(blocks)  # a query block's key blocks: those that count, then the others
+    reach = torch.tensor(window, device=device)  # a tensor, so that another window is not another kernel
+
+    def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key).abs() <= reach
+
+    return BlockMask.from_kv_blocks(
+        (last - first + 1).int()[None, None],
+        seen.int()[None, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=within,
+        seq_lengths=(num_tokens, num_tokens),
+    )

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.operators import register
-from specs.operators import HyenaSE, HyenaX, HyenaY
+from models.operators import Shapes, register
+from models.operators.convolution import CausalConv1d
+from specs import operators as specs
+from specs.operators import HyenaSE, HyenaX, HyenaY, Place
 
 
+def _settings(shapes: Shapes, place: Place) -> dict[str, Any]:
+    taps = shapes["short_filter.weight"] if "short_filter.weight" in shapes else shapes["inner_filter.weight"]
+    return {"kernel": taps[-1]}
+
+
+@register(HyenaSE, _settings)
+@register(HyenaX, _settings)
+@register(HyenaY, _settings)
 class Hyena(nn.Module):
     """y = out_proj(q * inner(k * v)), with q, k, v from `in_proj` and, if `short`, a causal convolution.
 
     hyena_se has both convolutions, hyena_x only the one on q, k, v, hyena_y only the inner one.
     """
 
-    def __init__(self, width: int, kernel: int, *, short: bool, inner: bool) -> None:
+    def __init__(self, spec: specs.Hyena, place: Place) -> None:
         super().__init__()
+        width = place.width
         self.in_proj = nn.Linear(width, 3 * width)
-        self.short_filter = causal_filter(3 * width, kernel) if short else None
-        self.inner_filter = causal_filter(width, kernel) if inner else None
+        self.short_filter = CausalConv1d(3 * width, spec.kernel, spec) if spec.short else None
+        self.inner_filter = CausalConv1d(width, spec.kernel, spec) if spec.inner else None
         if self.inner_filter is not None:
             start_as_identity(self.inner_filter)
         self.out_proj = nn.Linear(width, width)
@@ -28,22 +40,12 @@ class Hyena(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.in_proj(x).transpose(1, 2)  # (B,3D,N)
         if self.short_filter is not None:
-            qkv = convolve(qkv, self.short_filter)
+            qkv = self.short_filter(qkv)
         q, k, v = qkv.chunk(3, dim=1)
         v = k * v
         if self.inner_filter is not None:
-            v = convolve(v, self.inner_filter)
+            v = self.inner_filter(v)
         return self.out_proj((q * v).transpose(1, 2))
-
-
-def causal_filter(channels: int, kernel: int) -> nn.Conv1d:
-    """Depthwise; the weight is (channels, 1, kernel) and its last tap sees the present token."""
-    return nn.Conv1d(channels, channels, kernel, groups=channels)
-
-
-def convolve(x: Tensor, taps: nn.Conv1d) -> Tensor:
-    """(B,channels,N): out[n] sees n - K + 1 .. n."""
-    return taps(F.pad(x, (taps.kernel_size[0] - 1, 0)))
 
 
 @torch.no_grad()
@@ -52,18 +54,3 @@ def start_as_identity(taps: nn.Conv1d) -> None:
     taps.weight[:, 0, -1] = 1
     assert taps.bias is not None
     taps.bias.zero_()
-
-
-@register(HyenaSE)
-def _se(spec: HyenaSE, width: int, heads: int, num_tokens: int) -> nn.Module:
-    return Hyena(width, spec.kernel, short=True, inner=True)
-
-
-@register(HyenaX)
-def _x(spec: HyenaX, width: int, heads: int, num_tokens: int) -> nn.Module:
-    return Hyena(width, spec.kernel, short=True, inner=False)
-
-
-@register(HyenaY)
-def _y(spec: HyenaY, width: int, heads: int, num_tokens: int) -> nn.Module:
-    return Hyena(width, spec.kernel, short=False, inner=True)

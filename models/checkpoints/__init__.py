@@ -1,0 +1,22 @@
+"""Models as files.
+
+`read` takes whatever holds a DiT or a graft of one, and finds out by itself what it is:
+
+    ours            a folder with `model.safetensors` and a `config.json` that rebuilds the model
+    published       DiT's `.pt`, or a graft in the same layout: a state dict, or `ema`, `model`, `opt` and `args`
+    diffusers       a DiTTransformer2DModel, in a folder of its own or in that of a DiTPipeline
+    a hub id        a repository with one of these
+
+`save` and `load` are what the steps of a job use for ours; `export` writes any of the three for other people.
+
+Only tensors are read: safetensors, or torch.load with weights_only. A file is never in memory twice: the model is
+made without weights, and takes the file's tensors one by one, as they are mapped or read, to the device they belong on.
+"""
+
+from models.checkpoints.card import Card, write_card
+from models.checkpoints.export import ExportRefused, Layout, export
+from models.checkpoints.fit import UnfitCheckpoint, fill
+from models.checkpoints.native import load, save
+from models.checkpoints.reading import read
+
+__all__ = ["Card", "ExportRefused", "Layout", "UnfitCheckpoint", "export", "fill", "load", "read", "save", "write_card"]

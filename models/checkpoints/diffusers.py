@@ -1,0 +1,193 @@
+"""diffusers' DiTTransformer2DModel, and grafts as a model of the same interface. Only writing imports diffusers.
+
+Its tensors are DiT's under other names: queries, keys and values apart, and the embedders of timestep and label once in
+every block. What it computes differs from DiT in two things, and in no other (tests/test_checkpoints.py):
+
+- Its timestep's sinusoids have frequencies 10000^(-i/127), where those of DiT, for which the weights were trained, are
+  10000^(-i/128). No setting changes that: a rootstock in diffusers is not quite the DiT that it was. A graft is, since
+  it goes there as a model of our own.
+- The norm before the feed-forward has an eps of `norm_eps`, 1e-5 unless the config says otherwise, where DiT has 1e-6.
+  We write 1e-6, and compute with 1e-6 what we read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from models.checkpoints.files import Tensors, read_shards, read_tensors
+from models.checkpoints.fit import UnfitCheckpoint, shapes_of, weightless
+from models.checkpoints.recognition import Found, edits_from, rootstock_of
+from models.diffusion import STEPS
+from models.dit import DiT, DiTConfig, position_embedding
+from specs.graft import Edit
+from specs.hub import local_path
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+    from models.checkpoints.transformer import GraftTransformer2DModel
+
+WRAPPED = "GraftTransformer2DModel"
+CLASSES = (
+    "DiTTransformer2DModel",
+    "Transformer2DModel",
+    WRAPPED,
+)  # the second: DiTs converted before the first was there
+STEM = "diffusion_pytorch_model"
+WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
+
+# Names of modules outside the blocks, and within one: ours, and diffusers'.
+OUTSIDE = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
+WITHIN = {
+    "adaLN_modulation.1": ["norm1.linear"],
+    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    "attn.proj": ["attn1.to_out.0"],
+    "mlp.fc1": ["ff.net.0.proj"],
+    "mlp.fc2": ["ff.net.2"],
+}
+EMBEDDERS = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+
+
+def parts(depth: int) -> dict[str, list[str]]:
+    """For each tensor of a rootstock but `pos_embed`, the tensors of diffusers' that it is made of, row upon row."""
+    modules = {**OUTSIDE}
+    for i in range(depth):
+        modules |= {
+            f"blocks.{i}.{ours}": [f"transformer_blocks.{i}.{m}" for m in theirs] for ours, theirs in WITHIN.items()
+        }
+    kinds = ("weight", "bias")
+    names = {f"{ours}.{kind}": [f"{m}.{kind}" for m in theirs] for ours, theirs in modules.items() for kind in kinds}
+    return names | {ours: [embedder(0, ours)] for ours in EMBEDDERS}
+
+
+def embedder(block: int, ours: str) -> str:
+    """The block's copy of a tensor of the embedders."""
+    return f"transformer_blocks.{block}.norm1.emb.{EMBEDDERS[ours]}"
+
+
+def find(folder: Path, config: dict[str, Any]) -> Found:
+    """A folder that `save_pretrained` wrote."""
+    tensors = _weights(folder)
+    if config["_class_name"] == WRAPPED:
+        rootstock = DiTConfig(**config["rootstock"])
+        edits = edits_from(config["edits"])
+        shapes = {name.removeprefix("dit."): shape for name, shape in tensors.shapes.items()}
+        plain = Tensors(tensors.source, shapes, lambda name: tensors.get(f"dit.{name}"))
+        return Found(plain, heads=rootstock.heads, config=rootstock, edits=edits)
+    for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
+        if config.get(setting, accepted) != accepted:
+            raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
+    heads = int(config.get("num_attention_heads", 16))
+    return Found(_translated(tensors, int(config.get("sample_size", 32)), heads), heads=heads)
+
+
+def _weights(folder: Path) -> Tensors:
+    """The tensors of a model's folder, in one file or several."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return read_shards(folder / f"{name}.index.json")
+    raise UnfitCheckpoint(f"{folder}: has no {' or '.join(WEIGHTS)}, in one file or with an index")
+
+
+def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
+    """DiT's names for diffusers' tensors; a tensor that DiT has none for keeps its own, to be found unfit."""
+    theirs = tensors.shapes
+    depth = 1 + max((int(name.split(".")[1]) for name in theirs if name.startswith("transformer_blocks.")), default=-1)
+    names = {ours: made_of for ours, made_of in parts(depth).items() if all(name in theirs for name in made_of)}
+    known = {name for made_of in names.values() for name in made_of}
+    for block in range(1, depth):
+        for ours in EMBEDDERS.keys() & names.keys():
+            _check_copy(tensors, embedder(block, ours), embedder(0, ours))
+            known.add(embedder(block, ours))
+    names |= {name: [name] for name in theirs if name not in known and name != "pos_embed.pos_embed"}
+    shapes = {
+        ours: (sum(theirs[name][0] for name in made_of), *theirs[made_of[0]][1:]) for ours, made_of in names.items()
+    }
+    if len(patches := shapes.get("x_embedder.proj.weight", ())) == 4:  # the embedding of positions is not in the file
+        shapes["pos_embed"] = (1, (sample_size // patches[2]) ** 2, patches[0])
+
+    def get(ours: str) -> torch.Tensor:
+        if ours == "pos_embed":
+            return position_embedding(rootstock_of(translated, heads))
+        made_of = [tensors.get(name) for name in names[ours]]
+        return made_of[0] if len(made_of) == 1 else torch.cat(made_of)
+
+    translated = Tensors(tensors.source, shapes, get)
+    return translated
+
+
+def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
+    same = tensors.shapes.get(copy) == tensors.shapes[first] and torch.equal(tensors.get(copy), tensors.get(first))
+    if not same:
+        raise UnfitCheckpoint(f"{tensors.source}: {copy} is not {first}, and a DiT has one embedder for all blocks")
+
+
+def write(model: DiT, edits: Sequence[Edit], folder: Path, vae: str | Path | None = None) -> None:
+    """Save the model as diffusers does; with an autoencoder, as a whole DiTPipeline with DiT's noise schedule.
+
+    vae: the folder or hub id of an AutoencoderKL.
+    """
+    transformer = wrapped(model, edits)
+    if vae is None:
+        transformer.save_pretrained(folder)
+        return
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    autoencoder = AutoencoderKL.from_pretrained(local_path(str(vae)))
+    schedule = DDIMScheduler(STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    DiTPipeline(transformer=transformer, vae=autoencoder, scheduler=schedule).save_pretrained(folder)
+
+
+def wrapped(model: DiT, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:
+    """What DiTPipeline takes, around or made of the model's own tensors: diffusers' class for a rootstock, and for what
+    carries its operators; ours for a graft."""
+    if shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
+        return rootstock_transformer(model)
+    from models.checkpoints.transformer import GraftTransformer2DModel
+
+    return GraftTransformer2DModel.around(model, edits)
+
+
+def rootstock_transformer(model: DiT) -> DiTTransformer2DModel:
+    """diffusers' own model with a rootstock's tensors; see above for how far it computes the same."""
+    from diffusers import DiTTransformer2DModel
+
+    config, ours = model.config, model.state_dict()
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.width // config.heads,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            num_layers=config.depth,
+            sample_size=config.input_size,
+            patch_size=config.patch,
+            num_embeds_ada_norm=config.num_classes,
+            norm_eps=1e-6,
+        )
+    names = parts(config.depth)
+    state = {
+        name: rows.clone()
+        for mine, made_of in names.items()
+        for name, rows in zip(made_of, ours[mine].chunk(len(made_of)), strict=True)
+    }
+    state |= {embedder(block, mine): ours[mine].clone() for block in range(1, config.depth) for mine in EMBEDDERS}
+    transformer.load_state_dict(state, assign=True)
+    transformer.pos_embed.register_buffer("pos_embed", ours["pos_embed"].clone(), persistent=False)
+    return transformer.eval()

@@ -1,0 +1,88 @@
+"""Whether tensors are those of a model, and how they get into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from models.dit import DiT, DiTConfig
+from models.surgery import graft
+from specs.graft import Edit
+
+if TYPE_CHECKING:
+    from models.checkpoints.files import Shape, Tensors
+
+SHOWN = 10  # tensors that an error names at most
+ALIGNMENT = 64  # bytes, of what torch allocates
+
+
+class UnfitCheckpoint(ValueError):
+    """A file that is no checkpoint, or one of another model; the message is one line."""
+
+
+def named(problems: Sequence[str]) -> str:
+    """Ten of them, and how many more there are."""
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Initialisers do nothing: on the meta device a normal draw imports torch's compiler, which takes two seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def weightless(config: DiTConfig, edits: Iterable[Edit]) -> DiT:
+    """The model on the meta device: all of it but the memory."""
+    with torch.device("meta"), _Uninitialised():
+        return graft(DiT(config), edits, seed=0)
+
+
+def build(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors, device: torch.device | str | None = None) -> DiT:
+    """The model with these tensors; raises UnfitCheckpoint, naming those that do not fit."""
+    model = weightless(config, edits)
+    wanted = model.state_dict()
+    _check(shapes_of(wanted), tensors.shapes, tensors.source)
+    state = {name: settled(tensors.get(name), like.dtype, device or "cpu") for name, like in wanted.items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into the model; raises UnfitCheckpoint, naming those that do not fit."""
+    _check(shapes_of(model.state_dict()), shapes_of(state), source)
+    model.load_state_dict(state)
+
+
+def settled(value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The tensor where and as the model wants it; as it is, also mapped from its file, if it is that already.
+
+    A matrix product rounds differently where its weights are not aligned as torch allocates them: for the same bits
+    everywhere, such weights are moved.
+    """
+    value = value.detach().to(device=device, dtype=dtype)
+    aligned = value.data_ptr() % ALIGNMENT == 0 and value.is_contiguous()
+    return value if aligned else value.clone(memory_format=torch.contiguous_format)
+
+
+def _check(wanted: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
+    problems = [
+        f"{name}: {found.get(name, 'missing')}, expected {wanted.get(name, 'none of that name')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if problems:
+        raise UnfitCheckpoint(f"{source}: does not fit the model: {named(problems)}")

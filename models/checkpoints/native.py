@@ -1,0 +1,47 @@
+"""Ours: safetensors, with a `config.json` that rebuilds the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from models.checkpoints.files import read_tensors
+from models.checkpoints.fit import UnfitCheckpoint, build
+from models.checkpoints.recognition import Found, edits_from, edits_json
+from models.dit import DiT, DiTConfig
+from specs.graft import Edit
+
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
+
+
+def save(model: DiT, edits: Sequence[Edit], folder: Path) -> None:
+    """Write the model's tensors and what rebuilds it."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+    config = {
+        "format": FORMAT,
+        "rootstock": asdict(model.config),
+        "edits": edits_json(edits),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[DiT, tuple[Edit, ...]]:
+    """The model in a folder that `save` wrote, and the edits that it carries."""
+    found = find(folder, json.loads((folder / CONFIG).read_text()))
+    assert found.config is not None and found.edits is not None
+    return build(found.config, found.edits, found.tensors, device), found.edits
+
+
+def find(folder: Path, config: dict[str, Any]) -> Found:
+    try:
+        rootstock = DiTConfig(**config["rootstock"])
+        edits = edits_from(config["edits"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnfitCheckpoint(f"{folder / CONFIG}: {str(error).splitlines()[0]}") from None
+    return Found(read_tensors(folder / WEIGHTS), heads=rootstock.heads, config=rootstock, edits=edits)

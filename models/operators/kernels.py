@@ -1,0 +1,114 @@
+"""Fused GPU kernels from packages that may not be installed, and the one decision whether a call goes to one.
+
+Each computes what the operator's definition in plain PyTorch does. Nothing is imported until a tensor on a GPU asks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specs.operators import Accelerated
+
+Fused = Callable[..., Tensor]
+
+
+class KernelUnavailable(RuntimeError):
+    """An operator's `backend: kernel` cannot be had; one line says which operator, which package, and why."""
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A package's function, and what it takes. It is imported when first wanted, once a process."""
+
+    package: str  # its name for pip
+    module: str
+    function: str
+    dtypes: tuple[torch.dtype, ...]
+    generation: tuple[int, int] = (0, 0)  # least compute capability of the GPU
+    sizes: tuple[int, int] | None = None  # least and greatest of `size_name`
+    size_name: str = ""
+    fused: Fused | None = field(default=None, init=False)  # the function, once it is imported
+    failure: str | None = field(default=None, init=False)  # why it could not be
+
+    def obstacle(self, x: Tensor, size: int | None) -> str | None:
+        """Why it cannot be called on x; None where it can."""
+        if not on_gpu(x):
+            return f"the tensors are on the {x.device.type}, not on a CUDA GPU"
+        if x.dtype not in self.dtypes:
+            return f"it takes {' and '.join(map(str, self.dtypes))}, not {x.dtype}"
+        if self.sizes and size is not None and not self.sizes[0] <= size <= self.sizes[1]:
+            return f"it takes {self.sizes[0]} to {self.sizes[1]} {self.size_name}, not {size}"
+        if generation(x.device) < self.generation:
+            return f"it needs a GPU of compute capability {self.generation}, this one has {generation(x.device)}"
+        return import_failure(self)
+
+
+FLASH_ATTENTION = Kernel(
+    "flash-attn",
+    "flash_attn",
+    "flash_attn_func",
+    (torch.float16, torch.bfloat16),
+    generation=(8, 0),
+    sizes=(1, 256),
+    size_name="channels a head",
+)
+CAUSAL_CONVOLUTION = Kernel(
+    "causal-conv1d",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    (torch.float32, torch.float16, torch.bfloat16),
+    sizes=(2, 4),
+    size_name="taps",
+)
+STATE_SPACE_SCAN = Kernel(
+    "mamba-ssm",
+    "mamba_ssm.ops.triton.ssd_combined",
+    "mamba_chunk_scan_combined",
+    (torch.float32, torch.float16, torch.bfloat16),
+)
+
+
+def choose(kernel: Kernel, spec: Accelerated, x: Tensor, size: int | None = None) -> Fused | None:
+    """The kernel's function for a call on x, or None for plain PyTorch. `size` is what kernel.sizes bounds.
+
+    On the meta device nothing is computed, so there the definition stands for every backend.
+    """
+    if spec.backend == "torch" or x.is_meta or (spec.backend == "auto" and not on_gpu(x)):
+        return None
+    obstacle = kernel.obstacle(x, size)
+    if obstacle is None:
+        return kernel.fused
+    if spec.backend == "kernel":
+        raise KernelUnavailable(f"{spec.kind}: `backend: kernel` needs {kernel.package}, but {obstacle}")
+    return None
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def generation(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)
+
+
+def import_failure(kernel: Kernel) -> str | None:
+    """Import the function; why that fails, None where it does not."""
+    if kernel.fused is None and kernel.failure is None:
+        try:
+            kernel.fused = getattr(importlib.import_module(kernel.module), kernel.function)
+        except ModuleNotFoundError as error:
+            kernel.failure = f"there is no module {error.name} here"
+        except (ImportError, AttributeError, OSError) as error:  # built for another torch, or another version
+            kernel.failure = f"its import fails: {str(error).splitlines()[0]}"
+    return kernel.failure
+
+
+# Where an operator is compiled, dynamo calls this instead of tracing through the import. The public way to say so,
+# torch.compiler.assume_constant_result, would import the whole compiler here.
+import_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,93 @@
+"""What a model costs, by formula, before anything exists: parameters, and FLOPs of one forward pass of one sample.
+
+FLOPs are those of matrix products and convolutions, a multiply-add counting as two. A test holds these formulas to
+what torch counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from specs.graft import Edit, Site
+from specs.model import DitModel
+from specs.operators import Mha, Mlp, OperatorSpec, Place, linear_parameters
+
+FREQUENCIES = 256  # sinusoids that describe a timestep
+ORIGINALS: dict[str, OperatorSpec] = {"mha": Mha(), "mlp": Mlp(ratio=4)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and FLOPs of a forward pass of one sample."""
+
+    params: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.flops + other.flops)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.params - other.params, self.flops - other.flops)
+
+
+NOTHING = Cost(0, 0)
+
+
+def operator_cost(operator: OperatorSpec, place: Place) -> Cost:
+    return Cost(operator.num_parameters(place), operator.flops(place))
+
+
+def rootstock_cost(model: DitModel, place: Place, channels: int, num_classes: int) -> Cost:
+    """A DiT for latents of `channels` channels, with its own operators in every block (REFERENCE section 1)."""
+    width, patch = place.width, model.patch**2
+    out = patch * channels * (2 if model.learn_sigma else 1)
+    embedding = Cost(
+        linear_parameters(channels * patch, width)
+        + linear_parameters(FREQUENCIES, width)
+        + linear_parameters(width, width)
+        + (num_classes + 1) * width,
+        2 * place.num_tokens * channels * patch * width + 2 * (FREQUENCIES + width) * width,
+    )
+    modulation = Cost(linear_parameters(width, 6 * width), 12 * width**2)
+    final = Cost(
+        linear_parameters(width, out) + linear_parameters(width, 2 * width),
+        2 * place.num_tokens * width * out + 4 * width**2,
+    )
+    block = sum((operator_cost(operator, place) for operator in ORIGINALS.values()), modulation)
+    return sum((block for _ in range(model.depth)), embedding + final)
+
+
+@dataclass(frozen=True)
+class GraftCost:
+    """What a graft costs beside its rootstock."""
+
+    rootstock: Cost
+    graft: Cost
+    replaced: Cost  # the operators that the edits take out
+    scions: Cost  # what they put in; of a parallel block the merging projection, which replaces nothing
+
+
+def graft_cost(rootstock: Cost, edits: Iterable[Edit], place: Place, carried: Iterable[Edit] = ()) -> GraftCost:
+    """The cost of `rootstock` with `edits`; `carried` are the edits that its weights come with."""
+    standing: dict[Site, Cost] = {}
+    for edit in carried:
+        cost = scion_cost(edit, place)
+        rootstock += cost - _original(edit, place)
+        standing[edit.site] = cost
+    replaced = scions = NOTHING
+    for edit in edits:
+        replaced += standing.get(edit.site, _original(edit, place))
+        scions += scion_cost(edit, place)
+    return GraftCost(rootstock, rootstock + scions - replaced, replaced, scions)
+
+
+def scion_cost(edit: Edit, place: Place) -> Cost:
+    """What the scion costs; of a parallel block, the merging projection, since its branches were there before."""
+    if isinstance(edit.operator, OperatorSpec):
+        return operator_cost(edit.operator, place)
+    return Cost(linear_parameters(2 * place.width, place.width), 4 * place.num_tokens * place.width**2)
+
+
+def _original(edit: Edit, place: Place) -> Cost:
+    return operator_cost(ORIGINALS[edit.site.target], place) if edit.site.target in ORIGINALS else NOTHING

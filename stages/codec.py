@@ -1,0 +1,176 @@
+"""The codec at work: images to latents and back, whatever its kind.
+
+This file is read before a job starts, so it is light: torch and diffusers load with the VAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, Field, ValidationError
+
+from specs.data import Codec, Data, PixelCodec, VaeCodec
+from specs.hub import is_hub_id, local_path, local_snapshot
+from stages.sources import vae_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+BATCH = 16  # images that pass through the VAE together
+SHOWN = 10  # tensors that an error names at most
+ACCEPTED = "a folder that diffusers saved an AutoencoderKL to, or the hub id of one"
+
+
+class UnfitCodec(ValueError):
+    """Files that hold no VAE, or another one than the spec says; the message is one line."""
+
+
+class Coder(Protocol):
+    """A codec, loaded. Pixels are (B,C,S,S); latents (B,C',S',S') with S' = S / factor."""
+
+    def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Images in [-1, 1] -> float32 latents; `names` are the images' own within their source."""
+        ...
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Latents -> images, 0 .. 255."""
+        ...
+
+
+def load_codec(codec: Codec, device: torch.device) -> Coder:
+    """The spec's codec, ready on the device; raises UnfitCodec."""
+    return Pixels() if isinstance(codec, PixelCodec) else Vae(codec, device)
+
+
+class Pixels:
+    """Latents are the pixels."""
+
+    def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        return to_images(latents)
+
+
+class Vae:
+    """diffusers' AutoencoderKL. What it makes of an image varies with those beside it only in the last bits."""
+
+    def __init__(self, codec: VaeCodec, device: torch.device) -> None:
+        import torch
+
+        self.scale, self.device = codec.scale, device
+        self.dtype = torch.bfloat16 if codec.precision == "bf16" else torch.float32
+        self.vae = _read(codec, self.dtype).to(device, memory_format=torch.channels_last).eval()
+
+    def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """scale * a sample of the posterior; an image's noise comes from its name alone."""
+        import torch
+
+        from models.streams import generator
+
+        found = []
+        with torch.no_grad():
+            for start in range(0, len(images), BATCH):
+                posterior = self.vae.encode(self._placed(images[start : start + BATCH])).latent_dist
+                mean, std = posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+                draws = [generator(0, "posterior", name) for name in names[start : start + BATCH]]
+                noise = torch.stack([torch.randn(mean.shape[1:], generator=draw) for draw in draws])
+                found.append(self.scale * (mean + std * noise.to(self.device)))
+        return torch.cat(found).contiguous()
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        import numpy as np
+        import torch
+
+        with torch.no_grad():
+            parts = (self._placed(part / self.scale) for part in latents.split(BATCH))
+            return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
+
+    def _placed(self, batch: Tensor) -> Tensor:
+        import torch
+
+        return batch.to(self.device, self.dtype, memory_format=torch.channels_last)
+
+
+def to_images(pixels: Tensor) -> NDArray[np.uint8]:
+    """Pixels in [-1, 1] -> 0 .. 255, as the published sampler rounds them."""
+    import torch
+
+    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).contiguous().cpu().numpy()
+
+
+class VaeConfig(BaseModel):
+    """What a VAE's own `config.json` says of its shape; what it leaves out is diffusers' default."""
+
+    kind: str = Field("AutoencoderKL", alias="_class_name")
+    in_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+
+    @property
+    def factor(self) -> int:
+        """Each level of blocks but the last halves the side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def misfits(codec: Codec, data: Data | None = None) -> list[str]:
+    """A line for each setting that the VAE contradicts; none of a VAE that is not on this machine."""
+    if isinstance(codec, PixelCodec):
+        return []
+    place = local_snapshot(codec.path) if is_hub_id(codec.path) else Path(codec.path)
+    if place is None or not place.exists():
+        return []
+    try:
+        config = VaeConfig.model_validate_json((vae_folder(place) / "config.json").read_bytes())
+    except (OSError, ValidationError):
+        return [f"codec.path: got {codec.path!r}, with no VAE's config.json in it; accepted: {ACCEPTED}"]
+    if config.kind != "AutoencoderKL":
+        return [f"codec.path: got {codec.path!r}, a {config.kind}; accepted: {ACCEPTED}"]
+    lines = [
+        f"codec.{name}: got {given}; accepted: {own}, as the VAE in {codec.path} has it"
+        for name, given, own in (
+            ("factor", codec.factor, config.factor),
+            ("channels", codec.channels, config.latent_channels),
+        )
+        if given != own
+    ]
+    if data is not None and data.channels != config.in_channels:
+        wanted = f"a VAE of images with {data.channels}, as the data has"
+        lines.append(
+            f"codec.path: got {codec.path!r}, of images with {config.in_channels} channels; accepted: {wanted}"
+        )
+    return lines
+
+
+def require_fit(codec: Codec, data: Data | None = None) -> None:
+    """Raise UnfitCodec where the VAE, fetched if need be, contradicts its spec, or is not there."""
+    if isinstance(codec, VaeCodec) and not local_path(codec.path).exists():
+        raise UnfitCodec(f"codec.path: got {codec.path!r}, no such folder; accepted: {ACCEPTED}")
+    lines = misfits(codec, data)
+    if lines:
+        raise UnfitCodec("; ".join(lines))
+
+
+def _read(codec: VaeCodec, dtype: torch.dtype) -> Any:
+    """diffusers' network with the weights that lie beside its config.json: safetensors, or tensors only."""
+    require_fit(codec)
+    from diffusers import AutoencoderKL
+
+    folder = vae_folder(local_path(codec.path))
+    try:
+        vae, told = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UnfitCodec(f"{folder}: cannot be read as a VAE: {' '.join(str(error).split())[:300]}") from None
+    problems = [f"{name}: missing" for name in told["missing_keys"]]
+    problems += [f"{name}: none of that name expected" for name in told["unexpected_keys"]]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UnfitCodec(f"{folder}: does not fit its config.json: {'; '.join(sorted(problems)[:SHOWN])}{more}")
+    return vae

@@ -1,0 +1,774 @@
+"""Models as files: what is read, what is refused, what others can read of ours."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import models
+from models import checkpoints
+from models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
+from models.checkpoints.diffusers import rootstock_transformer, wrapped
+from models.checkpoints.files import Tensors
+from models.checkpoints.fit import shapes_of, weightless
+from models.checkpoints.recognition import Found, recognised
+from models.dit import DiT, DiTConfig
+from models.operators import REGISTRY
+from models.surgery import graft
+from specs.graft import Edit, Parallel, Site
+from specs.layers import InterleavedLayers
+from specs.model import SIZES
+from specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
+
+TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+
+
+def lively(module: nn.Module, seed: int = 0) -> Any:
+    """The module with every parameter random: nothing is hidden behind a zero."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(0.3 * torch.randn(value.shape, generator=draws))
+    return module
+
+
+def edits(*pairs: tuple[int, OperatorSpec]) -> tuple[Edit, ...]:
+    """Operators in blocks, in the first target that each may stand in."""
+    return tuple(Edit(site=Site(block=block, target=min(op.targets)), operator=op) for block, op in pairs)
+
+
+GRAFTS = edits((1, HyenaSE(kernel=3)), (2, Mlp(ratio=1.5)))
+PAIR = (*GRAFTS, Edit(site=Site(block=0, target="pair"), operator=Parallel()))
+
+
+@pytest.fixture
+def model() -> DiT:
+    return lively(DiT(TINY))
+
+
+@pytest.fixture
+def grafted(model: DiT) -> DiT:
+    return lively(graft(model, GRAFTS, seed=0), seed=1)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
+
+
+def same(found: nn.Module, expected: nn.Module) -> bool:
+    """Whether two models have the same tensors, bit for bit."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def refusal(source: str | Path, **settings: Any) -> str:
+    """The message, one line that begins with what was read."""
+    with pytest.raises(UnfitCheckpoint) as caught:
+        checkpoints.read(source, **settings)
+    message = str(caught.value)
+    assert message.startswith(str(source)) and "\n" not in message and len(message) < 2000
+    return message
+
+
+# -- ours
+
+
+@pytest.mark.parametrize("made", [(), GRAFTS, PAIR], ids=["rootstock", "graft", "parallel"])
+def test_a_model_comes_back_from_its_folder_bit_for_bit(batch: Batch, tmp_path: Path, made: tuple[Edit, ...]) -> None:
+    model = lively(graft(DiT(TINY), made, seed=0), seed=1)
+    checkpoints.save(model, made, tmp_path)
+    for found, found_edits in (checkpoints.load(tmp_path), checkpoints.read(tmp_path)):
+        assert found_edits == made and found.config == TINY
+        assert torch.equal(found(*batch), model(*batch))
+
+
+def test_the_weights_alone_are_read_with_the_config_beside_them(grafted: DiT, tmp_path: Path) -> None:
+    checkpoints.save(grafted, GRAFTS, tmp_path)
+    found, found_edits = checkpoints.read(tmp_path / "model.safetensors")
+    assert found_edits == GRAFTS and same(found, grafted)
+
+
+def test_a_model_folder_holds_tensors_and_json_only(grafted: DiT, tmp_path: Path) -> None:
+    checkpoints.save(grafted, GRAFTS, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == "graftwork.dit/1"
+
+
+def test_a_model_folder_does_not_tell_where_its_scions_lay(grafted: DiT, tmp_path: Path) -> None:
+    checkpoints.save(grafted, [edit.model_copy(update={"scions": "/home/me/graft.pt"}) for edit in GRAFTS], tmp_path)
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind.__name__)
+def test_any_operator_comes_back_whole(kind: type[OperatorSpec], batch: Batch, tmp_path: Path) -> None:
+    # Models are made without memory and then take the file's tensors: what is not among those must not be lost.
+    made = edits((1, kind()))  # type: ignore[call-arg]
+    model = lively(graft(DiT(TINY), made, seed=0))
+    checkpoints.save(model, made, tmp_path)
+    assert torch.equal(checkpoints.load(tmp_path)[0](*batch), model(*batch))
+
+
+def test_a_model_that_was_read_can_be_trained(grafted: DiT, batch: Batch, tmp_path: Path) -> None:
+    export_published(grafted, tmp_path / "model.pt", "ema")
+    before = (tmp_path / "model.pt").read_bytes()
+    model, _ = checkpoints.read(tmp_path / "model.pt", heads=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(*batch).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.final_layer.linear.weight, grafted.final_layer.linear.weight)
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_weights_of_another_precision_become_the_models(model: DiT, tmp_path: Path) -> None:
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, tmp_path / "half.pt")
+    found, _ = checkpoints.read(tmp_path / "half.pt", heads=2)
+    assert {value.dtype for value in found.state_dict().values()} == {torch.float32}
+
+
+def test_the_package_loads_a_model_ready_to_be_called(grafted: DiT, batch: Batch, tmp_path: Path) -> None:
+    checkpoints.save(grafted, GRAFTS, tmp_path)
+    found = models.load(tmp_path)
+    assert not found.training and torch.equal(found(*batch), grafted(*batch))
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, models; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent.parent).returncode == 0
+
+
+# -- what does not fit
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(model: DiT) -> None:
+    state = model.state_dict()
+    state["final_layer.linear.bias"] = torch.zeros(7)
+    with pytest.raises(UnfitCheckpoint) as caught:
+        checkpoints.fill(model, state, "other.pt")
+    assert str(caught.value) == "other.pt: does not fit the model: final_layer.linear.bias: (7,), expected (24,)"
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_tensor_too_few_or_too_many_is_named(model: DiT, change: str) -> None:
+    state = model.state_dict()
+    if change == "missing":
+        del state["pos_embed"]
+    else:
+        state["unknown"] = torch.zeros(1)
+    with pytest.raises(UnfitCheckpoint, match="pos_embed" if change == "missing" else "unknown"):
+        checkpoints.fill(model, state, "other.pt")
+
+
+def test_an_unfit_checkpoint_leaves_the_model_as_it_was(model: DiT) -> None:
+    before = copy.deepcopy(model.state_dict())
+    state = {name: value + 1 for name, value in before.items()}
+    state["pos_embed"] = torch.zeros(3)
+    with pytest.raises(UnfitCheckpoint):
+        checkpoints.fill(model, state, "other.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_rootstock_names_ten_tensors_and_counts_the_rest(model: DiT, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "other.pt")
+    wide = DiTConfig(**{**TINY.__dict__, "width": 32})
+    message = refusal(tmp_path / "other.pt", config=wide)
+    wanted = DiT(wide).state_dict()
+    differing = sum(value.shape != wanted[name].shape for name, value in model.state_dict().items())
+    assert message.count("expected") == 10 and message.endswith(f"and {differing - 10} more")
+
+
+def test_a_model_of_another_kind_is_no_dit(tmp_path: Path) -> None:
+    torch.save({f"layer{n}.weight": torch.zeros(2) for n in range(30)}, tmp_path / "resnet.pt")
+    message = refusal(tmp_path / "resnet.pt")
+    assert "is no DiT, has no x_embedder.proj.weight" in message
+    assert message.count(".weight;") == 10 and message.endswith("and 20 more")
+
+
+def test_a_damaged_block_names_its_tensor(model: DiT, tmp_path: Path) -> None:
+    state = model.state_dict()
+    state["blocks.2.attn.qkv.weight"] = torch.zeros(40, 16)
+    torch.save(state, tmp_path / "model.pt")
+    assert refusal(tmp_path / "model.pt", heads=2).endswith("blocks.2.attn.qkv.weight: (40, 16), expected (48, 16)")
+
+
+def test_an_operator_that_nobody_registered_is_named_with_those_that_are(model: DiT, tmp_path: Path) -> None:
+    state = {
+        name.replace("blocks.1.attn.qkv", "blocks.1.attn.to_qkv"): value for name, value in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "model.pt")
+    message = refusal(tmp_path / "model.pt", heads=2)
+    assert "blocks.1.attn.to_qkv.weight: (48, 16)" in message and "expected the tensors of one of mha, swa" in message
+
+
+# -- published files
+
+
+def export_published(model: DiT, path: Path, *parts: str, name: str = "DiT-T/2") -> dict[str, dict[str, Tensor]]:
+    """Write a file as DiT's training script does; returns the state dicts in it."""
+    states = {part: {name: value + n for name, value in model.state_dict().items()} for n, part in enumerate(parts)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    args = argparse.Namespace(model=name, image_size=256, lr=1e-4, data_path="/data", ckpt=None, flags=[1, 2.5])
+    torch.save({**states, "opt": optimizer.state_dict(), "args": args}, path)
+    return states
+
+
+@pytest.mark.parametrize("parts", [("model", "ema"), ("model",)], ids=["with averages", "without"])
+def test_of_a_published_file_the_averaged_weights_are_read_if_there(
+    model: DiT, tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    states = export_published(model, tmp_path / "model.pt", *parts)
+    found, found_edits = checkpoints.read(tmp_path / "model.pt", heads=2)
+    assert found.config == TINY and found_edits == ()
+    assert all(torch.equal(value, states[parts[-1]][name]) for name, value in found.state_dict().items())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_a_bare_state_dict_is_read(model: DiT, tmp_path: Path, legacy: bool) -> None:
+    torch.save(model.state_dict(), tmp_path / "dit.pt", _use_new_zipfile_serialization=not legacy)
+    assert same(checkpoints.read(tmp_path / "dit.pt", heads=2)[0], model)
+
+
+def test_safetensors_without_a_config_are_read_by_their_names(grafted: DiT, tmp_path: Path) -> None:
+    save_file(grafted.state_dict(), tmp_path / "graft.safetensors")
+    found, _ = checkpoints.read(tmp_path / "graft.safetensors", heads=2)
+    assert same(found, grafted)
+
+
+@pytest.mark.parametrize("how", ["the only file", "model.pt among others"])
+def test_a_folder_is_read_by_its_checkpoint(model: DiT, tmp_path: Path, how: str) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    if how == "the only file":
+        (tmp_path / "model.pt").rename(tmp_path / "DiT.pt")
+    else:
+        torch.save({}, tmp_path / "another.pt")
+    assert same(checkpoints.read(tmp_path, heads=2)[0], model)
+
+
+def of_shapes(model: DiT) -> Found:
+    """The model as a file of which only names and shapes can be seen."""
+
+    def unread(name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+    return Found(Tensors("model.pt", shapes_of(model.state_dict()), unread))
+
+
+@pytest.mark.parametrize("letter", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_a_published_size_is_known_by_its_shapes(letter: str, patch: int) -> None:
+    depth, width, heads = SIZES[letter]
+    config = DiTConfig(32, 4, patch, depth, width, heads, num_classes=1000, learn_sigma=patch == 2)
+    assert recognised(of_shapes(weightless(config, ())), None, None) == (config, ())
+
+
+def test_heads_that_no_file_and_no_size_tells_are_asked_for(model: DiT, tmp_path: Path) -> None:
+    export_published(model, tmp_path / "model.pt", "ema")
+    assert "4 blocks of width 16 are no published size" in refusal(tmp_path / "model.pt")
+    assert checkpoints.read(tmp_path / "model.pt", heads=4)[0].config.heads == 4
+
+
+def test_heads_are_those_of_the_model_that_was_trained(tmp_path: Path) -> None:
+    config = DiTConfig(input_size=4, in_channels=1, patch=2, depth=1, width=24, heads=6, num_classes=2)
+    export_published(DiT(config), tmp_path / "model.pt", "ema", name="DiT-S/2")
+    assert checkpoints.read(tmp_path / "model.pt")[0].config == config
+    assert refusal(tmp_path / "model.pt", heads=3).endswith("has 6 attention heads, expected 3")
+
+
+SETTINGS = [
+    Swa(),
+    HyenaSE(),
+    HyenaSE(kernel=7),
+    HyenaX(),
+    HyenaX(kernel=2),
+    HyenaY(),
+    HyenaY(kernel=16),
+    Mamba2(),
+    Mamba2(d_state=16, d_conv=3, expand=3, headdim=8),
+    Mlp(ratio=3),
+    Mlp(ratio=6),
+    Mlp(ratio=1.5),
+    MlpHyenaX(),
+    MlpHyenaX(ratio=3, kernel=5),
+]
+
+
+@pytest.mark.parametrize("scion", SETTINGS, ids=repr)
+def test_a_scion_and_its_settings_are_known_by_its_tensors(scion: OperatorSpec, batch: Batch, tmp_path: Path) -> None:
+    made = edits((0, scion), (3, scion))
+    model = lively(graft(DiT(TINY), made, seed=0))
+    export_published(model, tmp_path / "model.pt", "ema")
+    found, found_edits = checkpoints.read(tmp_path / "model.pt", heads=2)
+    assert found_edits == made
+    assert torch.equal(found(*batch), model(*batch))
+
+
+PUBLISHED = [Mlp(ratio=3), Mlp(ratio=6), MlpHyenaX(), HyenaSE(), HyenaX(), HyenaY(), Swa(), Mamba2()]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+@pytest.mark.parametrize("scion", PUBLISHED, ids=repr)
+def test_the_published_grafts_are_known_block_by_block(scion: OperatorSpec, ratio: float) -> None:
+    depth, width, heads = SIZES["XL"]
+    config = DiTConfig(32, 4, 2, depth, width, heads, num_classes=1000)
+    made = edits(*((block, scion) for block in InterleavedLayers(kind="interleaved", ratio=ratio).choose(depth)))
+    assert recognised(of_shapes(weightless(config, made)), None, None) == (config, made)
+
+
+def test_a_self_graft_is_the_rootstock(model: DiT, tmp_path: Path) -> None:
+    made = edits(*((block, op) for block in range(4) for op in (Mha(), Mlp(ratio=4))))
+    torch.save(lively(graft(model, made, seed=0)).state_dict(), tmp_path / "model.pt")
+    assert checkpoints.read(tmp_path / "model.pt", heads=2)[1] == ()
+
+
+# -- the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, without a network."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise OSError("Got: ConnectError\nPlease check your internet connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    return tmp_path / "hf" / "hub"
+
+
+def test_a_hub_id_in_the_cache_is_read_without_a_network(hub: Path, grafted: DiT) -> None:
+    repository = hub / "models--grafting--dit-xl2-mha-hyena_y-50p-fid2.72"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    export_published(grafted, repository / "snapshots" / "abc" / "model.pt", "ema")
+    found, found_edits = checkpoints.read("grafting/dit-xl2-mha-hyena_y-50p-fid2.72", heads=2)
+    assert found_edits == GRAFTS and same(found, grafted)
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused(hub: Path) -> None:
+    assert "nor to be had: Got: ConnectError" in refusal("grafting/dit-xl2")
+
+
+# -- refused
+
+
+class Payload:
+    """Unpickling one touches a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", [None, 2, 4, 5], ids=str)
+def test_a_checkpoint_that_would_run_code_is_refused_by_the_name_of_it(tmp_path: Path, protocol: int | None) -> None:
+    path, marker = tmp_path / "model.pt", tmp_path / "marker"
+    content = {"ema": {"weight": torch.zeros(1)}, "args": Payload(marker)}
+    if protocol is None:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps({"args": content["args"]}, protocol))
+    assert refusal(path) == f"{path}: refused, unpickling it would call posix.system"
+    assert not marker.exists()
+
+
+def spoil(path: Path, how: str, model: DiT) -> None:
+    match how:
+        case "missing":
+            pass
+        case "a folder":
+            path.mkdir()
+        case "empty":
+            path.touch()
+        case "text":
+            path.write_text("<html>404: not found</html>\n" * 10)
+        case "truncated":
+            (torch.save if path.suffix == ".pt" else save_file)(model.state_dict(), path)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) * 2 // 3])
+
+
+@pytest.mark.parametrize("how", ["missing", "a folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("name", ["other.pt", "other.safetensors"])
+def test_what_is_no_checkpoint_is_refused(model: DiT, tmp_path: Path, name: str, how: str) -> None:
+    spoil(tmp_path / name, how, model)
+    assert len(refusal(tmp_path / name)) < 500
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "other.pt")
+    assert refusal(tmp_path / "other.pt").endswith("holds no state dict")
+
+
+def test_of_several_checkpoints_none_is_guessed(model: DiT, tmp_path: Path) -> None:
+    for name in ("0050000.pt", "0100000.pt"):
+        torch.save(model.state_dict(), tmp_path / name)
+    assert "several checkpoints, 0050000.pt, 0100000.pt" in refusal(tmp_path)
+
+
+# -- memory
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from models import checkpoints
+
+def resident(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+def peak(path, **settings):
+    "Bytes above what was resident before, while a model is read and all of its weights are used."
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    model, _ = checkpoints.read(path, heads=16, **settings)
+    if not settings:
+        assert sum(float(value.sum()) for value in model.parameters()) > 0
+    return resident("VmHWM") - before
+
+file, folder = Path(sys.argv[1]), Path(sys.argv[2])
+print(peak(file), peak(folder), peak(folder, device="meta"), "diffusers" in sys.modules)
+"""
+
+
+def test_a_large_checkpoint_is_never_in_memory_twice(tmp_path: Path) -> None:
+    config = DiTConfig(input_size=32, in_channels=4, patch=2, depth=4, width=1024, heads=16, num_classes=1000)
+    large = weightless(config, ()).to_empty(device="cpu")
+    for value in large.parameters():
+        nn.init.constant_(value, 0.5)
+    size = sum(value.nbytes for value in large.state_dict().values())
+    assert size > 300e6
+    torch.save(
+        {"model": {n: v.clone() for n, v in large.state_dict().items()}, "ema": large.state_dict()}, tmp_path / "a.pt"
+    )
+    (tmp_path / "ours").mkdir()
+    checkpoints.save(large, (), tmp_path / "ours")
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "a.pt", tmp_path / "ours"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    of_file, of_folder, elsewhere = (int(number) / size for number in measured[:3])
+    assert of_file < 1.3  # one of its two state dicts, once
+    assert of_folder < 1.3
+    assert elsewhere < 0.3  # a tensor at a time on its way to another device
+    assert measured[3] == "False"
+
+
+# -- diffusers
+
+
+@pytest.fixture
+def theirs(model: DiT) -> Any:
+    """A DiT of diffusers' own with random weights, one embedder in all blocks."""
+    from diffusers import DiTTransformer2DModel
+
+    transformer = lively(DiTTransformer2DModel(**THEIR_CONFIG))
+    first = transformer.transformer_blocks[0].norm1.emb
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.load_state_dict(first.state_dict())
+    return transformer.eval()
+
+
+THEIR_CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_layers": 4,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 5,
+}
+
+
+def outputs(transformer: Any, batch: Batch) -> Tensor:
+    x, t, y = batch
+    with torch.no_grad():
+        return transformer(x, timestep=t, class_labels=y).sample
+
+
+def as_dit(transformer: Any, frequencies: bool = True, eps: bool = True) -> Any:
+    """A copy in which the two things that diffusers computes differently are as in DiT."""
+    transformer = copy.deepcopy(transformer)
+    for block in transformer.transformer_blocks:
+        if frequencies:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        if eps:
+            block.norm3.eps = 1e-6
+    return transformer
+
+
+@pytest.mark.parametrize("how", ["safetensors", "bin", "shards", "bin shards", "the file", "of old", "pipeline"])
+def test_a_diffusers_dit_is_read(theirs: Any, batch: Batch, tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "transformer" if how == "pipeline" else tmp_path
+    size = "20KB" if "shards" in how else "1GB"
+    theirs.save_pretrained(folder, safe_serialization="bin" not in how, max_shard_size=size)
+    if how == "of old":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
+    assert len(list(folder.glob("diffusion*"))) > 2 or "shards" not in how
+    model, made = checkpoints.read(folder / "diffusion_pytorch_model.safetensors" if how == "the file" else tmp_path)
+    assert model.config == TINY and made == ()
+    torch.testing.assert_close(model(*batch), outputs(as_dit(theirs), batch), rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_differs_from_dit_in_the_sinusoids_and_an_eps_alone(
+    theirs: Any, batch: Batch, tmp_path: Path
+) -> None:
+    theirs.save_pretrained(tmp_path)
+    model, _ = checkpoints.read(tmp_path)
+    ours, scale = model(*batch), model(*batch).std()
+    off = {
+        (frequencies, eps): float((outputs(as_dit(theirs, frequencies, eps), batch) - ours).abs().max() / scale)
+        for frequencies in (False, True)
+        for eps in (False, True)
+    }
+    print(off)
+    assert off[True, True] < 1e-5
+    assert 1e-5 < off[True, False] < 1e-3
+    assert off[False, True] > 1e-2
+
+
+def test_embedders_that_differ_from_block_to_block_are_refused(theirs: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        theirs.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight[1] += 1
+    theirs.save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert "transformer_blocks.2.norm1.emb.class_embedder" in message and "one embedder for all blocks" in message
+
+
+def test_a_diffusers_dit_of_another_activation_is_refused(tmp_path: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    DiTTransformer2DModel(**THEIR_CONFIG, activation_fn="gelu").save_pretrained(tmp_path)
+    assert "activation_fn is 'gelu', expected 'gelu-approximate'" in refusal(tmp_path)
+
+
+def test_a_shard_that_lacks_a_tensor_is_named(theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = tmp_path / "diffusion_pytorch_model-00001-of-00003.safetensors"
+    shard = shard if shard.exists() else sorted(tmp_path.glob("*.safetensors"))[0]
+    name, *_ = tensors = load_file(shard)
+    save_file({other: tensors[other] for other in tensors if other != name}, shard)
+    with pytest.raises(UnfitCheckpoint, match=f"{shard.name}: has no {name}"):
+        checkpoints.read(tmp_path)
+
+
+def ours_in(tmp_path: Path, model: DiT, made: tuple[Edit, ...]) -> Path:
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    checkpoints.save(model, made, folder)
+    return folder
+
+
+def test_a_rootstock_goes_to_diffusers_and_back(model: DiT, batch: Batch, tmp_path: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    export(ours_in(tmp_path, model, ()), tmp_path / "out", "diffusers")
+    transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(outputs(as_dit(transformer, eps=False), batch), model(*batch), rtol=1e-5, atol=1e-5)
+    assert same(checkpoints.read(tmp_path / "out")[0], model)
+    assert torch.equal(outputs(transformer, batch), outputs(rootstock_transformer(model), batch))
+
+
+@pytest.mark.parametrize("made", [GRAFTS, PAIR], ids=["graft", "parallel"])
+def test_a_graft_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path, made: tuple[Edit, ...]) -> None:
+    from models.checkpoints.transformer import GraftTransformer2DModel
+
+    model = lively(graft(DiT(TINY), made, seed=0))
+    export(ours_in(tmp_path, model, made), tmp_path / "out", "diffusers")
+    transformer = GraftTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(outputs(transformer, batch), model(*batch))
+    found, found_edits = checkpoints.read(tmp_path / "out")
+    assert found_edits == made and same(found, model)
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """A small autoencoder of images into 3 channels of half their side."""
+    from diffusers import AutoencoderKL
+
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        latent_channels=3,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+    autoencoder.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("made", [(), GRAFTS], ids=["rootstock", "graft"])
+def test_a_pipeline_of_diffusers_samples_from_an_export(vae: Path, tmp_path: Path, made: tuple[Edit, ...]) -> None:
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    # The pipeline's null class is 1000; a rootstock of diffusers' own has to have that many classes.
+    config = TINY if made else DiTConfig(**{**TINY.__dict__, "num_classes": 1000})
+    model = lively(graft(DiT(config), made, seed=0))
+    export(ours_in(tmp_path, model, made), tmp_path / "out", "diffusers", vae=vae)
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert type(pipeline.transformer).__name__ == ("GraftTransformer2DModel" if made else "DiTTransformer2DModel")
+
+    def drawn(labels: list[int], guidance: float) -> Tensor:
+        draws = torch.Generator().manual_seed(0)
+        return pipeline(labels, guidance, draws, num_inference_steps=3, output_type="pt").images
+
+    guided, plain, other = drawn([1, 2], 4.0), drawn([1, 2], 1.0), drawn([3, 2], 4.0)
+    assert guided.shape == (2, 3, 16, 16) and guided.isfinite().all()
+    assert not torch.equal(guided, plain) and not torch.equal(guided[0], other[0])
+    assert torch.equal(guided[1], other[1])
+    assert same(checkpoints.read(tmp_path / "out")[0], model)
+
+
+def test_the_null_class_of_the_pipeline_is_the_models(grafted: DiT, batch: Batch) -> None:
+    x, t, _ = batch
+    transformer = wrapped(grafted, GRAFTS)
+    null = transformer(x, t, torch.full((4,), 1000), return_dict=False)[0]
+    assert torch.equal(null, grafted(x, t, torch.full((4,), TINY.num_classes)))
+
+
+# -- the published layout, and the card
+
+
+def skeleton(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """Modules with just these parameters: of DiT's own code, all that a strict load sees."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        at = root
+        for part in path:
+            if part not in dict(at.named_children()):
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+    return root
+
+
+def authors_shapes() -> dict[str, tuple[int, ...]]:
+    """REFERENCE sections 1 and 3: the tensors of a DiT as GRAFTS make it."""
+    width, tokens, patches = 16, 16, 2 * 2
+    weights: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (width, 3, 2, 2),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (patches * 6, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    for i in range(4):
+        weights[f"blocks.{i}.adaLN_modulation.1"] = (6 * width, width)
+        hidden = 24 if i == 2 else 64
+        weights |= {f"blocks.{i}.mlp.fc1": (hidden, width), f"blocks.{i}.mlp.fc2": (width, hidden)}
+        if i == 1:
+            filters = {"short_filter": (3 * width, 1, 3), "inner_filter": (width, 1, 3)}
+            names = {"in_proj": (3 * width, width), **filters, "out_proj": (width, width)}
+        else:
+            names = {"qkv": (3 * width, width), "proj": (width, width)}
+        weights |= {f"blocks.{i}.attn.{name}": shape for name, shape in names.items()}
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+    return shapes | {"pos_embed": (1, tokens, width), "y_embedder.embedding_table.weight": (6, width)}
+
+
+def test_the_authors_sampling_script_takes_an_exported_graft(grafted: DiT, tmp_path: Path) -> None:
+    export(ours_in(tmp_path, grafted, GRAFTS), tmp_path / "out", "published")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(tmp_path / "out" / "model.pt")
+    theirs = skeleton(authors_shapes())
+    theirs.load_state_dict(checkpoint["ema"], strict=True)
+    assert all(torch.equal(value, checkpoint["ema"][name]) for name, value in grafted.state_dict().items())
+    assert isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].num_classes == 5
+
+
+def test_an_exported_graft_comes_back_with_what_shapes_do_not_tell(model: DiT, tmp_path: Path) -> None:
+    made = edits((1, Swa(window=2)), (3, HyenaY()))
+    graft(model, made, seed=0)
+    export(ours_in(tmp_path, model, made), tmp_path / "out", "published")
+    found, found_edits = checkpoints.read(tmp_path / "out")
+    assert found_edits == made and found.config == TINY and same(found, model)
+
+
+def test_an_export_holds_one_state_dict_and_no_more(grafted: DiT, tmp_path: Path) -> None:
+    export_published(grafted, tmp_path / "theirs.pt", "model", "ema")
+    for layout in ("published", "graftwork"):
+        export(tmp_path / "theirs.pt", tmp_path / layout, layout, heads=2)  # type: ignore[arg-type]
+        size = sum(path.stat().st_size for path in (tmp_path / layout).iterdir())
+        assert size < 1.5 * sum(value.nbytes for value in grafted.state_dict().values())
+
+
+def test_parallel_blocks_have_no_place_in_the_published_layout(tmp_path: Path) -> None:
+    folder = ours_in(tmp_path, graft(DiT(TINY), PAIR, seed=0), PAIR)
+    with pytest.raises(ExportRefused, match=r"parallel blocks, for which the published layout has no names$"):
+        export(folder, tmp_path / "out", "published")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_writes_over_nothing(model: DiT, tmp_path: Path) -> None:
+    folder = ours_in(tmp_path, model, ())
+    with pytest.raises(ExportRefused, match="is there already; accepted: a new or empty folder"):
+        export(folder, folder, "published")
+
+
+def test_an_unknown_layout_is_refused_with_those_there_are(model: DiT, tmp_path: Path) -> None:
+    with pytest.raises(ExportRefused, match=r"onnx: no such layout; accepted: graftwork, diffusers, published$"):
+        export(tmp_path, tmp_path / "out", "onnx")  # type: ignore[arg-type]
+
+
+CARD = Card(
+    title="DiT-T/2, half of it Hyena",
+    rootstock="DiT-T/2, trained on digits.",
+    recipe={"finetune": {"steps": 50, "lr": 1e-4}},
+    results={"rootstock": {"fid": 2.27, "parameters": 675_129_632}, "graft": {"fid": 2.7215}},
+    keys={"finetune": "abc123"},
+)
+
+
+@pytest.mark.parametrize("layout", ["graftwork", "diffusers", "published"])
+def test_a_card_says_what_the_model_is_and_how_it_was_made(grafted: DiT, tmp_path: Path, layout: Any) -> None:
+    export(ours_in(tmp_path, grafted, GRAFTS), tmp_path / "out", layout, card=CARD)
+    _, front, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "graftwork"
+    assert text.strip().startswith(f"# {CARD.title}") and CARD.rootstock in text
+    assert "| attention | hyena_se (kernel 3) | 1 |" in text
+    assert "| feed-forward | mlp (ratio 1.5) | 2 |" in text
+    assert "| rootstock | 2.27 | 675,129,632 |\n| graft | 2.721 |  |" in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == CARD.recipe
+    assert "| finetune | abc123 |" in text
+
+
+def test_a_card_runs_as_it_says(grafted: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(ours_in(tmp_path, grafted, GRAFTS), tmp_path / "out", "graftwork", card=CARD)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec((tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    assert same(scope["model"], grafted)

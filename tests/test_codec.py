@@ -1,0 +1,502 @@
+"""The codec: latents and images are diffusers' own, whatever the batch or the worker, and another VAE is one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import checkpoints
+from models.dit import DiT, DiTConfig, initialise
+from models.streams import generator, initialising
+from pipeline import preflight
+from pipeline.planning import Plan, make_plan
+from specs.data import DigitsData, ImageFolderData, PixelCodec, VaeCodec
+from specs.evaluate import DdimSampler
+from specs.job import JobSpec, StepResources
+from specs.load import SpecError, job_from
+from specs.steps import FeaturesParams, SampleParams
+from stages import Context, codec, features, rows
+from stages.codec import UnfitCodec, load_codec, misfits
+from stages.latents import read_meta
+from stages.sources import read_image, split
+from tests.conftest import Graft
+
+CPU = torch.device("cpu")
+SIDE, COUNT = 16, 6
+NAMES = [f"cat/{number}.png" for number in range(COUNT)]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+def make_vae(folder: Path, *, seed: int = 0, safe: bool = True, **changes: Any) -> Path:
+    """A VAE of two levels, as diffusers saves it."""
+    shape = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "sample_size": SIDE}
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with initialising(seed, "vae"):
+        vae = AutoencoderKL(**{"block_out_channels": (8, 16), **levels, **shape, **changes})
+    vae.save_pretrained(folder, safe_serialization=safe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vae(tmp_path_factory.mktemp("models") / "vae")
+
+
+@pytest.fixture(scope="module")
+def official(folder: Path) -> Any:
+    return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand((COUNT, 3, SIDE, SIDE), generator=generator(0, "images")) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def latents(folder: Path, images: Tensor) -> Tensor:
+    return loaded(folder).encode(images, NAMES)
+
+
+def spec(path: Path | str, **changes: Any) -> VaeCodec:
+    return VaeCodec(**{"path": str(path), "factor": 2, **changes})
+
+
+def loaded(path: Path | str, **changes: Any) -> codec.Coder:
+    return load_codec(spec(path, **changes), CPU)
+
+
+# -- images to latents and back
+
+
+def test_a_latent_is_a_sample_of_diffusers_posterior_scaled(official: Any, images: Tensor, latents: Tensor) -> None:
+    with torch.no_grad():
+        expected = [
+            0.18215 * official.encode(image[None]).latent_dist.sample(generator(0, "posterior", name))
+            for image, name in zip(images, NAMES, strict=True)
+        ]
+    assert latents.shape == (COUNT, 4, SIDE // 2, SIDE // 2)
+    torch.testing.assert_close(latents, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_an_image_is_diffusers_decoding_rounded_as_published(folder: Path, official: Any, latents: Tensor) -> None:
+    found = loaded(folder).decode(latents).astype(int)
+    with torch.no_grad():
+        exact = (127.5 * official.decode(latents / 0.18215).sample + 128).clamp(0, 255).numpy()
+    assert found.shape == (COUNT, 3, SIDE, SIDE)
+    assert exact.std() > 10  # the pixels differ, so that the next line says something
+    # Truncated: within rounding of the float, a pixel may fall to either side of a whole number.
+    assert np.all((found <= exact + 1e-2) & (found > exact - 1 - 1e-2))
+
+
+def test_the_scale_is_that_of_the_spec(folder: Path, images: Tensor, latents: Tensor) -> None:
+    doubled = loaded(folder, scale=2 * 0.18215)
+    torch.testing.assert_close(doubled.encode(images, NAMES), 2 * latents)
+    assert np.array_equal(doubled.decode(2 * latents), loaded(folder).decode(latents))
+
+
+def test_an_images_noise_comes_from_its_name_alone(folder: Path, images: Tensor) -> None:
+    same = images[:1].expand(3, -1, -1, -1)
+    first, second, third = loaded(folder).encode(same, ["a", "b", "a"])
+    assert (first - second).abs().max() > 0.01
+    torch.testing.assert_close(first, third, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_any_split_into_batches_gives_the_same_up_to_rounding(
+    folder: Path, images: Tensor, latents: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, whole = loaded(folder), loaded(folder).decode(latents)
+    monkeypatch.setattr(codec, "BATCH", size)
+    torch.testing.assert_close(vae.encode(images, NAMES), latents, rtol=0, atol=1e-6)
+    assert np.abs(vae.decode(latents).astype(int) - whole).max() <= 1
+
+
+def test_the_same_batch_gives_the_same_bits(folder: Path, images: Tensor, latents: Tensor) -> None:
+    assert torch.equal(loaded(folder).encode(images, NAMES), latents)
+
+
+def test_in_bf16_latents_are_close_and_still_float32(folder: Path, images: Tensor, latents: Tensor) -> None:
+    rough = loaded(folder, precision="bf16").encode(images, NAMES)
+    assert rough.dtype == torch.float32
+    assert 1e-5 < (rough - latents).abs().max() < 0.02
+    assert loaded(folder, precision="bf16").decode(latents).dtype == np.uint8
+
+
+def test_pixels_are_their_own_latents(images: Tensor) -> None:
+    assert load_codec(PixelCodec(), CPU).encode(images, NAMES) is images
+
+
+def test_pixels_are_rounded_as_published() -> None:
+    pixels = torch.tensor([-1.5, -1, -0.5, 0, 0.5, 1, 1.5])
+    assert load_codec(PixelCodec(), CPU).decode(pixels).tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+# -- where a VAE lies, and in what form
+
+
+def test_a_pipelines_folder_holds_its_vae(folder: Path, images: Tensor, latents: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "vae").symlink_to(folder)
+    assert torch.equal(loaded(tmp_path).encode(images, NAMES), latents)
+
+
+def test_weights_in_a_bin_are_read(images: Tensor, latents: Tensor, tmp_path: Path) -> None:
+    make_vae(tmp_path, safe=False)
+    assert not (tmp_path / WEIGHTS).exists()
+    assert torch.equal(loaded(tmp_path).encode(images, NAMES), latents)
+
+
+def test_attention_under_its_old_names_is_read(folder: Path, images: Tensor, latents: Tensor, tmp_path: Path) -> None:
+    """As in the published sd-vae-ft-ema."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(folder / WEIGHTS)
+    for new, name in old.items():
+        state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
+    assert any(".proj_attn." in key for key in state) and not any(".to_" in key for key in state)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(state, tmp_path / WEIGHTS, {"format": "pt"})
+    assert torch.equal(loaded(tmp_path).encode(images, NAMES), latents)
+
+
+def test_a_hub_id_is_read_from_the_local_cache(
+    images: Tensor, latents: Tensor, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--someone--vae"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / "0123abc").symlink_to(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert torch.equal(loaded("someone/vae").encode(images, NAMES), latents)
+    assert misfits(spec("someone/vae", factor=8))[0].startswith("codec.factor: got 8; accepted: 2, ")
+
+
+# -- what does not fit
+
+
+def unfit(how: str, path: Path) -> tuple[VaeCodec, str]:
+    """A codec that contradicts its VAE, and how the line about it begins."""
+    match how:
+        case "factor":
+            return spec(make_vae(path), factor=8), "codec.factor: got 8; accepted: 2, "
+        case "channels":
+            return spec(make_vae(path), channels=16), "codec.channels: got 16; accepted: 4, "
+        case "another network":
+            make_vae(path)
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DConditionModel"}))
+            return spec(path), f"codec.path: got '{path}', a UNet2DConditionModel; accepted: "
+        case "no VAE":
+            path.mkdir()
+        case "a file":
+            path.touch()
+        case "no JSON":
+            path.mkdir()
+            (path / "config.json").write_text("<html>404: not found</html>")
+    return spec(path), f"codec.path: got '{path}', with no VAE's config.json in it; accepted: "
+
+
+UNFIT = ["factor", "channels", "another network", "no VAE", "a file", "no JSON"]
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_a_vae_that_the_spec_contradicts_is_one_line(tmp_path: Path, how: str) -> None:
+    given, beginning = unfit(how, tmp_path / "vae")
+    (line,) = misfits(given)
+    assert line.startswith(beginning) and "\n" not in line
+    with pytest.raises(UnfitCodec) as caught:
+        load_codec(given, CPU)
+    assert str(caught.value) == line
+
+
+def test_a_vae_that_is_not_there_is_one_line_when_it_is_needed(tmp_path: Path) -> None:
+    given = spec(tmp_path / "none")
+    assert misfits(given) == []
+    with pytest.raises(UnfitCodec, match=rf"^codec\.path: got '{tmp_path}/none', no such folder; accepted: .+$"):
+        load_codec(given, CPU)
+
+
+def test_a_vae_of_other_images_than_the_data_is_one_line(folder: Path) -> None:
+    (line,) = misfits(spec(folder), DigitsData())
+    assert line.startswith(f"codec.path: got '{folder}', of images with 3 channels; accepted: ")
+
+
+class Payload:
+    """Unpickling one touches a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def wrong_weights(how: str, path: Path) -> None:
+    """Break a VAE's weights; its config.json stays as it is."""
+    file = make_vae(path) / WEIGHTS
+    match how:
+        case "missing":
+            file.unlink()
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "a tensor less":
+            save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"})
+        case "a tensor more":
+            save_file({**load_file(file), "stranger": torch.zeros(2)}, file, {"format": "pt"})
+        case "other shapes":
+            other = make_vae(path.with_name("other"), block_out_channels=(4, 8))
+            file.write_bytes((other / WEIGHTS).read_bytes())
+        case "code":
+            file.unlink()
+            torch.save({"weight": Payload(path.with_name("marker"))}, file.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "a tensor less", "a tensor more", "other shapes", "code"])
+def test_broken_weights_are_refused_in_one_line_that_names_the_folder(tmp_path: Path, how: str) -> None:
+    wrong_weights(how, tmp_path / "vae")
+    with pytest.raises(UnfitCodec) as caught:
+        loaded(tmp_path / "vae")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/vae: ") and "\n" not in message
+    assert not (tmp_path / "marker").exists()
+
+
+# -- a job with a VAE, before it starts
+
+
+def job(photos: Path, vae: Path | str, **changes: Any) -> JobSpec:
+    return job_from(
+        {
+            "name": "photos",
+            "data": {"kind": "image_folder", "path": str(photos), "image_size": SIDE},
+            "codec": {"kind": "vae", "path": str(vae), "factor": 2, **changes.pop("codec", {})},
+            "model": {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2},
+            "graft": [{"target": "mha", "operator": {"kind": "swa"}, "layers": {"kind": "all"}}],
+            "distill": {"samples": 8},
+            "evaluate": {"metrics": ["fid"], "reference": str(photos / "class-0"), "inception": str(photos)},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 14 photographs: with 16 in a batch, the last of each split is a short one."""
+    home = tmp_path_factory.mktemp("photos")
+    pixels = np.random.default_rng(0)
+    for label in range(3):
+        (home / f"class-{label}").mkdir()
+        for number in range(14):
+            image = pixels.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(image).save(home / f"class-{label}" / f"{number}.png")
+    return home
+
+
+def keys(plan: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in plan.steps}
+
+
+def test_the_vaes_content_is_in_every_key_and_its_place_in_none(photos: Path, tmp_path: Path) -> None:
+    here = keys(make_plan(job(photos, make_vae(tmp_path / "vae"))))
+    there = keys(make_plan(job(photos, make_vae(tmp_path / "elsewhere"))))
+    other = keys(make_plan(job(photos, make_vae(tmp_path / "other", seed=1))))
+    assert here == there
+    assert not here.items() & other.items()
+
+
+def test_a_pipelines_key_is_that_of_its_vae(photos: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").symlink_to(folder)
+    (tmp_path / "unet.bin").write_bytes(b"large")
+    assert keys(make_plan(job(photos, tmp_path))) == keys(make_plan(job(photos, folder)))
+
+
+@pytest.mark.parametrize("field", ["scale", "precision"])
+def test_how_the_vae_is_used_is_in_every_key(photos: Path, folder: Path, field: str) -> None:
+    changed = {"scale": 0.13, "precision": "bf16"}
+    before, after = (keys(make_plan(job(photos, folder, codec=part))) for part in ({}, {field: changed[field]}))
+    assert not before.items() & after.items()
+
+
+def test_another_vae_than_the_specs_is_known_before_anything_starts(photos: Path, folder: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        preflight.check(job(photos, folder, codec={"channels": 8}))
+    assert caught.value.lines == [f"codec.channels: got 8; accepted: 4, as the VAE in {folder} has it"]
+
+
+def test_the_classifier_is_refused_where_latents_are_no_pixels(photos: Path, folder: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        job(photos, folder, evaluate={"metrics": ["classifier"]})
+    (line,) = caught.value.lines
+    assert line.startswith("evaluate.metrics: got ")
+
+
+def test_asking_whether_a_vae_fits_loads_no_torch() -> None:
+    check = "import sys, stages.codec; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+# -- features, and samples
+
+
+@contextmanager
+def cluster(num_cpus: int) -> Iterator[None]:
+    ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def encode_photos(photos: Path, vae: Path, out: Path) -> Path:
+    out.mkdir()
+    data = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25)
+    features.run(
+        Context(
+            step="features",
+            params=FeaturesParams(data=data, codec=spec(vae)),
+            inputs={},
+            out=out,
+            partial=None,  # type: ignore[arg-type]
+            report=lambda done, total, metrics=None: None,
+            resources=StepResources(),
+            device=CPU,
+        )
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoded(photos: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs' features, made by one worker on the only CPU there is."""
+    with cluster(num_cpus=1):
+        return encode_photos(photos, folder, tmp_path_factory.mktemp("features") / "one")
+
+
+def test_features_are_the_vaes_latents_in_the_order_of_the_split(photos: Path, folder: Path, encoded: Path) -> None:
+    data, vae = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25), loaded(folder)
+    for name, items in zip(("training", "heldout"), split(data), strict=True):
+        pictures = torch.from_numpy(np.stack([read_image(data, item.name) for item in items]))
+        expected = vae.encode(pictures, [item.name for item in items])
+        assert np.array_equal(np.load(encoded / f"{name}_latents.npy"), expected.numpy())
+        assert np.load(encoded / f"{name}_labels.npy").tolist() == [item.label for item in items]
+
+
+def test_what_the_latents_are_is_written_beside_them(encoded: Path) -> None:
+    meta = read_meta(encoded)
+    assert (meta.codec, meta.scale, meta.channels, meta.side) == ("vae", 0.18215, 4, 8)
+    assert meta.classes == ("class-0", "class-1", "class-2")
+    assert (meta.num_training, meta.num_heldout) == (30, 12)
+    assert not meta.bounded
+
+
+def test_two_workers_make_the_bits_of_one_and_broken_weights_are_named(
+    photos: Path, folder: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "BATCHES_A_TASK", 1)
+    wrong_weights("truncated", tmp_path / "vae")
+    with cluster(num_cpus=2):
+        made = encode_photos(photos, folder, tmp_path / "two")
+        with pytest.raises(ray.exceptions.RayTaskError, match="UnfitCodec: .*/vae: cannot be read as a VAE"):
+            encode_photos(photos, tmp_path / "vae", tmp_path / "none")
+    for name in ("training_latents.npy", "heldout_latents.npy"):
+        assert (made / name).read_bytes() == (encoded / name).read_bytes()
+
+
+class Folder:
+    """An artifact that a step needs."""
+
+    def __init__(self, place: Path) -> None:
+        self.key, self.place = str(place), place
+
+    def path(self) -> Path:
+        return self.place
+
+
+def test_samples_are_decoded_and_their_latents_know_no_bounds(
+    folder: Path, official: Any, encoded: Path, tmp_path: Path
+) -> None:
+    with initialising(0, "rootstock"):
+        model = DiT(DiTConfig(input_size=8, in_channels=4, patch=2, depth=1, width=16, heads=2, num_classes=3))
+        initialise(model)
+    checkpoints.save(model, (), tmp_path)
+    sampler = DdimSampler(steps=4)
+    context = Context(
+        step="evaluate/rootstock",
+        params=SampleParams(seed=0, row="rootstock", codec=spec(folder), samples=5, batch=3, sampler=sampler),
+        inputs={"features": Folder(encoded), "base": Folder(tmp_path)},
+        out=tmp_path,
+        partial=None,  # type: ignore[arg-type]
+        report=lambda done, total, metrics=None: None,
+        resources=StepResources(),
+        device=CPU,
+    )
+    start, found = rows._sample_batch(context, 3, CPU)
+    drawn = rows.draw(model.eval(), read_meta(encoded), range(3, 5), sampler, 0, CPU)
+    assert start == 3 and drawn.abs().max() > 1
+    with torch.no_grad():
+        assert_truncated(found, official.decode(drawn / 0.18215).sample)
+
+
+def assert_truncated(found: NDArray[np.uint8], pixels: Tensor) -> None:
+    """Whole numbers of the published rounding; within that of the float, one may fall to either side."""
+    exact = (127.5 * pixels + 128).clamp(0, 255).numpy()
+    assert found.dtype == np.uint8 and found.shape == exact.shape
+    assert np.all((found <= exact + 1e-2) & (found.astype(int) > exact - 1 - 1e-2))
+
+
+# -- a whole job
+
+
+@pytest.mark.slow
+def test_a_job_on_photographs_runs_in_the_vaes_latents(
+    graft: Graft, photos: Path, folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(
+        f"""
+name: photos-vae
+data: {{kind: image_folder, path: {photos}, image_size: {SIDE}, heldout: 0.25, classes: 3}}
+codec: {{kind: vae, path: {folder}, factor: 2}}
+model: {{kind: dit, depth: 2, width: 24, heads: 2, patch: 2}}
+weights: {{kind: pretrain, steps: 4, batch: 6}}
+graft:
+  - {{target: mha, operator: {{kind: swa, window: 2}}, layers: {{kind: explicit, blocks: [1]}}}}
+distill: {{samples: 12, epochs: 2, batch: 6, milestones: []}}
+finetune: {{fraction: 1.0, steps: 4, batch: 6, warmup: 0, control: false}}
+evaluate:
+  samples: 6
+  batch: 4
+  metrics: [fid]
+  reference: {photos}/class-0
+  inception: {weights}
+  sampler: {{kind: ancestral, steps: 4, guidance: 1.5}}
+"""
+    )
+    done = graft("run", "job.yaml", "--json", timeout=500)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert list(results) == ["heldout", "rootstock", "stage1", "stage2"]
+    assert all(columns["fid"] > 0 and "distance" not in columns for columns in results.values())
+    made = [np.load(path) for path in (tmp_path / ".graftwork" / "artifacts").glob("*/samples.npy")]
+    assert len(made) == 3 and all(part.shape == (6, 3, SIDE, SIDE) and part.dtype == np.uint8 for part in made)
