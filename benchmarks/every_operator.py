@@ -2,9 +2,9 @@
 
     python benchmarks/every_operator.py [examples/digits.yaml] [--json FILE]
 
-Runs one job a line, which share what they can in the store, and prints the table in Markdown. `distance` is the job's
-own Frechet distance on its classifier's features; params and FLOPs are of the whole model, a forward pass of one sample. Latency is that of
-a forward pass of a batch over the rootstock's, both measured in one process, turn by turn.
+The jobs share what they can in the store; the table is printed in Markdown, after each job anew. `distance` is the
+job's own Frechet distance on its classifier's features; params and FLOPs are of the whole model, in a forward pass of
+one sample. Latency and peak memory are those of a forward pass of a batch, over the rootstock's in the same process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for name, edits in EDITS.items():
         job = "operators-" + re.sub("[^a-z0-9]+", "-", name).strip("-")
-        results[name] = run(chosen.job, (f"graft={edits}", f"name={job}", "finetune.control=false"), PlainView()).results
+        results[name] = run(
+            chosen.job, (f"graft={edits}", f"name={job}", "finetune.control=false"), PlainView()
+        ).results
         print(table(results), flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1))

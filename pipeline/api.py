@@ -103,7 +103,9 @@ def export(
         raise SpecError([f"export: got {name!r}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"])
     artifact = found.step(step or "finetune")
     if place.manifest(artifact.key) is None:
-        raise SpecError([f"export: {found.run}/{artifact.name} is not in the store; go on with: graft resume {found.run}"])
+        raise SpecError(
+            [f"export: {found.run}/{artifact.name} is not in the store; go on with: graft resume {found.run}"]
+        )
     job = found.job
     card = Card(
         title=found.run,

@@ -10,7 +10,6 @@ from pipeline.store import canonical, digest
 from specs.data import Data, DigitsData
 from specs.hub import is_hub_id, local_snapshot
 
-
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 
 
@@ -23,7 +22,9 @@ def data_fingerprint(data: Data) -> dict[str, str]:
 
 def reference_fingerprint(path: str) -> dict[str, str]:
     """What samples are held against: statistics by content, or a folder of images."""
-    return images_fingerprint("reference", Path(path)) if Path(path).is_dir() else weights_fingerprint("reference", path)
+    return (
+        images_fingerprint("reference", Path(path)) if Path(path).is_dir() else weights_fingerprint("reference", path)
+    )
 
 
 def weights_fingerprint(role: str, path: str) -> dict[str, str]:

@@ -95,7 +95,9 @@ def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
 
 def _absent_weights(field: str, path: str) -> str | None:
     if is_hub_id(path):
-        return None if local_snapshot(path) else f"{field}: got {path!r}, not in the hub's local cache; a run fetches it"
+        return (
+            None if local_snapshot(path) else f"{field}: got {path!r}, not in the hub's local cache; a run fetches it"
+        )
     if Path(path).exists():
         return None
     return f"{field}: got {path!r}, no such file; accepted: a file or folder with weights, or a hub id"

@@ -57,14 +57,15 @@ class OperatorEdits(Spec):
         return self
 
     def edits(self, depth: int) -> tuple[Edit, ...]:
-        """The edit of each chosen block, in order."""
+        """The edit of each block that may be chosen, in order."""
         return tuple(
             Edit(site=Site(block=block, target=self.target), operator=self.operator, scions=self.scions)
-            for block in self.layers.choose(depth)
+            for block in self.layers.candidates(depth)
         )
 
-    def reason(self) -> str:
-        return self.layers.reason()
+    def number(self, depth: int) -> int:
+        """How many of the edits are made."""
+        return self.layers.number(depth)
 
 
 class ParallelEdits(Spec):
@@ -94,8 +95,8 @@ class ParallelEdits(Spec):
         pairs = tuple((block, block + 1) for block in range(0, depth - 1, 2)) if self.pairs == "all" else self.pairs
         return tuple(Edit(site=Site(block=first, target="pair"), operator=Parallel()) for first, _ in sorted(pairs))
 
-    def reason(self) -> str:
-        return "all pairs" if self.pairs == "all" else "listed in the spec"
+    def number(self, depth: int) -> int:
+        return len(self.edits(depth))
 
 
 def _kind(given: Any) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from specs.data import Codec, Data, DigitsData, PixelCodec
 from specs.evaluate import EvaluateSpec
 from specs.fields import Spec, refuse
-from specs.graft import Edit, EditSpec, ParallelEdits
+from specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
 from specs.layers import ExplicitLayers
 from specs.model import DitModel, PretrainWeights, Weights
 from specs.operators import Place
@@ -17,7 +17,7 @@ from specs.training import DistillSpec, FinetuneSpec
 
 
 class StepResources(Spec):
-    """What one task (for `base` and `finetune`, one worker) takes of the cluster."""
+    """What one task (for `base`, `search` and `finetune`, one worker) takes of the cluster."""
 
     cpu: float = Field(1.0, ge=0)
     gpu: float = Field(0.0, ge=0, description="GPUs, or a share of one")
@@ -31,6 +31,7 @@ class ResourcesSpec(Spec):
     classifier: StepResources = StepResources()
     profile: StepResources = StepResources()
     distill: StepResources = StepResources()
+    search: StepResources = StepResources()
     select: StepResources = StepResources()
     finetune: StepResources = StepResources()
     evaluate: StepResources = StepResources()
@@ -83,7 +84,9 @@ class JobSpec(Spec):
         depth = self.model.depth
         if isinstance(edit, ParallelEdits):
             if edit.pairs == "all" and depth % 2:
-                refuse(["graft", number, "pairs"], "all", f"a list of pairs: the model has {depth} blocks, an odd number")
+                refuse(
+                    ["graft", number, "pairs"], "all", f"a list of pairs: the model has {depth} blocks, an odd number"
+                )
             for position, pair in enumerate(edit.pairs if edit.pairs != "all" else ()):
                 if pair[1] >= depth:
                     refuse(["graft", number, "pairs", position], list(pair), f"blocks of this model, 0 .. {depth - 1}")
@@ -93,16 +96,16 @@ class JobSpec(Spec):
                 if block >= depth:
                     accepted = f"a block of this model, 0 .. {depth - 1}"
                     refuse(["graft", number, "layers", "blocks", position], block, accepted)
-        if not edit.edits(depth):
-            accepted = f"layers that choose some of {depth} blocks"
-            refuse(["graft", number, "layers"], edit.layers.reason(), accepted)
-        misfit = edit.operator.misfit(self.place())
-        if misfit is not None:
-            field, given, accepted = misfit
-            refuse(["graft", number, "operator", field], given, accepted)
+        for section, misfit in (
+            ("layers", edit.layers.misfit(depth)),
+            ("operator", edit.operator.misfit(self.place())),
+        ):
+            if misfit is not None:
+                field, given, accepted = misfit
+                refuse(["graft", number, section, field], given, accepted)
 
     def _check_sites(self) -> None:
-        """That no site is edited twice, and no block paired twice."""
+        """That no site may be edited twice, and no block paired twice."""
         taken: dict[str, int] = {}
         for number, edits in enumerate(self.graft):
             for edit in edits.edits(self.model.depth):
@@ -113,6 +116,24 @@ class JobSpec(Spec):
                         field = "pairs" if pair else "layers"
                         refuse(["graft", number, field], site, f"sites that graft.{taken[site]} has not taken")
                     taken[site] = number
+        if any(isinstance(edit, ParallelEdits) for edit in self.graft):
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """That a pair takes in only what is certain: its scions are those of its blocks."""
+        paired = {
+            edit.site.block + offset
+            for spec in self.graft
+            if isinstance(spec, ParallelEdits)
+            for edit in spec.edits(self.model.depth)
+            for offset in (0, 1)
+        }
+        for number, spec in enumerate(self.graft):
+            if isinstance(spec, OperatorEdits) and spec.layers.evidence != "none":
+                for block in spec.layers.candidates(self.model.depth):
+                    if block in paired:
+                        accepted = f"a strategy that knows its blocks beforehand, since block {block} is in a pair"
+                        refuse(["graft", number, "layers", "kind"], spec.layers.kind, accepted)
 
     def latent_side(self) -> int:
         """Latent pixels a side."""
@@ -124,6 +145,6 @@ class JobSpec(Spec):
         return Place(width=self.model.width, heads=self.model.heads, num_tokens=num_tokens)
 
     def edits(self) -> tuple[Edit, ...]:
-        """Every edit of the job, site by site, in the order in which they are made."""
+        """Every edit that the job may make, site by site, in the order in which they are made."""
         chosen = [edit for spec in self.graft for edit in spec.edits(self.model.depth)]
         return tuple(sorted(chosen, key=Edit.sort_key))

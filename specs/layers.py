@@ -1,31 +1,58 @@
-"""Strategies that choose which blocks an edit replaces. Each one turns a depth into block indices.
+"""Strategies that choose which blocks an edit replaces.
 
-Static ones need nothing but the depth, so a plan knows its sites before anything has run.
+A static one needs the depth alone, so that a plan knows its sites before anything has run. The others go by evidence:
+they name the blocks that they may choose from (`candidates`), and the `select` step asks them to `rank` or read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from specs.fields import Spec, refuse
+from specs.training import SearchSpec
+
+Evidence = Literal["none", "locality", "errors", "search"]
 
 
-class AllLayers(Spec):
+class Strategy(Spec):
+    """What all strategies share."""
+
+    evidence: ClassVar[Evidence] = "none"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        """The blocks that may be chosen; of a static strategy, those that are."""
+        raise NotImplementedError
+
+    def number(self, depth: int) -> int:
+        """How many of them are chosen."""
+        return len(self.candidates(depth))
+
+    def misfit(self, depth: int) -> tuple[str, object, str] | None:
+        """Where the strategy does not fit a model: the field at fault, its value, and what is accepted."""
+        return None
+
+    def reason(self) -> str:
+        """In a word or two, why a block was chosen."""
+        raise NotImplementedError
+
+
+class AllLayers(Strategy):
     """Every block."""
 
     kind: Literal["all"] = "all"
 
-    def choose(self, depth: int) -> tuple[int, ...]:
+    def candidates(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
 
     def reason(self) -> str:
         return "all blocks"
 
 
-class ExplicitLayers(Spec):
+class ExplicitLayers(Strategy):
     """The listed blocks, counted from 0."""
 
     kind: Literal["explicit"] = "explicit"
@@ -39,26 +66,236 @@ class ExplicitLayers(Spec):
                 refuse([position], block, "each block once")
         return tuple(sorted(blocks))
 
-    def choose(self, depth: int) -> tuple[int, ...]:
+    def candidates(self, depth: int) -> tuple[int, ...]:
         return self.blocks
 
     def reason(self) -> str:
         return "listed in the spec"
 
 
-class InterleavedLayers(Spec):
+class Share(Strategy):
+    """Strategies that choose a number of blocks, given as a ratio of them or as a count."""
+
+    ratio: float | None = Field(None, gt=0, le=1, description="share of the blocks that is replaced; 0.5 by default")
+    count: int | None = Field(None, ge=1, description="how many blocks are replaced, instead of a ratio")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.ratio is not None and self.count is not None:
+            refuse(["count"], self.count, "a count or a ratio, not both")
+        return self
+
+    def share(self, depth: int) -> Fraction:
+        """Of the blocks; exact, since 0.1 * 10 is not 1 in binary."""
+        return Fraction(self.count, depth) if self.count is not None else Fraction(str(self.ratio or 0.5))
+
+    def number(self, depth: int) -> int:
+        return int(depth * self.share(depth))
+
+    def misfit(self, depth: int) -> tuple[str, object, str] | None:
+        if self.count is not None and self.count > depth:
+            return "count", self.count, f"at most {depth}, the blocks of this model"
+        if not self.number(depth):
+            return "ratio", self.ratio, f"a ratio that chooses some of {depth} blocks"
+        return None
+
+    def asked(self) -> str:
+        return f"{self.count} blocks" if self.count is not None else f"{self.ratio or 0.5:.0%}"
+
+
+class InterleavedLayers(Share):
     """An even share of the blocks: 0.5 takes 1, 3, 5, ..; 0.75 leaves 0, 4, 8, .. alone (the published patterns)."""
 
     kind: Literal["interleaved"] = "interleaved"
-    ratio: float = Field(0.5, gt=0, le=1, description="share of the blocks that is replaced")
 
-    def choose(self, depth: int) -> tuple[int, ...]:
-        # A block is taken when the running share passes a whole number; Fractions, since 0.1 * 10 is not 1 in binary.
-        share = Fraction(str(self.ratio))
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        # A block is taken when the running share passes a whole number.
+        share = self.share(depth)
         return tuple(i for i in range(depth) if int((i + 1) * share) > int(i * share))
 
     def reason(self) -> str:
-        return f"interleaved, {self.ratio:.0%}"
+        return f"interleaved, {self.asked()}"
 
 
-Layers = Annotated[AllLayers | ExplicitLayers | InterleavedLayers, Field(discriminator="kind")]
+class FirstLayers(Share):
+    """The blocks nearest to the input."""
+
+    kind: Literal["first"] = "first"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(self.number(depth)))
+
+    def reason(self) -> str:
+        return f"first {self.asked()}"
+
+
+class LastLayers(Share):
+    """The blocks nearest to the output."""
+
+    kind: Literal["last"] = "last"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth - self.number(depth), depth))
+
+    def reason(self) -> str:
+        return f"last {self.asked()}"
+
+
+class MiddleLayers(Share):
+    """The blocks in the middle; where it cannot be exact, nearer to the input."""
+
+    kind: Literal["middle"] = "middle"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        start = (depth - self.number(depth)) // 2
+        return tuple(range(start, start + self.number(depth)))
+
+    def reason(self) -> str:
+        return f"middle {self.asked()}"
+
+
+class LocalityLayers(Share):
+    """Blocks by their attention's mass within a band, averaged over samples, timesteps, heads and queries."""
+
+    evidence = "locality"
+    band: int = Field(32, ge=0, description="tokens, or patches, on each side")
+    distance: Literal["tokens", "patches"] = Field("tokens", description="along the sequence, or in the image's plane")
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))
+
+
+class MostLocalLayers(LocalityLayers):
+    """The blocks with the largest mass within the band."""
+
+    kind: Literal["most_local"] = "most_local"
+
+    def reason(self) -> str:
+        return f"most mass within {self.band} {self.distance}"
+
+
+class LeastLocalLayers(LocalityLayers):
+    """The blocks with the smallest mass within the band."""
+
+    kind: Literal["least_local"] = "least_local"
+
+    def reason(self) -> str:
+        return f"least mass within {self.band} {self.distance}"
+
+
+class LowestErrorLayers(Share):
+    """The blocks whose scions mimic best: the lowest held-out squared error over the outputs' variance."""
+
+    evidence = "errors"
+    kind: Literal["lowest_error"] = "lowest_error"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))
+
+    def reason(self) -> str:
+        return "lowest relative error"
+
+
+class LearnedLayers(Strategy):
+    """Gates that learn which originals to keep, group by group (REFERENCE section 6)."""
+
+    evidence = "search"
+    kind: Literal["learned"] = "learned"
+    groups: int | tuple[tuple[int, ...], ...] = Field(4, description="consecutive blocks a group, or the groups")
+    keep: int | tuple[int, ...] = Field(2, description="originals that stay in a group, or in each of them")
+    pinned: tuple[int, ...] | None = Field(None, description="originals that must stay; by default each group's first")
+    search: SearchSpec = SearchSpec()
+    finetune_from: Literal["scions", "search"] = Field(
+        "scions", description="scions: the rootstock and distilled scions; search: what the search trained, LoRA merged"
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if isinstance(self.groups, int):
+            if self.groups < 1:
+                refuse(["groups"], self.groups, "at least 1 block a group, or a list of groups")
+            return self
+        for position, group in enumerate(self.groups):
+            if not group or list(group) != list(range(group[0], group[0] + len(group))):
+                refuse(["groups", position], list(group), "consecutive blocks")
+        return self
+
+    def grouped(self, depth: int) -> tuple[Group, ...]:
+        """The groups of a model; `misfit` says whether they are in order."""
+        blocks = (
+            tuple(tuple(range(start, min(start + self.groups, depth))) for start in range(0, depth, self.groups))
+            if isinstance(self.groups, int)
+            else self.groups
+        )
+        keeps = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(blocks)
+        return tuple(
+            Group(blocks=group, keep=keep, pinned=self._pinned(group, keep))
+            for group, keep in zip(blocks, keeps, strict=False)
+        )
+
+    def _pinned(self, group: tuple[int, ...], keep: int) -> tuple[int, ...]:
+        if self.pinned is None:
+            return group[: min(1, keep)]
+        return tuple(block for block in group if block in self.pinned)
+
+    def number(self, depth: int) -> int:
+        return sum(len(group.blocks) - group.keep for group in self.grouped(depth))
+
+    def misfit(self, depth: int) -> tuple[str, object, str] | None:
+        return next(self._misfits(depth), None)
+
+    def _misfits(self, depth: int) -> Iterator[tuple[str, object, str]]:
+        count = -(-depth // self.groups) if isinstance(self.groups, int) else len(self.groups)
+        if isinstance(self.keep, tuple) and len(self.keep) != count:
+            yield "keep", list(self.keep), f"one number, or one for each of {count} groups"
+        covered = sorted(block for group in self.grouped(depth) for block in group.blocks)
+        if covered != list(range(depth)):
+            yield "groups", self.groups, f"groups that cover each of the blocks 0 .. {depth - 1} once"
+        for group in self.grouped(depth):
+            if not 0 <= group.keep <= len(group.blocks):
+                yield "keep", group.keep, f"0 .. {len(group.blocks)}, the blocks of the group {list(group.blocks)}"
+            if len(group.pinned) > group.keep:
+                yield "pinned", list(group.pinned), f"at most {group.keep} of {list(group.blocks)}, as many as stay"
+        for block in self.pinned or ():
+            if block not in covered:
+                yield "pinned", block, f"a block of this model, 0 .. {depth - 1}"
+        if not self.number(depth):
+            yield "keep", self.keep, "a number that leaves something to replace"
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        """Blocks that some mask replaces: all but the pinned, in groups that do not keep all."""
+        return tuple(
+            block
+            for group in self.grouped(depth)
+            if group.keep < len(group.blocks)
+            for block in group.blocks
+            if block not in group.pinned
+        )
+
+    def reason(self) -> str:
+        return "learned by gates"
+
+
+class Group(Spec):
+    """Consecutive blocks of which `keep` originals stay, the pinned ones among them."""
+
+    blocks: tuple[int, ...]
+    keep: int
+    pinned: tuple[int, ...]
+
+
+LearnedLayers.model_rebuild()
+
+Layers = Annotated[
+    AllLayers
+    | ExplicitLayers
+    | InterleavedLayers
+    | FirstLayers
+    | LastLayers
+    | MiddleLayers
+    | MostLocalLayers
+    | LeastLocalLayers
+    | LowestErrorLayers
+    | LearnedLayers,
+    Field(discriminator="kind"),
+]

@@ -11,8 +11,9 @@ from specs.data import Codec, Data
 from specs.evaluate import EvaluateSpec, Sampler
 from specs.fields import Spec
 from specs.graft import Edit
+from specs.layers import Group, Layers
 from specs.model import DitModel, Weights
-from specs.training import DistillSpec, FinetuneSpec
+from specs.training import DistillSpec, FinetuneSpec, SearchSpec
 
 Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 
@@ -54,17 +55,27 @@ class DistillParams(Spec):
     recipe: DistillSpec
 
 
-class Choice(Spec):
-    """One edit of the plan, with why it was chosen."""
+class Rule(Spec):
+    """One edit of the job: what it may replace, and the strategy that chooses; pairs are all made."""
 
-    edit: Edit
-    reason: str
+    edits: tuple[Edit, ...]
+    layers: Layers | None
 
 
 class SelectParams(Spec):
-    """The candidates, each backed by a distilled scion."""
+    """What the plan of edits is chosen from."""
 
-    choices: tuple[Choice, ...]
+    depth: int
+    rules: tuple[Rule, ...]
+
+
+class SearchParams(Spec):
+    """Gates that learn which of the candidates' sites, all of one target, to replace."""
+
+    seed: int
+    candidates: tuple[Edit, ...]
+    groups: tuple[Group, ...]
+    recipe: SearchSpec
 
 
 class FinetuneParams(Spec):

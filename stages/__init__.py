@@ -29,9 +29,10 @@ STAGES = {
     "features": Stage(version=1, orchestrates=True),
     "base": Stage(version=1, orchestrates=True),
     "classifier": Stage(version=1),
-    "profile": Stage(version=1),
+    "profile": Stage(version=2),
     "distill": Stage(version=2),
-    "select": Stage(version=1),
+    "search": Stage(version=1, orchestrates=True),
+    "select": Stage(version=2),
     "finetune": Stage(version=1, orchestrates=True),
     "evaluate": Stage(version=2, orchestrates=True),
 }

@@ -77,7 +77,7 @@ class Vae:
         with torch.no_grad():
             for start in range(0, len(images), BATCH):
                 posterior = self.vae.encode(self._placed(images[start : start + BATCH])).latent_dist
-                mean, std = posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+                mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar.float())
                 draws = [generator(0, "posterior", name) for name in names[start : start + BATCH]]
                 noise = torch.stack([torch.randn(mean.shape[1:], generator=draw) for draw in draws])
                 found.append(self.scale * (mean + std * noise.to(self.device)))

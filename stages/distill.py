@@ -7,7 +7,6 @@ held-out error are kept. Leaves `scion.safetensors`, `distill.json` and the loss
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from specs.graft import Site
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context
+from stages.evidence import Distilled, read_profile, write_distilled
 from stages.hybrid import with_scions
 from stages.latents import Noised, noised, read
 from stages.pictures import loss_curve
@@ -34,7 +34,6 @@ CHECKPOINT = "distill.safetensors"
 BATCH = 64  # of the rootstock's pass, and of held-out evaluation
 LossFunction = Callable[..., Tensor]
 LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-AUTO = {"mha": "l1", "mlp": "l2", "pair": "l1"}
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,25 @@ def run(context: Context) -> None:
     shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")
     unseen = noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout")
     pairs, unseen_pairs = (record(model, edit.site, part, recipe.gate_weighted) for part in (shown, unseen))
+    loss, because = loss_for(recipe, edit.site, context)
     with_scions(model, params.within, context, params.seed)
     scion = new_scion(model, edit, params.seed).to(device)
     if edit.scions is None:
-        history = fit(scion, pairs, unseen_pairs, context)
+        history = fit(scion, pairs, unseen_pairs, loss, context)
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
         take(scion, edit.site, edit.scions)
-        best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss_kind(recipe, edit.site)])
+        best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
-    summary = {
-        "loss": loss_kind(recipe, edit.site),
-        "heldout_error": heldout_error,
-        "best_epoch": int(best_epoch),
-        "relative_error": relative_error(scion, unseen_pairs),
-    }
-    (context.out / "distill.json").write_text(json.dumps(summary, indent=1))
+    summary = Distilled(
+        loss=loss,
+        loss_because=because,
+        heldout_error=heldout_error,
+        relative_error=relative_error(scion, unseen_pairs),
+        best_epoch=int(best_epoch),
+    )
+    write_distilled(context.out, summary)
 
 
 def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
@@ -96,14 +97,14 @@ def take(scion: nn.Module, site: Site, source: str) -> None:
     checkpoints.fill(scion, scion_at(graft, site).state_dict(), f"{source}: {site}")
 
 
-def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list[tuple[float, float, float]]:
+def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Context) -> list[tuple[float, float, float]]:
     """Train to the last epoch, from the last checkpoint if there is one, and leave the best weights in `scion`.
 
     Returns (epoch, training error, held-out error) of every epoch.
     """
     params: DistillParams = context.params
     recipe, size = params.recipe, len(pairs.outputs)
-    loss_of = LOSSES[loss_kind(recipe, params.edit.site)]
+    loss_of = LOSSES[loss]
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
     device = pairs.outputs.device
@@ -112,9 +113,9 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, context: Context) -> list
         order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(device)
         total = torch.zeros((), device=device)
         for chosen in order.split(recipe.batch):
-            loss = error(scion, pairs, chosen, loss_of)
-            engine.step(loss, lr)
-            total += loss.detach() * len(chosen)
+            value = error(scion, pairs, chosen, loss_of)
+            engine.step(value, lr)
+            total += value.detach() * len(chosen)
         training_error, heldout_error = total.item() / size, error_on(scion, unseen, loss_of)
         if not math.isfinite(heldout_error):
             raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
@@ -154,9 +155,18 @@ def relative_error(scion: nn.Module, pairs: Pairs) -> float:
     return ((predicted - pairs.outputs).square().sum() / spread).item()
 
 
-def loss_kind(recipe: DistillSpec, site: Site) -> str:
-    """`auto` is L1 where attention's outliers are in the output, which is so of a pair too, and L2 for MLPs."""
-    return AUTO[site.target] if recipe.loss == "auto" else recipe.loss
+def loss_for(recipe: DistillSpec, site: Site, context: Context) -> tuple[str, str]:
+    """The loss to distil with, and why. `auto`: L1 where the outputs' tails are heavy, so that a few outliers do not
+    decide what is learned, and L2 elsewhere (section 4.1 of the paper); a pair's output holds that of attention: L1.
+    """
+    if recipe.loss != "auto":
+        return recipe.loss, "set in the spec"
+    if site.target == "pair":
+        return "l1", "a pair adds what its attention puts out"
+    kurtosis = read_profile(context.input("profile")).excess_kurtosis(site)
+    heavy = kurtosis > recipe.heavy_tails
+    compared = "above" if heavy else "at most"
+    return "l1" if heavy else "l2", f"the outputs' excess kurtosis is {kurtosis:.3g}, {compared} {recipe.heavy_tails:g}"
 
 
 def _last_checkpoint(

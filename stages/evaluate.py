@@ -80,7 +80,11 @@ def _measure(context: Context, params: EvaluateParams, device: torch.device) -> 
 
 
 def _judge(
-    context: Context, codec: Coder, table: Table, images: dict[str, NDArray[np.uint8]], labels: dict[str, NDArray[np.int64]]
+    context: Context,
+    codec: Coder,
+    table: Table,
+    images: dict[str, NDArray[np.uint8]],
+    labels: dict[str, NDArray[np.int64]],
 ) -> None:
     """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: read as their label."""
     folder = context.input("features")

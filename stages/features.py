@@ -19,7 +19,7 @@ from specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
 from specs.job import StepResources
 from specs.steps import FeaturesParams
 from stages import Context
-from stages.codec import BATCH, Coder, load_codec, require_fit
+from stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit
 from stages.latents import SPLITS, LatentsMeta, write_meta
 from stages.sources import Item, class_folders, read_image, split
 
@@ -40,7 +40,7 @@ def run(context: Context) -> None:
         latents[name] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     total, done = sum(map(len, splits.values())), 0
     context.report(0, total)
-    for batch in _encoded(params, splits, context.resources):
+    for batch in _as_raised(_encoded(params, splits, context.resources)):
         start, count = batch["start"], len(batch["images"])
         latents[batch["split"]][start : start + count] = batch["images"]
         done += count
@@ -70,7 +70,8 @@ def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: S
         return {**batch, "images": np.stack([read_image(data, name) for name in batch["names"]])}
 
     data, encode = params.data, {"num_cpus": resources.cpu, "num_gpus": resources.gpu or None}
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars, settings.raise_original_map_exception = False, True
     batches = [
         {"split": name, "start": start, "names": [item.name for item in items[start : start + BATCH]]}
         for name, items in splits.items()
@@ -84,6 +85,16 @@ def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: S
     images = rows.map(read, num_cpus=1 if resources.gpu else resources.cpu)
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
     return iter(images.map(Encoder, fn_constructor_args=(params.codec,), compute=workers, **encode).iter_rows())
+
+
+def _as_raised(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """What a worker says of an image or of the VAE, without the advice on retries that Ray puts below it."""
+    try:
+        yield from batches
+    except ray.exceptions.RayTaskError as error:
+        if type(error.cause) in (ValueError, UnfitCodec):
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
+        raise
 
 
 class Encoder:

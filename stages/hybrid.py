@@ -23,10 +23,12 @@ def with_fresh_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]
 
 
 def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
-    """The graft after stage 1."""
-    model, edits = checkpoints.load(context.input("base"))
+    """The graft after stage 1; or, where the step needs `searched`, what the search for layers trained."""
+    start = "searched" in context.inputs
+    model, edits = checkpoints.load(context.input("searched") / "hybrid" if start else context.input("base"))
     plan = read_plan(context.input("select"))
-    return with_scions(model, plan, context, seed), all_edits(edits, plan)
+    missing = [edit for edit in plan if edit not in edits] if start else plan
+    return with_scions(model, missing, context, seed), all_edits(edits, plan)
 
 
 def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) -> DiT:

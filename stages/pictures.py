@@ -1,8 +1,9 @@
-"""Pictures and tables that people look at: loss curves, sample grids, quality against cost."""
+"""Pictures and tables that people look at: loss curves, locality, activations, sample grids, quality against cost."""
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +13,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from stages.evidence import DISTANCES, Distance, LocalityCurves, Outputs
 
 COLUMNS, LINES = 10, 4  # of a sample grid
 
@@ -56,6 +61,79 @@ def quality_against_cost(results: Mapping[str, Mapping[str, float]], quality: st
             axes.scatter(columns["flops"] / 1e6, columns[quality], label=row)
     axes.set(xlabel="MFLOP a forward pass", ylabel=quality, title="quality against cost")
     axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def locality_map(locality: LocalityCurves, path: Path) -> None:
+    """Write `path`.png: the attention mass within each band, block by k, and where it comes to half of all."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 2 + 0.2 * len(locality.tokens)), layout="constrained")
+    figure.suptitle("attention mass within k; from the dot on it is half of all or more")
+    for axes, distance in zip(panels, DISTANCES, strict=True):
+        curves = locality.along(distance)
+        mass = np.array(list(curves.values()))
+        image = axes.imshow(mass, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        axes.plot((mass < 0.5).sum(1), range(len(mass)), "w.")
+        axes.set(xlabel=f"k {distance}", yticks=range(len(mass)))
+        axes.set_yticklabels(list(curves), fontsize=7)
+    figure.colorbar(image, ax=panels)
+    _write(figure, path)
+
+
+def locality_by_quarter(locality: LocalityCurves, path: Path) -> None:
+    """Write `path`.png: the same mass as curves over k, a line a block, a column a quarter of the timesteps."""
+    sites, num_quarters = list(locality.tokens), len(next(iter(locality.by_quarter.tokens.values())))
+    figure, lines = plt.subplots(2, num_quarters, figsize=(3 * num_quarters, 5.5), sharey=True, layout="constrained")
+    figure.suptitle("attention mass within k; dashed: if a query looked at all tokens alike")
+    colours = plt.get_cmap("viridis", len(sites))
+    for line, distance in zip(lines, DISTANCES, strict=True):
+        alike = _attention_to_all_alike(len(locality.tokens[sites[0]]), distance)
+        for quarter, axes in enumerate(line):
+            for number, site in enumerate(sites):
+                curve = locality.by_quarter.along(distance)[site][quarter]
+                if curve is not None:
+                    axes.plot(curve, color=colours(number), linewidth=1)
+            axes.plot(alike, "k--", linewidth=1)
+            noise = {0: ", least noise", num_quarters - 1: ", most noise"}.get(quarter, "")
+            axes.set(title=f"quarter {quarter + 1} of timesteps{noise}", xlabel=f"k {distance}", ylim=(0, 1.02))
+            axes.title.set_fontsize(9)
+    bar = figure.colorbar(ScalarMappable(Normalize(-0.5, len(sites) - 0.5), colours), ax=lines)
+    bar.set_ticks(range(len(sites)), labels=sites, fontsize=7)
+    _write(figure, path)
+
+
+def _attention_to_all_alike(num_tokens: int, distance: Distance) -> NDArray[np.float64]:
+    """The mass within each distance if it were spread evenly: the share of pairs of tokens."""
+    length = num_tokens if distance == "tokens" else math.isqrt(num_tokens)
+    pairs = np.cumsum([length, *(2 * (length - apart) for apart in range(1, length))]) / length**2
+    return pairs if distance == "tokens" else pairs**2
+
+
+def activation_boxes(outputs: Mapping[str, Outputs], path: Path) -> None:
+    """Write `path`.png: what each operator puts out; boxes of quartiles, whiskers at 1% and 99%, then the extremes."""
+    wide = max(6.5, 1.5 + 0.18 * len(outputs))  # two sites a block
+    figure, panels = plt.subplots(2, 1, figsize=(wide, 6.4), layout="constrained")
+    for axes, target in zip(panels, ("mha", "mlp"), strict=True):
+        sites = {site: output for site, output in outputs.items() if site.endswith(target)}
+        boxes = [
+            {
+                "label": site.partition(".")[0],
+                "whislo": output.quantiles["0.01"],
+                "q1": output.quantiles["0.25"],
+                "med": output.quantiles["0.5"],
+                "q3": output.quantiles["0.75"],
+                "whishi": output.quantiles["0.99"],
+                "fliers": [output.quantiles["0.001"], output.quantiles["0.999"]],
+            }
+            for site, output in sites.items()
+        ]
+        axes.bxp(boxes, flierprops={"marker": ".", "markersize": 4})
+        axes.plot(range(1, len(sites) + 1), [output.largest for output in sites.values()], "rx", markersize=4)
+        # Linear where most outputs are, logarithmic for the outliers.
+        axes.set_yscale("symlog", linthresh=max(1e-6, *(output.std for output in sites.values())))
+        axes.set(
+            title=f"outputs of {target}: quartiles, 1% and 99%; o 0.1% and 99.9%; x the largest magnitude",
+            xlabel="block",
+        )
     _write(figure, path)
 
 

@@ -1,15 +1,21 @@
-"""`select`: the plan of edits, with each edit's reason and evidence. Leaves `plan.json`, which finetune reads."""
+"""`select`: the plan of edits, with the score and reason of each. Leaves `plan.json`, which finetune reads.
+
+Static strategies chose when the job was planned; the others rank their candidates here, by what `profile`, the
+distillation or the search found out.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from specs.graft import Edit
-from specs.steps import SelectParams
+from specs.layers import LearnedLayers, LocalityLayers, LowestErrorLayers, MostLocalLayers
+from specs.steps import Rule, SelectParams
 from stages import Context
+from stages.evidence import Distilled, read_distilled, read_profile, read_search
 
 
 class ChosenEdit(BaseModel):
@@ -18,30 +24,65 @@ class ChosenEdit(BaseModel):
     model_config = ConfigDict(frozen=True)
     edit: Edit
     reason: str
+    score: float  # what the strategy went by; of a static one, the relative error
+    score_is: str
     heldout_error: float
     relative_error: float
 
 
 _PLAN = TypeAdapter(tuple[ChosenEdit, ...])
+RELATIVE_ERROR = "relative error"
 
 
 def run(context: Context) -> None:
     params: SelectParams = context.params
-    plan = []
-    for choice in params.choices:
-        evidence = json.loads((context.input(f"scions/{choice.edit.site}") / "distill.json").read_text())
-        plan.append(
-            ChosenEdit(
-                edit=choice.edit,
-                reason=choice.reason,
-                heldout_error=evidence["heldout_error"],
-                relative_error=evidence["relative_error"],
-            )
-        )
-        context.report(len(plan), len(params.choices))
+    plan: list[ChosenEdit] = []
+    for number, rule in enumerate(params.rules):
+        distilled = {edit: read_distilled(context.input(f"scions/{edit.site}")) for edit in rule.edits}
+        plan += choose(rule, distilled, params.depth, context, number)
+        context.report(number + 1, len(params.rules))
+    plan.sort(key=lambda chosen: chosen.edit.sort_key())
     (context.out / "plan.json").write_bytes(_PLAN.dump_json(tuple(plan), indent=1))
 
 
+def choose(
+    rule: Rule, distilled: dict[Edit, Distilled], depth: int, context: Context, number: int
+) -> Sequence[ChosenEdit]:
+    """The edits of a rule that are made. number: of the rule, among the job's."""
+    layers = rule.layers
+    reason, score_is = (layers.reason() if layers else "pairs of blocks"), RELATIVE_ERROR
+    scores = {edit: distilled[edit].relative_error for edit in rule.edits}
+    chosen: Sequence[Edit] = rule.edits
+    if isinstance(layers, LocalityLayers):
+        profile = read_profile(context.input("profile"))
+        score_is = f"mass within {layers.band} {layers.distance}"
+        scores = {edit: profile.mass_within(edit.site.block, layers.band, layers.distance) for edit in rule.edits}
+        chosen = best(scores, layers.number(depth), most=isinstance(layers, MostLocalLayers))
+    elif isinstance(layers, LowestErrorLayers):
+        chosen = best(scores, layers.number(depth), most=False)
+    elif isinstance(layers, LearnedLayers):
+        search = read_search(context.input(f"search/{number}"))
+        score_is = "probability that the group's gates give to the choice"
+        scores = {edit: search.confidence(edit.site.block) for edit in rule.edits}
+        chosen = [edit for edit in rule.edits if edit.site.block in search.chosen]
+    return [
+        ChosenEdit(
+            edit=edit,
+            reason=reason,
+            score=scores[edit],
+            score_is=score_is,
+            heldout_error=distilled[edit].heldout_error,
+            relative_error=distilled[edit].relative_error,
+        )
+        for edit in chosen
+    ]
+
+
+def best(scores: dict[Edit, float], count: int, most: bool) -> list[Edit]:
+    """The edits with the largest (or smallest) scores; of equal ones the earlier blocks."""
+    return sorted(scores, key=lambda edit: (-scores[edit] if most else scores[edit], edit.site.block))[:count]
+
+
 def read_plan(folder: Path) -> tuple[Edit, ...]:
-    """The edits of a plan, in the order of their sites."""
+    """The edits of a plan, in the order in which they are made."""
     return tuple(chosen.edit for chosen in _PLAN.validate_json((folder / "plan.json").read_bytes()))

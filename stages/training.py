@@ -1,4 +1,4 @@
-"""The training loop of `base` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
+"""The training loop of `base`, `search` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
 
 It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `PlainEngine` below or a sharded one. Every
 random draw belongs to a step number and is made for the whole batch, of which each worker takes its slice. Training
@@ -31,8 +31,8 @@ class Engine(Protocol):
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
 
-    def step(self, loss: Tensor, lr: float) -> None:
-        """Backward, clip, one optimizer step at `lr`, then the EMA."""
+    def step(self, loss: Tensor, lr: float) -> bool | None:
+        """Backward, clip, one optimizer step at `lr`, then the EMA; False says that the step was skipped."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -41,7 +41,10 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """AdamW and an EMA on each worker, with gradients averaged over the workers: for models that fit one device."""
+    """AdamW and an EMA on each worker, with gradients averaged over the workers: for models that fit one device.
+
+    Only what requires a gradient is trained, averaged and kept.
+    """
 
     def __init__(
         self,
@@ -50,45 +53,68 @@ class PlainEngine:
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float,
         ema: float = 0.0,
+        rates: Mapping[str, float] | None = None,
         state: Mapping[str, Tensor] | None,
     ) -> None:
+        """rates: factors on the learning rate, by name of the weight; 1 for all others."""
         self.model, self.clip, self.decay = model, clip, ema
-        self.names = [name for name, _ in model.named_parameters()]
-        self.weights: list[Tensor] = list(model.parameters())
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.names, self.weights = list(trained), list[Tensor](trained.values())
         self.ema = [value.detach().clone() for value in self.weights]
-        self.adam = torch.optim.AdamW(self.weights, betas=betas, weight_decay=0.0, fused=True)
+        groups: dict[float, list[Tensor]] = {}
+        for name, value in trained.items():
+            groups.setdefault((rates or {}).get(name, 1.0), []).append(value)
+        self.adam = torch.optim.AdamW(
+            [{"params": values, "rate": rate} for rate, values in groups.items()],
+            betas=betas,
+            weight_decay=0.0,
+            fused=True,
+        )
         if state is not None:
             self._resume(state)
 
     def __call__(self, *args: Tensor) -> Tensor:
         return self.model(*args)
 
-    def step(self, loss: Tensor, lr: float) -> None:
+    def step(self, loss: Tensor, lr: float) -> bool:
         self.adam.zero_grad()
         loss.backward()
         self._average_gradients()
-        torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
+        if not self.takes(loss.detach(), norm):
+            return False
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self.adam.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
+        return True
+
+    def takes(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether to make a step of this worker's loss and the gradient's norm over all workers."""
+        return True
 
     def state(self) -> dict[str, Tensor]:
         kinds: dict[str, list[Tensor]] = {"weights": self.weights, "ema": self.ema}
-        kinds |= {kind: [self.adam.state[value][kind] for value in self.weights] for kind in ("exp_avg", "exp_avg_sq")}
+        steps: dict[str, Tensor] = {}
+        if self.adam.state:  # empty as long as all steps were skipped
+            moments = ("exp_avg", "exp_avg_sq")
+            kinds |= {kind: [self.adam.state[value][kind] for value in self.weights] for kind in moments}
+            steps["adam_steps"] = self.adam.state[self.weights[0]]["step"].detach().cpu()
         state = {
             f"{kind}/{name}": value.detach().cpu()
             for kind, values in kinds.items()
             for name, value in zip(self.names, values, strict=True)
         }
-        return state | {"adam_steps": self.adam.state[self.weights[0]]["step"].detach().cpu()}
+        return state | steps
 
     @torch.no_grad()
     def _resume(self, state: Mapping[str, Tensor]) -> None:
         for name, value, ema in zip(self.names, self.weights, self.ema, strict=True):
             value.copy_(state[f"weights/{name}"])
             ema.copy_(state[f"ema/{name}"])
+            if "adam_steps" not in state:
+                continue
             self.adam.state[value] = {
                 "step": state["adam_steps"].clone(),
                 "exp_avg": state[f"exp_avg/{name}"].to(value.device),
@@ -123,6 +149,7 @@ class Progress:
     step: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)  # (step, mean loss since the last point)
     loss_sum: float = 0.0  # since the last point
+    losses: int = 0  # in that sum; skipped steps have none
 
 
 def train(
@@ -150,13 +177,15 @@ def train(
     for step in range(progress.step, recipe.steps):
         x, t, y, noise = draw_batch(data, recipe, seed, stream, step, rank, workers)
         loss = diffusion.loss(engine, x, t, y, noise).mean()
-        engine.step(loss, learning_rate(recipe, step))
-        loss_sum += loss.detach()
+        if engine.step(loss, learning_rate(recipe, step)) is not False:
+            loss_sum += loss.detach()
+            progress.losses += 1
         done = step + 1
-        if done % every == 0 or done == recipe.steps:
-            mean = _finite(_mean_over_workers(loss_sum).item(), done) / ((done - 1) % every + 1)
+        if (done % every == 0 or done == recipe.steps) and progress.losses:
+            mean = _finite(_mean_over_workers(loss_sum).item(), done) / progress.losses
             progress.curve.append((done, mean))
             loss_sum.zero_()
+            progress.losses = 0
             if rank == 0:
                 report(done, recipe.steps, {"loss": mean, "lr": learning_rate(recipe, step)})
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
@@ -208,11 +237,15 @@ def learning_rate(recipe: TrainingSpec, step: int) -> float:
 
 def final_weights(partial: Partial) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
     """EMA weights and loss curve of a training that has ended."""
+    state, curve = final_state(partial)
+    return {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")}, curve
+
+
+def final_state(partial: Partial) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
+    """All that the engine of a training that has ended gave, and the loss curve."""
     progress, state = _last_checkpoint(partial)
     assert state is not None
-    return {
-        name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")
-    }, progress.curve
+    return state, progress.curve
 
 
 def _finite(loss: float, step: int) -> float:
@@ -238,7 +271,7 @@ def save_tensors(partial: Partial, name: str, tensors: Mapping[str, Tensor]) -> 
 def _save_checkpoint(partial: Partial, progress: Progress, state: dict[str, Tensor], rank: int) -> None:
     if rank != 0:
         return
-    state["progress"] = torch.tensor([progress.step, progress.loss_sum], dtype=torch.float64)
+    state["progress"] = torch.tensor([progress.step, progress.loss_sum, progress.losses], dtype=torch.float64)
     state["curve"] = torch.tensor(progress.curve, dtype=torch.float64).reshape(-1, 2)
     save_tensors(partial, CHECKPOINT, state)
 
@@ -248,6 +281,6 @@ def _last_checkpoint(partial: Partial) -> tuple[Progress, dict[str, Tensor] | No
     if path is None:
         return Progress(), None
     state = load_file(path)
-    step, loss_sum = state.pop("progress").tolist()
+    step, loss_sum, losses = state.pop("progress").tolist()
     curve = [(float(at), float(loss)) for at, loss in state.pop("curve").tolist()]
-    return Progress(int(step), curve, loss_sum), state
+    return Progress(int(step), curve, loss_sum, int(losses)), state

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import math
-import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from models import checkpoints
-from models.checkpoints import UnfitCheckpoint
 from models.costs import forward_flops, num_parameters
 from models.diffusion import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
 from models.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
 from models.frechet import Gaussian, distance, gaussian
-from models.operators import build_operator
 from models.sampling import guided, sample
 from models.streams import SampleNoise, generator, initialising, seed_of
-from models.surgery import graft, modulations, new_scion, observe, operator_at, prefix, replace
 from specs.evaluate import AncestralSampler, DdimSampler
-from specs.graft import Edit, Site
-from specs.operators import HyenaSE, HyenaX, HyenaY, Mha, Mlp, OperatorSpec, Swa
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)
 CPU = torch.device("cpu")
@@ -177,171 +164,6 @@ def test_an_initialised_block_passes_its_input_through() -> None:
     initialise(model)
     x = torch.randn(2, 16, 16)
     assert torch.equal(model.blocks[0](x, torch.randn(2, 16)), x)
-
-
-# -- operators
-
-
-def build(spec: OperatorSpec, num_tokens: int = 16, width: int = 16, heads: int = 2) -> Any:
-    """An operator in fp64, all of whose weights are random."""
-    return lively(build_operator(spec, width, heads, num_tokens)).double()
-
-
-def dense_attention(x: Tensor, operator: Any, window: int, heads: int = 2) -> Tensor:
-    """Softmax attention through an N x N matrix of scores, all but the band masked."""
-    batch, num_tokens, width = x.shape
-    qkv = x @ operator.Wqkv.weight.T + operator.Wqkv.bias
-    q, k, v = (part.reshape(batch, num_tokens, heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
-    scores = q @ k.transpose(2, 3) / math.sqrt(width / heads)
-    far = (torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None]).abs() > window
-    y = scores.masked_fill(far, -math.inf).softmax(-1) @ v
-    return y.transpose(1, 2).reshape(batch, num_tokens, width) @ operator.out_proj.weight.T + operator.out_proj.bias
-
-
-@pytest.mark.parametrize(("num_tokens", "window"), [(16, 4), (16, 1), (3, 4), (1, 4), (9, 8)])
-def test_band_attention_is_dense_attention_with_all_but_the_band_masked(num_tokens: int, window: int) -> None:
-    operator = build(Swa(window=window))
-    x = torch.randn(2, num_tokens, 16, dtype=torch.float64)
-    torch.testing.assert_close(operator(x), dense_attention(x, operator, window))
-
-
-def test_full_attention_is_dense_attention() -> None:
-    operator = build(Mha())
-    x = torch.randn(2, 16, 16, dtype=torch.float64)
-    named = argparse.Namespace(Wqkv=operator.qkv, out_proj=operator.proj)
-    torch.testing.assert_close(operator(x), dense_attention(x, named, window=16))
-
-
-def hyena_by_hand(x: Tensor, operator: Any, kernel: int) -> Tensor:
-    """Token by token, tap by tap."""
-
-    def convolved(sequence: list[Tensor], taps: nn.Conv1d | None) -> list[Tensor]:
-        if taps is None:
-            return sequence
-        assert taps.bias is not None
-        return [
-            taps.bias
-            + sum(taps.weight[:, 0, kernel - 1 - back] * sequence[n - back] for back in range(kernel) if n >= back)
-            for n in range(len(sequence))
-        ]
-
-    width = x.shape[-1]
-    qkv = [token @ operator.in_proj.weight.T + operator.in_proj.bias for token in x.unbind(1)]
-    qkv = convolved(qkv, operator.short_filter)
-    gated = convolved([one[:, width : 2 * width] * one[:, 2 * width :] for one in qkv], operator.inner_filter)
-    y = [one[:, :width] * inner for one, inner in zip(qkv, gated, strict=True)]
-    return torch.stack([one @ operator.out_proj.weight.T + operator.out_proj.bias for one in y], dim=1)
-
-
-@pytest.mark.parametrize("kernel", [1, 3, 4])
-@pytest.mark.parametrize(
-    ("spec", "short", "inner"), [(HyenaSE, True, True), (HyenaX, True, False), (HyenaY, False, True)]
-)
-def test_a_hyena_is_its_definition_token_by_token(
-    spec: Callable[..., OperatorSpec], short: bool, inner: bool, kernel: int
-) -> None:
-    operator = build(spec(kernel=kernel))
-    assert (operator.short_filter is not None, operator.inner_filter is not None) == (short, inner)
-    x = torch.randn(2, 7, 16, dtype=torch.float64)
-    torch.testing.assert_close(operator(x), hyena_by_hand(x, operator, kernel))
-
-
-@pytest.mark.parametrize(
-    ("spec", "before", "after"),
-    [
-        (Mha(), 16, 16),
-        (Swa(window=2), 2, 2),
-        (HyenaSE(kernel=3), 0, 4),
-        (HyenaX(kernel=3), 0, 2),
-        (HyenaY(kernel=3), 0, 2),
-        (Mlp(ratio=2), 0, 0),
-    ],
-    ids=lambda value: getattr(value, "kind", None),
-)
-def test_a_token_reaches_as_far_as_the_operator_says(spec: OperatorSpec, before: int, after: int) -> None:
-    operator, moved = build(spec), 8
-    x = torch.randn(1, 16, 16, dtype=torch.float64)
-    nudged = x.clone()
-    nudged[:, moved] += 1
-    changed = (operator(nudged) != operator(x)).any(-1)[0].nonzero().flatten().tolist()
-    assert changed == list(range(max(0, moved - before), min(16, moved + after + 1)))
-
-
-@pytest.mark.parametrize("spec", [HyenaSE(), HyenaY()], ids=["hyena_se", "hyena_y"])
-def test_the_inner_filter_starts_as_the_identity(spec: OperatorSpec) -> None:
-    taps = build_operator(spec, 16, 2, 16).inner_filter
-    assert torch.equal(taps.weight[:, 0], torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(16, 4)) and not taps.bias.any()
-
-
-@pytest.mark.parametrize(
-    ("spec", "shapes"),
-    [
-        (Mha(), {"qkv": (48, 16), "proj": (16, 16)}),
-        (Swa(), {"Wqkv": (48, 16), "out_proj": (16, 16)}),
-        (
-            HyenaSE(),
-            {"in_proj": (48, 16), "short_filter": (48, 1, 4), "inner_filter": (16, 1, 4), "out_proj": (16, 16)},
-        ),
-        (HyenaX(), {"in_proj": (48, 16), "short_filter": (48, 1, 4), "out_proj": (16, 16)}),
-        (HyenaY(), {"in_proj": (48, 16), "inner_filter": (16, 1, 4), "out_proj": (16, 16)}),
-        (Mlp(), {"fc1": (48, 16), "fc2": (16, 48)}),
-        (Mlp(ratio=6), {"fc1": (96, 16), "fc2": (16, 96)}),
-    ],
-    ids=lambda value: getattr(value, "kind", None),
-)
-def test_an_operator_has_the_published_tensors(spec: OperatorSpec, shapes: dict[str, tuple[int, ...]]) -> None:
-    expected = {f"{name}.weight": shape for name, shape in shapes.items()}
-    expected |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
-    state = build_operator(spec, 16, 2, 16).state_dict()
-    assert {name: tuple(value.shape) for name, value in state.items()} == expected
-
-
-@pytest.mark.parametrize(
-    "spec", [Mha(), Swa(), HyenaSE(), HyenaX(), HyenaY(), Mlp()], ids=lambda spec: spec.model_dump()["kind"]
-)
-def test_gradients_reach_the_input_and_every_weight(spec: OperatorSpec) -> None:
-    operator = build(spec)
-    x = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
-    operator(x).square().sum().backward()
-    reached = {name: value.grad is not None and bool(value.grad.any()) for name, value in operator.named_parameters()}
-    assert all(reached.values()), reached
-    assert x.grad is not None and x.grad.ne(0).any(-1).all()
-
-
-@pytest.mark.parametrize("num_tokens", [1, 3])
-@pytest.mark.parametrize("spec", [Swa(), HyenaSE()], ids=["swa", "hyena_se"])
-def test_fewer_tokens_than_the_operator_sees_are_no_problem(spec: OperatorSpec, num_tokens: int) -> None:
-    assert build(spec)(torch.randn(2, num_tokens, 16, dtype=torch.float64)).isfinite().all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches the number of entries of all that is made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self.numel = max(self.numel, made.numel())
-        return made
-
-
-def test_band_attention_never_makes_a_matrix_of_tokens_by_tokens() -> None:
-    operator = build_operator(Swa(window=2), 8, 1, 1024)
-    with LargestTensor() as largest, torch.no_grad():
-        operator(torch.randn(1, 1024, 8))
-    assert largest.numel <= 1024 * 8 * 5 + 1024
-
-
-@pytest.mark.parametrize("spec", [Swa(), HyenaSE(), HyenaX(), HyenaY(), Mlp()], ids=lambda spec: spec.kind)
-def test_a_local_operator_costs_in_proportion_to_the_tokens(spec: Any) -> None:
-    def flops(num_tokens: int) -> int:
-        with FlopCounterMode(display=False) as counter:
-            build_operator(spec, 16, 2, num_tokens)(torch.zeros(1, num_tokens, 16))
-        return counter.get_total_flops()
-
-    # A convolution also computes its padding: a constant, whatever the number of tokens.
-    assert flops(256) - flops(128) == 2 * (flops(128) - flops(64))
 
 
 # -- diffusion
@@ -644,165 +466,6 @@ def test_any_split_into_batches_draws_the_same_noise(split: tuple[int, ...]) -> 
     parts = [SampleNoise(0, range(start, start + size), (2, 3), CPU) for start, size in zip(starts, split, strict=True)]
     for _ in range(3):
         assert torch.equal(torch.cat([part() for part in parts]), whole())
-
-
-# -- files
-
-
-GRAFTS = (Edit(site=MHA_SITE, operator=HyenaSE(kernel=3)), Edit(site=MLP_SITE, operator=Mlp(ratio=1.5)))
-
-
-@pytest.fixture
-def grafted(model: DiT) -> DiT:
-    return lively(graft(model, GRAFTS, seed=0), seed=1)
-
-
-def test_a_grafted_model_comes_back_from_its_folder_bit_for_bit(
-    grafted: DiT, batch: tuple[Tensor, Tensor, Tensor], tmp_path: Path
-) -> None:
-    checkpoints.save(grafted, GRAFTS, tmp_path)
-    loaded, edits = checkpoints.load(tmp_path)
-    assert edits == GRAFTS and loaded.config == TINY
-    assert torch.equal(loaded(*batch), grafted(*batch))
-
-
-def test_a_model_folder_holds_tensors_and_json_only(grafted: DiT, tmp_path: Path) -> None:
-    checkpoints.save(grafted, GRAFTS, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == "graftwork.dit/1"
-
-
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(model: DiT) -> None:
-    state = model.state_dict()
-    state["final_layer.linear.bias"] = torch.zeros(7)
-    with pytest.raises(UnfitCheckpoint) as caught:
-        checkpoints.fill(model, state, "other.pt")
-    assert str(caught.value) == "other.pt: does not fit the model: final_layer.linear.bias: (7,), expected (24,)"
-
-
-@pytest.mark.parametrize("change", ["missing", "unknown"])
-def test_a_tensor_too_few_or_too_many_is_named(model: DiT, change: str) -> None:
-    state = model.state_dict()
-    if change == "missing":
-        state["extra"] = state.pop("pos_embed")
-        del state["extra"]
-    else:
-        state["unknown"] = torch.zeros(1)
-    with pytest.raises(UnfitCheckpoint, match="pos_embed" if change == "missing" else "unknown"):
-        checkpoints.fill(model, state, "other.pt")
-
-
-def test_a_checkpoint_of_another_model_names_ten_tensors_and_counts_the_rest(model: DiT) -> None:
-    other = DiT(DiTConfig(**{**TINY.__dict__, "width": 32}))
-    with pytest.raises(UnfitCheckpoint) as caught:
-        checkpoints.fill(model, other.state_dict(), "other.pt")
-    message = str(caught.value)
-    assert "\n" not in message and message.count("expected") == 10
-    differing = sum(value.shape != model.state_dict()[name].shape for name, value in other.state_dict().items())
-    assert message.endswith(f"and {differing - 10} more")
-
-
-def test_an_unfit_checkpoint_leaves_the_model_as_it_was(model: DiT) -> None:
-    before = copy.deepcopy(model.state_dict())
-    state = {name: value + 1 for name, value in before.items()}
-    state["pos_embed"] = torch.zeros(3)
-    with pytest.raises(UnfitCheckpoint):
-        checkpoints.fill(model, state, "other.pt")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def published(model: DiT, path: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
-    """Write a file as DiT's training script does; returns the state dicts in it."""
-    states = {part: {name: value + n for name, value in model.state_dict().items()} for n, part in enumerate(parts)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    args = argparse.Namespace(model="DiT-XL/2", image_size=256, lr=1e-4, data_path="/data", ckpt=None, flags=[1, 2.5])
-    torch.save({**states, "opt": optimizer.state_dict(), "args": args}, path)
-    return states
-
-
-def test_of_a_published_file_the_averaged_weights_are_read(model: DiT, tmp_path: Path) -> None:
-    states = published(model, tmp_path / "model.pt", "model", "ema")
-    found = checkpoints.read_published(tmp_path / "model.pt")
-    assert found.keys() == states["ema"].keys()
-    assert all(torch.equal(value, states["ema"][name]) for name, value in found.items())
-
-
-def test_of_a_published_file_without_averages_the_model_is_read(model: DiT, tmp_path: Path) -> None:
-    states = published(model, tmp_path / "model.pt", "model")
-    found = checkpoints.read_published(tmp_path / "model.pt")
-    assert all(torch.equal(value, states["model"][name]) for name, value in found.items())
-
-
-@pytest.mark.parametrize("name", ["bare.pt", "bare.safetensors"])
-def test_a_bare_state_dict_is_read(model: DiT, tmp_path: Path, name: str) -> None:
-    if name.endswith(".pt"):
-        torch.save(model.state_dict(), tmp_path / name)
-    else:
-        checkpoints.save(model, (), tmp_path)
-        (tmp_path / "model.safetensors").rename(tmp_path / name)
-    found = checkpoints.read_published(tmp_path / name)
-    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
-
-
-class Payload:
-    """Unpickling one touches a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("write", [torch.save, None], ids=["torch", "plain"])
-def test_a_checkpoint_that_carries_code_is_refused_and_runs_none_of_it(tmp_path: Path, write: Any) -> None:
-    path, marker = tmp_path / "model.pt", tmp_path / "marker"
-    content = {"ema": {"weight": torch.zeros(1)}, "args": Payload(marker)}
-    if write is None:
-        path.write_bytes(pickle.dumps(content))
-    else:
-        write(content, path)
-    with pytest.raises(UnfitCheckpoint):
-        checkpoints.read_published(path)
-    assert not marker.exists()
-
-
-def spoil(path: Path, how: str, model: DiT) -> None:
-    match how:
-        case "missing":
-            pass
-        case "a folder":
-            path.mkdir()
-        case "empty":
-            path.touch()
-        case "text":
-            path.write_text("<html>404: not found</html>\n" * 10)
-        case "truncated":
-            if path.suffix == ".pt":
-                torch.save(model.state_dict(), path)
-            else:
-                checkpoints.save(model, (), path.parent)
-                (path.parent / "model.safetensors").rename(path)
-            content = path.read_bytes()
-            path.write_bytes(content[: len(content) * 2 // 3])
-
-
-@pytest.mark.parametrize("how", ["missing", "a folder", "empty", "text", "truncated"])
-@pytest.mark.parametrize("name", ["other.pt", "other.safetensors"])
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(
-    model: DiT, tmp_path: Path, name: str, how: str
-) -> None:
-    spoil(tmp_path / name, how, model)
-    with pytest.raises(UnfitCheckpoint) as caught:
-        checkpoints.read_published(tmp_path / name)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / name}: ") and "\n" not in message and len(message) < 400
-
-
-def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "other.pt")
-    with pytest.raises(UnfitCheckpoint, match="no state dict"):
-        checkpoints.read_published(tmp_path / "other.pt")
 
 
 # -- costs and distances

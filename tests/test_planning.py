@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import preflight
-from pipeline.planning import Plan, difference, make_plan
+from pipeline.planning import Plan, costs, difference, make_plan
 from pipeline.store import FileEntry, Manifest, Origin, Store, canonical
 from specs.data import DigitsData, ImageFolderData
 from specs.job import JobSpec
@@ -184,10 +184,11 @@ def test_a_site_has_the_same_key_whatever_chose_it() -> None:
 def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = planned()
+    strategy = "graft.0.layers={kind: learned}"  # has a step of every stage
+    before = planned(strategy)
     monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], version=STAGES[stage].version + 1))
     mine = [step.name for step in before.steps if step.stage == stage]
-    assert mine and changed(before, planned()) == following(before, *mine)
+    assert mine and changed(before, planned(strategy)) == following(before, *mine)
 
 
 def test_the_digits_file_is_in_the_key_of_the_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -297,6 +298,70 @@ def test_a_step_that_is_not_cached_says_what_differs_from_the_nearest_one() -> N
 
 def test_a_step_that_was_never_made_differs_from_nothing() -> None:
     assert difference(planned()["finetune"], []) is None
+
+
+# -- strategies, and what they wait for
+
+SOME = "graft.0.layers={kind: %s}"
+
+
+@pytest.mark.parametrize(
+    ("layers", "distilled"),
+    [
+        ("first, count: 1", "0"),
+        ("last, ratio: 0.5", "23"),
+        ("middle", "12"),
+        ("interleaved, count: 3", "123"),
+        ("most_local", "0123"),
+        ("least_local, count: 1", "0123"),
+        ("lowest_error", "0123"),
+        ("learned", "123"),
+        ("learned, groups: 2, keep: 1", "13"),
+        ("learned, pinned: []", "0123"),
+        ("learned, groups: [[0, 1], [2, 3]], keep: [2, 0]", "23"),
+    ],
+)
+def test_only_the_sites_that_a_strategy_may_choose_are_distilled(layers: str, distilled: str) -> None:
+    steps = [name for name in keys(planned(SOME % layers)) if name.startswith("distill/")]
+    assert steps == [f"distill/0{block}.mha" for block in distilled]
+
+
+@pytest.mark.parametrize("kind", ["most_local", "least_local", "lowest_error", "learned, groups: 4, keep: 2"])
+def test_the_costs_are_known_before_the_evidence_is(kind: str) -> None:
+    assert costs(planned(SOME % kind).job, 10) == costs(planned(SOME % "interleaved").job, 10)
+
+
+def test_a_selection_waits_for_its_evidence_and_no_other() -> None:
+    waits = {
+        kind: set(planned(SOME % kind)["select"].needs.values()) - {f"distill/0{block}.mha" for block in range(4)}
+        for kind in ("interleaved", "lowest_error", "most_local", "learned")
+    }
+    assert waits == {"interleaved": set(), "lowest_error": set(), "most_local": {"profile"}, "learned": {"search/0"}}
+
+
+def test_finetuning_starts_from_the_search_if_asked() -> None:
+    assert "searched" not in planned(SOME % "learned")["finetune"].needs
+    plan = planned(SOME % "learned, finetune_from: search")
+    assert plan["finetune"].needs["searched"] == "search/0"
+    assert "searched" not in plan["evaluate/stage1"].needs
+
+
+def test_another_strategy_distils_nothing_anew() -> None:
+    local, learned = planned(SOME % "most_local"), planned(SOME % "learned")
+    assert not {name for name in changed(local, learned) if name.startswith("distill")}
+
+
+def test_a_loss_that_is_set_needs_no_profile() -> None:
+    assert "profile" in planned()["distill/01.mha"].needs.values()
+    assert "profile" not in planned("distill.loss=l2")["distill/01.mha"].needs.values()
+
+
+def test_a_pair_waits_for_the_scions_of_its_blocks() -> None:
+    plan = planned(
+        "graft=[{target: mha, operator: {kind: swa}, layers: {kind: explicit, blocks: [1, 2]}}, {kind: parallel}]"
+    )
+    assert set(plan["distill/00.pair"].needs.values()) >= {"distill/01.mha"}
+    assert "distill/02.mha" not in plan["distill/00.pair"].needs.values()
 
 
 # -- preflight

@@ -204,7 +204,31 @@ def test_a_missing_field_is_named(document: dict[str, Any], path: str) -> None:
         ({"model.patch": 3}, "data.image_size", "16", "multiple of the patch, 3"),
         ({"graft.0.target": "mlp"}, "graft.0.operator.kind", "'hyena_y'", "an operator for mlp"),
         ({"graft.0.operator": {"kind": "mlp"}}, "graft.0.operator.kind", "'mlp'", "an operator for mha"),
-        ({"graft.0.layers": {"kind": "interleaved", "ratio": 0.1}}, "graft.0.layers", "", "4 blocks"),
+        ({"graft.0.layers": {"kind": "interleaved", "ratio": 0.1}}, "graft.0.layers.ratio", "0.1", "4 blocks"),
+        ({"graft.0.layers": {"kind": "first", "count": 5}}, "graft.0.layers.count", "5", "at most 4"),
+        ({"graft.0.layers": {"kind": "last", "count": 1, "ratio": 0.5}}, "graft.0.layers.count", "1", "not both"),
+        (
+            {"graft.0.layers": {"kind": "learned", "groups": [[0, 1], [3]]}},
+            "graft.0.layers.groups",
+            "((0, 1), (3,))",
+            "cover each of the blocks 0 .. 3 once",
+        ),
+        (
+            {"graft.0.layers": {"kind": "learned", "groups": [[0, 2], [1, 3]]}},
+            "graft.0.layers.groups.0",
+            "[0, 2]",
+            "consecutive",
+        ),
+        ({"graft.0.layers": {"kind": "learned", "keep": 5}}, "graft.0.layers.keep", "5", "0 .. 4"),
+        ({"graft.0.layers": {"kind": "learned", "keep": 4}}, "graft.0.layers.keep", "4", "something to replace"),
+        ({"graft.0.layers": {"kind": "learned", "keep": [1, 1]}}, "graft.0.layers.keep", "[1, 1]", "each of 1 groups"),
+        ({"graft.0.layers": {"kind": "learned", "pinned": [7]}}, "graft.0.layers.pinned", "7", "0 .. 3"),
+        (
+            {"graft.0.layers": {"kind": "learned", "keep": 1, "pinned": [0, 1]}},
+            "graft.0.layers.pinned",
+            "[0, 1]",
+            "at most 1",
+        ),
         ({"weights.workers": 3}, "weights.batch", "16", "multiple of workers, 3"),
         ({"evaluate.metrics": ["fid"]}, "evaluate.reference", "nothing", "mu and sigma"),
     ],
@@ -381,22 +405,22 @@ def test_a_published_size_stands_for_its_shape(letter: str, depth: int, width: i
 
 
 def test_half_interleaved_takes_every_second_block() -> None:
-    assert InterleavedLayers(ratio=0.5).choose(28) == tuple(range(1, 28, 2))
+    assert InterleavedLayers(ratio=0.5).candidates(28) == tuple(range(1, 28, 2))
 
 
 def test_three_quarters_interleaved_leaves_every_fourth_block() -> None:
-    left = set(range(28)) - set(InterleavedLayers(ratio=0.75).choose(28))
+    left = set(range(28)) - set(InterleavedLayers(ratio=0.75).candidates(28))
     assert left == {0, 4, 8, 12, 16, 20, 24}
 
 
 @pytest.mark.parametrize(("depth", "percent"), [(28, 25), (28, 100), (10, 70), (8, 13), (50, 58)])
 def test_interleaving_takes_its_share_whatever_its_binary_fraction(depth: int, percent: int) -> None:
     # In binary, 50 * 0.58 is less than 29.
-    assert len(InterleavedLayers(ratio=percent / 100).choose(depth)) == depth * percent // 100
+    assert len(InterleavedLayers(ratio=percent / 100).candidates(depth)) == depth * percent // 100
 
 
 def test_all_takes_every_block() -> None:
-    assert AllLayers().choose(3) == (0, 1, 2)
+    assert AllLayers().candidates(3) == (0, 1, 2)
 
 
 # -- specs as values

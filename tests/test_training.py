@@ -32,6 +32,7 @@ from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
 from stages import Context, distill, hybrid, training
+from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
 
@@ -387,9 +388,9 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
         for death in deaths:
             scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
             with pytest.raises(Killed):
-                distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path, Reports(dies_at=death)))
+                distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
         scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
-        history = distill.fit(scion, pairs, unseen, make_context(store, key, tmp_path))
+        history = distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path))
         return scion.state_dict(), history
 
     straight, killed = distilled("straight", ()), distilled("killed", deaths)
@@ -402,7 +403,7 @@ def test_distilling_brings_the_scion_nearer(
 ) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
     before = distill.relative_error(scion, unseen)
-    distill.fit(scion, pairs, unseen, make_context(store, "a", tmp_path, epochs=30))
+    distill.fit(scion, pairs, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
     assert distill.relative_error(scion, unseen) < 0.7 * before
 
 
@@ -412,7 +413,7 @@ def test_the_weights_of_the_best_epoch_are_kept(
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
         contrary = distill.Pairs(pairs.inputs, scion(*pairs.inputs), None)
-    history = distill.fit(scion, pairs, contrary, make_context(store, "a", tmp_path))
+    history = distill.fit(scion, pairs, contrary, "l1", make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
     assert distill.error_on(scion, contrary, distill.LOSSES["l1"]) == errors[0]
@@ -426,7 +427,7 @@ def test_the_rate_halves_at_each_milestone(
     monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
     scion = new_scion(rootstock, MHA_EDIT, 0)
     context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
-    distill.fit(scion, pairs, pairs, context)
+    distill.fit(scion, pairs, pairs, "l1", context)
     assert rates == [0.08, 0.04, 0.04, 0.02, 0.02]
 
 
@@ -435,16 +436,35 @@ def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_ep
 ) -> None:
     broken = distill.Pairs(pairs.inputs, pairs.outputs * math.nan, None)
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, broken, make_context(store, "a", tmp_path))
+        distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, broken, "l1", make_context(store, "a", tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("site", "loss", "kind"),
-    [(MHA_SITE, "auto", "l1"), (MLP_SITE, "auto", "l2"), (MHA_SITE, "l2", "l2"), (MLP_SITE, "huber", "huber")],
+    ("site", "loss", "kind", "because"),
+    [
+        (MHA_SITE, "auto", "l1", "the outputs' excess kurtosis is 30, above 12"),
+        (MLP_SITE, "auto", "l2", "the outputs' excess kurtosis is 12, at most 12"),
+        (MHA_SITE, "l2", "l2", "set in the spec"),
+        (MLP_SITE, "huber", "huber", "set in the spec"),
+        (Site(block=0, target="pair"), "auto", "l1", "a pair adds what its attention puts out"),
+    ],
     ids=str,
 )
-def test_auto_is_l1_for_attention_and_l2_for_mlps(site: Site, loss: Any, kind: str) -> None:
-    assert distill.loss_kind(DistillSpec(loss=loss), site) == kind
+def test_auto_goes_by_the_tails_of_what_the_operator_puts_out(
+    tmp_path: Path, site: Site, loss: Any, kind: str, because: str
+) -> None:
+    keep_profile(tmp_path, {MHA_SITE: 30.0, MLP_SITE: 12.0})
+    context = make_bare({"profile": Folder("p", tmp_path)})
+    assert distill.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
+
+
+def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
+    """A profile in which only the outputs' kurtosis says something."""
+    rest: dict[str, Any] = {"mean": 0, "std": 1, "largest": 5, "largest_magnitudes": (5,), "quantiles": {}}
+    outputs = {str(site): Outputs(excess_kurtosis=value, **rest) for site, value in kurtosis.items()}
+    nothing: dict[str, Any] = {"tokens": {}, "patches": {}}
+    curves = LocalityCurves(**nothing, by_quarter=QuarterCurves(**nothing))
+    write_profile(folder, Profile(outputs=outputs, locality=curves))
 
 
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -538,7 +558,13 @@ def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folde
     meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=24, num_heldout=6)
     write_meta(features, meta)
     checkpoints.save(rootstock, (), base)
-    return {"features": Folder("f", features), "base": Folder("b", base)}
+    (tmp_path / "profile").mkdir()
+    keep_profile(tmp_path / "profile", {MHA_SITE: 30.0, MLP_SITE: 12.0})
+    return {
+        "features": Folder("f", features),
+        "base": Folder("b", base),
+        "profile": Folder("p", tmp_path / "profile"),
+    }
 
 
 def run_distill(
@@ -560,6 +586,7 @@ def test_a_distill_step_leaves_the_best_scion_and_its_figures(
     scion.load_state_dict(load_file(tmp_path / "out" / "scion.safetensors"))
     assert summary == {
         "loss": "l1",
+        "loss_because": "the outputs' excess kurtosis is 30, above 12",
         "heldout_error": best["heldout_error"],
         "best_epoch": best_done,
         "relative_error": pytest.approx(distill.relative_error(scion, unseen)),
@@ -617,7 +644,9 @@ def test_scions_of_another_graft_are_taken_as_they_are(
     summary = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert summary["best_epoch"] == 0 and summary["heldout_error"] > 0
     other = Edit(site=MHA_SITE, operator=HyenaY(kernel=2), scions=edit.scions)
-    with pytest.raises(checkpoints.UnfitCheckpoint, match=r"donor: 01.mha: .*inner_filter.weight: \(16, 1, 4\), expected \(16, 1, 2\)"):
+    with pytest.raises(
+        checkpoints.UnfitCheckpoint, match=r"donor: 01.mha: .*inner_filter.weight: \(16, 1, 4\), expected \(16, 1, 2\)"
+    ):
         run_distill(store, "b", inputs, tmp_path / "out", edit=other)
 
 

@@ -11,6 +11,7 @@
 
 Only tensors are read: safetensors, or torch.load with weights_only. A file is never in memory twice: the model is
 made without weights, and takes the file's tensors one by one, as they are mapped or read, to the device they belong on.
+(A `.pt` stays mapped while a model on the CPU lives: it may be deleted meanwhile, but not written to.)
 """
 
 from models.checkpoints.card import Card, write_card

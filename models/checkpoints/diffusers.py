@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models.checkpoints.files import Tensors, read_shards, read_tensors
-from models.checkpoints.fit import UnfitCheckpoint, shapes_of, weightless
+from models.checkpoints.fit import UnfitCheckpoint, Uninitialised, shapes_of, weightless
 from models.checkpoints.recognition import Found, edits_from, rootstock_of
 from models.diffusion import STEPS
 from models.dit import DiT, DiTConfig, position_embedding
@@ -138,20 +138,21 @@ def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
         raise UnfitCheckpoint(f"{tensors.source}: {copy} is not {first}, and a DiT has one embedder for all blocks")
 
 
-def write(model: DiT, edits: Sequence[Edit], folder: Path, vae: str | Path | None = None) -> None:
+def write(model: DiT, edits: Sequence[Edit], folder: Path, vae: str | Path | None = None) -> str:
     """Save the model as diffusers does; with an autoencoder, as a whole DiTPipeline with DiT's noise schedule.
 
-    vae: the folder or hub id of an AutoencoderKL.
+    vae: the folder or hub id of an AutoencoderKL. Returns the name of the class that loads the folder.
     """
     transformer = wrapped(model, edits)
     if vae is None:
         transformer.save_pretrained(folder)
-        return
+        return type(transformer).__name__
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
     autoencoder = AutoencoderKL.from_pretrained(local_path(str(vae)))
     schedule = DDIMScheduler(STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     DiTPipeline(transformer=transformer, vae=autoencoder, scheduler=schedule).save_pretrained(folder)
+    return DiTPipeline.__name__
 
 
 def wrapped(model: DiT, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:
@@ -169,7 +170,7 @@ def rootstock_transformer(model: DiT) -> DiTTransformer2DModel:
     from diffusers import DiTTransformer2DModel
 
     config, ours = model.config, model.state_dict()
-    with torch.device("meta"):
+    with Uninitialised():
         transformer = DiTTransformer2DModel(
             num_attention_heads=config.heads,
             attention_head_dim=config.width // config.heads,
@@ -189,5 +190,4 @@ def rootstock_transformer(model: DiT) -> DiTTransformer2DModel:
     }
     state |= {embedder(block, mine): ours[mine].clone() for block in range(1, config.depth) for mine in EMBEDDERS}
     transformer.load_state_dict(state, assign=True)
-    transformer.pos_embed.register_buffer("pos_embed", ours["pos_embed"].clone(), persistent=False)
     return transformer.eval()

@@ -11,13 +11,22 @@ from models.checkpoints.reading import read
 
 Layout = Literal["graftwork", "diffusers", "published"]
 
+# Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
     "graftwork": 'import models\n\nmodel = models.load("{folder}")  # model(x, t, y)',
-    "published": 'import models\n\nmodel = models.load("{folder}")',
-    "diffusers": (
+    "published": 'import models\n\nmodel = models.load("{folder}")  # model(x, t, y)',
+    "DiTPipeline": (
         "import models.checkpoints.transformer  # lets diffusers load a graft\n"
         "from diffusers import DiTPipeline\n\n"
-        'pipeline = DiTPipeline.from_pretrained("{folder}")  # of a transformer alone: its class.from_pretrained'
+        'model = DiTPipeline.from_pretrained("{folder}")'
+    ),
+    "DiTTransformer2DModel": (
+        "from diffusers import DiTTransformer2DModel\n\n"
+        'model = DiTTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
+    ),
+    "GraftTransformer2DModel": (
+        "from models.checkpoints.transformer import GraftTransformer2DModel\n\n"
+        'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
     ),
 }
 
@@ -50,11 +59,12 @@ def export(
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
     out.mkdir(parents=True, exist_ok=True)
+    written: str = layout
     if layout == "graftwork":
         native.save(model, edits, out)
     elif layout == "diffusers":
-        diffusers.write(model, edits, out, vae)
+        written = diffusers.write(model, edits, out, vae)
     else:
         published.write(model, edits, out)
     if card is not None:
-        write_card(out, card, edits, USAGE[layout].format(folder=out.name))
+        write_card(out, card, edits, USAGE[written].format(folder=out.name))

@@ -34,8 +34,9 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Initialisers do nothing: on the meta device a normal draw imports torch's compiler, which takes two seconds."""
+class Uninitialised(TorchFunctionMode):
+    """Initialisers do nothing inside. (The meta device would serve too, but arithmetic on it imports torch's compiler,
+    which takes two seconds and 150 MB.)"""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -46,8 +47,8 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def weightless(config: DiTConfig, edits: Iterable[Edit]) -> DiT:
-    """The model on the meta device: all of it but the memory."""
-    with torch.device("meta"), _Uninitialised():
+    """The model before it has weights: memory is reserved for them and never touched, so that none is used."""
+    with Uninitialised():
         return graft(DiT(config), edits, seed=0)
 
 

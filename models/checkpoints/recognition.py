@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from models.checkpoints.files import Shape, Tensors
-from models.checkpoints.fit import UnfitCheckpoint, named, shapes_of
-from models.dit import Block, DiTConfig
+from models.checkpoints.fit import UnfitCheckpoint, named, shapes_of, weightless
+from models.dit import DiTConfig
 from models.operators import REGISTRY, recognise
 from models.surgery import ATTRIBUTE
 from specs.graft import Edit, Site
@@ -94,8 +92,7 @@ def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
 
 def edits_of(tensors: Tensors, config: DiTConfig) -> tuple[Edit, ...]:
     """The scions, site by site. What has the rootstock's tensors is no edit; `swa` gets its default window."""
-    with torch.device("meta"):
-        block = Block(config.place)
+    block = weightless(replace(config, depth=1), ()).blocks[0]
     edits = []
     for index in range(config.depth):
         for target in TARGETS:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from models.checkpoints.fit import Uninitialised
 from models.checkpoints.recognition import edits_from, edits_json
 from models.dit import DiT, DiTConfig
 from models.surgery import graft
@@ -42,7 +42,7 @@ class GraftTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  #
     def around(cls, model: DiT, edits: Sequence[Edit]) -> GraftTransformer2DModel:
         """The interface around this very model."""
         config = model.config
-        with torch.device("meta"):
+        with Uninitialised():
             transformer = cls(
                 rootstock=asdict(config),
                 edits=edits_json(edits),

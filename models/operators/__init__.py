@@ -6,6 +6,8 @@ definition here is plain PyTorch and is the reference.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -72,5 +74,6 @@ def _shapes(spec: OperatorSpec, place: Place) -> Shapes:
     return {name: tuple(value.shape) for name, value in operator.state_dict().items()}
 
 
-# Importing a module registers its operators.
-from models.operators import attention, hyena, mamba, mlp  # noqa: E402, F401
+# Importing a module registers its operators, so that a file put here is found.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,153 @@
+"""The steps that a job comes to: what each is told, and what it needs. The planner makes keys of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
+from specs import steps as params
+from specs.data import VaeCodec
+from specs.evaluate import inception_file
+from specs.fields import Spec
+from specs.graft import Edit
+from specs.job import JobSpec
+from specs.layers import LearnedLayers, LocalityLayers
+from specs.model import CheckpointWeights
+from stages.sources import vae_folder
+
+PROFILE_SAMPLES = 256
+FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}
+
+Needs = dict[str, str]  # role -> step
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A step that has no key yet."""
+
+    name: str
+    stage: str
+    params: Spec
+    needs: Needs
+    outside: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what lies outside the store
+
+
+def drafts(job: JobSpec) -> Iterator[Draft]:
+    """Every step of the job, each after those that it needs."""
+    yield from _rootstock(job)
+    yield from _distillation(job)
+    yield from _searches(job)
+    yield _selection(job)
+    yield from _finetuning(job)
+    yield from _evaluation(job)
+
+
+def _rootstock(job: JobSpec) -> Iterator[Draft]:
+    outside = data_fingerprint(job.data)
+    if isinstance(job.codec, VaeCodec):
+        outside |= weights_fingerprint("codec", str(vae_folder(Path(job.codec.path))))
+    yield Draft("features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, outside)
+
+    outside = weights_fingerprint("checkpoint", job.weights.path) if isinstance(job.weights, CheckpointWeights) else {}
+    base = params.BaseParams(seed=job.seed, model=job.model, weights=job.weights)
+    yield Draft("base", "base", base, FEATURES, outside)
+    if "classifier" in job.evaluate.metrics:
+        yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
+    yield Draft("profile", "profile", params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES), ROOTSTOCK)
+
+
+def _distillation(job: JobSpec) -> Iterator[Draft]:
+    edits = job.edits()
+    for edit in edits:
+        within = _within(edit, edits)
+        needs = ROOTSTOCK | _scions(within)
+        if job.distill.loss == "auto":
+            needs |= {"profile": "profile"}
+        told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
+        outside = weights_fingerprint("scions", edit.scions) if edit.scions else {}
+        yield Draft(f"distill/{edit.site}", "distill", told, needs, outside)
+
+
+def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of the blocks that a parallel block takes in."""
+    if edit.site.target != "pair":
+        return ()
+    blocks = (edit.site.block, edit.site.block + 1)
+    return tuple(other for other in edits if other.site.target != "pair" and other.site.block in blocks)
+
+
+def _scions(edits: Iterable[Edit]) -> Needs:
+    return {f"scions/{edit.site}": f"distill/{edit.site}" for edit in edits}
+
+
+def _searches(job: JobSpec) -> Iterator[Draft]:
+    depth = job.model.depth
+    for name, layers in _learned(job).items():
+        candidates = job.graft[int(name.split("/")[1])].edits(depth)
+        told = params.SearchParams(
+            seed=job.seed, candidates=candidates, groups=layers.grouped(depth), recipe=layers.search
+        )
+        yield Draft(name, "search", told, ROOTSTOCK | _scions(candidates))
+
+
+def _learned(job: JobSpec) -> dict[str, LearnedLayers]:
+    """The strategies that search, by the name of their step."""
+    found = {f"search/{number}": getattr(spec, "layers", None) for number, spec in enumerate(job.graft)}
+    return {name: layers for name, layers in found.items() if isinstance(layers, LearnedLayers)}
+
+
+def _selection(job: JobSpec) -> Draft:
+    depth = job.model.depth
+    rules = tuple(params.Rule(edits=spec.edits(depth), layers=getattr(spec, "layers", None)) for spec in job.graft)
+    needs = _scions(job.edits()) | {name: name for name in _learned(job)}
+    if any(isinstance(rule.layers, LocalityLayers) for rule in rules):
+        needs |= {"profile": "profile"}
+    return Draft("select", "select", params.SelectParams(depth=depth, rules=rules), needs)
+
+
+def _hybrid(job: JobSpec) -> Needs:
+    """The graft after stage 1."""
+    return ROOTSTOCK | {"select": "select"} | _scions(job.edits())
+
+
+def _finetuning(job: JobSpec) -> Iterator[Draft]:
+    distilled = params.FinetuneParams(seed=job.seed, scions="distilled", recipe=job.finetune)
+    needs = _hybrid(job)
+    for name, layers in _learned(job).items():
+        if layers.finetune_from == "search":
+            needs |= {"searched": name}
+    yield Draft("finetune", "finetune", distilled, needs)
+    if job.finetune.control:
+        random = distilled.model_copy(update={"scions": "random"})
+        yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"})
+
+
+def _evaluation(job: JobSpec) -> Iterator[Draft]:
+    asked = job.evaluate
+    rows: dict[params.Row, Needs] = {
+        "rootstock": ROOTSTOCK,
+        "stage1": _hybrid(job),
+        "stage2": FEATURES | {"finetuned/stage2": "finetune"},
+    }
+    if job.finetune.control:
+        rows["random_init"] = FEATURES | {"finetuned/random_init": "finetune/random_init"}
+    for row, needs in rows.items():
+        told = params.SampleParams(
+            seed=job.seed, row=row, codec=job.codec, samples=asked.samples, batch=asked.batch, sampler=asked.sampler
+        )
+        yield Draft(f"evaluate/{row}", "evaluate", told, needs)
+
+    outside: dict[str, str] = {}
+    if "fid" in asked.metrics:
+        assert asked.reference is not None
+        outside = reference_fingerprint(asked.reference)
+        outside |= weights_fingerprint("inception", str(inception_file(asked.inception)))
+    needs = {role: step for models in rows.values() for role, step in models.items()}
+    needs |= {f"rows/{row}": f"evaluate/{row}" for row in rows}
+    if "classifier" in asked.metrics:
+        needs |= {"classifier": "classifier"}
+    yield Draft(
+        "evaluate", "evaluate", params.EvaluateParams(seed=job.seed, codec=job.codec, recipe=asked), needs, outside
+    )
