@@ -93,7 +93,7 @@ def conclude(context: Context) -> None:
     course_of_the_gates(course, gated.gates.groups, gated.gates.masks, context.out / "course")
     loss_curve(curve, "loss of the search", context.out / "loss")
 
-    made = [edit for edit in params.candidates if edit.site in gated.chosen()]
+    made = [edit for edit in params.candidates if edit.site.block in learned.chosen]
     folder = context.out / "hybrid"
     folder.mkdir()
     checkpoints.save(gated.merge(), all_edits(edits, made), folder)
@@ -135,18 +135,18 @@ class SearchEngine(PlainEngine):
             self.done, self.skipped, self.skipped_in_a_row = state["counts"].tolist()
             self.course = [tuple(row) for row in state["course"].tolist()]
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """This worker's slice of the step's batch, under its slice of the step's gates."""
+    def __call__(self, *args: Tensor) -> Tensor:
+        """Pass this worker's slice of the step's batch, under its slice of the step's gates."""
         recipe, step = self.recipe, self.done
         noise = gumbel(recipe.batch, len(self.gated.gates.logits), generator(self.seed, "search", "gates", step))
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = slice(rank * recipe.batch // workers, (rank + 1) * recipe.batch // workers)
         self.gated.draw(
-            noise[share].to(x.device),
+            noise[share].to(args[0].device),
             at(recipe.temperature, step, recipe.steps),
             at(recipe.logit_scale, step, recipe.steps),
         )
-        return self.gated(x, t, y)
+        return self.gated(*args)
 
     def step(self, loss: Tensor, lr: float) -> bool:
         made = super().step(loss, lr)
@@ -192,9 +192,9 @@ def at(ends: tuple[float, float], step: int, steps: int) -> float:
 def outcome(gates: Gates, recipe: SearchSpec, skipped: int) -> Learned:
     """The choice of these gates, how sure they are, and a warning of each group that is not."""
     groups, lines = [], []
-    for group, masks, values in zip(gates.groups, gates.masks, gates.probabilities(recipe.logit_scale[1]), strict=True):
-        best = int(values.argmax())
-        confidence = values[best].item()
+    probabilities = gates.probabilities(recipe.logit_scale[1])
+    for group, masks, values, kept in zip(gates.groups, gates.masks, probabilities, gates.choice(), strict=True):
+        confidence = values[masks.index(kept)].item()
         decided = confidence >= recipe.undecided
         groups.append(
             LearnedGroup(
@@ -203,7 +203,7 @@ def outcome(gates: Gates, recipe: SearchSpec, skipped: int) -> Learned:
                 pinned=group.pinned,
                 masks=masks,
                 probabilities=tuple(values.tolist()),
-                chosen=tuple(block for block in group.blocks if block not in masks[best]),
+                chosen=tuple(block for block in group.blocks if block not in kept),
                 confidence=confidence,
                 decided=decided,
             )
@@ -211,7 +211,7 @@ def outcome(gates: Gates, recipe: SearchSpec, skipped: int) -> Learned:
         if not decided:
             lines.append(
                 f"the group of blocks {group.blocks[0]}-{group.blocks[-1]} did not decide: its best mask, which keeps "
-                f"{list(masks[best])}, has a probability of {confidence:.2f} only, of {len(masks)} masks"
+                f"{list(kept)}, has a probability of {confidence:.2f} only, of {len(masks)} masks"
             )
     chosen = sorted(block for group in groups for block in group.chosen)
     return Learned(chosen=tuple(chosen), groups=tuple(groups), skipped_steps=skipped, warnings=tuple(lines))

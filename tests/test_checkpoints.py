@@ -436,6 +436,14 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "other.pt").endswith("holds no state dict")
 
 
+@pytest.mark.parametrize("wrong", [{"edits": [{"site": "1.mha"}]}, {"rootstock": {"layers": 3}}], ids=str)
+def test_a_config_that_names_what_nobody_knows_is_refused(model: DiT, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    folder = ours_in(tmp_path, model, ())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wrong))
+    assert "names no rootstock or edits that are known here" in refusal(folder)
+
+
 def test_of_several_checkpoints_none_is_guessed(model: DiT, tmp_path: Path) -> None:
     for name in ("0050000.pt", "0100000.pt"):
         torch.save(model.state_dict(), tmp_path / name)

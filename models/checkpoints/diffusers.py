@@ -20,9 +20,9 @@ import torch
 
 from models.checkpoints.files import Tensors, read_shards, read_tensors
 from models.checkpoints.fit import UnfitCheckpoint, Uninitialised, shapes_of, weightless
-from models.checkpoints.recognition import Found, edits_from, rootstock_of
+from models.checkpoints.recognition import Found, rootstock_of, said
 from models.diffusion import STEPS
-from models.dit import DiT, DiTConfig, position_embedding
+from models.dit import DiT, position_embedding
 from specs.graft import Edit
 from specs.hub import local_path
 
@@ -83,8 +83,7 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     """A folder that `save_pretrained` wrote."""
     tensors = _weights(folder)
     if config["_class_name"] == WRAPPED:
-        rootstock = DiTConfig(**config["rootstock"])
-        edits = edits_from(config["edits"])
+        rootstock, edits = said(str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ()))
         shapes = {name.removeprefix("dit."): shape for name, shape in tensors.shapes.items()}
         plain = Tensors(tensors.source, shapes, lambda name: tensors.get(f"dit.{name}"))
         return Found(plain, heads=rootstock.heads, config=rootstock, edits=edits)

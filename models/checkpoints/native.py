@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.checkpoints.files import read_tensors
-from models.checkpoints.fit import UnfitCheckpoint, build
-from models.checkpoints.recognition import Found, edits_from, edits_json
-from models.dit import DiT, DiTConfig
+from models.checkpoints.fit import build
+from models.checkpoints.recognition import Found, edits_json, said
+from models.dit import DiT
 from specs.graft import Edit
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
@@ -39,9 +39,5 @@ def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[DiT
 
 
 def find(folder: Path, config: dict[str, Any]) -> Found:
-    try:
-        rootstock = DiTConfig(**config["rootstock"])
-        edits = edits_from(config["edits"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnfitCheckpoint(f"{folder / CONFIG}: {str(error).splitlines()[0]}") from None
+    rootstock, edits = said(str(folder / CONFIG), config.get("rootstock", {}), config.get("edits", ()))
     return Found(read_tensors(folder / WEIGHTS), heads=rootstock.heads, config=rootstock, edits=edits)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from models.checkpoints.files import in_memory, is_state, read_tensors, read_torch
 from models.checkpoints.fit import UnfitCheckpoint
-from models.checkpoints.recognition import Found, edits_from, edits_json
+from models.checkpoints.recognition import Found, edits_json, said
 from models.dit import DiT, DiTConfig
 from specs.graft import Edit
 from specs.model import SIZES
@@ -34,23 +35,21 @@ def find(path: Path) -> Found:
             content = content[part]
     if not is_state(content):
         raise UnfitCheckpoint(f"{path}: holds no state dict")
-    edits = getattr(args, "edits", None)
-    return Found(
-        in_memory(str(path), content),
-        heads=_heads(args),
-        edits=None if edits is None else edits_from(edits),
-    )
+    tensors, ours = in_memory(str(path), content), getattr(args, "graftwork", None)
+    if not isinstance(ours, dict):
+        return Found(tensors, heads=_heads(args))
+    rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
+    return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits)
 
 
 def write(model: DiT, edits: Sequence[Edit], folder: Path) -> None:
-    """`args` also holds what the tensors do not tell, for `find`: the heads, and each operator's settings."""
+    """`args.graftwork` is for `find`: what the tensors do not tell, as the heads and some settings of operators."""
     config = model.config
     args = argparse.Namespace(
         model=published_name(config),
         image_size=PIXELS * config.input_size,
         num_classes=config.num_classes,
-        num_heads=config.heads,
-        edits=edits_json(edits),
+        graftwork={"rootstock": asdict(config), "edits": edits_json(edits)},
     )
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     torch.save({"ema": state, "args": args}, folder / WEIGHTS)
@@ -63,8 +62,6 @@ def published_name(config: DiTConfig) -> str | None:
 
 
 def _heads(args: object) -> int | None:
-    """Attention heads, as the training arguments tell them: `num_heads` in ours, the model's name in DiT's."""
-    if isinstance(heads := getattr(args, "num_heads", None), int):
-        return heads
+    """Attention heads, as the name of the model tells that was trained: `DiT-XL/2`."""
     letter = str(getattr(args, "model", "")).removeprefix("DiT-").partition("/")[0]
     return SIZES[letter][2] if letter in SIZES else None

@@ -42,6 +42,15 @@ def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json", exclude={"scions"}) for edit in edits]
 
 
+def said(source: str, rootstock: dict[str, Any], listed: Iterable[Any]) -> tuple[DiTConfig, tuple[Edit, ...]]:
+    """The rootstock and the edits that a file names."""
+    try:
+        return DiTConfig(**rootstock), edits_from(listed)
+    except (TypeError, ValueError) as error:
+        problem = "; ".join(str(error).splitlines()[:3])
+        raise UnfitCheckpoint(f"{source}: names no rootstock or edits that are known here: {problem}") from None
+
+
 def edits_from(listed: Iterable[Any]) -> tuple[Edit, ...]:
     return tuple(Edit.model_validate(edit) for edit in listed)
 
