@@ -93,7 +93,7 @@ def export(
 
     name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
     """
-    from models.checkpoints import Card, ExportRefused, export
+    from models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
 
     run_name, _, step = name.partition("/")
     place = Store(store)
@@ -116,7 +116,7 @@ def export(
     )
     try:
         export(place.artifact(artifact.key).path(), Path(out), layout, card=card, vae=vae)
-    except ExportRefused as refused:
+    except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return Path(out)
 

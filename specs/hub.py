@@ -37,5 +37,5 @@ def local_path(path: str) -> Path:
     if snapshot is None:
         from huggingface_hub import snapshot_download
 
-        snapshot = Path(snapshot_download(path))
+        snapshot = Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in _FILES]))
     return snapshot

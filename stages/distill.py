@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import checkpoints
-from models.dit import DiT
+from models.dit import DiT, DiTConfig
 from models.streams import generator
 from models.surgery import answer, new_scion, observe, scion_at
 from specs.graft import Site
@@ -65,7 +65,7 @@ def run(context: Context) -> None:
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
-        take(scion, edit.site, edit.scions)
+        take(scion, edit.site, edit.scions, model.config)
         best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
@@ -91,9 +91,9 @@ def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
     return Pairs(inputs, torch.cat([one.output for one in seen]), weights)
 
 
-def take(scion: nn.Module, site: Site, source: str) -> None:
-    """Fill the scion from a graft that has one of its kind in the same site."""
-    graft, _ = checkpoints.read(source)
+def take(scion: nn.Module, site: Site, source: str, rootstock: DiTConfig) -> None:
+    """Fill the scion from a graft of such a rootstock, which has one of its kind in the same site."""
+    graft, _ = checkpoints.read(source, config=rootstock)
     checkpoints.fill(scion, scion_at(graft, site).state_dict(), f"{source}: {site}")
 
 

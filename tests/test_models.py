@@ -1,4 +1,4 @@
-"""What a graft is: the transformer and its tensors, operators, diffusion, samplers, surgery, files and costs."""
+"""What a graft is: the transformer and its tensors, diffusion, samplers, random streams, distances."""
 
 from __future__ import annotations
 
