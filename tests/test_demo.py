@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from models import checkpoints
 from models.dit import DiT, DiTConfig, initialise
 from models.streams import generator, initialising
+from models.surgery import graft as graft_into
+from specs.graft import Edit, Site
+from specs.operators import HyenaY
 from tests.conftest import ROOT, Graft, states
 
 pytestmark = pytest.mark.slow
@@ -29,10 +33,10 @@ def test_the_demo_reaches_the_quality_that_it_promises(graft: Graft) -> None:
     assert results["heldout"]["distance"] < results["rootstock"]["distance"]
 
 
-def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(
+def test_a_published_graft_and_an_image_folder_are_grafted_further_at_two_targets(
     graft: Graft, tmp_path: Path, weights: Path
 ) -> None:
-    """A `.pt` in the published layout, RGB images, attention and MLP edits at once, ZeRO 3 in bf16, real FID."""
+    """A graft's `.pt` in the published layout, RGB images, edits at both targets, ZeRO 3 in bf16, FID; exported."""
     pixels = generator(0, "pixels")
     for label in range(3):
         (tmp_path / "photos" / f"class-{label}").mkdir(parents=True)
@@ -42,6 +46,7 @@ def test_a_published_checkpoint_and_an_image_folder_are_grafted_at_two_targets(
     with initialising(0, "rootstock"):
         rootstock = DiT(DiTConfig(input_size=16, in_channels=3, patch=4, depth=3, width=24, heads=2, num_classes=3))
         initialise(rootstock)
+        graft_into(rootstock, [Edit(site=Site(block=1, target="mha"), operator=HyenaY(kernel=3))], seed=0)
     published = {"ema": rootstock.state_dict(), "opt": {}, "args": argparse.Namespace(model="DiT")}
     torch.save(published, tmp_path / "rootstock.pt")
     (tmp_path / "job.yaml").write_text(
@@ -75,6 +80,13 @@ evaluate:
     assert list(results) == ["heldout", "rootstock", "stage1", "stage2"]
     assert results["stage2"]["params"] < results["rootstock"]["params"]
     assert all(columns["fid"] > 0 and "distance" not in columns for columns in results.values())
+    done = graft("export", outcome["run"], "exported", "--as", "published")
+    assert done.returncode == 0, done.stderr
+    _, edits = checkpoints.read(tmp_path / "exported", heads=2)
+    kinds = {str(edit.site): edit.operator.kind for edit in edits}
+    mlps = {f"0{block}.mlp": "mlp" for block in range(3)}
+    assert kinds == {"00.mha": "swa", "01.mha": "hyena_y", "02.mha": "swa", **mlps}
+    assert outcome["run"] in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_one_line_and_the_way_on(graft: Graft, tmp_path: Path) -> None:

@@ -148,6 +148,23 @@ def test_status_compare_and_show_agree_with_the_run(tiny: Finished, graft: Graft
     assert "model.safetensors" in shown["files"]
 
 
+def test_a_graft_is_exported_with_a_card_and_loaded_again(tiny: Finished, tmp_path: Path, graft: Graft) -> None:
+    out = tmp_path / "out"
+    done = graft("export", tiny.run, str(out), "--store", str(tiny.store))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    code = f"import models; print(sum(v.numel() for v in models.load({str(out)!r}).parameters()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    stage2 = tiny.outcome["results"]["stage2"]
+    assert int(loaded.stdout) == stage2["params"]
+    card = (out / "README.md").read_text()
+    assert all(key in card for key in keys(tiny.outcome).values())
+    assert "hyena_y (kernel 4) | 1, 3" in card and f"{stage2['distance']:.4g}" in card
+    for name, told in ((f"{tiny.run}/select", "accepted: "), (tiny.run, "is there already")):
+        refused = graft("export", name, str(out), "--store", str(tiny.store))
+        assert refused.returncode == 2 and told in refused.stderr and "Traceback" not in refused.stderr
+
+
 EVERY_EDIT = """
 - {target: mha, operator: {kind: swa, window: 2}, layers: {kind: explicit, blocks: [0]}}
 - {target: mha, operator: {kind: hyena_se}, layers: {kind: explicit, blocks: [1]}}

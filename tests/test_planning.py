@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -362,6 +364,44 @@ def test_a_pair_waits_for_the_scions_of_its_blocks() -> None:
     )
     assert set(plan["distill/00.pair"].needs.values()) >= {"distill/01.mha"}
     assert "distill/02.mha" not in plan["distill/00.pair"].needs.values()
+
+
+# -- the published grafts
+
+IMAGENET = EXAMPLE.parent / "imagenet"
+PUBLISHED = {path.stem: path for path in sorted(IMAGENET.glob("*.yaml")) if path.stem != "dit-xl-2"}
+
+
+def test_every_published_graft_has_its_spec() -> None:
+    rows = {"mlp_r4": (100,), "mlp_r3": (50, 75), "mlp_r6": (50, 75), "mlp_hyena_x": (50, 75), "mha": (100,)}
+    rows |= dict.fromkeys(("hyena_se", "hyena_x", "hyena_y", "swa"), (50, "50-ablation", 75))
+    rows |= {"mamba2": (50, 75)}
+    names = {f"{operator}-{share}" for operator, shares in rows.items() for share in shares}
+    assert len(names) == 22 and set(PUBLISHED) == names | {"depth-to-width"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_graft_can_be_planned_and_edits_its_share_of_the_blocks(name: str) -> None:
+    made = make_plan(load(PUBLISHED[name]))
+    sites = [step for step in keys(made) if step.startswith("distill/")]
+    shares = {"50": range(1, 28, 2), "75": [block for block in range(28) if block % 4], "100": range(28)}
+    if name == "depth-to-width":
+        assert sites == [f"distill/{block:02d}.pair" for block in range(0, 28, 2)]
+    else:
+        operator, share = name.removesuffix("-ablation").split("-")
+        target = "mlp" if operator.startswith("mlp") else "mha"
+        assert sites == [f"distill/{block:02d}.{target}" for block in shares[share]]
+        (edit,) = made.job.graft
+        assert operator.startswith(edit.operator.kind)
+    found = costs(made.job, 1000)
+    assert found.rootstock.params == 675_129_632 - 256 * 1152  # the published count has the position embedding in it
+
+
+def test_a_published_graft_is_planned_without_the_heavy_libraries(tmp_path: Path) -> None:
+    asked = f"pipeline.plan({str(PUBLISHED['hyena_y-50'])!r})"
+    code = f"import sys, pipeline; {asked}; assert not {{'torch', 'ray', 'mlflow', 'diffusers'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # -- preflight

@@ -227,9 +227,9 @@ def test_quantiles_are_the_same_however_values_are_split() -> None:
     assert tallied(heavy_tailed(), 40_000).quantiles() == tallied(heavy_tailed(), 17).quantiles()
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 3.3])  # of which rounding leaves a variance below zero, and above
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.7])  # rounding leaves a variance of zero, below it, and above
 def test_a_constant_has_no_spread_and_no_tails(value: float) -> None:
-    found = tallied(torch.full((999,), value), 100).summary("03.mha")
+    found = tallied(torch.full((997,), value), 10).summary("03.mha")
     assert found.std < 1e-7 and found.excess_kurtosis == 0
 
 

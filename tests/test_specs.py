@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from specs.evaluate import AncestralSampler
 from specs.fields import Spec, Unkeyed, keyed
 from specs.job import JobSpec
 from specs.layers import AllLayers, InterleavedLayers
@@ -289,6 +290,35 @@ def test_a_file_that_is_no_job_is_refused_in_one_line_that_names_it(tmp_path: Pa
         load(path)
     (line,) = caught.value.lines
     assert "\n" not in line and line.startswith(str(path)) and says in line
+
+
+def test_a_file_extends_another_section_by_section(tmp_path: Path, document: dict[str, Any]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nname: middle\nfinetune: {steps: 7}\n")
+    (tmp_path / "sub" / "top.yaml").write_text(
+        "extends: ../middle.yaml\nname: top\ngraft: [{kind: parallel}]\nevaluate: {sampler: {kind: ancestral}}\n"
+    )
+    base, top = load(tmp_path / "base.yaml"), load(tmp_path / "sub" / "top.yaml", ["finetune.lr=0.5"])
+    assert top.name == "top" and len(top.graft) == 1 and top.graft[0].kind == "parallel"
+    assert top.finetune == base.finetune.model_copy(update={"steps": 7, "lr": 0.5})
+    assert top.evaluate.samples == base.evaluate.samples
+    assert top.evaluate.sampler == AncestralSampler()  # another kind: nothing of the old one stays
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("extends: self.yaml", "which extends this file"),
+        ("extends: [a]", "extends: got ['a']; accepted: the path"),
+        ("extends: none.yaml", "none.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_be_extended_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path / "self.yaml")
+    assert len(caught.value.lines) == 1 and told in caught.value.lines[0]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["missing", "a folder"])
