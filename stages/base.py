@@ -16,11 +16,12 @@ from specs.model import CheckpointWeights, PretrainWeights
 from specs.steps import BaseParams
 from stages import Context
 from stages.latents import read, read_meta
-from stages.pictures import loss_curve
 from stages.training import PlainEngine, TrainingSet, final_weights, train
 
 
 def run(context: Context) -> None:
+    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
+
     params: BaseParams = context.params
     edits: tuple[Edit, ...] = ()
     if isinstance(params.weights, CheckpointWeights):

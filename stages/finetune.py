@@ -18,11 +18,12 @@ from specs.steps import FinetuneParams
 from stages import Context
 from stages.hybrid import with_distilled_scions, with_fresh_scions
 from stages.latents import read
-from stages.pictures import loss_curve
 from stages.training import TrainingSet, final_weights, train
 
 
 def run(context: Context) -> None:
+    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
+
     params: FinetuneParams = context.params
     launch(finetune, context, params.recipe.workers, context.resources)
     weights, curve = final_weights(context.partial)

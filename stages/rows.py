@@ -24,10 +24,11 @@ from stages import Context
 from stages.codec import Coder, load_codec
 from stages.hybrid import row_model
 from stages.latents import LatentsMeta, read_meta
-from stages.pictures import sample_grid
 
 
 def sample_row(context: Context) -> None:
+    from stages.pictures import sample_grid  # matplotlib, which the workers do not need
+
     params: SampleParams = context.params
     starts = range(0, params.samples, params.batch)
     missing = [start for start in starts if context.partial.load(_file(start)) is None]

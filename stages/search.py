@@ -7,7 +7,6 @@ of the probabilities, and in `hybrid` the model as chosen and trained, with LoRA
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -86,8 +85,6 @@ def conclude(context: Context) -> None:
     average = {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/")}
     gated.load_state_dict(average, strict=False)
     learned = outcome(gated.gates, params.recipe, skipped=int(state["counts"][1]))
-    for line in learned.warnings:
-        warnings.warn(line, stacklevel=1)
     (context.out / "search.json").write_text(learned.model_dump_json(indent=1))
     course = [tuple(row) for row in state["course"].tolist()]
     course_of_the_gates(course, gated.gates.groups, gated.gates.masks, context.out / "course")
@@ -186,7 +183,8 @@ class SearchEngine(PlainEngine):
 
 def at(ends: tuple[float, float], step: int, steps: int) -> float:
     """Where a schedule from the first to the last step's value is at `step`, 0 .. steps - 1; linear."""
-    return ends[0] + (ends[1] - ends[0]) * step / max(1, steps - 1)
+    share = step / max(1, steps - 1)
+    return (1 - share) * ends[0] + share * ends[1]
 
 
 def outcome(gates: Gates, recipe: SearchSpec, skipped: int) -> Learned:
