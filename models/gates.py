@@ -143,11 +143,10 @@ class GatedDiT(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    """Freeze a model and add to each linear layer a trainable update of low rank (arXiv 2106.09685), 0 at first."""
+    """Add to each linear layer a trainable update of low rank (arXiv 2106.09685), 0 at first, and freeze the rest."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds: it brings transformers along
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears), model)
 
 

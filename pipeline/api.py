@@ -56,7 +56,10 @@ def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def costs(job: JobSpec) -> GraftCost | None:
-    """What the graft costs beside its rootstock; None where the number of classes is in data that are elsewhere."""
+    """What the graft costs beside its rootstock; None where a search under a budget will settle it, or where the
+    number of classes is in data that are elsewhere."""
+    if job.budget() is not None:
+        return None
     here = not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
     num_classes = job.data.classes or (len(class_sizes(job.data)) if here else 0)
     return planning.costs(job, num_classes) if num_classes else None

@@ -89,6 +89,8 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
         if cost is not None:
             _show_costs(cost)
+        elif made.job.budget() is not None:
+            print(f"costs are for the search to settle: {made.job.budget():g} of the rootstock's FLOPs, within 2%")
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
         for line in absent:

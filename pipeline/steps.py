@@ -67,7 +67,7 @@ def _distillation(job: JobSpec) -> Iterator[Draft]:
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
         outside = weights_fingerprint("scions", edit.scions) if edit.scions else {}
-        yield Draft(f"distill/{edit.site}", "distill", told, needs, outside)
+        yield Draft(f"distill/{edit.name}", "distill", told, needs, outside)
 
 
 def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -79,15 +79,16 @@ def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
 
 
 def _scions(edits: Iterable[Edit]) -> Needs:
-    return {f"scions/{edit.site}": f"distill/{edit.site}" for edit in edits}
+    return {f"scions/{edit.name}": f"distill/{edit.name}" for edit in edits}
 
 
 def _searches(job: JobSpec) -> Iterator[Draft]:
     depth = job.model.depth
     for name, layers in _learned(job).items():
         candidates = job.graft[int(name.split("/")[1])].edits(depth)
+        groups = layers.grouped(depth) if layers.budget is None else ()
         told = params.SearchParams(
-            seed=job.seed, candidates=candidates, groups=layers.grouped(depth), recipe=layers.search
+            seed=job.seed, candidates=candidates, groups=groups, budget=layers.budget, recipe=layers.search
         )
         yield Draft(name, "search", told, ROOTSTOCK | _scions(candidates))
 

@@ -6,7 +6,7 @@ what torch counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from specs.graft import Edit, Site
@@ -80,6 +80,18 @@ def graft_cost(rootstock: Cost, edits: Iterable[Edit], place: Place, carried: It
         replaced += standing.get(edit.site, _original(edit, place))
         scions += scion_cost(edit, place)
     return GraftCost(rootstock, rootstock + scions - replaced, replaced, scions)
+
+
+BUDGET_TOLERANCE = 0.02  # by which a model's FLOPs may miss a budget, either way
+
+
+def reachable(rootstock: Cost, original: Cost, options: Sequence[Cost], sites: int) -> list[int]:
+    """FLOPs of every model in which each of some like sites has its original or one of the options, in order."""
+    changes = [option.flops - original.flops for option in options]
+    totals = {rootstock.flops}
+    for _ in range(sites):
+        totals |= {total + change for total in totals for change in changes}
+    return sorted(totals)
 
 
 def scion_cost(edit: Edit, place: Place) -> Cost:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from specs.fields import Spec, Unkeyed, refuse
-from specs.layers import Layers
+from specs.layers import Layers, LearnedLayers
 from specs.operators import Operator, Target
 
 
@@ -32,7 +32,13 @@ class Edit(Spec):
 
     site: Site
     operator: Annotated[Operator | Parallel, Field(discriminator="kind")]
+    option: Annotated[int, Unkeyed()] = 0  # where several operators may stand in a site: which of them
     scions: Annotated[str | None, Unkeyed()] = None  # as in OperatorEdits; the file's content is in the key
+
+    @property
+    def name(self) -> str:
+        """Of the site, and of the option where there are several."""
+        return f"{self.site}.{self.option}" if self.option else str(self.site)
 
     def sort_key(self) -> tuple[bool, int, str]:
         """Pairs come last: they take in blocks that carry other scions."""
@@ -54,17 +60,25 @@ class OperatorEdits(Spec):
     def _fits(self) -> Self:
         if self.target not in self.operator.targets:
             refuse(["operator", "kind"], self.operator.kind, f"an operator for {self.target}")
+        for position, operator in enumerate(self.operators()[1:]):
+            if self.target not in operator.targets:
+                refuse(["layers", "operators", position, "kind"], operator.kind, f"an operator for {self.target}")
         return self
 
     def edits(self, depth: int) -> tuple[Edit, ...]:
         """The edit of each block that may be chosen, in order."""
         return tuple(
-            Edit(site=Site(block=block, target=self.target), operator=self.operator, scions=self.scions)
+            Edit(site=Site(block=block, target=self.target), operator=operator, option=option, scions=self.scions)
             for block in self.layers.candidates(depth)
+            for option, operator in enumerate(self.operators())
         )
 
+    def operators(self) -> tuple[Operator, ...]:
+        """What may stand in a site, beside the original."""
+        return (self.operator, *(self.layers.operators if isinstance(self.layers, LearnedLayers) else ()))
+
     def number(self, depth: int) -> int:
-        """How many of the edits are made."""
+        """How many sites are edited; with a budget, at most."""
         return self.layers.number(depth)
 
 

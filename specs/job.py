@@ -6,11 +6,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
 from specs.data import Codec, Data, DigitsData, PixelCodec
 from specs.evaluate import EvaluateSpec
 from specs.fields import Spec, refuse
 from specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
-from specs.layers import ExplicitLayers
+from specs.layers import ExplicitLayers, LearnedLayers
 from specs.model import DitModel, PretrainWeights, Weights
 from specs.operators import Place
 from specs.training import DistillSpec, FinetuneSpec
@@ -96,13 +97,32 @@ class JobSpec(Spec):
                 if block >= depth:
                     accepted = f"a block of this model, 0 .. {depth - 1}"
                     refuse(["graft", number, "layers", "blocks", position], block, accepted)
-        for section, misfit in (
-            ("layers", edit.layers.misfit(depth)),
-            ("operator", edit.operator.misfit(self.place())),
-        ):
+        misfits: list[tuple[list[str | int], tuple[str, object, str] | None]] = [
+            (["layers"], edit.layers.misfit(depth)),
+            (["operator"], edit.operator.misfit(self.place())),
+        ]
+        for position, operator in enumerate(edit.operators()[1:]):
+            misfits.append((["layers", "operators", position], operator.misfit(self.place())))
+        for section, misfit in misfits:
             if misfit is not None:
                 field, given, accepted = misfit
-                refuse(["graft", number, section, field], given, accepted)
+                refuse(["graft", number, *section, field], given, accepted)
+        if isinstance(edit.layers, LearnedLayers) and edit.layers.budget is not None:
+            self._check_budget(number, edit, edit.layers.budget)
+
+    def _check_budget(self, number: int, edit: OperatorEdits, budget: float) -> None:
+        """That some choice of operators meets it."""
+        place = self.place()
+        # Neither parameters nor classes matter to FLOPs.
+        rootstock = rootstock_cost(self.model, place, self.codec.latent_channels(self.data), num_classes=1)
+        options = [operator_cost(operator, place) for operator in edit.operators()]
+        original = operator_cost(ORIGINALS[edit.target], place)
+        sites = len(edit.layers.candidates(self.model.depth))
+        shares = [total / rootstock.flops for total in reachable(rootstock, original, options, sites)]
+        nearest = min(shares, key=lambda share: abs(share - budget))
+        if abs(nearest - budget) > BUDGET_TOLERANCE * budget:
+            accepted = f"what these operators can reach, {shares[0]:.3f} .. {shares[-1]:.3f}; nearest is {nearest:.3f}"
+            refuse(["graft", number, "layers", "budget"], budget, accepted)
 
     def _check_sites(self) -> None:
         """That no site may be edited twice, and no block paired twice."""
@@ -112,7 +132,7 @@ class JobSpec(Spec):
                 pair = edit.site.target == "pair"
                 blocks = (edit.site.block, edit.site.block + 1) if pair else (edit.site.block,)
                 for site in (f"{block:02d}.{edit.site.target}" for block in blocks):
-                    if site in taken:
+                    if taken.get(site, number) != number or (pair and site in taken):
                         field = "pairs" if pair else "layers"
                         refuse(["graft", number, field], site, f"sites that graft.{taken[site]} has not taken")
                     taken[site] = number
@@ -134,6 +154,12 @@ class JobSpec(Spec):
                     if block in paired:
                         accepted = f"a strategy that knows its blocks beforehand, since block {block} is in a pair"
                         refuse(["graft", number, "layers", "kind"], spec.layers.kind, accepted)
+
+    def budget(self) -> float | None:
+        """The share of the rootstock's FLOPs that a search is to bring the model to."""
+        layers = (getattr(spec, "layers", None) for spec in self.graft)
+        budgets = (one.budget for one in layers if isinstance(one, LearnedLayers))
+        return next((budget for budget in budgets if budget is not None), None)
 
     def latent_side(self) -> int:
         """Latent pixels a side."""

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from specs.fields import Spec, refuse
+from specs.operators import Operator
 from specs.training import SearchSpec
 
 Evidence = Literal["none", "locality", "errors", "search"]
@@ -197,13 +198,23 @@ class LowestErrorLayers(Share):
 
 
 class LearnedLayers(Strategy):
-    """Gates that learn which originals to keep, group by group (REFERENCE section 6)."""
+    """Gates that learn which originals to keep, group by group (REFERENCE section 6).
+
+    With a `budget` there are no groups: each site chooses among the original, the edit's operator and `operators`, so
+    that the whole model comes to that share of the rootstock's FLOPs.
+    """
 
     evidence = "search"
     kind: Literal["learned"] = "learned"
     groups: int | tuple[tuple[int, ...], ...] = Field(4, description="consecutive blocks a group, or the groups")
     keep: int | tuple[int, ...] = Field(2, description="originals that stay in a group, or in each of them")
     pinned: tuple[int, ...] | None = Field(None, description="originals that must stay; by default each group's first")
+    operators: tuple[Operator, ...] = Field(
+        (), description="with a budget: what a site may choose beside the edit's own"
+    )
+    budget: float | None = Field(
+        None, gt=0, description="FLOPs of the whole model over the rootstock's, met within 2%; instead of groups"
+    )
     search: SearchSpec = SearchSpec()
     finetune_from: Literal["scions", "search"] = Field(
         "scions", description="scions: the rootstock and distilled scions; search: what the search trained, LoRA merged"
@@ -211,6 +222,11 @@ class LearnedLayers(Strategy):
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
+        if self.budget is None and self.operators:
+            refuse(["operators"], [one.kind for one in self.operators], "a budget beside it, or none")
+        for field in ("groups", "keep"):
+            if self.budget is not None and field in self.model_fields_set:
+                refuse([field], getattr(self, field), "groups or a budget, not both")
         if isinstance(self.groups, int):
             if self.groups < 1:
                 refuse(["groups"], self.groups, "at least 1 block a group, or a list of groups")
@@ -219,6 +235,11 @@ class LearnedLayers(Strategy):
             if not group or list(group) != list(range(group[0], group[0] + len(group))):
                 refuse(["groups", position], list(group), "consecutive blocks")
         return self
+
+    @property
+    def pins(self) -> tuple[int, ...]:
+        """With a budget: blocks that stay."""
+        return self.pinned or ()
 
     def grouped(self, depth: int) -> tuple[Group, ...]:
         """The groups of a model; `misfit` says whether they are in order."""
@@ -239,12 +260,23 @@ class LearnedLayers(Strategy):
         return tuple(block for block in group if block in self.pinned)
 
     def number(self, depth: int) -> int:
+        if self.budget is not None:
+            return len(self.candidates(depth))
         return sum(len(group.blocks) - group.keep for group in self.grouped(depth))
 
     def misfit(self, depth: int) -> tuple[str, object, str] | None:
         return next(self._misfits(depth), None)
 
     def _misfits(self, depth: int) -> Iterator[tuple[str, object, str]]:
+        if self.budget is None:
+            yield from self._group_misfits(depth)
+        for block in self.pinned or ():
+            if not 0 <= block < depth:
+                yield "pinned", block, f"a block of this model, 0 .. {depth - 1}"
+        if not self.number(depth):
+            yield "keep", self.keep, "a number that leaves something to replace"
+
+    def _group_misfits(self, depth: int) -> Iterator[tuple[str, object, str]]:
         count = -(-depth // self.groups) if isinstance(self.groups, int) else len(self.groups)
         if isinstance(self.keep, tuple) and len(self.keep) != count:
             yield "keep", list(self.keep), f"one number, or one for each of {count} groups"
@@ -256,14 +288,11 @@ class LearnedLayers(Strategy):
                 yield "keep", group.keep, f"0 .. {len(group.blocks)}, the blocks of the group {list(group.blocks)}"
             if len(group.pinned) > group.keep:
                 yield "pinned", list(group.pinned), f"at most {group.keep} of {list(group.blocks)}, as many as stay"
-        for block in self.pinned or ():
-            if block not in covered:
-                yield "pinned", block, f"a block of this model, 0 .. {depth - 1}"
-        if not self.number(depth):
-            yield "keep", self.keep, "a number that leaves something to replace"
 
     def candidates(self, depth: int) -> tuple[int, ...]:
         """Blocks that some mask replaces: all but the pinned, in groups that do not keep all."""
+        if self.budget is not None:
+            return tuple(block for block in range(depth) if block not in self.pins)
         return tuple(
             block
             for group in self.grouped(depth)

@@ -75,6 +75,7 @@ class SearchParams(Spec):
     seed: int
     candidates: tuple[Edit, ...]
     groups: tuple[Group, ...]
+    budget: float | None = None  # FLOPs of the whole model over the rootstock's; instead of groups
     recipe: SearchSpec
 
 

@@ -107,10 +107,10 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Conte
     loss_of = LOSSES[loss]
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
-    device = pairs.outputs.device
+    device, stream = pairs.outputs.device, f"distill/{params.edit.site}"
     for epoch in range(len(history), recipe.epochs):
         lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
-        order = torch.randperm(size, generator=generator(params.seed, context.step, "epoch", epoch)).to(device)
+        order = torch.randperm(size, generator=generator(params.seed, stream, "epoch", epoch)).to(device)
         total = torch.zeros((), device=device)
         for chosen in order.split(recipe.batch):
             value = error(scion, pairs, chosen, loss_of)

@@ -116,6 +116,11 @@ class Search(BaseModel):
     model_config = ConfigDict(frozen=True)
     chosen: tuple[int, ...]  # blocks whose operator is replaced
     groups: tuple[SearchedGroup, ...]
+    options: Mapping[int, int] = {}  # by block: which of several operators, where it is not the edit's own
+
+    def replaces(self, block: int, option: int) -> bool:
+        """Whether the block's original gives way to that operator."""
+        return block in self.chosen and self.options.get(block, 0) == option
 
     def confidence(self, block: int) -> float:
         return next(group.confidence for group in self.groups if block in group.blocks)

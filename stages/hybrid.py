@@ -35,7 +35,7 @@ def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) 
     """Put the distilled scion of each edit into the model, in place; a pair's holds those of its blocks."""
     for edit in sorted(edits, key=Edit.sort_key):
         graft(model, [edit], seed)
-        state = load_file(context.input(f"scions/{edit.site}") / "scion.safetensors")
+        state = load_file(context.input(f"scions/{edit.name}") / "scion.safetensors")
         scion_at(model, edit.site).load_state_dict(state)
     return model
 

@@ -38,7 +38,7 @@ def run(context: Context) -> None:
     params: SelectParams = context.params
     plan: list[ChosenEdit] = []
     for number, rule in enumerate(params.rules):
-        distilled = {edit: read_distilled(context.input(f"scions/{edit.site}")) for edit in rule.edits}
+        distilled = {edit: read_distilled(context.input(f"scions/{edit.name}")) for edit in rule.edits}
         plan += choose(rule, distilled, params.depth, context, number)
         context.report(number + 1, len(params.rules))
     plan.sort(key=lambda chosen: chosen.edit.sort_key())
@@ -64,7 +64,7 @@ def choose(
         search = read_search(context.input(f"search/{number}"))
         score_is = "probability that the group's gates give to the choice"
         scores = {edit: search.confidence(edit.site.block) for edit in rule.edits}
-        chosen = [edit for edit in rule.edits if edit.site.block in search.chosen]
+        chosen = [edit for edit in rule.edits if search.replaces(edit.site.block, edit.option)]
     return [
         ChosenEdit(
             edit=edit,

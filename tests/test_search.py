@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -12,24 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models import checkpoints
 from models.diffusion import Diffusion
 from models.dit import DiT, DiTConfig, initialise
 from models.gates import GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
 from models.streams import initialising
-from models.surgery import new_scion, scion_at
+from models.surgery import graft, new_scion, scion_at
 from pipeline.store import Partial, Store
 from specs.graft import Edit, Site
+from specs.job import StepResources
 from specs.layers import Group
 from specs.operators import HyenaY, Mlp
+from specs.steps import SearchParams
 from specs.training import SearchSpec, TrainingSpec
-from stages import search, training
+from stages import Context, search, training
+from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
 from stages.training import PlainEngine, TrainingSet, final_state, train
 
@@ -275,7 +281,7 @@ def test_every_linear_layer_of_the_rootstock_has_lora_of_the_asked_rank_and_noth
 
 def test_lora_changes_nothing_at_the_start_and_adds_alpha_over_rank_times_its_factors() -> None:
     linear = lively(nn.Sequential(nn.Linear(6, 4)))
-    x, before = torch.randn(3, 6), None
+    x = torch.randn(3, 6)
     before = linear(x)
     add_lora(linear, 2, 6.0)
     assert torch.equal(linear(x), before)
@@ -346,7 +352,7 @@ def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
             assert death is not None
     straight = state_of(store.partial("straight"))
     assert_same_bits(state_of(store.partial("killed")), straight)
-    assert straight["counts"].tolist()[:2] == [12, 3] and straight["course"].shape == (5, 5)
+    assert straight["counts"][1] > 0 and straight["course"].shape == (5, 5)
 
 
 def test_the_gates_of_a_step_are_drawn_for_the_step_at_its_temperature_and_scale(store: Store) -> None:
@@ -435,7 +441,8 @@ def test_steps_that_are_no_numbers_are_skipped_and_counted(store: Store, monkeyp
     expected = [17 not in batch for batch in first_seen(data, 12)]
     assert made == expected and 0 < expected.count(False) < 6
     state, curve = final_state(store.partial("a"))
-    assert state["counts"].tolist() == [12, expected.count(False), 0]
+    last_made = max(at for at, taken in enumerate(expected, start=1) if taken)
+    assert state["counts"].tolist() == [12, expected.count(False), 12 - last_made]
     assert all(torch.isfinite(value).all() for value in state.values())
     assert [at for at, _ in curve] == [at for at, taken in enumerate(expected, start=1) if taken]
 
@@ -508,22 +515,142 @@ def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip
     assert [json.loads((tmp_path / f"made{rank}.json").read_text()) for rank in (0, 1)] == [False, False]
 
 
+# -- the step as a whole
+
+
+@dataclass
+class Folder:
+    """An artifact that the step needs."""
+
+    key: str
+    place: Path
+
+    def path(self) -> Path:
+        return self.place
+
+
+CARRIED = Edit(site=Site(block=3, target="mlp"), operator=Mlp(ratio=2))
+
+
+def make_context(folder: Path, store: Store, report: Reports | None = None, **changes: Any) -> Context:
+    """A search step over a rootstock that carries an edit already."""
+    inputs = {name: Folder(name, folder / name) for name in ("features", "base", *(f"scions/{s}" for s in SITES))}
+    (folder / "out").mkdir(parents=True)
+    for made in inputs.values():
+        made.place.mkdir(parents=True)
+    data, model = make_data(), lively(graft(DiT(TINY), [CARRIED], 0))
+    np.save(folder / "features" / "training_latents.npy", data.latents.numpy())
+    np.save(folder / "features" / "training_labels.npy", data.labels.numpy())
+    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
+    write_meta(folder / "features", meta)
+    checkpoints.save(model, (CARRIED,), folder / "base")
+    for site in SITES:
+        scion = lively(new_scion(model, edit_at(site), 0), site.block)
+        save_file(scion.state_dict(), inputs[f"scions/{site}"].path() / "scion.safetensors")
+    return Context(
+        step="search/0",
+        params=SearchParams(
+            seed=0,
+            candidates=tuple(edit_at(site) for site in SITES),
+            groups=GROUPS,
+            recipe=RECIPE.model_copy(update={"fraction": 0.5, **changes}),
+        ),
+        inputs=inputs,
+        out=folder / "out",
+        partial=store.partial(folder.name),
+        report=report or Reports(),
+        resources=StepResources(),
+        device=CPU,
+    )
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "launch", lambda work, context, workers, resources: work(context, CPU))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_search_step_leaves_the_choice_its_course_and_the_model_that_it_trained(tmp_path: Path, store: Store) -> None:
+    context = make_context(tmp_path / "step", store)
+    search.run(context)
+    found = json.loads((context.out / "search.json").read_text())
+    first, second = found["groups"]
+    assert found.keys() == {"chosen", "groups", "skipped_steps", "warnings"} and found["skipped_steps"] == 0
+    assert [first["blocks"], first["keep"], first["pinned"]] == [[0, 1, 2], 1, []]
+    assert first["masks"] == [[0], [1], [2]] and sum(first["probabilities"]) == pytest.approx(1)
+    assert first["confidence"] == max(first["probabilities"])
+    (kept,) = first["masks"][first["probabilities"].index(first["confidence"])]
+    assert found["chosen"] == first["chosen"] == [block for block in (0, 1, 2) if block != kept]
+    assert [second["masks"], second["probabilities"], second["chosen"], second["decided"]] == [[[3]], [1.0], [], True]
+    with (context.out / "course.csv").open() as file:
+        rows = list(csv.reader(file))
+    names = ["blocks 0-2 keeps 0", "blocks 0-2 keeps 1", "blocks 0-2 keeps 2", "blocks 3-3 keeps 3"]
+    assert rows[0] == ["step", *names] and [float(row[0]) for row in rows[1:]] == list(range(13))
+    assert [float(value) for value in rows[-1][1:4]] == pytest.approx(first["probabilities"])
+    assert {path.name for path in context.out.glob("*.png")} == {"course.png", "loss.png"}
+
+    model, edits = checkpoints.load(context.out / "hybrid")
+    assert edits == (*(edit_at(site) for site in SITES if site.block != kept), CARRIED)
+    gated, _ = search.build(context)
+    state, _ = final_state(context.partial)
+    gated.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("ema/")}, strict=False)
+    noise = torch.zeros(5, 4)
+    noise[:, kept] = 1e6
+    gated.draw(noise, 1.0, 1.0)
+    torch.testing.assert_close(model(*make_batch()), gated(*make_batch()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_search_step_that_was_killed_and_resumed_leaves_the_same_files(tmp_path: Path, store: Store) -> None:
+    straight = make_context(tmp_path / "straight", store)
+    search.run(straight)
+    killed = make_context(tmp_path / "killed", store, Reports(dies_at=6))
+    with pytest.raises(Killed):
+        search.run(killed)
+    search.run(Context(**{**killed.__dict__, "report": Reports()}))
+    files = sorted(path.relative_to(straight.out) for path in straight.out.rglob("*") if path.is_file())
+    assert len(files) == 7
+    assert [name for name in files if (straight.out / name).read_bytes() != (killed.out / name).read_bytes()] == []
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_group_that_did_not_decide_is_warned_of(tmp_path: Path, store: Store) -> None:
+    context = make_context(tmp_path / "step", store, logit_scale=(0.01, 0.01))
+    search.run(context)
+    found = json.loads((context.out / "search.json").read_text())
+    assert [group["decided"] for group in found["groups"]] == [False, True]
+    (line,) = found["warnings"]
+    assert line.startswith("the group of blocks 0-2 did not decide") and "0.33" in line
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_search_sees_the_asked_share_of_the_data(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(search, "train", lambda _, data, *__, **___: sizes.append(len(data.latents)))
+    for number, fraction in enumerate((0.5, 1.0, 0.001)):
+        search.search(make_context(tmp_path / str(number), store, fraction=fraction), CPU)
+    assert sizes == [15, 30, 1]
+
+
 # -- the planted answer
 
 PLANTED = DiTConfig(input_size=8, in_channels=1, patch=4, depth=8, width=32, heads=2, num_classes=3)
 PLANTED_GROUPS = (Group(blocks=(0, 1, 2, 3), keep=2, pinned=(0,)), Group(blocks=(4, 5, 6, 7), keep=2, pinned=()))
-PLANTED_RECIPE = SearchSpec(
-    steps=150, batch=32, lr=1e-3, ema=0.9, lora_rank=2, lora_alpha=4.0, checkpoint_every=150, workers=1
-)
+PLANTED_RECIPE = SearchSpec(steps=60, batch=32, lr=1e-3, ema=0.9, lora_rank=2, lora_alpha=4.0, checkpoint_every=60)
 
 
 class Garbage(nn.Module):
-    """Drowns what the model says in a large constant, which no training of this length takes back."""
+    """Drowns what the model says in a large constant, which no training of this length takes back.
+
+    Not larger still: a layer norm that sees nothing else passes no gradient on, and gates would learn nothing.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         draws = torch.Generator().manual_seed(seed)
-        self.value = nn.Parameter(1000 * torch.randn(PLANTED.num_tokens, PLANTED.width, generator=draws))
+        self.value = nn.Parameter(10 * torch.randn(PLANTED.num_tokens, PLANTED.width, generator=draws))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value.expand(len(x), -1, -1)
@@ -581,3 +708,7 @@ def test_the_gates_find_the_sites_that_can_be_replaced(
     assert learned.chosen == harmless
     assert [group.decided for group in learned.groups] == [True, True] and learned.warnings == ()
     assert all(group.confidence > 0.9 for group in learned.groups)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")
