@@ -27,7 +27,8 @@ def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Ed
     start = "searched" in context.inputs
     model, edits = checkpoints.load(context.input("searched") / "hybrid" if start else context.input("base"))
     plan = read_plan(context.input("select"))
-    missing = [edit for edit in plan if edit not in edits] if start else plan
+    carried = {(edit.site, edit.operator) for edit in edits} if start else set()
+    missing = [edit for edit in plan if (edit.site, edit.operator) not in carried]
     return with_scions(model, missing, context, seed), all_edits(edits, plan)
 
 

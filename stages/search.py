@@ -25,8 +25,6 @@ from specs.training import SearchSpec
 from stages import Context
 from stages.evidence import Search, SearchedGroup
 from stages.latents import read
-from stages.pictures import loss_curve
-from stages.search_pictures import course_of_the_gates
 from stages.training import POINTS, PlainEngine, TrainingSet, final_state, train
 
 GATES = "gates.logits"  # their name among the weights
@@ -79,6 +77,9 @@ def search(context: Context, device: torch.device) -> None:
 
 def conclude(context: Context) -> None:
     """Read the choice off the averaged gates of a search that has ended, and leave what was learned."""
+    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
+    from stages.search_pictures import course_of_the_gates
+
     params: SearchParams = context.params
     state, curve = final_state(context.partial)
     gated, edits = build(context)
@@ -101,8 +102,8 @@ def build(context: Context) -> tuple[GatedDiT, tuple[Edit, ...]]:
     params: SearchParams = context.params
     model, edits = checkpoints.load(context.input("base"))
     scions = {edit.site: new_scion(model, edit, params.seed) for edit in params.candidates}
-    for site, scion in scions.items():
-        scion.load_state_dict(load_file(context.input(f"scions/{site}") / "scion.safetensors"))
+    for edit in params.candidates:
+        scions[edit.site].load_state_dict(load_file(context.input(f"scions/{edit.name}") / "scion.safetensors"))
     recipe = params.recipe
     gated = GatedDiT(
         model,
