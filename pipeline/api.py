@@ -187,6 +187,9 @@ class Run:
         self._note(step, "done", result.seconds, self.record.run)
         self.tracker.ended(self.plan[step], result.seconds, self.store.artifact(result.key))
         self.view.change(step, "done", seconds=result.seconds)
+        if self.plan[step].stage == "search":
+            for warning in json.loads(self.store.artifact(result.key).read("search.json"))["warnings"]:
+                self.view.say(f"{step}: {warning}")
 
     def failed(self, step: str, problem: str) -> None:
         assert self.tracker is not None

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import TINY, Finished, Graft, keys, states
 
@@ -199,3 +201,31 @@ def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
     for row, cost in (("rootstock", planned["rootstock"]), ("stage1", planned["graft"]), ("stage2", planned["graft"])):
         assert {name: results[row][name] for name in ("params", "flops")} == cost
     assert results["stage2"]["peak_memory"] > 4 * results["stage2"]["params"]
+
+
+def test_a_job_whose_layers_gates_choose_finetunes_what_the_search_trained(tmp_path: Path, graft: Graft) -> None:
+    document = yaml.safe_load(TINY.read_text())
+    document["weights"] |= {"steps": 4, "workers": 1}
+    search = {"steps": 6, "batch": 8, "warmup": 0, "fraction": 0.5, "ema": 0.5, "workers": 2, "undecided": 1.0}
+    document["graft"][0]["layers"] = {"kind": "learned", "groups": 2, "keep": 1, "pinned": [3]}
+    document["graft"][0]["layers"] |= {"finetune_from": "search", "search": search}
+    document["distill"] |= {"epochs": 2, "milestones": []}
+    document["finetune"] |= {"steps": 4, "control": False}
+    document["evaluate"] |= {"samples": 10, "batch": 10}
+    (tmp_path / "learned.yaml").write_text(yaml.safe_dump(document))
+    done = graft("run", "learned.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert [name for name in keys(outcome) if name.startswith(("distill/", "search/"))] == [
+        *("distill/00.mha", "distill/01.mha", "distill/02.mha", "search/0")
+    ]
+    artifacts = tmp_path / ".graftwork" / "artifacts"
+    found = json.loads((artifacts / keys(outcome)["search/0"] / "search.json").read_text())
+    plan = json.loads((artifacts / keys(outcome)["select"] / "plan.json").read_text())
+    blocks = [edit["edit"]["site"]["block"] for edit in plan]
+    assert blocks == found["chosen"] and len(blocks) == 2 and blocks[1] == 2
+    assert any("did not decide" in line and "search/0" in line for line in done.stderr.splitlines())
+    # The finetune went on from the search: its rootstock's own tensors have moved with LoRA, even before finetuning.
+    start = load_file(artifacts / keys(outcome)["search/0"] / "hybrid" / "model.safetensors")
+    base = load_file(artifacts / keys(outcome)["base"] / "model.safetensors")
+    assert not torch.equal(start["blocks.3.attn.qkv.weight"], base["blocks.3.attn.qkv.weight"])
