@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from models.operators import build_operator
-from specs.operators import Mha, Mlp, Place
+from specs.costs import FREQUENCIES, ORIGINALS
+from specs.operators import Place
 
-FREQUENCIES = 256  # sinusoids that describe a timestep
 MAX_PERIOD = 10_000.0
 
 
@@ -98,9 +98,9 @@ class Block(nn.Module):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.norm1 = layer_norm(place.width)
-        self.attn: nn.Module = build_operator(Mha(), place)
+        self.attn: nn.Module = build_operator(ORIGINALS["mha"], place)
         self.norm2 = layer_norm(place.width)
-        self.mlp: nn.Module = build_operator(Mlp(ratio=4), place)
+        self.mlp: nn.Module = build_operator(ORIGINALS["mlp"], place)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(place.width, 6 * place.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """Two blocks that read the same input: y = x + merge([a(x) - x, b(x) - x]) (REFERENCE section 7)."""
+    """Two blocks that read the same input: y = x + merge([a(x) - x, b(x) - x]) (arXiv 2506.05340)."""
 
     def __init__(self, first: nn.Module, second: nn.Module, width: int) -> None:
         """The merge starts as the sum of what the two blocks add."""

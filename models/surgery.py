@@ -68,6 +68,11 @@ def all_edits(before: Iterable[Edit], after: Iterable[Edit]) -> tuple[Edit, ...]
     return tuple(sorted(merged.values(), key=Edit.sort_key))
 
 
+def alike(one: Edit, other: Edit) -> bool:
+    """Whether both put the same operator there, whatever kernel computes it."""
+    return one.operator.model_copy(update={"backend": "auto"}) == other.operator.model_copy(update={"backend": "auto"})
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a scion in the site would see, and what it has to answer: see `answer`."""

@@ -24,6 +24,7 @@ from specs.fields import Spec, keyed
 from specs.graft import Edit
 from specs.hub import is_hub_id, local_snapshot
 from specs.job import JobSpec, StepResources
+from specs.load import SpecError
 from specs.model import CheckpointWeights
 from stages import STAGES
 
@@ -99,7 +100,11 @@ def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
     config = snapshot / "config.json" if snapshot is not None else None
     if config is None or not config.is_file():
         return ()
-    return tuple(Edit.model_validate(edit) for edit in json.loads(config.read_text()).get("edits", ()))
+    try:
+        return tuple(Edit.model_validate(edit) for edit in json.loads(config.read_text()).get("edits", ()))
+    except (ValueError, AttributeError, TypeError):
+        problem = f"got {job.weights.path!r}, whose config.json cannot be read; accepted: the folder of a model"
+        raise SpecError([f"weights.path: {problem}"]) from None
 
 
 def difference(step: Step, manifests: list[Manifest]) -> str | None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.planning import carried_edits
 from pipeline.store import Store
 from specs.data import ImageFolderData, VaeCodec
 from specs.evaluate import inception_file
-from specs.graft import OperatorEdits
+from specs.graft import OperatorEdits, overlapping
 from specs.hub import is_hub_id, local_path, local_snapshot
 from specs.job import JobSpec
 from specs.load import SpecError
@@ -104,8 +105,12 @@ def _absent_weights(field: str, path: str) -> str | None:
 
 
 def shortages(job: JobSpec) -> list[str]:
-    """A line for each number that the data or the codec, where they are on this machine, cannot meet."""
-    return [*misfits(job.codec, job.data), *_data_shortages(job)]
+    """A line for what the data, the codec or the weights, where they are on this machine, cannot meet."""
+    pair = overlapping(carried_edits(job), job.edits())
+    pairs = (
+        [f"graft: got {pair}; accepted: pairs of blocks that are in no parallel block of the weights"] if pair else []
+    )
+    return [*misfits(job.codec, job.data), *pairs, *_data_shortages(job)]
 
 
 def _data_shortages(job: JobSpec) -> list[str]:

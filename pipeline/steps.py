@@ -136,7 +136,13 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
         rows["random_init"] = FEATURES | {"finetuned/random_init": "finetune/random_init"}
     for row, needs in rows.items():
         told = params.SampleParams(
-            seed=job.seed, row=row, codec=job.codec, samples=asked.samples, batch=asked.batch, sampler=asked.sampler
+            seed=job.seed,
+            row=row,
+            codec=job.codec,
+            samples=asked.samples,
+            batch=asked.batch,
+            sampler=asked.sampler,
+            precision=asked.precision,
         )
         yield Draft(f"evaluate/{row}", "evaluate", told, needs)
 

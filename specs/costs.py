@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from specs.graft import Edit, Site
-from specs.model import DitModel
 from specs.operators import Mha, Mlp, OperatorSpec, Place, linear_parameters
 
 FREQUENCIES = 256  # sinusoids that describe a timestep
@@ -38,8 +38,19 @@ def operator_cost(operator: OperatorSpec, place: Place) -> Cost:
     return Cost(operator.num_parameters(place), operator.flops(place))
 
 
-def rootstock_cost(model: DitModel, place: Place, channels: int, num_classes: int) -> Cost:
-    """A DiT for latents of `channels` channels, with its own operators in every block (REFERENCE section 1)."""
+class Shape(Protocol):
+    """What a DiT's cost depends on beside its place: a spec has it, and so has a model."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def learn_sigma(self) -> bool: ...
+
+
+def rootstock_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+    """A DiT for latents of `channels` channels, with its own operators in every block (arXiv 2212.09748)."""
     width, patch = place.width, model.patch**2
     out = patch * channels * (2 if model.learn_sigma else 1)
     embedding = Cost(

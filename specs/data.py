@@ -24,7 +24,7 @@ class ImageFolderData(Spec):
 
     channels: ClassVar[int] = 3
     kind: Literal["image_folder"] = "image_folder"
-    path: Annotated[str, Unkeyed()]  # its files are in the key
+    path: Annotated[str, Unkeyed()] = Field(min_length=1)  # its files are in the key
     classes: Annotated[int | None, Unkeyed()] = Field(
         None, ge=1, description="how many classes there must be; with it a plan needs no images"
     )
@@ -50,7 +50,7 @@ class VaeCodec(Spec):
 
     kind: Literal["vae"] = "vae"
     path: Annotated[str, Unkeyed()] = Field(
-        "stabilityai/sd-vae-ft-ema", description="a folder, or a hub id; its content is in the key"
+        "stabilityai/sd-vae-ft-ema", min_length=1, description="a folder, or a hub id; its content is in the key"
     )
     scale: float = Field(0.18215, gt=0)
     factor: int = Field(8, ge=1, description="pixels along a latent's side")

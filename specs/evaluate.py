@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from specs.fields import Spec, Unkeyed, refuse
+from specs.training import Precision
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
 
@@ -45,6 +46,7 @@ class EvaluateSpec(Spec):
     batch: int = Field(64, ge=1, description="samples at a time")
     metrics: tuple[Literal["classifier", "fid"], ...] = Field(("classifier",), min_length=1)
     sampler: Sampler = AncestralSampler()
+    precision: Precision = Field("fp32", description="of the model's passes")
     # The content of both files is in the key.
     reference: Annotated[str | None, Unkeyed()] = Field(
         None, description="for fid: an .npz with mu and sigma, or a folder of images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -45,6 +46,15 @@ class Edit(Spec):
         return self.site.target == "pair", self.site.block, self.site.target
 
 
+def overlapping(before: Iterable[Edit], after: Iterable[Edit]) -> str | None:
+    """Which pair of `after` takes a block that a pair of `before` has; None where none does."""
+    taken = {edit.site.block + offset for edit in before if edit.site.target == "pair" for offset in (0, 1)}
+    for edit in after:
+        if edit.site.target == "pair" and taken & {edit.site.block, edit.site.block + 1}:
+            return str(edit.site)
+    return None
+
+
 class OperatorEdits(Spec):
     """Replace the operators at `target` by `operator`, in the blocks that `layers` chooses."""
 
@@ -53,13 +63,17 @@ class OperatorEdits(Spec):
     operator: Operator
     layers: Layers
     scions: Annotated[str | None, Unkeyed()] = Field(
-        None, description="a graft to take the scions from, instead of distilling them: a file, a folder or a hub id"
+        None,
+        min_length=1,
+        description="a graft to take the scions from, instead of distilling them: a file, a folder or a hub id",
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.target not in self.operator.targets:
             refuse(["operator", "kind"], self.operator.kind, f"an operator for {self.target}")
+        if self.scions is not None and len(self.operators()) > 1:
+            refuse(["scions"], self.scions, "nothing, where a site chooses among several operators")
         for position, operator in enumerate(self.operators()[1:]):
             if self.target not in operator.targets:
                 refuse(["layers", "operators", position, "kind"], operator.kind, f"an operator for {self.target}")
@@ -83,7 +97,7 @@ class OperatorEdits(Spec):
 
 
 class ParallelEdits(Spec):
-    """Depth to width (REFERENCE section 7): the two blocks of a pair become one parallel block."""
+    """Depth to width (arXiv 2506.05340): the two blocks of a pair become one parallel block."""
 
     kind: Literal["parallel"] = "parallel"
     pairs: Literal["all"] | tuple[tuple[int, int], ...] = Field(

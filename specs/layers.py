@@ -198,7 +198,7 @@ class LowestErrorLayers(Share):
 
 
 class LearnedLayers(Strategy):
-    """Gates that learn which originals to keep, group by group (REFERENCE section 6).
+    """Gates that learn which originals to keep, group by group (arXiv 2409.17481).
 
     With a `budget` there are no groups: each site chooses among the original, the edit's operator and `operators`, so
     that the whole model comes to that share of the rootstock's FLOPs.

@@ -66,7 +66,7 @@ class CheckpointWeights(Spec):
     id. What it carries already is found from its tensors."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: Annotated[str, Unkeyed()]  # its content is in the key
+    path: Annotated[str, Unkeyed()] = Field(min_length=1)  # its content is in the key
 
 
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

@@ -1,5 +1,5 @@
-"""Operators that a graft can put into a block: where each may go, what it sees, what it costs (REFERENCE: published
-names and defaults).
+"""Operators that a graft can put into a block: where each may go, what it sees, what it costs (defaults and tensor
+names are the published ones, arXiv 2506.05340).
 
 To add one: a class here, listed in `Operator`, and a module registered in `models/operators/`. Nothing else; the
 conformance tests hold what the class says (reach, parameters, FLOPs) to what the module does.
@@ -67,7 +67,8 @@ class Accelerated(OperatorSpec):
     """An operator for which there is a fused GPU kernel beside its definition in plain PyTorch."""
 
     backend: Annotated[Backend, Unkeyed()] = Field(
-        "auto", description="auto: the kernel where it is installed and the tensors are on a GPU; kernel: or fail"
+        "auto",
+        description="auto: the kernel where it is installed and takes the tensors; kernel: it, or fail; torch: never",
     )
 
 

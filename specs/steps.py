@@ -13,7 +13,7 @@ from specs.fields import Spec
 from specs.graft import Edit
 from specs.layers import Group, Layers
 from specs.model import DitModel, Weights
-from specs.training import DistillSpec, FinetuneSpec, SearchSpec
+from specs.training import DistillSpec, FinetuneSpec, Precision, SearchSpec
 
 Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 
@@ -96,6 +96,7 @@ class SampleParams(Spec):
     samples: int
     batch: int
     sampler: Sampler
+    precision: Precision
 
 
 class EvaluateParams(Spec):

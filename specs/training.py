@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from specs.fields import Spec, Unkeyed, refuse
 
 Positive = Annotated[float, Field(gt=0)]
+Precision = Literal["fp32", "bf16"]
 
 
 class TrainingSpec(Spec):
@@ -40,37 +41,40 @@ class DeepSpeedSpec(Spec):
 
 
 class FinetuneSpec(TrainingSpec):
-    """Stage 2 (REFERENCE section 5): all parameters of the grafted model, on a small share of the data."""
+    """Stage 2 (arXiv 2506.05340): all parameters of the grafted model, on a small share of the data."""
 
-    fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, taken evenly from each class")
+    fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, the same of each class")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
 
 
 class SearchSpec(TrainingSpec):
-    """Learned layer selection (REFERENCE section 6): gates, LoRA on the frozen rootstock, scions trained whole."""
+    """Learned layer selection (arXiv 2506.05340): gates, LoRA on the frozen rootstock, scions trained whole."""
 
     steps: int = Field(12_000, ge=1)
     batch: int = Field(64, ge=1, description="samples a step, over all workers")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average, of the gates too, a step")
-    fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, taken evenly from each class")
+    fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, the same of each class")
     gate_lr: float = Field(10.0, gt=0, description="learning rate of the gates, over lr")
-    logit_start: float = Field(0.02, description="what every mask's logit starts at")
+    logit_start: float = Field(0.02, description="what every logit starts at")
     logit_scale: tuple[Positive, Positive] = Field((100.0, 100.0), description="at the first and the last step")
     temperature: tuple[Positive, Positive] = Field((4.0, 0.1), description="at the first and the last step")
     lora_rank: int = Field(8, ge=1)
     lora_alpha: float = Field(16.0, gt=0)
     nan_patience: int = Field(10, ge=1, description="steps in a row whose loss may be no number: they are skipped")
-    undecided: float = Field(0.5, ge=0, le=1, description="a group whose best mask has less probability is warned of")
+    undecided: float = Field(0.5, ge=0, le=1, description="a choice of less probability is warned of")
+    budget_weight: float = Field(
+        10.0, gt=0, description="under a budget: what the squared relative miss of the expected FLOPs adds to the loss"
+    )
 
 
 class DistillSpec(Spec):
-    """Stage 1 (REFERENCE section 4): regress each scion on the operator that it replaces."""
+    """Stage 1 (arXiv 2506.05340): regress each scion on the operator that it replaces."""
 
-    samples: int = Field(8_000, ge=1, description="training samples, taken evenly from each class")
+    samples: int = Field(8_000, ge=1, description="training samples, of each class its share")
     heldout: int | None = Field(None, ge=1, description="held-out samples; as many as `samples`, or all there are")
     draws: int = Field(1, ge=1, description="timesteps drawn a sample")
     epochs: int = Field(200, ge=1)
@@ -80,6 +84,7 @@ class DistillSpec(Spec):
         (50, 100, 150), description="epochs at whose start the learning rate halves"
     )
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
+    precision: Precision = Field("fp32", description="of the passes; weights and optimizer stay fp32")
     loss: Literal["auto", "l1", "l2", "huber"] = Field(
         "auto", description="auto: by the profile of the operator's outputs, l1 where their tails are heavy, else l2"
     )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from models import checkpoints
 from models.dit import DiT, DiTConfig
+from models.precision import computing
 from models.streams import generator
-from models.surgery import answer, new_scion, observe, scion_at
-from specs.graft import Site
+from models.surgery import alike, answer, new_scion, observe, scion_at
+from specs.graft import Edit, Site, overlapping
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context
@@ -48,7 +49,9 @@ class Pairs:
 def run(context: Context) -> None:
     params: DistillParams = context.params
     recipe, edit, device = params.recipe, params.edit, context.device
-    model, _ = checkpoints.load(context.input("base"))
+    model, carried = checkpoints.load(context.input("base"))
+    if overlapping(carried, [edit]):
+        raise ValueError(f"{edit.site}: one of its blocks is in a parallel block of the rootstock already")
     model = model.to(device)
     features = context.input("features")
     training, heldout = read(features, "training"), read(features, "heldout")
@@ -56,16 +59,18 @@ def run(context: Context) -> None:
     # The same noised latents for every site: sites of one job can share one pass of the rootstock.
     shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")
     unseen = noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout")
-    pairs, unseen_pairs = (record(model, edit.site, part, recipe.gate_weighted) for part in (shown, unseen))
+    with computing(recipe.precision, device):
+        pairs, unseen_pairs = (record(model, edit.site, part, recipe.gate_weighted) for part in (shown, unseen))
     loss, because = loss_for(recipe, edit.site, context)
     with_scions(model, params.within, context, params.seed)
     scion = new_scion(model, edit, params.seed).to(device)
     if edit.scions is None:
-        history = fit(scion, pairs, unseen_pairs, loss, context)
+        with computing(recipe.precision, device):
+            history = fit(scion, pairs, unseen_pairs, loss, context)
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
-        take(scion, edit.site, edit.scions, model.config)
+        take(scion, edit, edit.scions, model.config)
         best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
@@ -91,10 +96,16 @@ def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
     return Pairs(inputs, torch.cat([one.output for one in seen]), weights)
 
 
-def take(scion: nn.Module, site: Site, source: str, rootstock: DiTConfig) -> None:
+def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> None:
     """Fill the scion from a graft of such a rootstock, which has one of its kind in the same site."""
-    graft, _ = checkpoints.read(source, config=rootstock)
-    checkpoints.fill(scion, scion_at(graft, site).state_dict(), f"{source}: {site}")
+    graft, carried = checkpoints.read(source, config=rootstock)
+    for other in carried:
+        if other.site == edit.site and not alike(other, edit):
+            found, wanted = (one.operator.model_dump(exclude={"backend"}) for one in (other, edit))
+            raise checkpoints.UnfitCheckpoint(
+                f"{source}: {edit.site}: got {found}; accepted: {wanted}, as the spec says"
+            )
+    checkpoints.fill(scion, scion_at(graft, edit.site).state_dict(), f"{source}: {edit.site}")
 
 
 def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Context) -> list[tuple[float, float, float]]:
@@ -134,7 +145,7 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Conte
 def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: LossFunction) -> Tensor:
     """The scion's mean error on some of the pairs, a scalar."""
     answers = answer(scion)(*(part[chosen] for part in pairs.inputs))
-    each = loss_of(answers, pairs.outputs[chosen], reduction="none")
+    each = loss_of(answers.float(), pairs.outputs[chosen].float(), reduction="none")
     return (each if pairs.weights is None else each * pairs.weights[chosen]).mean()
 
 

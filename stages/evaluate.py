@@ -21,6 +21,7 @@ from cluster.runtime import fan_out
 from models.classifier import Classifier
 from models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
 from models.frechet import distance, gaussian
+from models.precision import computing
 from specs.steps import EvaluateParams, Row, SampleParams
 from stages import Context
 from stages.codec import Coder, load_codec
@@ -119,24 +120,29 @@ def _cost(context: Context, table: Table, device: torch.device) -> None:
     seconds: dict[Row, list[float]] = {row: [] for row in models}
     latency: dict[Row, list[float]] = {row: [] for row in models}
     meta = read_meta(context.input("features"))
-    # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
-    for round_ in range(TIMED_RUNS + 1):
-        for row, model in models.items():
-            elapsed = _timed(
-                partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device)
-            )
-            one_pass = forward_seconds(model, forward_inputs(model, params.recipe.batch, device))
-            if round_ > 0:
-                seconds[row].append(elapsed)
-                latency[row].append(one_pass)
-        context.report(round_ + 1, TIMED_RUNS + 1)
+    with computing(params.recipe.precision, device):
+        # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
+        for round_ in range(TIMED_RUNS + 1):
+            for row, model in models.items():
+                elapsed = _timed(
+                    partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device)
+                )
+                one_pass = forward_seconds(model, forward_inputs(model, params.recipe.batch, device))
+                if round_ > 0:
+                    seconds[row].append(elapsed)
+                    latency[row].append(one_pass)
+            context.report(round_ + 1, TIMED_RUNS + 1)
+        memory = {
+            row: forward_memory(model, forward_inputs(model, params.recipe.batch, device))
+            for row, model in models.items()
+        }
     for row, model in models.items():
         costs = (
             num_parameters(model),
             forward_flops(model),
             1000 * statistics.median(seconds[row]) / TIMED_SAMPLES,
             1000 * statistics.median(latency[row]),
-            forward_memory(model, forward_inputs(model, params.recipe.batch, device)),
+            memory[row],
         )
         table[row] |= dict(zip(COSTS, costs, strict=True))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.runtime import fan_out
 from models.dit import DiT
+from models.precision import computing
 from models.sampling import sample
 from models.streams import SampleNoise
 from specs.evaluate import Sampler
@@ -64,7 +65,9 @@ def _sample_batch(context: Context, start: int, device: torch.device) -> tuple[i
     model, codec = _loaded(context, device)
     indices = range(start, min(start + params.batch, params.samples))
     meta = read_meta(context.input("features"))
-    return start, codec.decode(draw(model, meta, indices, params.sampler, params.seed, device))
+    with computing(params.precision, device):
+        latents = draw(model, meta, indices, params.sampler, params.seed, device)
+    return start, codec.decode(latents)
 
 
 _LAST: dict[tuple[str, ...], tuple[DiT, Coder]] = {}

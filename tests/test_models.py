@@ -54,7 +54,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def published_tensors(depth: int, width: int, num_tokens: int) -> dict[str, tuple[int, ...]]:
-    """REFERENCE section 1, for patch 2, 4 latent channels and 1000 classes."""
+    """The published tensors, for patch 2, 4 latent channels and 1000 classes."""
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, num_tokens, width),
         "x_embedder.proj.weight": (width, 4, 2, 2),
