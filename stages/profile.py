@@ -1,7 +1,7 @@
 """`profile`: what each operator of the rootstock puts out, and where its attention goes, on noised training latents.
 
 For every site the distribution of the operator's output; for every site with softmax attention the mass within each
-band, overall and by quarter of the timesteps (REFERENCE: choosing layers). Heavy tails are why attention is distilled
+band, overall and by quarter of the timesteps (arXiv 2506.05340). Heavy tails are why attention is distilled
 with L1; locality tells which blocks may do with a local operator. Leaves `profile.json`, which `stages.evidence` reads,
 the same as a table, `profile.csv`, and pictures.
 """

@@ -1,4 +1,4 @@
-"""The Hyena family: gates around short causal convolutions (REFERENCE section 3)."""
+"""The Hyena family: gates around short causal convolutions (arXiv 2506.05340)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feed-forward operators: the block's own at any expansion ratio, and Hyena-X across channels (REFERENCE section 3)."""
+"""Feed-forward operators: the block's own at any expansion ratio, and Hyena-X across channels (arXiv 2506.05340)."""
 
 from __future__ import annotations
 
