@@ -20,7 +20,7 @@ from pipeline.planning import difference
 from pipeline.record import RunRecord
 from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
-from specs.load import SpecError
+from specs.load import SpecError, job_schema
 
 app = typer.Typer(
     add_completion=False,
@@ -202,9 +202,7 @@ def export(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
-    from specs.job import JobSpec
-
-    _json(JobSpec.model_json_schema())
+    _json(job_schema())
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
@@ -19,6 +20,54 @@ class Spec(BaseModel):
     """A section of a spec: immutable, and an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        return {
+            name: _unconverted(value, [fields[name].annotation]) if name in fields else value
+            for name, value in given.items()
+        }
+
+
+class _NoNumber:
+    """What stands for a value that pydantic would convert to a number: it is refused, and reads as what was given."""
+
+    def __init__(self, given: object) -> None:
+        self.given = given
+
+    def __repr__(self) -> str:
+        return repr(self.given)
+
+
+def _unconverted(value: Any, types: Sequence[Any]) -> Any:
+    """`value`, with what would be taken for a number put out of pydantic's reach: `true` is not 1, nor is '4' 4.
+
+    A string for a float stays: YAML 1.1 reads 1e-3 as one.
+    """
+    members = [member for one in types for member in _members(one)]
+    if isinstance(value, list | tuple):
+        items = [part for member in members if get_origin(member) is tuple for part in get_args(member)]
+        return [_unconverted(item, items) for item in value] if items else value
+    if isinstance(value, bool) and bool not in members and (int in members or float in members):
+        return _NoNumber(value)
+    if isinstance(value, str) and str not in members and int in members:
+        return _NoNumber(value)
+    return value
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union is of, or a literal's values; of another type, itself."""
+    if get_origin(annotation) is Literal:
+        return [type(value) for value in get_args(annotation)]
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [annotation]
 
 
 @dataclass(frozen=True)
@@ -39,6 +88,15 @@ def keyed(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [keyed(item) for item in value]
     return value
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_integers(value: object) -> bool:
+    """Whether it is a list of integers."""
+    return isinstance(value, list | tuple) and all(map(is_integer, value))
 
 
 def refuse(path: Sequence[str | int], given: object, accepted: str) -> NoReturn:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from specs.fields import Spec, Unkeyed, refuse
+from specs.fields import Spec, Unkeyed, are_integers, refuse
 from specs.layers import Layers, LearnedLayers
 from specs.operators import Operator, Target
 
@@ -103,6 +103,14 @@ class ParallelEdits(Spec):
     pairs: Literal["all"] | tuple[tuple[int, int], ...] = Field(
         "all", description="all: [0, 1], [2, 3], ..; or a list of pairs of consecutive blocks"
     )
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _all_or_pairs(cls, pairs: Any) -> Any:
+        listed = isinstance(pairs, list | tuple) and all(are_integers(pair) and len(pair) == 2 for pair in pairs)
+        if pairs != "all" and not listed:
+            refuse([], pairs, "all, or a list of pairs, as in [[0, 1], [4, 5]]")
+        return pairs
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

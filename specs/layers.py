@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from specs.fields import Spec, refuse
+from specs.fields import Spec, are_integers, is_integer, refuse
 from specs.operators import Operator
 from specs.training import SearchSpec
 
@@ -219,6 +219,20 @@ class LearnedLayers(Strategy):
     finetune_from: Literal["scions", "search"] = Field(
         "scions", description="scions: the rootstock and distilled scions; search: what the search trained, LoRA merged"
     )
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _size_or_groups(cls, groups: Any) -> Any:
+        if not is_integer(groups) and not (isinstance(groups, list | tuple) and all(map(are_integers, groups))):
+            refuse([], groups, "how many blocks a group has, or a list of groups, as in [[0, 1], [2, 3]]")
+        return groups
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _number_or_numbers(cls, keep: Any) -> Any:
+        if not is_integer(keep) and not are_integers(keep):
+            refuse([], keep, "how many originals stay in each group, or a list with a number for each, as in [1, 2]")
+        return keep
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:

@@ -6,13 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Discriminator, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from specs.job import JobSpec
+
+NAME = "letters, digits, '.', '_' and '-', at most 100 in all, the first a letter or a digit"  # specs.job.Name
+EXTENDS = "the path of another job's file, from this one: it gives the fields that this file leaves out"
 
 
 class SpecError(Exception):
@@ -26,6 +30,20 @@ class SpecError(Exception):
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job in a YAML file, with `section.field=value` overrides applied before it is checked."""
     return job_from(read_job(Path(path)), overrides)
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job's file."""
+    schema = JobSpec.model_json_schema()
+    required = schema.pop("required")
+    said = f"A file that extends another may leave out what it inherits; any other needs {', '.join(required)}."
+    return {
+        **schema,
+        "description": f"{schema['description']} {said}",
+        "properties": {"extends": {"title": "Extends", "type": "string", "description": EXTENDS}}
+        | schema["properties"],
+        "anyOf": [{"required": ["extends"]}, {"required": required}],
+    }
 
 
 def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec:
@@ -47,10 +65,10 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Sections are merged field by field, unless their kinds differ; lists, such as the edits, are replaced.
     """
     document = read_yaml(path)
-    base = document.pop("extends", None)
-    if base is None:
+    if "extends" not in document:
         return document
-    if not isinstance(base, str):
+    base = document.pop("extends")
+    if not isinstance(base, str) or not base.strip():
         raise SpecError([f"{path}: extends: got {shown(base)}; accepted: the path of another job's file"])
     other = path.parent / base
     if other.resolve() in (file.resolve() for file in (*above, path)):
@@ -58,16 +76,55 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(read_job(other, (*above, path)), document)
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
     """`over` on top of `base`, section by section."""
     result = dict(base)
     for name, value in over.items():
-        below = result.get(name)
-        if isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind")):
-            result[name] = merged(below, value)
+        below, path = result.get(name), (*above, str(name))
+        if isinstance(below, dict) and isinstance(value, dict) and not _differs(below, value.get("kind"), path):
+            result[name] = merged(below, value, path)
         else:
             result[name] = value
     return result
+
+
+def _differs(section: dict[str, Any], kind: object, path: Sequence[str]) -> bool:
+    """Whether the section at `path` is of another kind than the one asked for, if any."""
+    present = section.get("kind") or _default_kind(path)
+    return kind is not None and present is not None and kind != present
+
+
+def _default_kind(path: Sequence[str]) -> str | None:
+    """The kind of the section at `path` where it does not say: a list's index is a step of the path, too."""
+    sections: list[type[BaseModel]] = [JobSpec]
+    field: FieldInfo | None = None
+    for step in path:
+        if not step.isdecimal():
+            field = next((one.model_fields[step] for one in sections if step in one.model_fields), None)
+            sections = _sections(field.annotation) if field is not None else []
+    if field is None:
+        return None
+    if len(sections) == 1:
+        return _kind(sections[0])
+    for part in _parts(field.annotation):
+        if isinstance(part, Discriminator) and callable(part.discriminator):
+            return str(part.discriminator({}))
+    return getattr(field.default, "kind", None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that has each key once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in lines and isinstance(key, yaml.ScalarNode):
+                twice = f"the key {key.value!r} is in line {lines[name]} already"
+                raise yaml.composer.ComposerError(None, None, twice, key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -78,8 +135,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise SpecError([f"{path}: is not text; accepted: a YAML file with a job"]) from None
     try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        document = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -99,9 +156,9 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     if not equals or not steps:
         raise SpecError([f"--set: got {override!r}; accepted: path.to.field=value"])
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError([f"--set {path}: got {text!r}; accepted: a YAML value"]) from None
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError):
+        raise SpecError([f"--set {path}: got {shown(text)}; accepted: a YAML value, each key once"]) from None
     here: Any = document
     for number, step in enumerate(steps[:-1]):
         here = _enter(here, step, steps[:number])
@@ -109,7 +166,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     _enter(here, last, steps[:-1], make=False)
     if isinstance(here, list):
         here[int(last)] = value
-    elif last == "kind" and here.get("kind") != value:
+    elif last == "kind" and _differs(here, value, steps[:-1]):
         here.clear()
         here["kind"] = value
     else:
@@ -120,7 +177,10 @@ def _enter(here: Any, step: str, above: list[str], make: bool = True) -> Any:
     """What stands at `step` of the section or list at `above`; a missing section is made."""
     path = ".".join([*above, step])
     if isinstance(here, list):
-        if not step.isdigit() or int(step) >= len(here):
+        if not here:
+            name = ".".join(above)
+            raise SpecError([f"--set {path}: got {step!r}; accepted: no item, the list is empty; set {name} itself"])
+        if step not in map(str, range(len(here))):
             raise SpecError([f"--set {path}: got {step!r}; accepted: 0 .. {len(here) - 1}"])
         return here[int(step)]
     if not isinstance(here, dict):
@@ -132,55 +192,87 @@ def _enter(here: Any, step: str, above: list[str], make: bool = True) -> Any:
 
 def describe(problem: ErrorDetails) -> str:
     """One line: the field's path as the file has it, what was given, what is accepted."""
-    path, section, choices = _locate(problem["loc"])
+    path, section, holds = _locate(problem["loc"])
     given, kind, context = shown(problem["input"]), problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden" and path == "extends":
+        return f"{path}: got {given}; accepted: in a job's file only"
     if kind == "extra_forbidden" and section is not None:
-        known = sorted(section.model_fields)
+        known = sorted([*section.model_fields, *(["extends"] if section is JobSpec else [])])
         near = difflib.get_close_matches(path.rsplit(".", 1)[-1], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{path}: unknown field, got {given}; accepted: {', '.join(known)}{hint}"
     if kind == "missing":
-        return f"{path}: missing; accepted: {_wanted(section, path)}"
-    if kind == "union_tag_not_found":
-        kinds = ", ".join(sorted(filter(None, map(_kind, choices))))
-        return f"{path}: got {given}; accepted: a mapping with a kind{': ' if kinds else ''}{kinds}"
+        return f"{path}: missing; accepted: {_wanted(problem['loc'][-1], section, holds)}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: got {context['tag']!r}; accepted: {context['expected_tags']}"
-    if kind == "refused":
-        return f"{path}: got {given}; accepted: {context['accepted']}"
-    accepted = problem["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-    return f"{path or 'job'}: got {given}; accepted: {accepted}"
+    return f"{path or 'job'}: got {given}; accepted: {_accepted(problem, holds)}"
 
 
-def _wanted(section: type[BaseModel] | None, path: str) -> str:
-    field = section.model_fields.get(path.rsplit(".", 1)[-1]) if section else None
-    return (field.description if field and field.description else None) or "a value; the field is required"
+def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:
+    """What is accepted, where pydantic's own words are about Python."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in ("union_tag_not_found", "model_type", "model_attributes_type", "dict_type"):
+        return _mapping(holds)
+    if kind == "too_short":
+        return "at least one" if context["min_length"] == 1 else f"at least {context['min_length']}"
+    plain = {
+        "refused": context.get("accepted"),
+        "tuple_type": "a list",
+        "list_type": "a list",
+        "too_long": f"at most {context.get('max_length')}",
+        "string_pattern_mismatch": NAME,
+        "invalid_key": "the name of a field",
+    }
+    return plain.get(kind) or re.sub(r"^(Input should be|Value should be|String should have) ", "", problem["msg"])
+
+
+def _mapping(holds: Sequence[type[BaseModel]]) -> str:
+    kinds = sorted(filter(None, map(_kind, holds)))
+    return f"a mapping with a kind: {', '.join(kinds)}" if len(kinds) > 1 else "a mapping"
+
+
+def _wanted(name: str | int, section: type[BaseModel] | None, holds: Sequence[type[BaseModel]]) -> str:
+    """What a field that is missing may be."""
+    field = section.model_fields.get(str(name)) if section else None
+    if field is not None and field.description:
+        return field.description
+    if holds:
+        several = field is not None and get_origin(field.annotation) is tuple
+        return _mapping(holds).replace("a mapping", "a list of mappings") if several else _mapping(holds)
+    if field is not None and get_origin(field.annotation) is Literal:
+        return ", ".join(map(repr, get_args(field.annotation)))
+    return "a value; the field is required"
 
 
 def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
-    """The path without pydantic's union tags, the section that holds its last field, and what that field may hold."""
+    """The path without pydantic's union tags, the section that has its last field, and the sections it may hold."""
     path: list[str] = []
-    section: type[BaseModel] | None = JobSpec
-    inside: list[type[BaseModel]] = []  # the members of a union whose tag comes next
+    section: type[BaseModel] | None = None
+    holds: list[type[BaseModel]] = [JobSpec]
+    chosen: type[BaseModel] | None = JobSpec  # of these, the one that the location goes on in
     for step in location:
-        member = next((m for m in inside if _kind(m) == step), None)
-        if member is not None:
-            section, inside = member, []
+        tagged = next((one for one in holds if chosen is None and _kind(one) == step), None)
+        if tagged is not None:
+            chosen = tagged
             continue
         path.append(str(step))
-        if isinstance(step, str) and section is not None and step in section.model_fields:
-            inside = _sections(section.model_fields[step].annotation)
-            holder, section = section, inside[0] if len(inside) == 1 else None
-            if section is None and not inside:
-                section = holder
-    return ".".join(path), section, inside
+        if isinstance(step, int):
+            continue
+        section = chosen
+        field = section.model_fields.get(step) if section is not None else None
+        holds = _sections(field.annotation) if field is not None else []
+        chosen = holds[0] if len(holds) == 1 else None
+    return ".".join(path), section, holds
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models in a type, however deep."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _sections(part)]
+    return [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type and what it is made of, however deep, annotations included."""
+    return [annotation, *(part for inner in get_args(annotation) for part in _parts(inner))]
 
 
 def _kind(model: type[BaseModel]) -> str | None:

@@ -119,3 +119,12 @@ def test_planning_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_the_schema_describes_every_section() -> None:
     schema = json.loads(graft("schema").stdout)
     assert set(yaml.safe_load(TINY.read_text())) <= set(schema["properties"])
+
+
+def test_the_schema_lets_a_file_that_extends_another_leave_out_what_it_inherits() -> None:
+    schema = json.loads(graft("schema").stdout)
+    assert schema["properties"]["extends"]["type"] == "string"
+    assert "path of another job's file" in schema["properties"]["extends"]["description"]
+    assert "required" not in schema
+    assert schema["anyOf"] == [{"required": ["extends"]}, {"required": ["name", "model", "graft"]}]
+    assert "may leave out what it inherits" in schema["description"]

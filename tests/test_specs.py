@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from specs.evaluate import AncestralSampler
 from specs.fields import Spec, Unkeyed, keyed
+from specs.graft import ParallelEdits
 from specs.job import JobSpec
 from specs.layers import AllLayers, InterleavedLayers
-from specs.load import SpecError, job_from, load
+from specs.load import SpecError, job_from, job_schema, load
 from specs.model import DitModel
 
 ROOT = Path(__file__).parents[1]
@@ -100,13 +101,17 @@ def test_an_unknown_field_is_refused_with_the_one_that_was_meant(
         ("seed", "abc", "integer"),
         ("seed", 1.5, "integer"),
         ("name", 5, "string"),
-        ("distill", 3, "dictionary"),
+        ("distill", 3, "a mapping"),
         ("distill.lr", [1], "number"),
         ("distill.gate_weighted", "perhaps", "boolean"),
-        ("graft", "swa", "tuple"),
-        ("graft.0", 3, "dictionary"),
-        ("graft.0.operator", 3, "dictionary"),
-        ("graft.0.layers.blocks", 1, "tuple"),
+        ("graft", "swa", "a list"),
+        ("graft.0", 3, "a mapping with a kind: parallel, replace"),
+        ("graft.0.operator", "hyena_y", "a mapping with a kind: hyena_se, hyena_x, hyena_y, mamba2, mha, mlp"),
+        ("graft.0.layers", "all", "a mapping with a kind: all, explicit"),
+        ("codec", "pixel", "a mapping with a kind: pixel, vae"),
+        ("graft.0.layers.blocks", 1, "a list"),
+        ("finetune.betas", [0.9, 0.99, 0.999], "at most 2"),
+        ("store", "", "at least 1 character"),
         ("graft.0.layers.blocks.1", "two", "integer"),
         ("data.image_size", None, "integer"),
         ("tracking.uri", 3, "string"),
@@ -117,6 +122,103 @@ def test_a_value_of_the_wrong_type_is_refused(
 ) -> None:
     given = "nothing" if value is None else repr(value)
     assert_says(refusal(put(document, path, value)), path, given, accepted)
+
+
+PYTHON = ("tuple", "dictionary", "instance", "literal", "object", "pattern", "validation", "Edits")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("distill", 3),
+        ("graft", "swa"),
+        ("graft", []),
+        ("graft.0", 3),
+        ("graft.0.operator", "hyena_y"),
+        ("graft.0.layers", "all"),
+        ("codec", "pixel"),
+        ("evaluate.metrics", []),
+        ("finetune.betas", [0.9, 0.99, 0.999]),
+        ("name", "a b"),
+        ("3", 1),
+    ],
+)
+def test_no_refusal_speaks_of_python(document: dict[str, Any], path: str, value: object) -> None:
+    if path == "3":
+        document = {**document, 3: value}
+    else:
+        put(document, path, value)
+    (line,) = refusal(document)
+    assert not any(word in line for word in PYTHON), line
+
+
+def test_a_number_for_a_field_is_refused(document: dict[str, Any]) -> None:
+    assert_says(refusal({**document, 3: 1}), "3", "3", "the name of a field")
+
+
+@pytest.mark.parametrize("value", [[0, 1], "some", 3, None, [[0, 1, 2]], [["a", 1]], [[True, 1]], {"0": 1}])
+def test_pairs_that_are_no_pairs_are_one_line(document: dict[str, Any], value: object) -> None:
+    put(document, "graft.0", {"kind": "parallel", "pairs": value})
+    given = "nothing" if value is None else repr(value)
+    assert_says(refusal(document), "graft.0.pairs", given, "all, or a list of pairs, as in [[0, 1], [4, 5]]")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("groups", [0, 1], "a list of groups, as in [[0, 1], [2, 3]]"),
+        ("groups", "four", "how many blocks"),
+        ("groups", True, "how many blocks"),
+        ("groups", [[0, "x"]], "how many blocks"),
+        ("keep", "two", "how many originals stay"),
+        ("keep", [[1]], "a number for each"),
+        ("keep", 1.5, "how many originals stay"),
+        ("pinned", 3, "a list"),
+    ],
+)
+def test_groups_that_are_no_groups_are_one_line(
+    document: dict[str, Any], field: str, value: object, accepted: str
+) -> None:
+    put(document, "graft.0.layers", {"kind": "learned", field: value})
+    assert_says(refusal(document), f"graft.0.layers.{field}", repr(value), accepted)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "accepted"),
+    [
+        ("seed", True, "integer"),
+        ("seed", "4", "integer"),
+        ("graft.0.operator.kernel", True, "integer"),
+        ("graft.0.layers.blocks.1", True, "integer"),
+        ("distill.milestones.0", "3", "integer"),
+        ("distill.heldout", False, "integer"),
+        ("finetune.lr", True, "number"),
+        ("finetune.betas", [True, 0.9], "number"),
+        ("finetune.deepspeed.zero", True, "3"),
+        ("resources.distill.gpu", True, "number"),
+    ],
+)
+def test_what_is_no_number_is_not_taken_for_one(
+    document: dict[str, Any], path: str, value: object, accepted: str
+) -> None:
+    lines = refusal(put(document, path, value))
+    if isinstance(value, list):
+        path, value = f"{path}.0", value[0]
+    assert_says(lines, path, repr(value), accepted)
+
+
+def test_a_boolean_for_a_number_hides_no_other_problem_of_its_section(document: dict[str, Any]) -> None:
+    put(document, "finetune.lr", -1)
+    put(document, "finetune.steps", True)
+    assert [line.partition(":")[0] for line in refusal(document)] == ["finetune.steps", "finetune.lr"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "read"), [("finetune.lr", "1e-3", 1e-3), ("finetune.lr", 1, 1.0), ("finetune.steps", 1e4, 10_000)]
+)
+def test_numbers_as_yaml_writes_them_are_taken(document: dict[str, Any], path: str, value: object, read: float) -> None:
+    section, field = path.split(".")
+    assert getattr(getattr(job_from(put(document, path, value)), section), field) == read
 
 
 @pytest.mark.parametrize(
@@ -133,7 +235,7 @@ def test_a_value_of_the_wrong_type_is_refused(
         ("finetune.deepspeed.zero", 4, "3"),
         ("resources.distill.gpu", -1, "0"),
         ("weights.lr", float("nan"), "finite"),
-        ("name", "a b", "pattern"),
+        ("name", "a b", "letters, digits, '.', '_' and '-', at most 100 in all"),
         ("model.size", "XXL/2", "'XL/2'"),
     ],
 )
@@ -192,11 +294,33 @@ def test_a_missing_field_is_named(document: dict[str, Any], path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "accepted"),
+    [
+        ("operator", "a mapping with a kind: hyena_se, hyena_x, hyena_y, mamba2, mha, mlp, mlp_hyena_x"),
+        ("layers", "a mapping with a kind: all, explicit, first"),
+        ("target", "'mha', 'mlp'"),
+    ],
+)
+def test_a_missing_field_of_an_edit_lists_what_it_may_be(document: dict[str, Any], field: str, accepted: str) -> None:
+    del document["graft"][0][field]
+    (line,) = refusal(document)
+    assert line.startswith(f"graft.0.{field}: missing; accepted: {accepted}")
+
+
+def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]) -> None:
+    del document["graft"], document["model"]
+    assert refusal(document) == [
+        "model: missing; accepted: a mapping",
+        "graft: missing; accepted: a list of mappings with a kind: parallel, replace",
+    ]
+
+
+@pytest.mark.parametrize(
     ("changes", "path", "given", "accepted"),
     [
         ({"graft.0.layers.blocks": [1, 4]}, "graft.0.layers.blocks.1", "4", "0 .. 3"),
         ({"graft.0.layers.blocks": [-1]}, "graft.0.layers.blocks.0", "-1", "0"),
-        ({"graft.0.layers.blocks": []}, "graft.0.layers.blocks", "[]", "1"),
+        ({"graft.0.layers.blocks": []}, "graft.0.layers.blocks", "[]", "at least one"),
         ({"graft.0.layers.blocks": [1, 3, 1]}, "graft.0.layers.blocks.2", "1", "once"),
         ({"model.heads": 3}, "model.heads", "3", "divides the width, 32"),
         ({"model.width": 34}, "model.width", "34", "multiple of 4"),
@@ -280,8 +404,11 @@ def test_a_long_value_is_shortened(document: dict[str, Any]) -> None:
         (b"", "mapping"),
         (b"\xff\xfe\x00binary\x9f", "not text"),
         (b"name: !!python/object/apply:os.system ['true']\n", "line 1"),
+        (b"name: x\nseed: 1\nseed: 2\n", ", line 3, column 1: not valid YAML: the key 'seed' is in line 2 already"),
+        (b"model:\n  depth: 1\n  depth: 2\n", ", line 3, column 3: not valid YAML: the key 'depth'"),
+        (b"name: 2024-13-45\n", "not valid YAML"),
     ],
-    ids=["unbalanced", "tab", "list", "scalar", "empty", "binary", "python tag"],
+    ids=["unbalanced", "tab", "list", "scalar", "empty", "binary", "python tag", "twice", "twice below", "no date"],
 )
 def test_a_file_that_is_no_job_is_refused_in_one_line_that_names_it(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "job.yaml"
@@ -306,9 +433,44 @@ def test_a_file_extends_another_section_by_section(tmp_path: Path, document: dic
     assert top.evaluate.sampler == AncestralSampler()  # another kind: nothing of the old one stays
 
 
+def test_a_merge_key_is_no_key_twice(tmp_path: Path, document: dict[str, Any]) -> None:
+    document["finetune"] = {"steps": 3}
+    text = yaml.safe_dump(document).replace("finetune:\n", "finetune:\n  <<: &recipe {steps: 9, lr: 0.5}\n")
+    (tmp_path / "job.yaml").write_text(text + "resources: {base: {cpu: 1}, search: {cpu: 1}}\n")
+    job = load(tmp_path / "job.yaml")
+    assert (job.finetune.steps, job.finetune.lr) == (3, 0.5)
+
+
+@pytest.mark.parametrize("in_base", [True, False])
+def test_a_section_extended_by_its_default_kind_keeps_its_fields(
+    tmp_path: Path, document: dict[str, Any], in_base: bool
+) -> None:
+    if not in_base:
+        del document["model"]["kind"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nmodel: {kind: dit, depth: 6}\n")
+    model = load(tmp_path / "top.yaml").model
+    assert (model.depth, model.width, model.heads, model.patch) == (6, 32, 2, 2)
+
+
+def test_a_section_without_a_kind_is_of_the_default_one_when_it_is_extended(
+    tmp_path: Path, document: dict[str, Any]
+) -> None:
+    document["data"] = {"image_size": 24}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "same.yaml").write_text("extends: base.yaml\ndata: {kind: digits, heldout: 0.25}\n")
+    (tmp_path / "other.yaml").write_text("extends: base.yaml\ndata: {kind: image_folder, path: here}\n")
+    same, other = load(tmp_path / "same.yaml").data, load(tmp_path / "other.yaml").data
+    assert (same.image_size, same.heldout) == (24, 0.25)
+    assert other.image_size == 256
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("extends: ''", "self.yaml: extends: got ''; accepted: the path of another job's file"),
+        ("extends: ' '", "self.yaml: extends: got ' '; accepted: the path"),
+        ("extends:", "self.yaml: extends: got nothing; accepted: the path"),
         ("extends: self.yaml", "which extends this file"),
         ("extends: [a]", "extends: got ['a']; accepted: the path"),
         ("extends: none.yaml", "none.yaml: cannot be read"),
@@ -382,6 +544,35 @@ def test_the_same_kind_again_keeps_its_fields(document: dict[str, Any]) -> None:
     assert job_from(document, ["graft.0.operator.kind=hyena_y"]).graft[0].operator.kernel == 9
 
 
+def test_the_kind_that_a_section_has_by_default_keeps_its_fields(document: dict[str, Any]) -> None:
+    del document["model"]["kind"], document["data"]["kind"]
+    put(document, "data.image_size", 24)
+    bare = copy.deepcopy(document)
+    put(bare, "data.kind", "digits")
+    assert job_from(document, ["graft.0.kind=replace", "model.kind=dit", "data.kind=digits"]) == job_from(bare)
+
+
+def test_another_kind_than_the_default_one_drops_the_fields(document: dict[str, Any]) -> None:
+    (edit,) = job_from(document, ["graft.0.kind=parallel"]).graft
+    assert edit == ParallelEdits()
+
+
+def test_an_item_of_an_empty_list_is_refused_saying_so(document: dict[str, Any]) -> None:
+    lines = refusal(document, "graft=[]", "graft.0.x=1")
+    assert_says(lines, "--set graft.0", "'0'", "the list is empty")
+
+
+def test_a_key_twice_in_an_override_is_refused(document: dict[str, Any]) -> None:
+    assert_says(refusal(document, "model={depth: 1, depth: 2}"), "--set model", "'{depth", "each key once")
+
+
+def test_extends_is_suggested_and_belongs_in_a_file(document: dict[str, Any]) -> None:
+    lines = refusal(put(copy.deepcopy(document), "extend", "a.yaml"))
+    assert_says(lines, "extend", "'a.yaml'", "extends")
+    assert lines[0].endswith("did you mean extends?")
+    assert refusal(document, "extends=a.yaml") == ["extends: got 'a.yaml'; accepted: in a job's file only"]
+
+
 @pytest.mark.parametrize(
     ("override", "path", "given"),
     [
@@ -406,6 +597,9 @@ def test_an_override_is_checked_like_the_file(document: dict[str, Any], override
         ("graft.1.target=mlp", "--set graft.1", "'1'"),
         ("graft[1].target=mlp", "--set graft.1", "'1'"),
         ("graft.-1.target=mlp", "--set graft.-1", "'-1'"),
+        ("graft.\u00b2=3", "--set graft.\u00b2", "'\u00b2'"),
+        ("graft.\u00b2.target=mlp", "--set graft.\u00b2", "'\u00b2'"),
+        ("seed=2024-13-45", "--set seed", "'2024-13-45'"),
         ("graft.first.target=mlp", "--set graft.first", "'first'"),
         ("distill.milestones.1=7", "--set distill.milestones.1", "'1'"),
         ("name.first=x", "--set name", "'small'"),
@@ -476,7 +670,7 @@ def test_a_spec_cannot_be_changed(document: dict[str, Any]) -> None:
 
 
 def test_the_schema_describes_every_section() -> None:
-    assert set(JobSpec.model_json_schema()["properties"]) == set(JobSpec.model_fields)
+    assert set(job_schema()["properties"]) == {"extends", *JobSpec.model_fields}
 
 
 @pytest.mark.parametrize("modules", ["specs.job, specs.load", "pipeline", "pipeline.cli"])
