@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from models.dit import DiT
 
 
-def load(source: str | Path, *, device: torch.device | str | None = None) -> DiT:
-    """The model in a file or folder, or under a hub id, ready to be called: see `models.checkpoints.read`."""
+def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> DiT:
+    """The model in a file or folder, or under a hub id, ready to be called: see `models.checkpoints.read`.
+
+    heads: attention heads, needed where neither the file nor a published size tells them.
+    """
     from models import checkpoints
 
-    model, _ = checkpoints.read(source, device=device)
+    model, _ = checkpoints.read(source, heads=heads, device=device)
     return model.eval()

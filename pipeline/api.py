@@ -20,6 +20,7 @@ from pipeline.store import RottenArtifact, Store
 from pipeline.view import SilentView, View
 from specs.costs import GraftCost
 from specs.data import ImageFolderData
+from specs.hub import is_hub_id
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
 from stages.sources import class_sizes
@@ -112,7 +113,7 @@ def export(
     job = found.job
     card = Card(
         title=found.run,
-        rootstock=f"`{json.dumps(job['model'])}` with weights `{json.dumps(job['weights'])}`.",
+        rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
         recipe={section: job[section] for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")},
         results=found.results,
         keys={one.name: one.key for one in found.steps},
@@ -122,6 +123,13 @@ def export(
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return Path(out)
+
+
+def _origin(weights: dict[str, Any]) -> str:
+    """Where a rootstock's weights come from, without the folders of this machine."""
+    if weights["kind"] == "pretrain":
+        return f"pretrained in the job, {weights['steps']} steps of {weights['batch']}"
+    return f"read from `{weights['path'] if is_hub_id(weights['path']) else Path(weights['path']).name}`"
 
 
 class Run:

@@ -96,7 +96,7 @@ class SampleParams(Spec):
     samples: int
     batch: int
     sampler: Sampler
-    precision: Precision
+    precision: Precision = "fp32"
 
 
 class EvaluateParams(Spec):

@@ -7,9 +7,11 @@ import copy
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ def refusal(source: str | Path, **settings: Any) -> str:
         checkpoints.read(source, **settings)
     message = str(caught.value)
     assert message.startswith(str(source)) and "\n" not in message and len(message) < 2000
+    assert "pydantic" not in message
     return message
 
 
@@ -161,6 +164,13 @@ def test_the_package_loads_a_model_ready_to_be_called(grafted: DiT, batch: Batch
     checkpoints.save(grafted, GRAFTS, tmp_path)
     found = models.load(tmp_path)
     assert not found.training and torch.equal(found(*batch), grafted(*batch))
+
+
+def test_the_package_takes_the_heads_that_its_own_error_asks_for(grafted: DiT, batch: Batch, tmp_path: Path) -> None:
+    torch.save(grafted.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UnfitCheckpoint, match=r"name their number$"):
+        models.load(tmp_path / "model.pt")
+    assert torch.equal(models.load(tmp_path / "model.pt", heads=2)(*batch), grafted(*batch))
 
 
 def test_importing_the_package_is_cheap() -> None:
@@ -418,17 +428,49 @@ def spoil(path: Path, how: str, model: DiT) -> None:
             path.touch()
         case "text":
             path.write_text("<html>404: not found</html>\n" * 10)
+        case "a letter":
+            path.write_text("hello, this is no checkpoint")  # 'h' is the opcode of a look-up: KeyError, 101
+        case "a list":
+            path.write_text("checkpoints of\nthis week\n")  # 'c' is that of a global
+        case "IndexError" | "struct.error" | "KeyError" | "UnicodeDecodeError":
+            path.write_bytes(NOISE[how])
         case "truncated":
             (torch.save if path.suffix == ".pt" else save_file)(model.state_dict(), path)
             content = path.read_bytes()
             path.write_bytes(content[: len(content) * 2 // 3])
 
 
-@pytest.mark.parametrize("how", ["missing", "a folder", "empty", "text", "truncated"])
+# Bytes that raise it where torch takes them for a pickle.
+NOISE = {"IndexError": b"0", "struct.error": b"J\x01", "KeyError": b"h\x05.", "UnicodeDecodeError": b"X\x01\0\0\0\xff."}
+
+
+@pytest.mark.parametrize("how", ["missing", "a folder", "empty", "text", "a letter", "a list", "truncated", *NOISE])
 @pytest.mark.parametrize("name", ["other.pt", "other.safetensors"])
 def test_what_is_no_checkpoint_is_refused(model: DiT, tmp_path: Path, name: str, how: str) -> None:
     spoil(tmp_path / name, how, model)
     assert len(refusal(tmp_path / name)) < 500
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "a letter", "a list", *NOISE])
+def test_text_and_noise_hold_no_tensors(model: DiT, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "other.pt"
+    spoil(path, how, model)
+    assert refusal(path) == f"{path}: holds no tensors in torch's format"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_noise_of_any_kind_is_refused(tmp_path: Path) -> None:
+    draws = random.Random(0)
+    for _ in range(300):
+        (tmp_path / "other.pt").write_bytes(draws.randbytes(draws.randint(1, 60)))
+        refusal(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("part", [None, "ema"])
+def test_tensors_under_numbers_are_no_state_dict(tmp_path: Path, part: str | None) -> None:
+    state = {0: torch.zeros(2), "x_embedder.proj.weight": torch.zeros(2)}
+    torch.save({part: state} if part else state, tmp_path / "other.pt")
+    assert refusal(tmp_path / "other.pt").endswith("holds no state dict")
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
@@ -442,6 +484,96 @@ def test_a_config_that_names_what_nobody_knows_is_refused(model: DiT, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | wrong))
     assert "names no rootstock or edits that are known here" in refusal(folder)
+
+
+def told(folder: Path, **settings: Any) -> Path:
+    """The folder, with other settings in its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+ROOTSTOCKS = [
+    ({"depth": "4"}, "depth: '4', expected an integer of at least 1"),
+    ({"depth": True}, "depth: True, expected an integer of at least 1"),
+    ({"input_size": None}, "input_size: nothing, expected an integer of at least 1"),
+    ({"patch": 0}, "patch: 0, expected an integer of at least 1"),
+    ({"heads": 0}, "heads: 0, expected an integer of at least 1"),
+    ({"heads": -2}, "heads: -2, expected an integer of at least 1"),
+    ({"heads": 3}, "3 attention heads do not divide its width, 16"),
+    ({"width": 18}, "width: 18, expected a multiple of 4, for the 2-D position embedding"),
+    ({"input_size": 9}, "input_size: 9, expected a multiple of patch, 2"),
+    ({"learn_sigma": 1}, "learn_sigma: 1, expected true or false"),
+    ({"layers": 3}, "layers: expected none of that name"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "problem"), ROOTSTOCKS, ids=str)
+def test_a_rootstock_that_cannot_be_is_refused(model: DiT, tmp_path: Path, wrong: dict[str, Any], problem: str) -> None:
+    folder = told(ours_in(tmp_path, model, ()), rootstock={**asdict(TINY), **wrong})
+    expected = f"{folder}/config.json: names no rootstock or edits that are known here: rootstock: {problem}"
+    assert refusal(folder) == expected
+    with pytest.raises(UnfitCheckpoint):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("rootstock", [None, [4], "DiT-S/2", {}], ids=str)
+def test_a_rootstock_of_no_fields_is_refused(model: DiT, tmp_path: Path, rootstock: Any) -> None:
+    assert ": rootstock: " in refusal(told(ours_in(tmp_path, model, ()), rootstock=rootstock))
+
+
+@pytest.mark.parametrize("heads", [0, -2, 3])
+def test_heads_that_cannot_be_are_refused(model: DiT, tmp_path: Path, heads: int) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert "heads" in refusal(tmp_path / "model.pt", heads=heads)
+    assert f"has 2 attention heads, expected {heads}" in refusal(ours_in(tmp_path, model, ()), heads=heads)
+
+
+def listed(block: int, target: str, kind: str, **settings: Any) -> dict[str, Any]:
+    return {"site": {"block": block, "target": target}, "operator": {"kind": kind, **settings}}
+
+
+EDITS = [
+    ([listed(99, "mha", "swa")], "99.mha: a site past the last block, 3"),
+    ([listed(3, "pair", "parallel")], "03.pair: a pair past the last block, 3"),
+    ([listed(1, "mha", "parallel")], "01.mha: parallel, expected an operator for mha"),
+    ([listed(1, "pair", "mha")], "01.pair: mha, expected parallel"),
+    ([listed(1, "mha", "mlp")], "01.mha: mlp, expected an operator for mha"),
+    ([listed(1, "mha", "mamba2", headdim=5)], "01.mha: headdim: 5, expected a number that divides"),
+    ([listed(1, "mha", "swa")] * 2, "01.mha: edited twice"),
+    ([listed(0, "pair", "parallel"), listed(1, "pair", "parallel")], "01.pair: shares a block with another pair"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "problem"), EDITS, ids=str)
+@pytest.mark.parametrize("layout", ["graftwork", "published"])
+def test_edits_that_cannot_be_made_are_refused(
+    model: DiT, tmp_path: Path, wrong: list[dict[str, Any]], problem: str, layout: str
+) -> None:
+    folder = ours_in(tmp_path, model, ())
+    if layout == "published":
+        args = {"graftwork": {"rootstock": asdict(TINY), "edits": wrong}}
+        torch.save({"ema": model.state_dict(), "args": args}, tmp_path / "model.pt")
+    source = told(folder, edits=wrong) if layout == "graftwork" else tmp_path / "model.pt"
+    assert f": names no rootstock or edits that are known here: edits: {problem}" in refusal(source)
+
+
+def test_edits_past_the_blocks_of_the_rootstock_expected_are_refused(grafted: DiT, tmp_path: Path) -> None:
+    folder = ours_in(tmp_path, grafted, GRAFTS)
+    message = refusal(folder, config=DiTConfig(**{**asdict(TINY), "depth": 2}))
+    assert message.endswith("does not fit the model: 02.mlp: a site past the last block, 1")
+
+
+@pytest.mark.parametrize("edits", [None, 7, "all", {"site": 1}], ids=str)
+def test_edits_that_are_no_list_are_refused(model: DiT, tmp_path: Path, edits: Any) -> None:
+    assert ": edits: " in refusal(told(ours_in(tmp_path, model, ()), edits=edits))
+
+
+def test_what_is_wrong_with_an_edit_is_said_in_one_line_of_fields(model: DiT, tmp_path: Path) -> None:
+    wrong = [listed(0, "mha", "swa"), listed(1, "mha", "swa", window="wide\n")]
+    message = refusal(told(ours_in(tmp_path, model, ()), edits=wrong))
+    assert ": edits.1.operator.swa.window: 'wide\\n', Input should be a valid integer" in message
+    assert "http" not in message
 
 
 def test_of_several_checkpoints_none_is_guessed(model: DiT, tmp_path: Path) -> None:
@@ -591,6 +723,43 @@ def test_a_diffusers_dit_of_another_activation_is_refused(tmp_path: Path) -> Non
     assert "activation_fn is 'gelu', expected 'gelu-approximate'" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sample_size", None), ("sample_size", 0), ("num_attention_heads", "x"), ("num_attention_heads", None)],
+)
+def test_a_diffusers_dit_of_no_size_is_refused(theirs: Any, tmp_path: Path, name: str, value: Any) -> None:
+    theirs.save_pretrained(tmp_path)
+    shown = "nothing" if value is None else repr(value)
+    assert refusal(told(tmp_path, **{name: value})).endswith(f"{name} is {shown}, expected an integer of at least 1")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        ("transformer_blocks.1.attn1.to_k.weight", (16, 8)),
+        ("transformer_blocks.1.attn1.to_k.bias", ()),
+        ("pos_embed.proj.bias", ()),
+        ("pos_embed.proj.weight", (16, 3, 0, 0)),
+        ("transformer_blocks.last.attn1.to_k.bias", (16,)),
+    ],
+)
+def test_a_tensor_of_diffusers_that_fits_nothing_is_refused(
+    theirs: Any, tmp_path: Path, tensor: str, shape: tuple[int, ...]
+) -> None:
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), tensor: torch.zeros(shape)}, file)
+    assert refusal(tmp_path)
+
+
+@pytest.mark.parametrize("index", [[], {"a": 1}, {"a": "../elsewhere.safetensors"}], ids=str)
+def test_an_index_that_names_no_files_beside_it_is_refused(theirs: Any, tmp_path: Path, index: Any) -> None:
+    theirs.save_config(tmp_path)
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / name).write_text(json.dumps({"weight_map": index}))
+    assert refusal(tmp_path)
+
+
 def test_a_shard_that_lacks_a_tensor_is_named(theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     shard = tmp_path / "diffusion_pytorch_model-00001-of-00003.safetensors"
@@ -608,9 +777,13 @@ def ours_in(tmp_path: Path, model: DiT, made: tuple[Edit, ...]) -> Path:
     return folder
 
 
-def test_a_rootstock_goes_to_diffusers_and_back(model: DiT, batch: Batch, tmp_path: Path) -> None:
+IMAGENET = DiTConfig(**{**asdict(TINY), "num_classes": 1000})
+
+
+def test_a_rootstock_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
+    model = lively(DiT(IMAGENET))
     export(ours_in(tmp_path, model, ()), tmp_path / "out", "diffusers")
     transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(outputs(as_dit(transformer, eps=False), batch), model(*batch), rtol=1e-5, atol=1e-5)
@@ -618,7 +791,7 @@ def test_a_rootstock_goes_to_diffusers_and_back(model: DiT, batch: Batch, tmp_pa
     assert torch.equal(outputs(transformer, batch), outputs(rootstock_transformer(model), batch))
 
 
-@pytest.mark.parametrize("made", [GRAFTS, PAIR], ids=["graft", "parallel"])
+@pytest.mark.parametrize("made", [GRAFTS, PAIR, ()], ids=["graft", "parallel", "rootstock of few classes"])
 def test_a_graft_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path, made: tuple[Edit, ...]) -> None:
     from models.checkpoints.transformer import GraftTransformer2DModel
 
@@ -647,18 +820,24 @@ def vae(tmp_path: Path) -> Path:
     return tmp_path / "vae"
 
 
-@pytest.mark.parametrize("made", [(), GRAFTS], ids=["rootstock", "graft"])
-def test_a_pipeline_of_diffusers_samples_from_an_export(vae: Path, tmp_path: Path, made: tuple[Edit, ...]) -> None:
+@pytest.mark.parametrize(
+    ("config", "made"),
+    [(IMAGENET, ()), (TINY, ()), (IMAGENET, GRAFTS), (TINY, GRAFTS)],
+    ids=["rootstock", "rootstock of few classes", "graft", "graft of few classes"],
+)
+def test_a_pipeline_of_diffusers_samples_from_an_export(
+    vae: Path, tmp_path: Path, config: DiTConfig, made: tuple[Edit, ...]
+) -> None:
     from diffusers import DDIMScheduler, DiTPipeline
 
-    # The pipeline's null class is 1000; a rootstock of diffusers' own has to have that many classes.
-    config = TINY if made else DiTConfig(**{**TINY.__dict__, "num_classes": 1000})
+    # The pipeline's null class is 1000; a model of diffusers' own has to have that many classes.
+    own = config == IMAGENET and not made
     model = lively(graft(DiT(config), made, seed=0))
     export(ours_in(tmp_path, model, made), tmp_path / "out", "diffusers", vae=vae)
     pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert type(pipeline.transformer).__name__ == ("GraftTransformer2DModel" if made else "DiTTransformer2DModel")
+    assert type(pipeline.transformer).__name__ == ("DiTTransformer2DModel" if own else "GraftTransformer2DModel")
 
     def drawn(labels: list[int], guidance: float) -> Tensor:
         draws = torch.Generator().manual_seed(0)
@@ -722,20 +901,28 @@ def authors_shapes() -> dict[str, tuple[int, ...]]:
 
 def test_the_authors_sampling_script_takes_an_exported_graft(grafted: DiT, tmp_path: Path) -> None:
     export(ours_in(tmp_path, grafted, GRAFTS), tmp_path / "out", "published")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(tmp_path / "out" / "model.pt")
+    checkpoint = torch.load(tmp_path / "out" / "model.pt")
     theirs = skeleton(authors_shapes())
     theirs.load_state_dict(checkpoint["ema"], strict=True)
     assert all(torch.equal(value, checkpoint["ema"][name]) for name, value in grafted.state_dict().items())
-    assert isinstance(checkpoint["args"], argparse.Namespace) and checkpoint["args"].num_classes == 5
+    assert checkpoint["args"]["num_classes"] == 5
 
 
-def test_an_exported_graft_comes_back_with_what_shapes_do_not_tell(model: DiT, tmp_path: Path) -> None:
+@pytest.mark.parametrize("args", [dict, argparse.Namespace])
+def test_an_exported_graft_comes_back_with_what_shapes_do_not_tell(model: DiT, tmp_path: Path, args: Any) -> None:
     made = edits((1, Swa(window=2)), (3, HyenaY()))
     graft(model, made, seed=0)
     export(ours_in(tmp_path, model, made), tmp_path / "out", "published")
+    content = torch.load(tmp_path / "out" / "model.pt")
+    torch.save({**content, "args": args(**content["args"])}, tmp_path / "out" / "model.pt")
     found, found_edits = checkpoints.read(tmp_path / "out")
     assert found_edits == made and found.config == TINY and same(found, model)
+
+
+def test_the_trained_models_name_is_read_from_a_dict_too(tmp_path: Path) -> None:
+    model = DiT(DiTConfig(input_size=4, in_channels=1, patch=2, depth=1, width=24, heads=6, num_classes=2))
+    torch.save({"ema": model.state_dict(), "args": {"model": "DiT-S/2"}}, tmp_path / "model.pt")
+    assert checkpoints.read(tmp_path / "model.pt")[0].config == model.config
 
 
 def test_an_export_holds_one_state_dict_and_no_more(grafted: DiT, tmp_path: Path) -> None:
@@ -764,6 +951,45 @@ def test_an_unknown_layout_is_refused_with_those_there_are(model: DiT, tmp_path:
         export(tmp_path, tmp_path / "out", "onnx")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("layout", ["graftwork", "published"])
+def test_an_autoencoder_goes_with_diffusers_layout_alone(model: DiT, tmp_path: Path, layout: Any) -> None:
+    with pytest.raises(ExportRefused) as caught:
+        export(ours_in(tmp_path, model, ()), tmp_path / "out", layout, vae=tmp_path / "vae")
+    message = f"vae: got '{tmp_path}/vae' with layout {layout}; accepted: with layout diffusers only"
+    assert str(caught.value) == message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["missing", "a hub id", "empty", "a file", "no weights", "torn", "no json", "a DiT"])
+def test_an_autoencoder_that_cannot_be_read_is_named_before_anything_is_written(
+    vae: Path, hub: Path, model: DiT, theirs: Any, tmp_path: Path, how: str
+) -> None:
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    given = vae
+    match how:
+        case "missing":
+            given = tmp_path / "elsewhere"
+        case "a hub id":
+            given = Path("someone/vae")
+        case "empty":
+            given = tmp_path / "nothing"
+            given.mkdir()
+        case "a file":
+            given = weights
+        case "no weights":
+            weights.unlink()
+        case "torn":
+            weights.write_bytes(weights.read_bytes()[:100])
+        case "no json":
+            (vae / "config.json").write_text("{")
+        case "a DiT":
+            theirs.save_pretrained(given := tmp_path / "dit")
+    with pytest.raises(ExportRefused) as caught:
+        export(ours_in(tmp_path, model, ()), tmp_path / "out", "diffusers", vae=given)
+    message = str(caught.value)
+    assert message.startswith(f"vae: {given}: ") and "\n" not in message and len(message) < 1000
+    assert not (tmp_path / "out").exists()
+
+
 CARD = Card(
     title="DiT-T/2, half of it Hyena",
     rootstock="DiT-T/2, trained on digits.",
@@ -786,12 +1012,40 @@ def test_a_card_says_what_the_model_is_and_how_it_was_made(grafted: DiT, tmp_pat
     assert "| finetune | abc123 |" in text
 
 
-@pytest.mark.parametrize("made", [(), GRAFTS], ids=["rootstock", "graft"])
+def test_a_card_tells_no_place_on_the_machine_that_made_it(tmp_path: Path) -> None:
+    recipe = {
+        "data": {"path": "/home/me/images", "val": {"path": "/home/me/more/"}},
+        "graft": [{"scions": "/home/me/graft.pt"}, {"scions": "grafting/dit-xl2"}, {"scions": None}],
+        "evaluate": {"reference": "/home/me/stats.npz", "inception": "~/me/pt_inception.pth", "metrics": ["a/b/c"]},
+    }
+    checkpoints.write_card(tmp_path, Card("title", "rootstock", recipe=recipe), ())
+    text = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == {
+        "data": {"path": "images", "val": {"path": "more"}},
+        "graft": [{"scions": "graft.pt"}, {"scions": "grafting/dit-xl2"}, {"scions": None}],
+        "evaluate": {"reference": "stats.npz", "inception": "pt_inception.pth", "metrics": ["a/b/c"]},
+    }
+
+
+@pytest.mark.parametrize("pipeline", [False, True], ids=["transformer", "pipeline"])
+@pytest.mark.parametrize(("config", "made"), [(IMAGENET, ()), (IMAGENET, GRAFTS), (TINY, ())], ids=str)
+def test_a_card_says_where_diffusers_computes_otherwise(
+    vae: Path, tmp_path: Path, config: DiTConfig, made: tuple[Edit, ...], pipeline: bool
+) -> None:
+    folder = ours_in(tmp_path, graft(DiT(config), made, seed=0), made)
+    export(folder, tmp_path / "out", "diffusers", card=CARD, vae=vae if pipeline else None)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ("`downscale_freq_shift` is 1" in text) == (config == IMAGENET and not made)
+
+
+@pytest.mark.parametrize(
+    ("config", "made"), [(IMAGENET, ()), (TINY, ()), (TINY, GRAFTS)], ids=["rootstock", "of few classes", "graft"]
+)
 @pytest.mark.parametrize("layout", ["graftwork", "diffusers", "pipeline", "published"])
 def test_what_a_card_says_to_run_loads_the_model(
-    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, made: tuple[Edit, ...]
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, config: DiTConfig, made: tuple[Edit, ...]
 ) -> None:
-    folder = ours_in(tmp_path, graft(DiT(TINY), made, seed=0), made)
+    folder = ours_in(tmp_path, graft(DiT(config), made, seed=0), made)
     written: Any = "diffusers" if layout == "pipeline" else layout
     export(folder, tmp_path / "out", written, card=CARD, vae=vae if layout == "pipeline" else None)
     monkeypatch.chdir(tmp_path)

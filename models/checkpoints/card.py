@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from specs.graft import Edit
+from specs.hub import is_hub_id
 
 FRONT = {
     "library_name": "graftwork",
     "tags": ["grafting", "diffusion-transformer", "class-conditional-image-generation"],
 }
+PLACES = ("path", "scions", "reference", "inception")  # fields of a job that hold a path or a hub id
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Card:
     keys: Mapping[str, str] = field(default_factory=dict)  # of the artifacts, by step
 
 
-def write_card(folder: Path, card: Card, edits: Sequence[Edit], usage: str = "") -> None:
-    """Write README.md. usage: Python that loads the model."""
+def write_card(folder: Path, card: Card, edits: Sequence[Edit], usage: str = "", note: str = "") -> None:
+    """Write README.md. usage: Python that loads the model; note: what to know of what it loads."""
     sections = [
         f"---\n{yaml.safe_dump(FRONT, sort_keys=False)}---\n\n# {card.title}",
         f"## Rootstock\n\n{card.rootstock}",
@@ -38,15 +40,28 @@ def write_card(folder: Path, card: Card, edits: Sequence[Edit], usage: str = "")
     ]
     if usage:
         sections.append(f"## Use\n\n```python\n{usage}\n```")
+    if note:
+        sections.append(note)
     if card.results:
         columns = list(dict.fromkeys(column for row in card.results.values() for column in row))
         rows = [[name, *(_number(row.get(column)) for column in columns)] for name, row in card.results.items()]
         sections.append(f"## Results\n\n{_table(['', *columns], rows)}")
     if card.recipe:
-        sections.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(card.recipe), sort_keys=False)}```")
+        sections.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(_placeless(card.recipe), sort_keys=False)}```")
     if card.keys:
         sections.append(f"## Artifacts\n\n{_table(['step', 'key'], [[step, key] for step, key in card.keys.items()])}")
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def _placeless(value: Any, key: str | None = None) -> Any:
+    """The value with the last component alone of each path in it: where a file lay is a matter of one machine."""
+    if isinstance(value, Mapping):
+        return {name: _placeless(item, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placeless(item, key) for item in value]
+    if key in PLACES and isinstance(value, str) and not is_hub_id(value):
+        return Path(value).name
+    return value
 
 
 def _edits(edits: Sequence[Edit]) -> str:

@@ -5,13 +5,15 @@ every block. What it computes differs from DiT in two things, and in no other (t
 
 - Its timestep's sinusoids have frequencies 10000^(-i/127), where those of DiT, for which the weights were trained, are
   10000^(-i/128). No setting changes that: a rootstock in diffusers is not quite the DiT that it was. A graft is, since
-  it goes there as a model of our own.
+  it goes there as a model of our own. (So does a rootstock of other classes than ImageNet's: for DiTPipeline the null
+  class is 1000, whatever the model.)
 - The norm before the feed-forward has an eps of `norm_eps`, 1e-5 unless the config says otherwise, where DiT has 1e-6.
   We write 1e-6, and compute with 1e-6 what we read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models.checkpoints.files import Tensors, read_shards, read_tensors
-from models.checkpoints.fit import UnfitCheckpoint, Uninitialised, shapes_of, weightless
+from models.checkpoints.fit import UnfitCheckpoint, Uninitialised, named, shapes_of, weightless
 from models.checkpoints.recognition import Found, rootstock_of, said
 from models.diffusion import STEPS
 from models.dit import DiT, position_embedding
 from specs.graft import Edit
-from specs.hub import local_path
+from specs.load import shown
 
 if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     from models.checkpoints.transformer import GraftTransformer2DModel
 
@@ -37,6 +39,7 @@ CLASSES = (
     "Transformer2DModel",
     WRAPPED,
 )  # the second: DiTs converted before the first was there
+CLASSES_OF_PIPELINE = 1000  # DiTPipeline: also the label of the null class
 STEM = "diffusion_pytorch_model"
 WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 
@@ -84,14 +87,22 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     tensors = _weights(folder)
     if config["_class_name"] == WRAPPED:
         rootstock, edits = said(str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ()))
-        shapes = {name.removeprefix("dit."): shape for name, shape in tensors.shapes.items()}
-        plain = Tensors(tensors.source, shapes, lambda name: tensors.get(f"dit.{name}"))
+        names = {name.removeprefix("dit."): name for name in tensors.shapes}
+        shapes = {ours: tensors.shapes[name] for ours, name in names.items()}
+        plain = Tensors(tensors.source, shapes, lambda ours: tensors.get(names[ours]))
         return Found(plain, heads=rootstock.heads, config=rootstock, edits=edits)
     for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(setting, accepted) != accepted:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
-    heads = int(config.get("num_attention_heads", 16))
-    return Found(_translated(tensors, int(config.get("sample_size", 32)), heads), heads=heads)
+    heads, sample_size = _count(folder, config, "num_attention_heads", 16), _count(folder, config, "sample_size", 32)
+    return Found(_translated(tensors, sample_size, heads), heads=heads)
+
+
+def _count(folder: Path, config: dict[str, Any], name: str, default: int) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or value < 1:
+        raise UnfitCheckpoint(f"{folder}: {name} is {shown(value)}, expected an integer of at least 1")
+    return value
 
 
 def _weights(folder: Path) -> Tensors:
@@ -105,20 +116,28 @@ def _weights(folder: Path) -> Tensors:
 
 
 def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
-    """DiT's names for diffusers' tensors; a tensor that DiT has none for keeps its own, to be found unfit."""
+    """DiT's names for diffusers' tensors; one that DiT has none for, or whose parts differ in shape, keeps its own, to
+    be found unfit."""
     theirs = tensors.shapes
-    depth = 1 + max((int(name.split(".")[1]) for name in theirs if name.startswith("transformer_blocks.")), default=-1)
-    names = {ours: made_of for ours, made_of in parts(depth).items() if all(name in theirs for name in made_of)}
+    blocks = [int(number[1]) for name in theirs if (number := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    depth = 1 + max(blocks, default=-1)
+    names = {
+        ours: made_of
+        for ours, made_of in parts(depth).items()
+        if (first := theirs.get(made_of[0])) and all(theirs.get(name) == first for name in made_of)
+    }
     known = {name for made_of in names.values() for name in made_of}
     for block in range(1, depth):
         for ours in EMBEDDERS.keys() & names.keys():
             _check_copy(tensors, embedder(block, ours), embedder(0, ours))
             known.add(embedder(block, ours))
     names |= {name: [name] for name in theirs if name not in known and name != "pos_embed.pos_embed"}
-    shapes = {
-        ours: (sum(theirs[name][0] for name in made_of), *theirs[made_of[0]][1:]) for ours, made_of in names.items()
-    }
-    if len(patches := shapes.get("x_embedder.proj.weight", ())) == 4:  # the embedding of positions is not in the file
+    shapes = {ours: theirs[made_of[0]] for ours, made_of in names.items()}
+    for ours in names:
+        if (count := len(names[ours])) > 1:
+            shapes[ours] = (count * shapes[ours][0], *shapes[ours][1:])
+    patches = shapes.get("x_embedder.proj.weight", ())
+    if len(patches) == 4 and patches[2]:  # the embedding of positions is not in the file
         shapes["pos_embed"] = (1, (sample_size // patches[2]) ** 2, patches[0])
 
     def get(ours: str) -> torch.Tensor:
@@ -137,27 +156,43 @@ def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
         raise UnfitCheckpoint(f"{tensors.source}: {copy} is not {first}, and a DiT has one embedder for all blocks")
 
 
-def write(model: DiT, edits: Sequence[Edit], folder: Path, vae: str | Path | None = None) -> str:
-    """Save the model as diffusers does; with an autoencoder, as a whole DiTPipeline with DiT's noise schedule.
+def read_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder in a folder; raises UnfitCheckpoint, in one line, where there is none."""
+    from diffusers import AutoencoderKL
 
-    vae: the folder or hub id of an AutoencoderKL. Returns the name of the class that loads the folder.
-    """
-    transformer = wrapped(model, edits)
+    try:
+        vae, told = AutoencoderKL.from_pretrained(
+            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except Exception as error:  # diffusers lets through what json, safetensors and its own modules raise
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UnfitCheckpoint(f"{folder}: cannot be read as an AutoencoderKL: {problem}") from None
+    problems = [f"{name}: missing" for name in sorted(told["missing_keys"])]
+    problems += [f"{name}: expected none of that name" for name in sorted(told["unexpected_keys"])]
+    if problems:  # diffusers would leave what is missing random
+        raise UnfitCheckpoint(f"{folder}: is no AutoencoderKL: {named(problems)}")
+    return vae
+
+
+def write(
+    transformer: DiTTransformer2DModel | GraftTransformer2DModel, folder: Path, vae: AutoencoderKL | None = None
+) -> None:
+    """Save what `wrapped` made as diffusers does; with an autoencoder, as a DiTPipeline with DiT's noise schedule."""
     if vae is None:
         transformer.save_pretrained(folder)
-        return type(transformer).__name__
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+        return
+    from diffusers import DDIMScheduler, DiTPipeline
 
-    autoencoder = AutoencoderKL.from_pretrained(local_path(str(vae)))
     schedule = DDIMScheduler(STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    DiTPipeline(transformer=transformer, vae=autoencoder, scheduler=schedule).save_pretrained(folder)
-    return DiTPipeline.__name__
+    DiTPipeline(transformer=transformer, vae=vae, scheduler=schedule).save_pretrained(folder)
 
 
 def wrapped(model: DiT, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:
     """What DiTPipeline takes, around or made of the model's own tensors: diffusers' class for a rootstock, and for what
-    carries its operators; ours for a graft."""
-    if shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
+    carries its operators; ours for a graft, and for other classes than ImageNet's, of which the pipeline's null class
+    would be none."""
+    of_pipeline = model.config.num_classes == CLASSES_OF_PIPELINE
+    if of_pipeline and shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
         return rootstock_transformer(model)
     from models.checkpoints.transformer import GraftTransformer2DModel
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from models.checkpoints import diffusers, native, published
 from models.checkpoints.card import Card, write_card
-from models.checkpoints.reading import read
+from models.checkpoints.fit import UnfitCheckpoint
+from models.checkpoints.reading import located, read
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 Layout = Literal["graftwork", "diffusers", "published"]
 
@@ -30,6 +34,15 @@ USAGE = {
     ),
 }
 
+# What a card says beside that, by the class of the transformer.
+NOTES = {
+    "DiTTransformer2DModel": (
+        "diffusers' DiTTransformer2DModel describes a timestep by sinusoids whose frequencies differ slightly from "
+        "DiT's (its `downscale_freq_shift` is 1, DiT's is 0), and so does its output. Those of the "
+        "GraftTransformer2DModel that a graft is exported as do not."
+    ),
+}
+
 
 class ExportRefused(ValueError):
     """What cannot be written there, or in that layout; the message is one line."""
@@ -46,25 +59,39 @@ def export(
 ) -> None:
     """Write the checkpoint `source` to the folder `out`, new or empty.
 
-    layout: `graftwork`, as the steps of a job write it; `diffusers`, a DiTTransformer2DModel or, of a graft, a
-    GraftTransformer2DModel; `published`, a `model.pt` as DiT's and the grafts' sampling scripts read it.
+    layout: `graftwork`, as the steps of a job write it; `diffusers`, a DiTTransformer2DModel or, of a graft or of other
+    classes than ImageNet's, a GraftTransformer2DModel; `published`, a `model.pt` as DiT's and the grafts' sampling
+    scripts read it.
     vae: the folder or hub id of an AutoencoderKL, with which `diffusers` writes a whole DiTPipeline.
     heads: see `read`.
     """
     if layout not in get_args(Layout):
         raise ExportRefused(f"{layout}: no such layout; accepted: {', '.join(get_args(Layout))}")
+    if vae is not None and layout != "diffusers":
+        raise ExportRefused(f"vae: got {str(vae)!r} with layout {layout}; accepted: with layout diffusers only")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportRefused(f"{out}: is there already; accepted: a new or empty folder")
+    autoencoder = None if vae is None else _read_vae(vae)
     model, edits = read(source, heads=heads)
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
     out.mkdir(parents=True, exist_ok=True)
-    written: str = layout
+    loads, note = str(layout), ""
     if layout == "graftwork":
         native.save(model, edits, out)
     elif layout == "diffusers":
-        written = diffusers.write(model, edits, out, vae)
+        transformer = diffusers.wrapped(model, edits)
+        diffusers.write(transformer, out, autoencoder)
+        name = type(transformer).__name__
+        loads, note = name if autoencoder is None else "DiTPipeline", NOTES.get(name, "")
     else:
         published.write(model, edits, out)
     if card is not None:
-        write_card(out, card, edits, USAGE[written].format(folder=out.name))
+        write_card(out, card, edits, USAGE[loads].format(folder=out.name), note)
+
+
+def _read_vae(vae: str | Path) -> AutoencoderKL:
+    try:
+        return diffusers.read_vae(located(vae, "accepted: the folder or hub id of an AutoencoderKL"))
+    except UnfitCheckpoint as unfit:
+        raise ExportRefused(f"vae: {unfit}") from None

@@ -21,6 +21,8 @@ from models.checkpoints.fit import UnfitCheckpoint
 
 Shape = tuple[int, ...]
 UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError)  # what damaged files raise
+NO_TENSORS = "holds no tensors in torch's format"
+GLOBAL = r"[A-Za-z_][\w.]*\.\w+"  # module and name; in text taken for a pickle, hardly ever
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def read_tensors(path: Path) -> Tensors:
 def read_shards(index: Path) -> Tensors:
     """The tensors of the files that an index beside them names: {"weight_map": {tensor: file}}."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        if any(Path(name).name != name for name in weight_map.values()):
+            raise ValueError("a file elsewhere")
     except (OSError, ValueError, KeyError, TypeError):
         raise UnfitCheckpoint(f"{index}: is no index of tensors in files") from None
     shards = {name: read_tensors(index.with_name(name)) for name in sorted(set(weight_map.values()))}
@@ -72,7 +76,7 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def is_state(content: object) -> bool:
     """Whether it is a state dict: tensors by name."""
-    return isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
 def read_torch(path: Path) -> Any:
@@ -87,9 +91,11 @@ def read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except UnpicklingError as error:
         name = _refused_global(path, str(error))
-        problem = f"refused, unpickling it would call {name}" if name else "no tensors in torch's format"
-    except UNREADABLE as error:
+        problem = f"refused, unpickling it would call {name}" if name else NO_TENSORS
+    except (RuntimeError, OSError) as error:  # the two that say what is wrong
         problem = f"cannot be read as tensors: {_first_line(error)}"
+    except Exception:  # text or noise, taken for a pickle, raises whatever its bytes happen to stand for
+        problem = NO_TENSORS
     raise UnfitCheckpoint(f"{path}: {problem}") from None
 
 
@@ -99,11 +105,12 @@ def _first_line(error: Exception) -> str:
 
 def _refused_global(path: Path, message: str) -> str | None:
     """What torch would not call: named in its message, or in a pickle too new for it."""
-    if named := re.search(r"GLOBAL (\S+)", message):
+    if named := re.search(rf"GLOBAL ({GLOBAL})", message):
         return named[1]
     with path.open("rb") as file:
         known = ("collections.OrderedDict", "argparse.Namespace")
-        return next((name for name in _globals(file) if name not in known and not name.startswith("torch.")), None)
+        names = (name for name in _globals(file) if re.fullmatch(GLOBAL, name))
+        return next((name for name in names if name not in known and not name.startswith("torch.")), None)
 
 
 def _globals(file: IO[bytes]) -> Iterator[str]:
@@ -113,7 +120,7 @@ def _globals(file: IO[bytes]) -> Iterator[str]:
     try:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "GLOBAL":
-                yield str(argument).replace(" ", ".")
+                yield ".".join(str(argument).rsplit(" ", 1))
             elif opcode.name == "STACK_GLOBAL":
                 yield ".".join(strings[-2:])
             elif opcode.name == "MEMOIZE":
@@ -122,5 +129,5 @@ def _globals(file: IO[bytes]) -> Iterator[str]:
                 strings.append(memo.get(int(str(argument)), ""))
             elif isinstance(argument, str):
                 strings.append(argument)
-    except ValueError:  # no pickle, or the end of a torn one
+    except (ValueError, OverflowError, MemoryError):  # no pickle, or the end of a torn one
         return

@@ -2,14 +2,15 @@
 
 A plain state dict, or a dict of `ema` and `model` (state dicts), `opt`, and `args` (argparse.Namespace), as DiT's
 training script writes it; the averaged weights are what is evaluated. Sampling scripts read `ema` and load it strictly.
+Ours have their `args` in a dict, so that torch.load takes the file as it is, with nothing declared safe.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +30,13 @@ def find(path: Path) -> Found:
     if path.suffix == ".safetensors":
         return Found(read_tensors(path))
     content = read_torch(path)
-    args = content.get("args") if isinstance(content, dict) else None
+    args = _arguments(content.get("args")) if isinstance(content, dict) else {}
     for part in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(part), dict):
             content = content[part]
     if not is_state(content):
         raise UnfitCheckpoint(f"{path}: holds no state dict")
-    tensors, ours = in_memory(str(path), content), getattr(args, "graftwork", None)
+    tensors, ours = in_memory(str(path), content), args.get("graftwork")
     if not isinstance(ours, dict):
         return Found(tensors, heads=_heads(args))
     rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
@@ -43,14 +44,14 @@ def find(path: Path) -> Found:
 
 
 def write(model: DiT, edits: Sequence[Edit], folder: Path) -> None:
-    """`args.graftwork` is for `find`: what the tensors do not tell, as the heads and some settings of operators."""
+    """`args` has `graftwork` for `find`: what the tensors do not tell, as the heads and some settings of operators."""
     config = model.config
-    args = argparse.Namespace(
-        model=published_name(config),
-        image_size=PIXELS * config.input_size,
-        num_classes=config.num_classes,
-        graftwork={"rootstock": asdict(config), "edits": edits_json(edits)},
-    )
+    args = {
+        "model": published_name(config),
+        "image_size": PIXELS * config.input_size,
+        "num_classes": config.num_classes,
+        "graftwork": {"rootstock": asdict(config), "edits": edits_json(edits)},
+    }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     torch.save({"ema": state, "args": args}, folder / WEIGHTS)
 
@@ -61,7 +62,12 @@ def published_name(config: DiTConfig) -> str | None:
     return next((f"DiT-{letter}/{config.patch}" for letter, size in SIZES.items() if size == shape), None)
 
 
-def _heads(args: object) -> int | None:
+def _arguments(args: object) -> dict[str, Any]:
+    """A dict or a Namespace, as a dict."""
+    return args if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
+
+
+def _heads(args: dict[str, Any]) -> int | None:
     """Attention heads, as the name of the model tells that was trained: `DiT-XL/2`."""
-    letter = str(getattr(args, "model", "")).removeprefix("DiT-").partition("/")[0]
+    letter = str(args.get("model", "")).removeprefix("DiT-").partition("/")[0]
     return SIZES[letter][2] if letter in SIZES else None

@@ -40,7 +40,7 @@ def read(
     return build(rootstock, edits, found.tensors, device), edits
 
 
-def located(source: str | Path) -> Path:
+def located(source: str | Path, accepted: str = ACCEPTED) -> Path:
     """The file or folder on this machine; a hub id is fetched unless the hub's cache has it."""
     try:
         path = local_path(str(source))
@@ -48,7 +48,7 @@ def located(source: str | Path) -> Path:
         reason = str(error).splitlines()[0]
         raise UnfitCheckpoint(f"{source}: neither here, nor in the hub's cache, nor to be had: {reason}") from None
     if not path.exists():
-        raise UnfitCheckpoint(f"{source}: no such file or folder; {ACCEPTED}")
+        raise UnfitCheckpoint(f"{source}: no such file or folder; {accepted}")
     return path
 
 

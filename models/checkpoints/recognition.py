@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from models.checkpoints.files import Shape, Tensors
 from models.checkpoints.fit import UnfitCheckpoint, named, shapes_of, weightless
 from models.dit import DiTConfig
 from models.operators import REGISTRY, recognise
 from models.surgery import ATTRIBUTE
-from specs.graft import Edit, Site
+from specs.graft import Edit, Parallel, Site
+from specs.load import shown
 from specs.model import SIZES
-from specs.operators import Target
+from specs.operators import Place, Target
 
 # What a rootstock's shape is read from, with the number of dimensions it has.
 TELLING = {
@@ -42,17 +45,99 @@ def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json", exclude={"scions"}) for edit in edits]
 
 
-def said(source: str, rootstock: dict[str, Any], listed: Iterable[Any]) -> tuple[DiTConfig, tuple[Edit, ...]]:
-    """The rootstock and the edits that a file names."""
+def said(source: str, rootstock: Any, listed: Any) -> tuple[DiTConfig, tuple[Edit, ...]]:
+    """The rootstock and the edits that a file names, of whatever values it has there."""
     try:
-        return DiTConfig(**rootstock), edits_from(listed)
-    except (TypeError, ValueError) as error:
-        problem = "; ".join(str(error).splitlines()[:3])
-        raise UnfitCheckpoint(f"{source}: names no rootstock or edits that are known here: {problem}") from None
+        config = _config_from(rootstock)
+        if not isinstance(listed, list | tuple):
+            raise ValueError(f"edits: {shown(listed)}, expected a list")
+        edits = tuple(_edit_from(position, edit) for position, edit in enumerate(listed))
+        if problem := misplaced(edits, config):
+            raise ValueError(f"edits: {problem}")
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise UnfitCheckpoint(f"{source}: names no rootstock or edits that are known here: {line}") from None
+    return config, edits
+
+
+def _config_from(rootstock: Any) -> DiTConfig:
+    if not isinstance(rootstock, dict):
+        raise ValueError(f"rootstock: {shown(rootstock)}, expected a mapping")
+    known = {field.name: field.default is MISSING for field in fields(DiTConfig)}  # and whether it is needed
+    absent = [name for name, needed in known.items() if needed and name not in rootstock]
+    unknown = [str(name) for name in rootstock if name not in known]
+    if absent or unknown:
+        problems = [f"{name}: missing" for name in absent] + [f"{name}: expected none of that name" for name in unknown]
+        raise ValueError(f"rootstock: {named(problems)}")
+    config = DiTConfig(**rootstock)
+    if problem := misfit(config):
+        raise ValueError(f"rootstock: {problem}")
+    return config
+
+
+def _edit_from(position: int, edit: Any) -> Edit:
+    try:
+        return Edit.model_validate(edit)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, ('edits', position, *problem['loc'])))}: {shown(problem['input'])}, {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        ]
+        raise ValueError(named(problems)) from None
+
+
+def misfit(config: DiTConfig) -> str | None:
+    """What is wrong with a rootstock's shape; None if there can be such a model."""
+    if type(config.learn_sigma) is not bool:
+        return f"learn_sigma: {shown(config.learn_sigma)}, expected true or false"
+    for name in (field.name for field in fields(config) if field.name != "learn_sigma"):
+        value, least = getattr(config, name), 0 if name == "num_classes" else 1
+        if type(value) is not int or value < least:
+            return f"{name}: {shown(value)}, expected an integer of at least {least}"
+    if config.width % config.heads:
+        return f"{config.heads} attention heads do not divide its width, {config.width}"
+    if config.width % 4:
+        return f"width: {config.width}, expected a multiple of 4, for the 2-D position embedding"
+    if config.input_size % config.patch:
+        return f"input_size: {config.input_size}, expected a multiple of patch, {config.patch}"
+    return None
+
+
+def misplaced(edits: Iterable[Edit], config: DiTConfig) -> str | None:
+    """Which edit cannot be made on such a rootstock beside the others; None if all can."""
+    sites: set[Site] = set()
+    paired: set[int] = set()
+    for edit in edits:
+        site, pair = edit.site, edit.site.target == "pair"
+        blocks = {site.block, site.block + pair}
+        if max(blocks) >= config.depth:
+            return f"{site}: {'a pair' if pair else 'a site'} past the last block, {config.depth - 1}"
+        if problem := _unsuited(edit, config.place):
+            return f"{site}: {problem}"
+        if site in sites:
+            return f"{site}: edited twice, expected one operator in a site"
+        if pair and blocks & paired:
+            return f"{site}: shares a block with another pair, expected each block in one pair only"
+        sites.add(site)
+        paired |= blocks if pair else set()
+    return None
 
 
 def edits_from(listed: Iterable[Any]) -> tuple[Edit, ...]:
     return tuple(Edit.model_validate(edit) for edit in listed)
+
+
+def _unsuited(edit: Edit, place: Place) -> str | None:
+    """Why the operator cannot stand in its site; a parallel block stands in pairs, and in nothing else."""
+    target, operator = edit.site.target, edit.operator
+    if isinstance(operator, Parallel):
+        return None if target == "pair" else f"{operator.kind}, expected an operator for {target}"
+    if target not in operator.targets:
+        return f"{operator.kind}, expected {'parallel' if target == 'pair' else f'an operator for {target}'}"
+    if wrong := operator.misfit(place):
+        field, given, accepted = wrong
+        return f"{field}: {shown(given)}, expected {accepted}"
+    return None
 
 
 def recognised(found: Found, config: DiTConfig | None, heads: int | None) -> tuple[DiTConfig, tuple[Edit, ...]]:
@@ -61,10 +146,13 @@ def recognised(found: Found, config: DiTConfig | None, heads: int | None) -> tup
     config: the rootstock expected, if any; heads: of a file that does not tell.
     """
     tensors, wanted = found.tensors, config.heads if config else heads
-    if found.heads and wanted and found.heads != wanted:
+    if found.heads is not None and wanted is not None and found.heads != wanted:
         raise UnfitCheckpoint(f"{tensors.source}: has {found.heads} attention heads, expected {wanted}")
-    rootstock = config or found.config or rootstock_of(tensors, found.heads or wanted)
-    return rootstock, edits_of(tensors, rootstock) if found.edits is None else found.edits
+    rootstock = config or found.config or rootstock_of(tensors, wanted if found.heads is None else found.heads)
+    edits = edits_of(tensors, rootstock) if found.edits is None else found.edits
+    if problem := misplaced(edits, rootstock):  # possible where another rootstock is expected than the file says
+        raise UnfitCheckpoint(f"{tensors.source}: does not fit the model: {problem}")
+    return rootstock, edits
 
 
 def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
@@ -79,15 +167,14 @@ def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
     depth, side = 1 + max(blocks, default=-1), math.isqrt(num_tokens)
     if side**2 != num_tokens:
         raise UnfitCheckpoint(f"{source}: pos_embed: {shapes['pos_embed']}, expected a square number of tokens")
-    heads = heads or next((size[2] for size in SIZES.values() if size[:2] == (depth, width)), None)
+    if heads is None:
+        heads = next((size[2] for size in SIZES.values() if size[:2] == (depth, width)), None)
     if heads is None:
         raise UnfitCheckpoint(
             f"{source}: {depth} blocks of width {width} are no published size, and a file does not tell its attention "
             "heads: name their number"
         )
-    if width % heads:
-        raise UnfitCheckpoint(f"{source}: {heads} attention heads do not divide its width, {width}")
-    return DiTConfig(
+    config = DiTConfig(
         input_size=side * patch,
         in_channels=channels,
         patch=patch,
@@ -97,6 +184,9 @@ def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
         num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
         learn_sigma=rows == 2 * channels * patch**2,
     )
+    if problem := misfit(config):
+        raise UnfitCheckpoint(f"{source}: {problem}")
+    return config
 
 
 def edits_of(tensors: Tensors, config: DiTConfig) -> tuple[Edit, ...]:
