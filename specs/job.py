@@ -111,7 +111,9 @@ class JobSpec(Spec):
             self._check_budget(number, edit, edit.layers.budget)
 
     def _check_budget(self, number: int, edit: OperatorEdits, budget: float) -> None:
-        """That some choice of operators meets it."""
+        """That some choice of operators meets it; no other edit changes the cost behind its back."""
+        if len(self.graft) > 1:
+            refuse(["graft", number, "layers", "budget"], budget, "no budget, or no other edit in the job")
         place = self.place()
         # Neither parameters nor classes matter to FLOPs.
         rootstock = rootstock_cost(self.model, place, self.codec.latent_channels(self.data), num_classes=1)

@@ -110,20 +110,31 @@ class SearchedGroup(BaseModel):
     confidence: float  # probability of the mask that was chosen
 
 
+class SearchedSite(BaseModel):
+    """What the gate of one site came to, under a budget."""
+
+    model_config = ConfigDict(frozen=True)
+    block: int
+    confidence: float  # probability of what was chosen
+
+
 class Search(BaseModel):
-    """The part of `search.json` that the selection goes by."""
+    """The part of `search.json` that the selection goes by: groups, or under a budget sites."""
 
     model_config = ConfigDict(frozen=True)
     chosen: tuple[int, ...]  # blocks whose operator is replaced
-    groups: tuple[SearchedGroup, ...]
     options: Mapping[int, int] = {}  # by block: which of several operators, where it is not the edit's own
+    groups: tuple[SearchedGroup, ...] = ()
+    sites: tuple[SearchedSite, ...] = ()
 
     def replaces(self, block: int, option: int) -> bool:
         """Whether the block's original gives way to that operator."""
         return block in self.chosen and self.options.get(block, 0) == option
 
     def confidence(self, block: int) -> float:
-        return next(group.confidence for group in self.groups if block in group.blocks)
+        """The probability of the choice that the block is part of."""
+        of_groups = {block: group.confidence for group in self.groups for block in group.blocks}
+        return (of_groups | {site.block: site.confidence for site in self.sites})[block]
 
 
 def read_search(folder: Path) -> Search:

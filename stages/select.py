@@ -62,7 +62,7 @@ def choose(
         chosen = best(scores, layers.number(depth), most=False)
     elif isinstance(layers, LearnedLayers):
         search = read_search(context.input(f"search/{number}"))
-        score_is = "probability that the group's gates give to the choice"
+        score_is = "probability that the gates give to the choice"
         scores = {edit: search.confidence(edit.site.block) for edit in rule.edits}
         chosen = [edit for edit in rule.edits if search.replaces(edit.site.block, edit.option)]
     return [

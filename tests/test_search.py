@@ -1,4 +1,5 @@
-"""Learned selection: the gates draw as they say, the search resumes to the bit, and it finds a planted answer."""
+"""Learned selection: the gates draw as they say, the search resumes to the bit, meets its budget, and finds a planted
+answer."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import csv
 import itertools
 import json
 import math
+import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +25,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import checkpoints
+from models.budget import Budget, budget_of
+from models.costs import forward_flops
 from models.diffusion import Diffusion
 from models.dit import DiT, DiTConfig, initialise
-from models.gates import GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
+from models.gates import Gate, GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
 from models.streams import initialising
 from models.surgery import graft, new_scion, scion_at
 from pipeline.store import Partial, Store
+from specs.costs import ORIGINALS
 from specs.graft import Edit, Site
 from specs.job import StepResources
 from specs.layers import Group
-from specs.operators import HyenaY, Mlp
+from specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
 from specs.steps import SearchParams
 from specs.training import SearchSpec, TrainingSpec
 from stages import Context, search, training
+from stages.evidence import read_search
 from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
 from stages.training import PlainEngine, TrainingSet, final_state, train
@@ -90,8 +97,29 @@ def edit_at(site: Site) -> Edit:
 def make_gated(seed: int = 0, sites: Sequence[Site] = SITES, groups: Sequence[Group] = GROUPS) -> GatedDiT:
     """A gated model whose every trained weight, LoRA's second factor too, comes from the seed."""
     model = lively(DiT(TINY))
-    scions = {site: lively(new_scion(model, edit_at(site), 0), seed + site.block) for site in sites}
-    return GatedDiT(model, scions, groups, lora_rank=2, lora_alpha=4.0, seed=seed)
+    scions = {site: [lively(new_scion(model, edit_at(site), 0), seed + site.block)] for site in sites}
+    return GatedDiT(model, scions, [*map(Gate.of_group, groups)], lora_rank=2, lora_alpha=4.0, seed=seed)
+
+
+OPTIONS: tuple[Operator, ...] = (Mlp(ratio=2), Mlp(ratio=1), MlpHyenaX(ratio=1))
+CHOICES = tuple(
+    Edit(site=Site(block=block, target="mlp"), operator=operator, option=option)
+    for block in range(4)
+    for option, operator in enumerate(OPTIONS)
+)
+
+
+def make_budgeted(
+    seed: int = 0, share: float = 0.8, candidates: Sequence[Edit] = CHOICES, carried: Sequence[Edit] = ()
+) -> GatedDiT:
+    """A gated model of whose sites each may hold several scions."""
+    model = lively(graft(DiT(TINY), carried, 0))
+    scions: dict[Site, list[nn.Module]] = {}
+    for number, edit in enumerate(candidates):
+        scions.setdefault(edit.site, []).append(lively(new_scion(model, edit, 0), seed + number))
+    gates = [Gate.of_site(site.block, len(beside)) for site, beside in scions.items()]
+    budget = budget_of(share, TINY, carried, candidates)
+    return GatedDiT(model, scions, gates, budget, lora_rank=2, lora_alpha=4.0, seed=seed)
 
 
 def stir(gated: GatedDiT) -> GatedDiT:
@@ -122,10 +150,11 @@ def run_search(
     report: Reports | None = None,
     seed: int = 0,
     weights: int = 0,
+    make: Callable[[int], GatedDiT] = make_gated,
 ) -> None:
     """Search from the scions and LoRA of that number, or from the checkpoint."""
     train(
-        lambda state: SearchEngine(make_gated(weights), recipe, seed, state),
+        lambda state: SearchEngine(make(weights), recipe, seed, state),
         data or make_data(),
         recipe,
         seed=seed,
@@ -169,41 +198,49 @@ def test_the_masks_are_all_ways_to_keep_that_many_with_the_pinned_among_them(gro
     assert set(masks) == expected and len(masks) == len(expected) and list(masks) == sorted(masks)
 
 
+FIVE = (Group(blocks=(0, 1, 2), keep=2, pinned=()), Group(blocks=(3, 4), keep=1, pinned=()))
+
+
+def keeps(drawn: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """By block (B,): 1 where an example keeps the original; what a site holds is always one thing."""
+    assert all(torch.equal(holds.detach().sum(1), torch.ones(len(holds))) for holds in drawn.values())
+    return {block: holds[:, 0] for block, holds in drawn.items()}
+
+
 def gates_with(logits: Sequence[float]) -> Gates:
-    gates = Gates([Group(blocks=(0, 1, 2), keep=2, pinned=()), Group(blocks=(3, 4), keep=1, pinned=())], 0.02)
+    gates = Gates([*map(Gate.of_group, FIVE)], 0.02)
     with torch.no_grad():
         gates.logits.copy_(torch.tensor(logits))
     return gates
 
 
 def test_at_the_start_every_mask_of_a_group_is_as_likely() -> None:
-    gates = Gates(GROUPS, 0.02)
+    gates = Gates([*map(Gate.of_group, GROUPS)], 0.02)
     assert [values.tolist() for values in gates.probabilities(100.0)] == [pytest.approx([1 / 3] * 3), [1.0]]
 
 
 @pytest.mark.parametrize("temperature", [4.0, 0.1])
 def test_masks_are_drawn_as_often_as_the_softmax_of_the_scaled_logits_says(temperature: float) -> None:
     gates, batch = gates_with([0.00, 0.01, 0.02, 0.03, 0.01]), 40_000
-    drawn = gates.sample(gumbel(batch, 5, torch.Generator().manual_seed(0)), temperature, 100.0)
-    first, second = gates.probabilities(100.0)
-    for masks, probabilities, blocks in zip(gates.masks, (first, second), ((0, 1, 2), (3, 4)), strict=True):
-        rows = torch.stack([drawn[block] for block in blocks], dim=1).detach()
-        for mask, probability in zip(masks, probabilities, strict=True):
-            wanted = torch.tensor([float(block in mask) for block in blocks])
+    drawn = keeps(gates.sample(gumbel(batch, 5, torch.Generator().manual_seed(0)), temperature, 100.0))
+    for group, probabilities in zip(FIVE, gates.probabilities(100.0), strict=True):
+        rows = torch.stack([drawn[block] for block in group.blocks], dim=1).detach()
+        for mask, probability in zip(admissible_masks(group), probabilities, strict=True):
+            wanted = torch.tensor([float(block in mask) for block in group.blocks])
             found = (rows == wanted).all(1).float().mean()
             assert found.item() == pytest.approx(probability.item(), abs=4 * (0.25 / batch) ** 0.5)
 
 
 def test_the_groups_draw_independently() -> None:
     gates, batch = gates_with([0.0] * 5), 20_000
-    drawn = gates.sample(gumbel(batch, 5, torch.Generator().manual_seed(0)), 1.0, 1.0)
+    drawn = keeps(gates.sample(gumbel(batch, 5, torch.Generator().manual_seed(0)), 1.0, 1.0))
     both = (drawn[0] * drawn[3]).mean()
     assert both.item() == pytest.approx((2 / 3) * (1 / 2), abs=0.02)
 
 
 def test_a_draw_is_exactly_zero_or_one_and_keeps_as_many_as_the_group_does() -> None:
     gates = gates_with([0.3, -0.1, 0.2, 0.0, 0.1])
-    drawn = gates.sample(gumbel(500, 5, torch.Generator().manual_seed(0)), 0.7, 3.0)
+    drawn = keeps(gates.sample(gumbel(500, 5, torch.Generator().manual_seed(0)), 0.7, 3.0))
     rows = torch.stack([drawn[block] for block in range(5)], dim=1)
     assert set(rows.unique().tolist()) == {0.0, 1.0}
     assert rows[:, :3].sum(1).unique().tolist() == [2.0] and rows[:, 3:].sum(1).unique().tolist() == [1.0]
@@ -213,14 +250,14 @@ def test_the_gradient_of_a_hard_draw_is_that_of_the_soft_one() -> None:
     gates = gates_with([0.3, -0.1, 0.2, 0.0, 0.1])
     draws = torch.Generator().manual_seed(3)
     noise, weights = gumbel(6, 5, draws), torch.randn(5, 6, generator=draws)
-    drawn = gates.sample(noise, 0.7, 3.0)
+    drawn = keeps(gates.sample(noise, 0.7, 3.0))
     (hard,) = torch.autograd.grad(sum((weights[block] * drawn[block]).sum() for block in range(5)), gates.logits)
 
     logits = gates.logits.detach().clone().requires_grad_()
     soft = []
-    for part, masks, blocks in ((slice(0, 3), gates.masks[0], (0, 1, 2)), (slice(3, 5), gates.masks[1], (3, 4))):
-        shares = ((logits[part] * 3.0 + noise[:, part]) / 0.7).softmax(1)
-        soft += [sum(shares[:, i] for i, mask in enumerate(masks) if block in mask) for block in blocks]
+    for part, group in zip((slice(0, 3), slice(3, 5)), FIVE, strict=True):
+        shares, masks = ((logits[part] * 3.0 + noise[:, part]) / 0.7).softmax(1), admissible_masks(group)
+        soft += [sum(shares[:, i] for i, mask in enumerate(masks) if block in mask) for block in group.blocks]
     (expected,) = torch.autograd.grad(sum((weights[block] * soft[block]).sum() for block in range(5)), logits)
     torch.testing.assert_close(hard, expected)
     assert expected.abs().min() > 1e-3
@@ -243,7 +280,7 @@ def plain_model(chosen: Mapping[Site, nn.Module]) -> DiT:
 @pytest.mark.parametrize("kept", range(3))
 def test_at_the_start_each_example_passes_what_its_mask_says_of_the_unchanged_operators(kept: int) -> None:
     gated, batch = make_gated(), make_batch()
-    scions = {site: scion_at(gated.model, site).scion for site in SITES if site.block != kept}
+    scions = {site: scion_at(gated.model, site).scions[0] for site in SITES if site.block != kept}
     noise = torch.zeros(5, 4)
     noise[:, kept] = 50.0
     gated.draw(noise, 1.0, 1.0)
@@ -264,7 +301,7 @@ def test_only_the_gates_the_scions_and_lora_are_trained() -> None:
     gated = make_gated()
     trained = {name for name, value in gated.named_parameters() if value.requires_grad}
     lora = {name for name in trained if ".lora_" in name}
-    scions = {name for name, _ in gated.named_parameters() if ".scion." in name}
+    scions = {name for name, _ in gated.named_parameters() if ".scions.0." in name}
     assert trained == lora | scions | {"gates.logits"} and len(scions) == 3 * 6
 
 
@@ -313,7 +350,7 @@ def test_merging_gives_a_plain_model_that_does_what_the_gated_one_does_under_the
         gated.gates.logits.copy_(torch.eye(4)[kept])
     gated.draw(torch.zeros(5, 4), 1.0, 100.0)
     expected, before = gated(*batch), plain_model({})(*batch)
-    assert gated.chosen() == tuple(site for site in SITES if site.block != kept)
+    assert gated.choice() == {site: int(site.block != kept) for site in SITES}
     model = gated.merge()
     names = plain_model({site: new_scion(model, edit_at(site), 0) for site in SITES if site.block != kept}).state_dict()
     assert model.state_dict().keys() == names.keys()
@@ -324,7 +361,8 @@ def test_merging_gives_a_plain_model_that_does_what_the_gated_one_does_under_the
 def test_mlps_are_gated_as_attention_is() -> None:
     model, site = lively(DiT(TINY)), Site(block=1, target="mlp")
     scion = new_scion(model, Edit(site=site, operator=Mlp(ratio=3)), 0)
-    gated = GatedDiT(model, {site: scion}, [Group(blocks=(0, 1), keep=1, pinned=())], lora_rank=2)
+    gate = Gate.of_group(Group(blocks=(0, 1), keep=1, pinned=()))
+    gated = GatedDiT(model, {site: [scion]}, [gate], lora_rank=2)
     gated.draw(torch.tensor([[50.0, 0.0]]).repeat(5, 1), 1.0, 1.0)
     torch.testing.assert_close(gated(*make_batch()), plain_model({site: scion})(*make_batch()), rtol=0, atol=1e-5)
     assert isinstance(gated.model.blocks[1].mlp, GatedOperator) and not isinstance(
@@ -335,24 +373,32 @@ def test_mlps_are_gated_as_attention_is() -> None:
 # -- the search
 
 
-@pytest.mark.parametrize("deaths", [(3,), (6,), (9,), (12,), (6, 9, 12)], ids=str)
+RESUMES = [(make_gated, deaths) for deaths in [(3,), (6,), (9,), (12,), (6, 9, 12)]]
+
+
+@pytest.mark.parametrize(
+    ("make", "deaths"),
+    [*RESUMES, (make_budgeted, (6,)), (make_budgeted, (6, 9, 12))],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
-    store: Store, monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...]
+    store: Store, monkeypatch: pytest.MonkeyPatch, make: Callable[[int], GatedDiT], deaths: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(training, "POINTS", 4)  # points of both courses at 3, 6, 9, 12; checkpoints at 4, 8, 12
     monkeypatch.setattr(search, "POINTS", 4)
     data = make_data()
     data.latents[17] = math.nan  # so that steps are skipped, too
-    run_search(store.partial("straight"), data)
+    recipe = RECIPE.model_copy(update={"logit_scale": (50.0, 100.0)})
+    run_search(store.partial("straight"), data, recipe, make=make)
     for death in (*deaths, None):
         weights = 99 if store.state("killed") == "partial" else 0
         try:
-            run_search(store.partial("killed"), data, report=Reports(dies_at=death), weights=weights)
+            run_search(store.partial("killed"), data, recipe, Reports(dies_at=death), weights=weights, make=make)
         except Killed:
             assert death is not None
     straight = state_of(store.partial("straight"))
     assert_same_bits(state_of(store.partial("killed")), straight)
-    assert straight["counts"][1] > 0 and straight["course"].shape == (5, 5)
+    assert straight["counts"][1] > 0 and straight["course"].shape == (5, 1 + sum(make(0).gates.sizes))
 
 
 def test_the_gates_of_a_step_are_drawn_for_the_step_at_its_temperature_and_scale(store: Store) -> None:
@@ -394,7 +440,7 @@ def test_the_gates_learn_at_their_own_rate(store: Store) -> None:
     # Adam's first step is as long as the rate.
     assert moved[1.0]["gates.logits"] == pytest.approx(1e-3, rel=1e-3)
     assert moved[10.0]["gates.logits"] == pytest.approx(1e-2, rel=1e-3)
-    scion = "model.blocks.1.attn.scion.in_proj.weight"
+    scion = "model.blocks.1.attn.scions.0.in_proj.weight"
     assert moved[10.0][scion] == moved[1.0][scion] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -495,7 +541,8 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     data = make_data()
     data.latents[17] = math.nan
-    run_search(Store(f"{folder}/store").partial("two"), data)
+    for make in (make_gated, make_budgeted):
+        run_search(Store(f"{folder}/store").partial(f"two {make.__name__}"), data, make=make)
     engine = SearchEngine(make_gated(), RECIPE, 0, None)
     loss = Diffusion().loss(engine, *make_batch(4), torch.zeros(4, 1, 8, 8)).mean()
     made = engine.step(loss + (math.inf if rank == 0 else 0.0), 1e-3)  # the gradient is a number on both
@@ -507,11 +554,13 @@ def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip
     workers = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
     store, data = Store(str(tmp_path / "store")), make_data()
     data.latents[17] = math.nan
-    run_search(store.partial("one"), data)
+    for make in (make_gated, make_budgeted):
+        run_search(store.partial(f"one {make.__name__}"), data, make=make)
     assert workers.wait(timeout=300) == 0
-    one, two = state_of(store.partial("one")), state_of(store.partial("two"))
-    assert one["counts"].tolist() == two["counts"].tolist() and one["counts"][1] > 0
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    for make in (make_gated, make_budgeted):
+        one, two = (state_of(store.partial(f"{count} {make.__name__}")) for count in ("one", "two"))
+        assert one["counts"].tolist() == two["counts"].tolist() and one["counts"][1] > 0
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert [json.loads((tmp_path / f"made{rank}.json").read_text()) for rank in (0, 1)] == [False, False]
 
 
@@ -532,12 +581,17 @@ class Folder:
 CARRIED = Edit(site=Site(block=3, target="mlp"), operator=Mlp(ratio=2))
 
 
-def make_context(folder: Path, store: Store, report: Reports | None = None, **changes: Any) -> Context:
+def make_context(
+    folder: Path,
+    store: Store,
+    report: Reports | None = None,
+    candidates: Sequence[Edit] = tuple(map(edit_at, SITES)),
+    budget: float | None = None,
+    **changes: Any,
+) -> Context:
     """A search step over a rootstock that carries an edit already."""
-    inputs = {
-        name: Folder(name, folder / name)
-        for name in ("features", "base", *(f"scions/{edit_at(site).name}" for site in SITES))
-    }
+    names = ("features", "base", *(f"scions/{edit.name}" for edit in candidates))
+    inputs = {name: Folder(name, folder / name) for name in names}
     (folder / "out").mkdir(parents=True)
     for made in inputs.values():
         made.place.mkdir(parents=True)
@@ -547,15 +601,16 @@ def make_context(folder: Path, store: Store, report: Reports | None = None, **ch
     meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(folder / "features", meta)
     checkpoints.save(model, (CARRIED,), folder / "base")
-    for site in SITES:
-        scion = lively(new_scion(model, edit_at(site), 0), site.block)
-        save_file(scion.state_dict(), inputs[f"scions/{edit_at(site).name}"].path() / "scion.safetensors")
+    for edit in candidates:
+        scion = lively(new_scion(model, edit, 0), edit.site.block)
+        save_file(scion.state_dict(), inputs[f"scions/{edit.name}"].path() / "scion.safetensors")
     return Context(
         step="search/0",
         params=SearchParams(
             seed=0,
-            candidates=tuple(edit_at(site) for site in SITES),
-            groups=GROUPS,
+            candidates=tuple(candidates),
+            groups=GROUPS if budget is None else (),
+            budget=budget,
             recipe=RECIPE.model_copy(update={"fraction": 0.5, **changes}),
         ),
         inputs=inputs,
@@ -637,6 +692,247 @@ def test_the_search_sees_the_asked_share_of_the_data(
     assert sizes == [15, 30, 1]
 
 
+# -- a budget
+
+
+def cost_table(candidates: Sequence[Edit], config: DiTConfig = TINY) -> tuple[int, dict[int, tuple[int, ...]]]:
+    """FLOPs of the rootstock, and by block of what its site may hold, as torch counts them."""
+    bare = forward_flops(DiT(config))
+    sites: dict[int, tuple[int, ...]] = {}
+    original = ORIGINALS[candidates[0].site.target].flops(config.place)
+    for edit in candidates:
+        grafted = forward_flops(graft(DiT(config), [edit], 0))
+        sites[edit.site.block] = (*sites.get(edit.site.block, (original,)), original + grafted - bare)
+    return bare, sites
+
+
+def test_what_sites_may_hold_costs_what_torch_counts() -> None:
+    budget = budget_of(0.8, TINY, (), CHOICES)
+    assert (budget.rootstock, dict(budget.sites)) == cost_table(CHOICES)
+
+
+def test_where_weights_carry_edits_the_originals_are_what_stands() -> None:
+    carried = (CARRIED, Edit(site=Site(block=1, target="mlp"), operator=Mlp(ratio=1)), edit_at(SITES[0]))
+    budget = budget_of(0.9, TINY, carried, CHOICES)
+    assert budget.rootstock == forward_flops(graft(DiT(TINY), carried, 0))
+    bare = budget_of(0.8, TINY, (), CHOICES)
+    held = {block: costs[0] for block, costs in budget.sites.items()}
+    assert held == {0: bare.sites[0][0], 1: bare.sites[1][2], 2: bare.sites[2][0], 3: bare.sites[3][1]}
+
+
+def random_budget(draws: random.Random) -> tuple[Budget, dict[int, list[float]]]:
+    """Up to five sites of up to four holdings, alike or not, and scores of each."""
+    alike = [draws.randrange(1, 30) for _ in range(draws.randrange(2, 5))]
+    sites = {
+        block: tuple(alike) if draws.random() < 0.5 else tuple(draws.randrange(1, 30) for _ in alike)
+        for block in draws.sample(range(20), draws.randrange(1, 6))
+    }
+    rootstock = draws.randrange(20) + sum(costs[0] for costs in sites.values())
+    scores = {block: [draws.gauss(0, 1) for _ in costs] for block, costs in sites.items()}
+    return Budget(draws.uniform(0.4, 1.2), rootstock, sites), scores
+
+
+def test_the_choice_is_the_best_of_all_that_meet_the_budget() -> None:
+    draws, met, binding = random.Random(0), 0, 0
+    for _ in range(400):
+        budget, scores = random_budget(draws)
+        everything = [
+            dict(zip(budget.sites, holds, strict=True))
+            for holds in itertools.product(*(range(len(costs)) for costs in budget.sites.values()))
+        ]
+        fitting = [
+            holds for holds in everything if abs(budget.flops(holds) / budget.rootstock / budget.share - 1) <= 0.02
+        ]
+        if not fitting:
+            with pytest.raises(ValueError, match="no choice of operators comes within 2% of"):
+                budget.best(scores)
+            continue
+
+        def score(holds: dict[int, int], scores: dict[int, list[float]] = scores) -> float:
+            return sum(scores[block][holding] for block, holding in holds.items())
+
+        assert budget.best(scores) == max(fitting, key=score)
+        met += 1
+        binding += max(fitting, key=score) != max(everything, key=score)
+    assert met > 100 and binding > 50
+
+
+def test_the_choice_for_a_large_model_takes_well_under_a_second() -> None:
+    config = DiTConfig(input_size=32, in_channels=4, patch=2, depth=28, width=1152, heads=16, num_classes=1000)
+    operators = (Mlp(ratio=1), Mlp(ratio=2.3), Mlp(ratio=3.1), MlpHyenaX())
+    candidates = [
+        Edit(site=Site(block=block, target="mlp"), operator=operator, option=option)
+        for block in range(28)
+        for option, operator in enumerate(operators)
+    ]
+    began = time.process_time()
+    budget_of(0.8, config, (), candidates)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("share", [0.65, 0.8, 0.95])
+@pytest.mark.parametrize("carried", [(), (Edit(site=Site(block=1, target="mlp"), operator=Mlp(ratio=3)),)], ids=str)
+def test_the_merged_model_is_measured_within_2_percent_of_the_budget(share: float, carried: tuple[Edit, ...]) -> None:
+    rootstock = forward_flops(graft(DiT(TINY), carried, 0))
+    chosen = set()
+    for seed in range(6):
+        gated = make_budgeted(share=share, carried=carried)
+        with torch.no_grad():
+            gated.gates.logits.normal_(generator=torch.Generator().manual_seed(seed))
+        holds = gated.choice()
+        chosen.add(tuple(holds.values()))
+        measured = forward_flops(gated.merge())
+        assert measured / rootstock == pytest.approx(share, rel=0.02)
+        assert measured == budget_of(share, TINY, carried, CHOICES).flops({s.block: holds[s] for s in holds})
+    assert len(chosen) > 1  # the gates, too, have a say
+
+
+def test_a_budget_that_nothing_can_meet_on_these_weights_is_refused() -> None:
+    cheap = [Edit(site=edit.site, operator=Mlp(ratio=1)) for edit in CHOICES]
+    budget_of(0.66, TINY, (), CHOICES)
+    with pytest.raises(ValueError, match=r"no choice of operators comes within 2% of 0\.66 of the rootstock's FLOPs"):
+        budget_of(0.66, TINY, cheap, CHOICES)
+
+
+def test_a_gate_of_a_site_draws_each_holding_as_often_as_its_softmax_says() -> None:
+    gates, batch = Gates([Gate.of_site(5, 2), Gate.of_site(7, 2)], 0.0), 40_000
+    with torch.no_grad():
+        gates.logits.copy_(torch.tensor([0.00, 0.01, 0.02, 0.02, 0.00, -0.01]))
+    drawn = gates.sample(gumbel(batch, 6, torch.Generator().manual_seed(0)), 0.5, 100.0)
+    for block, expected in zip((5, 7), gates.probabilities(100.0), strict=True):
+        assert drawn[block].shape == (batch, 3) and set(drawn[block].unique().tolist()) == {0.0, 1.0}
+        torch.testing.assert_close(drawn[block].mean(0), expected, rtol=0, atol=4 * (0.25 / batch) ** 0.5)
+
+
+def test_the_expected_cost_is_the_mean_cost_of_what_is_drawn() -> None:
+    gated = stir(make_budgeted())
+    assert gated.budget is not None
+    drawn = gated.gates.sample(gumbel(4000, 16, torch.Generator().manual_seed(0)), 1.0, 10.0)
+    holds = [{block: int(drawn[block][example].argmax()) for block in drawn} for example in range(4000)]
+    mean = sum(gated.budget.flops(one) for one in holds) / len(holds) / gated.budget.rootstock
+    expected = gated.budget.expected_share(gated.gates.probabilities(10.0))
+    assert expected.item() == pytest.approx(mean, abs=0.005) and abs(mean - 1) > 0.1
+
+
+def test_the_penalty_is_the_squared_relative_miss_and_its_gradient_that_of_the_expected_cost() -> None:
+    recipe = RECIPE.model_copy(update={"budget_weight": 3.0, "logit_scale": (2.0, 24.0)})
+    engine = SearchEngine(stir(make_budgeted(share=0.8)), recipe, 0, None)
+    engine.done = 4
+    logits, scale = engine.gated.gates.logits, 2.0 + 22.0 * 4 / 11
+    rootstock, sites = cost_table(CHOICES)
+
+    def penalty(values: Tensor) -> float:
+        shares = (scale * values.double().reshape(4, 4)).softmax(1)
+        costs = torch.tensor([sites[block] for block in range(4)], dtype=torch.float64)
+        expected = rootstock + (shares * costs).sum() - costs[:, 0].sum()
+        return 3.0 * ((expected / (0.8 * rootstock)).item() - 1) ** 2
+
+    found = engine.penalty()
+    assert isinstance(found, Tensor) and found.item() == pytest.approx(penalty(logits.detach()), rel=1e-4)
+    (gradient,) = torch.autograd.grad(found, logits)
+    steps = 1e-4 * torch.eye(16, dtype=torch.float64)
+    values = logits.detach().double()
+    differences = [(penalty(values + step) - penalty(values - step)) / 2e-4 for step in steps]
+    torch.testing.assert_close(gradient.tolist(), differences, rtol=1e-2, atol=1e-5)
+    assert gradient.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("share", [0.65, 0.8, 0.95])
+def test_where_the_loss_has_no_say_the_expected_cost_goes_to_the_budget(share: float) -> None:
+    engine = SearchEngine(make_budgeted(share=share), RECIPE.model_copy(update={"ema": 0.0}), 0, None)
+    budget, gates = engine.gated.budget, engine.gated.gates
+    assert budget is not None
+    before = budget.expected_share(gates.probabilities(100.0)).item()
+    assert abs(before / share - 1) > 0.02
+    for _ in range(100):
+        engine.step(torch.stack([value.sum() * 0 for value in engine.weights]).sum(), 1e-4)
+    assert budget.expected_share(gates.probabilities(100.0)).item() == pytest.approx(share, rel=0.01)
+
+
+def test_without_a_budget_there_is_no_penalty() -> None:
+    assert SearchEngine(make_gated(), RECIPE, 0, None).penalty() == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_under_a_budget_too_the_merged_model_does_what_the_gated_one_does_under_the_choice(seed: int) -> None:
+    gated, batch = stir(make_budgeted(seed)), make_batch()
+    with torch.no_grad():
+        gated.gates.logits.normal_(generator=torch.Generator().manual_seed(seed))
+    holds = gated.choice()
+    noise = torch.full((5, 16), -1e6)
+    for number, holding in enumerate(holds.values()):
+        noise[:, 4 * number + holding] = 0.0
+    gated.draw(noise, 1.0, 1.0)
+    expected = gated(*batch)
+    assert len(set(holds.values())) > 1
+    model = gated.merge()
+    made = [edit for edit in CHOICES if holds[edit.site] == edit.option + 1]
+    assert model.state_dict().keys() == graft(DiT(TINY), made, 0).state_dict().keys()
+    torch.testing.assert_close(model(*batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_example_passes_the_scion_that_its_gate_drew() -> None:
+    site = CHOICES[0].site
+    gated, batch = make_budgeted(candidates=CHOICES[:3], share=0.92), make_batch(4)
+    scions = list(scion_at(gated.model, site).scions)
+    gated.draw(50 * torch.eye(4), 1.0, 1.0)
+    together = gated(*batch)
+    for holding in range(4):
+        alone = tuple(part[holding : holding + 1] for part in batch)
+        plain = plain_model({site: scions[holding - 1]} if holding else {})
+        torch.testing.assert_close(together[holding : holding + 1], plain(*alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_search_under_a_budget_leaves_what_each_site_holds_and_what_that_costs(tmp_path: Path, store: Store) -> None:
+    context = make_context(tmp_path / "step", store, candidates=CHOICES, budget=0.75)
+    search.run(context)
+    found, read = json.loads((context.out / "search.json").read_text()), read_search(context.out)
+    names = ["original", "mlp ratio=2.0", "mlp ratio=1.0", "mlp_hyena_x ratio=1"]
+    assert [site["block"] for site in found["sites"]] == [0, 1, 2, 3] and found["groups"] == []
+    for site in found["sites"]:
+        block, probabilities = site["block"], dict(zip(names, site["probabilities"], strict=True))
+        assert site["options"] == names and sum(probabilities.values()) == pytest.approx(1)
+        assert site["confidence"] == probabilities[site["chosen"]] == read.confidence(block)
+        assert site["decided"] == (site["confidence"] >= 0.5)
+        replaced = [option for option in range(3) if read.replaces(block, option)]
+        assert replaced == ([] if site["chosen"] == "original" else [names.index(site["chosen"]) - 1])
+    assert found["chosen"] == [site["block"] for site in found["sites"] if site["chosen"] != "original"] != []
+    assert len(set(read.options.values())) > 1  # so that it matters which
+    assert len(found["warnings"]) == sum(not site["decided"] for site in found["sites"])
+
+    model, edits = checkpoints.load(context.out / "hybrid")
+    made = tuple(edit for edit in CHOICES if read.replaces(edit.site.block, edit.option))
+    assert edits == (*made, *(() if 3 in read.chosen else (CARRIED,)))
+    rootstock, _ = checkpoints.load(context.input("base"))
+    assert found["flops"] == forward_flops(model) and found["budget"] == 0.75
+    assert found["share"] == forward_flops(model) / forward_flops(rootstock) == pytest.approx(0.75, rel=0.02)
+
+    rows = {name: list(csv.reader((context.out / f"{name}.csv").open())) for name in ("course", "cost")}
+    assert rows["course"][0] == ["step", *(f"block {block} {name}" for block in range(4) for name in names)]
+    last = [value for site in found["sites"] for value in site["probabilities"]]
+    assert [float(value) for value in rows["course"][-1][1:]] == pytest.approx(last)
+    assert [float(row[0]) for row in rows["cost"][1:]] == list(range(13))
+    gated, _ = search.build(context)
+    assert gated.budget is not None
+    expected = gated.budget.expected_share(torch.tensor(last).split(4)).item()
+    assert float(rows["cost"][-1][1]) == pytest.approx(expected)
+    assert {path.name for path in context.out.glob("*.png")} == {"course.png", "cost.png", "loss.png"}
+
+
+def test_a_site_whose_choice_is_not_likely_is_warned_of() -> None:
+    gated = make_budgeted(candidates=CHOICES[:6], share=0.9)
+    with torch.no_grad():
+        gated.gates.logits.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0]))
+    params = SearchParams(seed=0, candidates=CHOICES[:6], groups=(), budget=0.9, recipe=RECIPE)
+    learned = search.outcome(gated, params, skipped=0)
+    assert learned.chosen == (0,) and dict(learned.options) == {0: 1}
+    assert [site.decided for site in learned.sites] == [False, True]
+    (line,) = learned.warnings
+    assert line.startswith("the site of block 0 did not decide: the choice, mlp ratio=1.0, has a probability of 0.00 ")
+    assert line.endswith("; the budget has no room for mlp ratio=2.0, which has 1.00")
+
+
 # -- the planted answer
 
 PLANTED = DiTConfig(input_size=8, in_channels=1, patch=4, depth=8, width=32, heads=2, num_classes=3)
@@ -685,32 +981,79 @@ def planted_data() -> TrainingSet:
     return TrainingSet(images[torch.arange(60) % 3], torch.arange(60) % 3, num_classes=3, device=CPU)
 
 
+def search_planted(
+    rootstock: Mapping[str, Tensor],
+    store: Store,
+    seed: int,
+    candidates: Sequence[Edit],
+    harmless: Mapping[int, int],
+    groups: Sequence[Group] = (),
+    budget: float | None = None,
+) -> search.Learned:
+    """What the gates find where all scions are garbage but a copy of the original at some blocks' option."""
+
+    def make_engine(state: Mapping[str, Tensor] | None) -> SearchEngine:
+        model, copies = DiT(PLANTED), DiT(PLANTED)
+        for one in (model, copies):
+            one.load_state_dict(rootstock, strict=False)
+        scions: dict[Site, list[nn.Module]] = {}
+        for edit in candidates:
+            copied = harmless.get(edit.site.block) == edit.option
+            scion = scion_at(copies, edit.site) if copied else Garbage(edit.site.block)
+            scions.setdefault(edit.site, []).append(scion)
+        gates = [*map(Gate.of_group, groups)] or [Gate.of_site(site.block, len(own)) for site, own in scions.items()]
+        limit = None if budget is None else budget_of(budget, PLANTED, (), candidates)
+        gated = GatedDiT(model, scions, gates, limit, lora_rank=2, lora_alpha=4.0, seed=seed)
+        return engines.setdefault("engine", SearchEngine(gated, PLANTED_RECIPE, seed, state))
+
+    engines: dict[str, SearchEngine] = {}
+    partial = store.partial("planted")
+    train(make_engine, planted_data(), PLANTED_RECIPE, seed=seed, stream="search", partial=partial, report=Reports())
+    gated = engines["engine"].gated
+    with torch.no_grad():
+        gated.gates.logits.copy_(final_state(partial)[0]["ema/gates.logits"])
+    params = SearchParams(
+        seed=seed, candidates=tuple(candidates), groups=tuple(groups), budget=budget, recipe=PLANTED_RECIPE
+    )
+    return search.outcome(gated, params, skipped=0)
+
+
 @pytest.mark.parametrize(
     ("seed", "harmless"), [(0, (2, 3, 4, 5)), (1, (1, 2, 6, 7)), (2, (1, 3, 5, 6)), (3, (2, 3, 4, 7))]
 )
 def test_the_gates_find_the_sites_that_can_be_replaced(
     rootstock: dict[str, Tensor], store: Store, seed: int, harmless: tuple[int, ...]
 ) -> None:
-    def make_engine(state: Mapping[str, Tensor] | None) -> SearchEngine:
-        model = DiT(PLANTED)
-        model.load_state_dict(rootstock, strict=False)
-        copies = DiT(PLANTED)
-        copies.load_state_dict(rootstock, strict=False)
-        sites = [Site(block=block, target="mha") for block in range(1, 8)]
-        scions = {s: scion_at(copies, s) if s.block in harmless else Garbage(s.block) for s in sites}
-        gated = GatedDiT(model, scions, PLANTED_GROUPS, lora_rank=2, lora_alpha=4.0, seed=seed)
-        return engines.setdefault("engine", SearchEngine(gated, PLANTED_RECIPE, seed, state))
-
-    engines: dict[str, SearchEngine] = {}
-    partial = store.partial("planted")
-    train(make_engine, planted_data(), PLANTED_RECIPE, seed=seed, stream="search", partial=partial, report=Reports())
-    gates = engines["engine"].gated.gates
-    with torch.no_grad():
-        gates.logits.copy_(final_state(partial)[0]["ema/gates.logits"])
-    learned = search.outcome(gates, PLANTED_RECIPE, skipped=0)
+    candidates = [edit_at(Site(block=block, target="mha")) for block in range(1, 8)]
+    planted = dict.fromkeys(harmless, 0)
+    learned = search_planted(rootstock, store, seed, candidates, planted, groups=PLANTED_GROUPS)
     assert learned.chosen == harmless
     assert [group.decided for group in learned.groups] == [True, True] and learned.warnings == ()
     assert all(group.confidence > 0.9 for group in learned.groups)
+
+
+PLANTED_CHOICES = tuple(
+    Edit(site=Site(block=block, target="mlp"), operator=Mlp(ratio=ratio), option=option)
+    for block in range(8)
+    for option, ratio in enumerate((2, 1))
+)
+
+
+@pytest.mark.parametrize(
+    ("seed", "harmless"),
+    [(0, {1: 0, 2: 1, 4: 1, 5: 0}), (1, {0: 1, 3: 1, 6: 1, 7: 1}), (2, {2: 0, 3: 0, 5: 1, 7: 0}), (3, {1: 1, 6: 0})],
+    ids=str,
+)
+def test_under_a_budget_the_gates_find_which_operator_each_site_can_take(
+    rootstock: dict[str, Tensor], store: Store, seed: int, harmless: dict[int, int]
+) -> None:
+    # As dear as the planted answer: there is no other that meets the budget and has no garbage.
+    free = Budget(1.0, *cost_table(PLANTED_CHOICES, PLANTED))
+    share = free.flops({block: 1 + harmless[block] if block in harmless else 0 for block in range(8)}) / free.rootstock
+    learned = search_planted(rootstock, store, seed, PLANTED_CHOICES, harmless, budget=share)
+    assert dict(learned.options) == harmless and learned.chosen == tuple(sorted(harmless))
+    assert learned.share == pytest.approx(share) and learned.warnings == ()
+    assert all(site.decided and site.confidence > 0.9 for site in learned.sites)
 
 
 if __name__ == "__main__":

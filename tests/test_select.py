@@ -79,7 +79,7 @@ CASES = [
         {"kind": "learned", "groups": 2, "keep": 1, "pinned": []},
         (1, 2),
         (0.8, 0.6),
-        "probability that the group's gates give to the choice",
+        "probability that the gates give to the choice",
     ),
     ({"kind": "last", "count": 1}, (3,), (0.2,), "relative error"),
 ]

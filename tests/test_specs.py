@@ -344,6 +344,24 @@ def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]
             "[0, 2]",
             "consecutive",
         ),
+        (
+            {"graft.0.layers": {"kind": "learned", "budget": 0.6, "operators": [{"kind": "swa"}]}},
+            "graft.0.layers.budget",
+            "0.6",
+            "nearest is 0.761",
+        ),
+        (
+            {"graft.0.layers": {"kind": "learned", "budget": 0.9, "keep": 1}},
+            "graft.0.layers.keep",
+            "1",
+            "groups or a budget",
+        ),
+        (
+            {"graft.0.layers": {"kind": "learned", "operators": [{"kind": "swa"}]}},
+            "graft.0.layers.operators",
+            "['swa']",
+            "a budget beside it",
+        ),
         ({"graft.0.layers": {"kind": "learned", "keep": 5}}, "graft.0.layers.keep", "5", "0 .. 4"),
         ({"graft.0.layers": {"kind": "learned", "keep": 4}}, "graft.0.layers.keep", "4", "something to replace"),
         ({"graft.0.layers": {"kind": "learned", "keep": [1, 1]}}, "graft.0.layers.keep", "[1, 1]", "each of 1 groups"),
@@ -365,6 +383,12 @@ def test_what_does_not_fit_together_is_refused_at_the_field_to_change(
     for field, value in changes.items():
         put(document, field, value)
     assert_says(refusal(document), path, given, accepted)
+
+
+def test_a_budget_suffers_no_other_edit(document: dict[str, Any]) -> None:
+    put(document, "graft.0.layers", {"kind": "learned", "budget": 0.9})
+    document["graft"].append({"target": "mlp", "operator": {"kind": "mlp"}, "layers": {"kind": "all"}})
+    assert_says(refusal(document), "graft.0.layers.budget", "0.9", "no other edit")
 
 
 def test_two_edits_on_one_site_are_refused_naming_the_site_and_the_first_edit(document: dict[str, Any]) -> None:
