@@ -23,11 +23,11 @@ from specs.data import ImageFolderData
 from specs.hub import is_hub_id
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
+from specs.model import Layout
 from stages.sources import class_sizes
 
 if TYPE_CHECKING:
     from cluster.board import News
-    from models.checkpoints import Layout
     from pipeline.execute import StepResult
     from pipeline.track import Tracker
 

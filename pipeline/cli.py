@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +20,7 @@ from pipeline.record import RunRecord
 from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
 from specs.load import SpecError, job_schema
+from specs.model import Layout
 
 app = typer.Typer(
     add_completion=False,
@@ -177,26 +177,18 @@ def show(
         print(json.dumps(manifest.identity, indent=1))
 
 
-class Layout(StrEnum):
-    """What other tools read."""
-
-    graftwork = "graftwork"
-    diffusers = "diffusers"
-    published = "published"
-
-
 @app.command()
 def export(
     name: Annotated[str, typer.Argument(metavar="RUN[/STEP]", help="a run's graft, or the model of another step")],
     out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
-    layout: Annotated[Layout, typer.Option("--as", help="for whom")] = Layout.graftwork,
+    layout: Annotated[Layout, typer.Option("--as", help="for whom")] = "graftwork",
     vae: Annotated[str | None, typer.Option("--vae", help="for diffusers: write a whole DiTPipeline, with it")] = None,
     store: StoreUrl = ".graftwork",
     debug: Debug = False,
 ) -> None:
     """Write a model for other tools: safetensors, diffusers or the published .pt, with a model card."""
     with problems(debug):
-        print(api.export(name, out, layout.value, store, vae))
+        print(api.export(name, out, layout, store, vae))
 
 
 @app.command()

@@ -22,8 +22,6 @@ from cluster import runtime
 from cluster.board import Board, News, Reporter
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
-from specs.graft import OperatorEdits
-from specs.layers import LearnedLayers
 
 POLL_SECONDS = 0.25
 RETRIES = 3  # of a task whose worker is lost
@@ -78,11 +76,7 @@ def execute(plan: Plan, store: Store, run: str, git_commit: str | None, watcher:
 
 def _widest(plan: Plan) -> int:
     """The most workers that one step starts together."""
-    searches = [
-        edit.layers.search.workers
-        for edit in plan.job.graft
-        if isinstance(edit, OperatorEdits) and isinstance(edit.layers, LearnedLayers)
-    ]
+    searches = [layers.search.workers for layers in plan.job.learned().values()]
     return max(getattr(plan.job.weights, "workers", 1), plan.job.finetune.workers, *searches)
 
 

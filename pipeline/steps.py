@@ -13,7 +13,7 @@ from specs.evaluate import inception_file
 from specs.fields import Spec
 from specs.graft import Edit
 from specs.job import JobSpec
-from specs.layers import LearnedLayers, LocalityLayers
+from specs.layers import LocalityLayers
 from specs.model import CheckpointWeights
 from stages.sources import vae_folder
 
@@ -84,25 +84,19 @@ def _scions(edits: Iterable[Edit]) -> Needs:
 
 def _searches(job: JobSpec) -> Iterator[Draft]:
     depth = job.model.depth
-    for name, layers in _learned(job).items():
-        candidates = job.graft[int(name.split("/")[1])].edits(depth)
+    for number, layers in job.learned().items():
+        candidates = job.graft[number].edits(depth)
         groups = layers.grouped(depth) if layers.budget is None else ()
         told = params.SearchParams(
             seed=job.seed, candidates=candidates, groups=groups, budget=layers.budget, recipe=layers.search
         )
-        yield Draft(name, "search", told, ROOTSTOCK | _scions(candidates))
-
-
-def _learned(job: JobSpec) -> dict[str, LearnedLayers]:
-    """The strategies that search, by the name of their step."""
-    found = {f"search/{number}": getattr(spec, "layers", None) for number, spec in enumerate(job.graft)}
-    return {name: layers for name, layers in found.items() if isinstance(layers, LearnedLayers)}
+        yield Draft(f"search/{number}", "search", told, ROOTSTOCK | _scions(candidates))
 
 
 def _selection(job: JobSpec) -> Draft:
     depth = job.model.depth
     rules = tuple(params.Rule(edits=spec.edits(depth), layers=getattr(spec, "layers", None)) for spec in job.graft)
-    needs = _scions(job.edits()) | {name: name for name in _learned(job)}
+    needs = _scions(job.edits()) | {f"search/{number}": f"search/{number}" for number in job.learned()}
     if any(isinstance(rule.layers, LocalityLayers) for rule in rules):
         needs |= {"profile": "profile"}
     return Draft("select", "select", params.SelectParams(depth=depth, rules=rules), needs)
@@ -116,9 +110,9 @@ def _hybrid(job: JobSpec) -> Needs:
 def _finetuning(job: JobSpec) -> Iterator[Draft]:
     distilled = params.FinetuneParams(seed=job.seed, scions="distilled", recipe=job.finetune)
     needs = _hybrid(job)
-    for name, layers in _learned(job).items():
+    for number, layers in job.learned().items():
         if layers.finetune_from == "search":
-            needs |= {"searched": name}
+            needs |= {"searched": f"search/{number}"}
     yield Draft("finetune", "finetune", distilled, needs)
     if job.finetune.control:
         random = distilled.model_copy(update={"scions": "random"})

@@ -157,11 +157,14 @@ class JobSpec(Spec):
                         accepted = f"a strategy that knows its blocks beforehand, since block {block} is in a pair"
                         refuse(["graft", number, "layers", "kind"], spec.layers.kind, accepted)
 
+    def learned(self) -> dict[int, LearnedLayers]:
+        """The strategies that search, by the place of their edit in the list."""
+        layers = {number: getattr(spec, "layers", None) for number, spec in enumerate(self.graft)}
+        return {number: one for number, one in layers.items() if isinstance(one, LearnedLayers)}
+
     def budget(self) -> float | None:
         """The share of the rootstock's FLOPs that a search is to bring the model to."""
-        layers = (getattr(spec, "layers", None) for spec in self.graft)
-        budgets = (one.budget for one in layers if isinstance(one, LearnedLayers))
-        return next((budget for budget in budgets if budget is not None), None)
+        return next((one.budget for one in self.learned().values() if one.budget is not None), None)
 
     def latent_side(self) -> int:
         """Latent pixels a side."""

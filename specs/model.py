@@ -69,4 +69,6 @@ class CheckpointWeights(Spec):
     path: Annotated[str, Unkeyed()] = Field(min_length=1)  # its content is in the key
 
 
+Layout = Literal["graftwork", "diffusers", "published"]  # of a checkpoint for other tools
+
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

@@ -40,8 +40,7 @@ def finetune(context: Context, device: torch.device) -> None:
     params: FinetuneParams = context.params
     recipe = params.recipe
     model, _ = _start(context)
-    latents = read(context.input("features"), "training")
-    latents = latents.first(max(1, round(len(latents.x) * recipe.fraction)))
+    latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: ShardedEngine(model.to(device), recipe, state),
         TrainingSet(latents.x, latents.labels, model.config.num_classes, device),

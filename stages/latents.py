@@ -60,6 +60,10 @@ class Latents:
     def first(self, count: int) -> Latents:
         return Latents(self.x[:count], self.labels[:count])
 
+    def share(self, fraction: float) -> Latents:
+        """The same share of each class; at least one latent."""
+        return self.first(max(1, round(len(self.x) * fraction)))
+
 
 def read_meta(folder: Path) -> LatentsMeta:
     return LatentsMeta.model_validate_json((folder / "meta.json").read_text())

@@ -94,8 +94,7 @@ def search(context: Context, device: torch.device) -> None:
     recipe = params.recipe
     gated, _ = build(context)
     gated = gated.to(device)
-    latents = read(context.input("features"), "training")
-    latents = latents.first(max(1, round(len(latents.x) * recipe.fraction)))
+    latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: SearchEngine(gated, recipe, params.seed, state),
         TrainingSet(latents.x, latents.labels, gated.model.config.num_classes, device),

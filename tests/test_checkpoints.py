@@ -34,6 +34,7 @@ from models.surgery import graft
 from specs.graft import Edit, Parallel, Site
 from specs.model import SIZES
 from specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
+from tests.small import lively
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -44,15 +45,6 @@ def _repeatable() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-
-
-def lively(module: nn.Module, seed: int = 0) -> Any:
-    """The module with every parameter random: nothing is hidden behind a zero."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in module.parameters():
-            value.copy_(0.3 * torch.randn(value.shape, generator=draws))
-    return module
 
 
 def edits(*pairs: tuple[int, OperatorSpec]) -> tuple[Edit, ...]:

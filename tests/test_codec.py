@@ -34,6 +34,7 @@ from stages.codec import UnfitCodec, load_codec, misfits
 from stages.latents import read_meta
 from stages.sources import read_image, split
 from tests.conftest import Graft
+from tests.small import Payload
 
 CPU = torch.device("cpu")
 SIDE, COUNT = 16, 6
@@ -244,16 +245,6 @@ def test_a_vae_that_is_not_there_is_one_line_when_it_is_needed(tmp_path: Path) -
 def test_a_vae_of_other_images_than_the_data_is_one_line(folder: Path) -> None:
     (line,) = misfits(spec(folder), DigitsData())
     assert line.startswith(f"codec.path: got '{folder}', of images with 3 channels; accepted: ")
-
-
-class Payload:
-    """Unpickling one touches a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def wrong_weights(how: str, path: Path) -> None:

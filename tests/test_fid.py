@@ -20,6 +20,7 @@ from models.frechet import Gaussian, distance, gaussian
 from specs.evaluate import WEIGHTS_FILE, inception_file
 from stages import inception
 from stages.inception import inception_features, load_inception, reference_statistics
+from tests.small import Payload
 
 CPU = torch.device("cpu")
 COUNT, SIDE = 4, 16
@@ -199,16 +200,6 @@ def test_missing_weights_are_asked_for_in_one_line_that_says_where_to_put_them(
         load_inception(str(path) if named else None, CPU)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "evaluate.inception" in message and "\n" not in message
-
-
-class Payload:
-    """Unpickling one touches a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def wrong_weights(how: str, path: Path) -> None:

@@ -19,6 +19,7 @@ from models.frechet import Gaussian, distance, gaussian
 from models.sampling import guided, sample
 from models.streams import SampleNoise, generator, initialising, seed_of
 from specs.evaluate import AncestralSampler, DdimSampler
+from tests.small import lively
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)
 CPU = torch.device("cpu")
@@ -29,15 +30,6 @@ def _repeatable() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-
-
-def lively(module: nn.Module, seed: int = 0) -> Any:
-    """The module with every parameter random: nothing is hidden behind a zero."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in module.parameters():
-            value.copy_(0.3 * torch.randn(value.shape, generator=draws))
-    return module
 
 
 @pytest.fixture

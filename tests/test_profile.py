@@ -29,6 +29,7 @@ from specs.steps import ProfileParams
 from stages import Context, profile
 from stages.evidence import Profile, read_profile
 from stages.latents import LatentsMeta, noised, read, write_meta
+from tests.small import lively
 
 CPU = torch.device("cpu")
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -39,15 +40,6 @@ ONE_ROW = 1  # bytes of a chunk: less than a row of queries, of which one is tak
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-
-
-def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
-    """The module with every parameter random."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in module.parameters():
-            value.copy_(scale * torch.randn(value.shape, generator=draws))
-    return module
 
 
 # -- locality

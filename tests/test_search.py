@@ -45,6 +45,7 @@ from stages.evidence import read_search
 from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
 from stages.training import PlainEngine, TrainingSet, final_state, train
+from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
@@ -82,12 +83,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def lively(module: nn.Module, seed: int = 0) -> Any:
-    """The module with every parameter random: nothing is hidden behind a zero."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in module.parameters():
-            value.copy_(0.2 * torch.randn(value.shape, generator=draws))
-    return module
+    """Small enough for training to go well."""
+    return small.lively(module, seed, scale=0.2)
 
 
 def edit_at(site: Site) -> Edit:
@@ -551,7 +548,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip(tmp_path: Path) -> None:
-    workers = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    workers = subprocess.Popen([sys.executable, "-m", __name__, str(tmp_path)], cwd=Path(__file__).parents[1])
     store, data = Store(str(tmp_path / "store")), make_data()
     data.latents[17] = math.nan
     for make in (make_gated, make_budgeted):

@@ -35,6 +35,7 @@ from stages import Context, distill, hybrid, training
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
+from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
@@ -68,12 +69,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def lively(module: nn.Module, seed: int = 0) -> Any:
-    """The module with every parameter random: nothing is hidden behind a zero."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in module.parameters():
-            value.copy_(0.2 * torch.randn(value.shape, generator=draws))
-    return module
+    """Small enough for training to go well."""
+    return small.lively(module, seed, scale=0.2)
 
 
 def make_data() -> TrainingSet:
@@ -235,7 +232,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: TrainingSet) -> None:
-    workers = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    workers = subprocess.Popen([sys.executable, "-m", __name__, str(tmp_path)], cwd=Path(__file__).parents[1])
     store = Store(str(tmp_path / "store"))
     run_training(store.partial("one"), data)
     assert workers.wait(timeout=300) == 0

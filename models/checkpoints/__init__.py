@@ -15,9 +15,9 @@ made without weights, and takes the file's tensors one by one, as they are mappe
 """
 
 from models.checkpoints.card import Card, write_card
-from models.checkpoints.export import ExportRefused, Layout, export
+from models.checkpoints.export import ExportRefused, export
 from models.checkpoints.fit import UnfitCheckpoint, fill
 from models.checkpoints.native import load, save
 from models.checkpoints.reading import read
 
-__all__ = ["Card", "ExportRefused", "Layout", "UnfitCheckpoint", "export", "fill", "load", "read", "save", "write_card"]
+__all__ = ["Card", "ExportRefused", "UnfitCheckpoint", "export", "fill", "load", "read", "save", "write_card"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from models.checkpoints import diffusers, native, published
 from models.checkpoints.card import Card, write_card
 from models.checkpoints.fit import UnfitCheckpoint
 from models.checkpoints.reading import located, read
+from specs.model import Layout
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-Layout = Literal["graftwork", "diffusers", "published"]
 
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
