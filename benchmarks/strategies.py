@@ -25,7 +25,7 @@ from specs.load import load
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SEARCH = "{steps: 300, batch: 32, lr: 5e-4, warmup: 10, fraction: 1.0, ema: 0.98, workers: 2, checkpoint_every: 100}"
+SEARCH = "{steps: 300, batch: 32, lr: 5e-4, warmup: 10, fraction: 1.0, ema: 0.99, workers: 2, checkpoint_every: 100}"
 STRATEGIES = {
     "interleaved": "{kind: interleaved, ratio: 0.5}",
     "first": "{kind: first, ratio: 0.5}",
@@ -33,7 +33,7 @@ STRATEGIES = {
     "most_local": "{kind: most_local, ratio: 0.5, band: 8}",
     "least_local": "{kind: least_local, ratio: 0.5, band: 8}",
     "lowest_error": "{kind: lowest_error, ratio: 0.5}",
-    "learned": f"{{kind: learned, groups: 2, keep: 1, pinned: [], search: {SEARCH}}}",
+    "learned": f"{{kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {SEARCH}}}",
 }
 SETTINGS = ("finetune.control=false", "evaluate.samples=400")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -197,9 +198,10 @@ class LowestErrorLayers(Share):
         return "lowest relative error"
 
 
-class LearnedLayers(Strategy):
+class LearnedLayers(Share):
     """Gates that learn which originals to keep, group by group (arXiv 2409.17481).
 
+    With a `ratio` or a `count` each group replaces its even share of that, instead of keeping `keep`.
     With a `budget` there are no groups: each site chooses among the original, the edit's operator and `operators`, so
     that the whole model comes to that share of the rootstock's FLOPs.
     """
@@ -241,6 +243,10 @@ class LearnedLayers(Strategy):
         for field in ("groups", "keep"):
             if self.budget is not None and field in self.model_fields_set:
                 refuse([field], getattr(self, field), "groups or a budget, not both")
+        for field in ("ratio", "count"):
+            if getattr(self, field) is not None and (self.budget is not None or "keep" in self.model_fields_set):
+                other = "keep" if self.budget is None else "a budget"
+                refuse([field], getattr(self, field), f"a {field} or {other}, not both")
         if isinstance(self.groups, int):
             if self.groups < 1:
                 refuse(["groups"], self.groups, "at least 1 block a group, or a list of groups")
@@ -262,11 +268,16 @@ class LearnedLayers(Strategy):
             if isinstance(self.groups, int)
             else self.groups
         )
-        keeps = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(blocks)
         return tuple(
             Group(blocks=group, keep=keep, pinned=self._pinned(group, keep))
-            for group, keep in zip(blocks, keeps, strict=False)
+            for group, keep in zip(blocks, self._keeps(blocks, depth), strict=False)
         )
+
+    def _keeps(self, blocks: tuple[tuple[int, ...], ...], depth: int) -> tuple[int, ...]:
+        if self.ratio is None and self.count is None:
+            return self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(blocks)
+        share, ends = self.share(depth), [0, *accumulate(map(len, blocks))]
+        return tuple(end - start - (int(end * share) - int(start * share)) for start, end in pairwise(ends))
 
     def _pinned(self, group: tuple[int, ...], keep: int) -> tuple[int, ...]:
         if self.pinned is None:
@@ -282,6 +293,9 @@ class LearnedLayers(Strategy):
         return next(self._misfits(depth), None)
 
     def _misfits(self, depth: int) -> Iterator[tuple[str, object, str]]:
+        if (self.ratio or self.count) and (shared := super().misfit(depth)):
+            yield shared
+            return
         if self.budget is None:
             yield from self._group_misfits(depth)
         for block in self.pinned or ():

@@ -16,7 +16,7 @@ from specs.evaluate import AncestralSampler
 from specs.fields import Spec, Unkeyed, keyed
 from specs.graft import ParallelEdits
 from specs.job import JobSpec
-from specs.layers import AllLayers, InterleavedLayers
+from specs.layers import AllLayers, InterleavedLayers, LearnedLayers
 from specs.load import SpecError, job_from, job_schema, load
 from specs.model import DitModel
 
@@ -363,6 +363,9 @@ def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]
             "a budget beside it",
         ),
         ({"graft.0.layers": {"kind": "learned", "keep": 5}}, "graft.0.layers.keep", "5", "0 .. 4"),
+        ({"graft.0.layers": {"kind": "learned", "count": 5}}, "graft.0.layers.count", "5", "at most 4"),
+        ({"graft.0.layers": {"kind": "learned", "ratio": 0.5, "keep": 1}}, "graft.0.layers.ratio", "0.5", "or keep"),
+        ({"graft.0.layers": {"kind": "learned", "ratio": 0.5, "budget": 1}}, "graft.0.layers.ratio", "0.5", "a budget"),
         ({"graft.0.layers": {"kind": "learned", "keep": 4}}, "graft.0.layers.keep", "4", "something to replace"),
         ({"graft.0.layers": {"kind": "learned", "keep": [1, 1]}}, "graft.0.layers.keep", "[1, 1]", "each of 1 groups"),
         ({"graft.0.layers": {"kind": "learned", "pinned": [7]}}, "graft.0.layers.pinned", "7", "0 .. 3"),
@@ -383,6 +386,25 @@ def test_what_does_not_fit_together_is_refused_at_the_field_to_change(
     for field, value in changes.items():
         put(document, field, value)
     assert_says(refusal(document), path, given, accepted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "replaced"),
+    [
+        ({}, [2, 2, 1]),
+        ({"ratio": 0.5}, [2, 2, 1]),
+        ({"ratio": 0.75}, [3, 3, 1]),
+        ({"count": 3}, [1, 1, 1]),
+        ({"count": 10, "pinned": []}, [4, 4, 2]),
+        ({"groups": 10, "count": 7}, [7]),
+        ({"keep": [0, 4, 1]}, [4, 0, 1]),
+    ],
+)
+def test_a_ratio_or_a_count_is_shared_out_among_the_groups(fields: dict[str, Any], replaced: list[int]) -> None:
+    layers = LearnedLayers(**(fields or {"keep": [2, 2, 1]}))
+    assert layers.misfit(10) is None
+    assert [len(group.blocks) - group.keep for group in layers.grouped(10)] == replaced
+    assert layers.number(10) == sum(replaced)
 
 
 def test_a_budget_suffers_no_other_edit(document: dict[str, Any]) -> None:
