@@ -324,8 +324,33 @@ def test_a_commit_takes_the_partial_work_away(store: Store) -> None:
     store.partial(KEY).save("training", lambda path: path.write_bytes(b"1"))
     store.partial(OTHER).save("training", lambda path: path.write_bytes(b"2"))
     commit(store)
-    kept = [name for name in stored(store) if name.startswith("partial/")]
-    assert kept == [f"partial/{OTHER}/training"]
+    kept = {name.split("/")[1] for name in stored(store) if name.startswith("partial/")}
+    assert kept == {OTHER}
+
+
+# -- documents
+
+
+def test_a_document_is_created_once(store: Store) -> None:
+    assert store.create("leases/a/holder.json", "mine") and not store.create("leases/a/holder.json", "yours")
+    assert store.read("leases/a/holder.json") == "mine"
+
+
+def test_a_document_can_be_created_again_once_it_is_removed(store: Store) -> None:
+    store.create("leases/a/holder.json", "mine")
+    store.remove("leases/a/holder.json")
+    assert store.read("leases/a/holder.json") is None and store.create("leases/a/holder.json", "yours")
+
+
+def test_removing_what_is_not_there_is_fine(store: Store) -> None:
+    store.remove("leases/a/holder.json")
+
+
+def test_names_are_those_right_below_a_folder(store: Store) -> None:
+    for name in ("leases/b/1.json", "leases/b/2.json", "leases/a/1.json"):
+        store.create(name, name)
+    assert (store.names("leases"), store.names("leases/b")) == (["a", "b"], ["1.json", "2.json"])
+    assert store.names("nothing") == [] and store.names("leases/b/1.json/below") == []
 
 
 # -- other processes
