@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import planning, preflight, record
+from pipeline.files import StoreError
 from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
 from pipeline.store import RottenArtifact, Store
@@ -71,7 +73,11 @@ def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | N
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
     preflight.fetch(spec)
     preflight.check(spec)
-    return Run(planning.make_plan(spec), view or SilentView()).go()
+    made = planning.make_plan(spec)
+    try:
+        return Run(made, view or SilentView()).go()
+    except StoreError as error:
+        raise SpecError([str(error)]) from None
 
 
 def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:
@@ -140,6 +146,7 @@ class Run:
         self.store = Store(made.job.store)
         self.record, self.past = self._open_record()
         self.tracker: Tracker | None = None
+        self.unsaved = False  # whether the store refused the record
 
     def go(self) -> RunRecord:
         if self._all_cached():
@@ -150,7 +157,7 @@ class Run:
             else:
                 if self._tracked_already():
                     return self._finish()
-        preflight.check_places(self.plan.job, self.store, self.tracking_uri())
+        preflight.check_places(self.store, self.tracking_uri())
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
         try:
@@ -158,6 +165,8 @@ class Run:
             result = self._finish()
         except BaseException as error:
             self._break_off(error)
+            if self.store.explain(error) is not None and not isinstance(error, RunFailed):
+                raise RunFailed(self.record, traceback.format_exc()) from None
             raise
         finally:
             self.view.close()
@@ -178,7 +187,7 @@ class Run:
         assert self.tracker is not None
         self.record.step(step).state = "running"
         self.record.step(step).mlflow_run = self.tracker.started(self.plan[step])
-        record.save(self.store, self.record)
+        self._save()
         self.view.change(step, "running")
 
     def news(self, news: News) -> None:
@@ -260,11 +269,12 @@ class Run:
 
     def _break_off(self, error: BaseException) -> None:
         self.record.status = "failed"
-        self.record.error = self.record.error or f"{type(error).__name__}: {error}".strip()
+        told = self.store.explain(error)
+        self.record.error = self.record.error or (str(told) if told else f"{type(error).__name__}: {error}".strip())
         for step in self.record.steps:
             if step.state == "running":
                 step.state = "pending"
-        record.save(self.store, self.record)
+        self._save()
         if self.tracker is not None:
             self.tracker.finished(self.record)
 
@@ -273,7 +283,7 @@ class Run:
 
         files = Path(self.store.root) / "mlflow-files" if self.tracking_uri().startswith("sqlite:") else None
         tracker = Tracker(self.tracking_uri(), self.plan.job.tracking.experiment, self.record, self.plan, files)
-        record.save(self.store, self.record)
+        self._save()
         return tracker
 
     def _open_record(self) -> tuple[RunRecord, RunRecord | None]:
@@ -313,7 +323,18 @@ class Run:
     def _note(self, step: str, state: record.StepState, seconds: float, made_by: str | None) -> None:
         entry = self.record.step(step)
         entry.state, entry.seconds, entry.made_by = state, seconds, made_by
-        record.save(self.store, self.record)
+        self._save()
+
+    def _save(self) -> None:
+        """Keep the record in the store; where that cannot be, say so once: the run itself tells what came of it."""
+        try:
+            record.save(self.store, self.record)
+        except StoreError as error:
+            if not self.unsaved:
+                self.view.say(f"the record of this run is not kept: {error}")
+            self.unsaved = True
+        else:
+            self.unsaved = False
 
     def _set_aside(self, key: str, problem: str) -> None:
         aside = self.store.quarantine(key)

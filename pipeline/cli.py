@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import api, preflight, record
+from pipeline.files import StoreError
 from pipeline.planning import difference
 from pipeline.record import RunRecord
 from pipeline.store import Manifest, Store
@@ -206,6 +207,10 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         if debug:
             raise
         _fail(error.lines, 2)
+    except StoreError as error:  # of a run that has not begun, or of a command that reads the store
+        if debug:
+            raise
+        _fail([str(error)], 2)
     except api.RunFailed as error:
         if debug:
             print(error.details, file=sys.stderr)

@@ -41,6 +41,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 PASSING = {errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO}
+SIGNS_OF_FULL = ("No space left on device", "Disk quota exceeded", "disk is full")
 FULL_CODES = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}
 PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 
@@ -377,6 +378,20 @@ class RemoteFiles(Files):
             raise
         except Exception as error:  # of whatever kind the library has
             raise explained(self.url, error) from error
+
+
+def told_by(url: str, error: BaseException) -> StoreError | None:
+    """What an error says of the store: that it is full, may not be written or does not answer; None otherwise."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, OSError) and (
+        error.errno in FULL or (error.errno in CLOSED and str(error.filename).startswith(url))
+    ):
+        return explained(url, error)
+    short = isinstance(error, OSError) and error.errno is None and "requested and" in str(error)  # numpy's
+    if short or any(sign in str(error) for sign in SIGNS_OF_FULL):  # libraries that write files in their own way
+        return explained(url, OSError(errno.ENOSPC, _line(error)))
+    return None
 
 
 def explained(url: str, error: BaseException) -> StoreError:

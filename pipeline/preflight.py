@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.files import StoreError
 from pipeline.planning import carried_edits
 from pipeline.store import Store
 from specs.data import ImageFolderData, VaeCodec
@@ -27,15 +28,12 @@ def check(job: JobSpec) -> None:
         raise SpecError(lines)
 
 
-def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
+def check_places(store: Store, tracking_uri: str) -> None:
     """Raise SpecError where the store cannot be written or the MLflow server does not answer."""
     try:
         store.check_writable()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SpecError(
-            [f"store: got {job.store!r}, which cannot be written: {reason}; accepted: a writable path"]
-        ) from None
+    except StoreError as error:
+        raise SpecError([str(error)]) from None
     parts = urlsplit(tracking_uri)
     if parts.scheme in ("http", "https") and parts.hostname:
         port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import open_files
+from pipeline.files import StoreError, open_files, told_by
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes
@@ -210,6 +210,10 @@ class Store:
         probe = f"runs/.probe-{uuid.uuid4().hex}"
         self.write(probe, "")
         self.remove(probe)
+
+    def explain(self, error: BaseException) -> StoreError | None:
+        """What an error of a step's work or commit says of the store; None where it says nothing of it."""
+        return told_by(self.url, error)
 
     def cache(self) -> Path:
         """Where this machine keeps copies of a remote store's files."""
