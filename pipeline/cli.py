@@ -6,11 +6,13 @@ Exit codes: 0 fine, 1 a run failed, 2 the request cannot be carried out as it st
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +24,9 @@ from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
 from specs.load import SpecError, job_schema
 from specs.model import Layout
+
+if TYPE_CHECKING:
+    from pipeline.gc import Garbage
 
 app = typer.Typer(
     add_completion=False,
@@ -193,6 +198,85 @@ def export(
 
 
 @app.command()
+def verify(
+    store: StoreUrl = ".graftwork",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Read every artifact; what is not as it was committed is named and set aside, and the next run computes it again.
+
+    Exit code 0 if all are whole, 1 if not.
+    """
+    from pipeline.verify import verify
+
+    with problems(debug):
+        checked = []
+        for one in verify(Store(store), dry_run):
+            checked.append(one)
+            if not one.whole and not as_json:
+                print(one)
+        damaged = [one for one in checked if not one.whole]
+        size = sum(one.size for one in checked)
+        if as_json:
+            _json({"artifacts": len(checked), "size": size, "damaged": [asdict(one) for one in damaged]})
+        else:
+            print(f"{len(checked)} artifacts, {_bytes(size)}: {len(damaged) or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    store: StoreUrl = ".graftwork",
+    days: Annotated[float, typer.Option("--older-than", metavar="DAYS", help="leave what is younger")] = 7.0,
+    forget: Annotated[
+        list[str] | None, typer.Option("--forget", metavar="RUN", help="forget a run, and free what it alone refers to")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="free it; without this, only show it")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Free what no run refers to: artifacts, checkpoints, what was set aside as damaged, what kills left behind."""
+    from pipeline import gc
+
+    with problems(debug):
+        place = Store(store)
+        runs = [record.find(place, run).run for run in forget or ()]
+        found = gc.garbage(place, days * gc.DAY, runs)
+        freed = list(gc.free(place, found, runs)) if yes else found
+        holdings = gc.holdings(place, runs)
+        if as_json:
+            pieces, kept = ([asdict(one) for one in rows] for rows in (freed, holdings))
+            _json({"done": yes, "size": sum(one.size for one in freed), "pieces": pieces, "forget": runs, "runs": kept})
+            return
+        _show_garbage(freed, runs, yes)
+        if holdings:
+            print("what runs refer to stays:")
+            kept_cells = [[one.run, one.status, _bytes(one.size), _bytes(one.alone), one.started] for one in holdings]
+            _columns([["run", "status", "size", "it alone", "started"], *kept_cells])
+        options = [*(["--store", store] if store != ".graftwork" else []), *(["--older-than", f"{days:g}"] * (days != 7))]
+        options += [word for run in runs for word in ("--forget", run)]
+        if not yes and (found or runs):
+            print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")
+        elif holdings:
+            print(f"free what a run alone refers to with: {shlex.join(['graft', 'gc', *options, '--forget', 'RUN'])}")
+
+
+def _show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> None:
+    now = time.time()
+    cells = [
+        [one.kind, _bytes(one.size), f"{max(0.0, now - one.modified) / 86400:.1f} days", one.step or "", one.place]
+        for one in pieces
+    ]
+    if cells:
+        _columns([["kind", "size", "age", "step", "place"], *cells])
+    for run in runs:
+        print(f"{'forgotten' if done else 'would forget'}: {run}")
+    print(f"{'freed' if done else 'would free'}: {_bytes(sum(one.size for one in pieces))} in {len(pieces)} places")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
     _json(job_schema())
@@ -289,6 +373,14 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _columns(lines: list[list[str]]) -> None:

@@ -121,6 +121,14 @@ class Files(ABC):
         """The local folder for files that will be `put`; None for any."""
 
     @abstractmethod
+    def uploads(self) -> dict[str, FileInfo]:
+        """Uploads that have begun and not ended, by name; a kill leaves them."""
+
+    @abstractmethod
+    def abort(self, name: str) -> None:
+        """End the uploads of that name, which are lost."""
+
+    @abstractmethod
     def through(self, name: str, work: Callable[[BinaryIO], T]) -> T:
         """What `work` makes of an open file; it may be called again from the start."""
 
@@ -239,6 +247,12 @@ class LocalFiles(Files):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def uploads(self) -> dict[str, FileInfo]:
+        return {}  # drafts are files like others
+
+    def abort(self, name: str) -> None:
+        pass
+
     def _create_here(self, name: str, content: bytes) -> bool:
         """Where the file system has no links: who reads it at once may see a part of it."""
         try:
@@ -349,6 +363,36 @@ class RemoteFiles(Files):
 
     def drafts(self) -> None:
         return None
+
+    def uploads(self) -> dict[str, FileInfo]:
+        found: dict[str, FileInfo] = {}
+        for upload in self._uploads(""):
+            name = PurePosixPath(upload["Key"]).relative_to(PurePosixPath(self._bucket_and_key("")[1])).as_posix()
+            found[name] = FileInfo(self._uploaded(upload), upload["Initiated"].timestamp())
+        return found
+
+    def abort(self, name: str) -> None:
+        for upload in self._uploads(name):
+            self._s3("abort_multipart_upload", name, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def _uploads(self, name: str) -> list[dict[str, Any]]:
+        """Of all names that begin so."""
+        if "s3" not in self.fs.protocol:
+            return []
+        answer = self._s3("list_multipart_uploads", name, Prefix=self._bucket_and_key(name)[1])
+        return list(answer.get("Uploads", ()))
+
+    def _uploaded(self, upload: dict[str, Any]) -> int:
+        answer = self._s3("list_parts", "", Key=upload["Key"], UploadId=upload["UploadId"])
+        return sum(part["Size"] for part in answer.get("Parts", ()))
+
+    def _s3(self, method: str, name: str, **arguments: Any) -> dict[str, Any]:
+        bucket, _ = self._bucket_and_key(name)
+        return self._try(method, name, lambda: self.fs.call_s3(method, Bucket=bucket, **arguments))
+
+    def _bucket_and_key(self, name: str) -> tuple[str, str]:
+        bucket, key, _ = self.fs.split_path(self.at(name))
+        return bucket, key
 
     def _base(self, folder: str) -> str:
         return str(self.fs._strip_protocol(self.at(folder)))

@@ -88,6 +88,28 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
     origin: Origin
 
+    def sealed(self) -> str:
+        """The document that is stored: it carries a digest of all that it says."""
+        told = self.model_dump(mode="json")
+        return json.dumps(told | {"seal": _seal(told)}, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def unsealed(cls, content: bytes) -> Manifest:
+        """Read a stored manifest; raises ValueError, with what was found, where it is not what was written."""
+        try:
+            told = json.loads(content)
+            seal = told.pop("seal", None)
+            manifest = cls.model_validate(told)
+        except (ValueError, AttributeError):
+            raise ValueError("cannot be read") from None
+        if seal is not None and seal != _seal(told):
+            raise ValueError(DIFFERS)
+        return manifest
+
+
+def _seal(told: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(told).encode()).hexdigest()
+
 
 class Store:
     """Artifacts, partial work and run records under one fsspec path; raises StoreError where it cannot be used."""
@@ -107,13 +129,12 @@ class Store:
 
     def sound_manifest(self, key: str) -> Manifest | None:
         """The artifact's manifest; None where there is none. Raises RottenArtifact where it cannot be read."""
-        text = self.read(f"artifacts/{key}/{MANIFEST}")
-        if text is None:
-            return None
         try:
-            manifest = Manifest.model_validate_json(text)
-        except ValidationError:
-            raise RottenArtifact(key, MANIFEST, "cannot be read") from None
+            manifest = Manifest.unsealed(self.files.read(f"artifacts/{key}/{MANIFEST}"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RottenArtifact(key, MANIFEST, str(error)) from None
         if manifest.key != key:
             raise RottenArtifact(key, MANIFEST, f"is that of {manifest.key[:12]}")
         return manifest
@@ -154,7 +175,7 @@ class Store:
             files[name] = FileEntry(size=path.stat().st_size, sha256=digest(path))
             self.files.put(path, f"artifacts/{key}/{name}")
         manifest = Manifest(key=key, identity=identity, files=files, origin=origin)
-        self.write(f"artifacts/{key}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        self.write(f"artifacts/{key}/{MANIFEST}", manifest.sealed())
         shutil.rmtree(folder, ignore_errors=True)
         self.files.remove_tree(f"partial/{key}")
         return manifest
