@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,30 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:
+    """What Ray is told that a task takes. idle: it only waits for workers of its own, and takes nothing."""
+    if idle:
+        return {"num_cpus": 0}
+    taken: dict[str, Any] = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": resources.custom}
+    return taken | ({"memory": resources.memory} if resources.memory else {})
+
+
+def taken(resources: StepResources) -> dict[str, float]:
+    """The same by the names that nodes have for it."""
+    memory = {"memory": float(resources.memory)} if resources.memory else {}
+    return {"CPU": resources.cpu, "GPU": resources.gpu, **memory, **resources.custom}
+
+
+def room_for(resources: StepResources) -> int:
+    """How many such tasks the nodes of the cluster could hold at once, if they had nothing else to do."""
+
+    def held_by(node: Mapping[str, float]) -> int:
+        each = taken(resources).items()
+        return min((int(node.get(name, 0.0) / amount) for name, amount in each if amount), default=1)
+
+    return sum(held_by(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
 def settle() -> torch.device:
     """Set this process up for numerical work and return its device.
 
@@ -84,7 +108,7 @@ def fan_out(
 ) -> Iterator[Any]:
     """Run `work(shared, item, device)` as a Ray task for each item; yields results as they come, in any order."""
 
-    @ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=3)
+    @ray.remote(max_retries=3, **options(resources))
     def task(common: Any, item: Any) -> Any:
         return work(common, item, settle())
 

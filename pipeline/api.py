@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import traceback
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import planning, preflight, record
+from pipeline import leases, planning, preflight, record, stopping
 from pipeline.files import StoreError
+from pipeline.leases import Held, Holder, Lease, Waiter
 from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
+from pipeline.stopping import Stop
 from pipeline.store import RottenArtifact, Store
 from pipeline.view import SilentView, View
 from specs.costs import GraftCost
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 REPAIRS = 3  # times that a run recomputes what it finds damaged, before it gives up
+WAIT_SECONDS = 1.0  # between looks at what another driver is doing
 
 
 class RunFailed(Exception):
@@ -44,6 +49,14 @@ class RunFailed(Exception):
         super().__init__(record.error or "")
         self.record = record
         self.details = details  # tracebacks of the failed steps
+
+
+class RunStopped(Exception):
+    """A run that was asked to stop, and did; what it had done is kept."""
+
+    def __init__(self, record: RunRecord, stop: Stop) -> None:
+        super().__init__(f"{record.run}: stopped by {stop.reason}; what was done is kept")
+        self.record, self.exit_code = record, stop.exit_code
 
 
 def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
@@ -84,6 +97,19 @@ def resume(name: str, store: str = ".graftwork", view: View | None = None) -> Ru
     """Go on with a run: the steps in the store are not repeated, training goes on from its last checkpoint."""
     past = record.find(Store(store), name)
     return run(job_from({**past.job, "store": store}), view=view)
+
+
+def stop(name: str, store: str = ".graftwork") -> RunRecord:
+    """Ask the driver of a run, wherever it is, to save what it has and stop; returns the run as it is now.
+
+    Raises SpecError where nobody is at that run.
+    """
+    place = Store(store)
+    found = record.find(place, name)
+    if record.holder(place, found.run) is None:
+        raise SpecError([f"run: got {found.run!r}, which is not running ({found.status}); accepted: a run at work"])
+    stopping.ask(place, found.run)
+    return found
 
 
 def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, Any]]:
@@ -142,22 +168,24 @@ class Run:
     """One run of a plan: the record of it, its tracking and its view, kept in step."""
 
     def __init__(self, made: Plan, view: View) -> None:
-        self.plan, self.view = made, view
+        self.plan, self.view, self.stop = made, view, Stop()
         self.store = Store(made.job.store)
         self.record, self.past = self._open_record()
         self.tracker: Tracker | None = None
         self.unsaved = False  # whether the store refused the record
 
     def go(self) -> RunRecord:
-        if self._all_cached():
-            try:
-                self._read_results()
-            except RottenArtifact as rotten:
-                self._set_aside(rotten.key, str(rotten))
-            else:
-                if self._tracked_already():
-                    return self._finish()
+        if self._served():
+            return self._finish()
         preflight.check_places(self.store, self.tracking_uri())
+        with self.stop.listening(), leases.releasing(self._lease()):
+            self.record, self.past = self._open_record()  # whoever held the lease may have gone on with the run
+            if self._served():
+                return self._finish()
+            stopping.clear(self.store, self.record.run)
+            return self._go()
+
+    def _go(self) -> RunRecord:
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
         try:
@@ -171,6 +199,33 @@ class Run:
         finally:
             self.view.close()
         return result
+
+    def _served(self) -> bool:
+        """Whether there is nothing to do: all steps are in the store, and MLflow has the run."""
+        if not self._all_cached():
+            return False
+        try:
+            self._read_results()
+        except RottenArtifact as rotten:
+            self._set_aside(rotten.key, str(rotten))
+            return False
+        return self._tracked_already()
+
+    def _lease(self) -> Lease:
+        """The right to go on with this run, waited for where another driver is at it."""
+        name, me = record.lease_name(self.record.run), Holder.me(self.record.run, uuid.uuid4().hex)
+        expired: Held | None = None
+        while True:
+            taken = leases.take(self.store, name, me, over=expired)
+            if isinstance(taken, Lease):
+                return taken
+            waiter = Waiter(taken)
+            self.view.say(f"waiting for {taken.holder}, which is at this very run")
+            while not waiter.expired(self.store):
+                if self.stop.wanted(self.store, self.record.run):
+                    raise RunStopped(self.record, self.stop)
+                time.sleep(WAIT_SECONDS)
+            expired = waiter.last
 
     def tracking_uri(self) -> str:
         if self.plan.job.tracking.uri is not None:
@@ -220,6 +275,24 @@ class Run:
         self._note(step, "skipped", 0.0, None)
         self.view.change(step, "skipped", f"needs {because_of}")
 
+    def waiting(self, step: str, holder: Holder) -> None:
+        self.view.say(f"{step}: waiting for {holder}, which is at it")
+
+    def taken(self, step: str) -> None:
+        manifest = self.store.manifest(self.plan[step].key)
+        assert manifest is not None
+        self._note(step, "cached", manifest.origin.seconds, manifest.origin.run)
+        self.view.change(step, "cached", f"by {manifest.origin.run}")
+
+    def short(self, step: str, wanted: str) -> None:
+        self.view.say(f"{step}: waiting for a node with {wanted}; the cluster has none")
+
+    def stop_wanted(self) -> bool:
+        wanted = self.stop.wanted(self.store, self.record.run)
+        if wanted:
+            self.view.say(f"{self.stop.reason}: stopping; steps save what they have. Ctrl-C stops at once")
+        return wanted
+
     # -- the run's course
 
     def _execute(self) -> None:
@@ -231,16 +304,20 @@ class Run:
                 from pipeline.execute import session
 
                 with session(self.plan):
+                    self.stop.take_signals()
                     self.tracker = tracking.result()
                     self._execute_in_session()
             self.tracker = tracking.result()
 
     def _execute_in_session(self) -> None:
-        from pipeline.execute import execute
+        from pipeline.execute import Execution
 
         for _ in range(REPAIRS + 1):
-            failures = execute(self.plan, self.store, self.record.run, self.record.git_commit, self)
+            execution = Execution(self.plan, self.store, self.record.run, self.record.git_commit, self)
+            failures = execution.go()
             damaged = {failure.rotten: failure.problem for failure in failures if failure.rotten}
+            if not failures and execution.open:
+                raise RunStopped(self.record, self.stop)
             if not failures:
                 return
             if any(not failure.rotten for failure in failures):
@@ -268,9 +345,12 @@ class Run:
         self.record.results = json.loads(self.store.artifact(self.plan["evaluate"].key).read("results.json"))
 
     def _break_off(self, error: BaseException) -> None:
-        self.record.status = "failed"
         told = self.store.explain(error)
-        self.record.error = self.record.error or (str(told) if told else f"{type(error).__name__}: {error}".strip())
+        if isinstance(error, RunStopped):
+            self.record.status, self.record.error = "stopped", str(error)
+        else:
+            self.record.status = "failed"
+            self.record.error = self.record.error or str(told or f"{type(error).__name__}: {error}").strip()
         for step in self.record.steps:
             if step.state == "running":
                 step.state = "pending"

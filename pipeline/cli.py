@@ -64,6 +64,14 @@ def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = Fals
 
 
 @app.command()
+def stop(name: RunName, store: StoreUrl = ".graftwork", debug: Debug = False) -> None:
+    """Have a run save what it has and end, wherever its driver is; `graft resume` goes on with it."""
+    with problems(debug):
+        asked = api.stop(name, store)
+        print(f"{asked.run}: asked to stop; go on with it later by: graft resume {asked.run}")
+
+
+@app.command()
 def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached; and its costs."""
     with problems(debug):
@@ -301,7 +309,11 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         failed = error.record
         if as_json:
             _json(failed.outcome())
-        _fail([*str(error).splitlines(), f"resume with: graft resume {failed.run}{_store_option(failed)}"], 1)
+        _fail([*str(error).splitlines(), _resume_line(failed)], 1)
+    except api.RunStopped as error:
+        if as_json:
+            _json(error.record.outcome())
+        _fail([str(error), _resume_line(error.record)], error.exit_code)
     except KeyboardInterrupt:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
     except Exception as error:
@@ -316,9 +328,9 @@ def _fail(lines: list[str], code: int) -> None:
     raise typer.Exit(code)
 
 
-def _store_option(failed: RunRecord) -> str:
-    store = failed.job["store"]
-    return "" if store == ".graftwork" else f" --store {store}"
+def _resume_line(left: RunRecord) -> str:
+    store = left.job["store"]
+    return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
 
 
 def _view() -> Any:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline import leases
+from pipeline.leases import Holder
 from pipeline.planning import Plan
 from pipeline.store import Store
 from specs.load import SpecError
 
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "finished", "failed", "stopped"]
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
 Results = dict[str, dict[str, float]]
 
@@ -60,6 +62,16 @@ class RunRecord(BaseModel):
 
 def run_name(plan: Plan) -> str:
     return f"{plan.job.name}-{plan.key()[:10]}"
+
+
+def lease_name(run: str) -> str:
+    return f"run-{run}"
+
+
+def holder(store: Store, run: str) -> Holder | None:
+    """Who is at the run, as far as can be told."""
+    found = leases.look(store, lease_name(run))
+    return None if found is None or found.holder.gone() else found.holder
 
 
 def save(store: Store, record: RunRecord) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import ray.data
 import torch
 
-from cluster.runtime import settle
+from cluster.runtime import options, settle
 from specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
 from specs.job import StepResources
 from specs.steps import FeaturesParams
@@ -45,6 +45,7 @@ def run(context: Context) -> None:
         latents[batch["split"]][start : start + count] = batch["images"]
         done += count
         context.report(done, total)
+        context.stop_if_asked()
     for part in latents.values():
         part.flush()
     meta = LatentsMeta(
@@ -69,7 +70,7 @@ def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: S
     def read(batch: Batch) -> Batch:  # in here, so that a worker that only reads need not load torch with this module
         return {**batch, "images": np.stack([read_image(data, name) for name in batch["names"]])}
 
-    data, encode = params.data, {"num_cpus": resources.cpu, "num_gpus": resources.gpu or None}
+    data, encode = params.data, {name: value for name, value in options(resources).items() if value}
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.raise_original_map_exception = False, True
     batches = [
