@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"
 GRAFT = str(Path(sys.executable).with_name("graft"))
+
+SECONDS_TO_BEGIN = 180
+SECONDS_TO_STOP = 45  # the promise is 30 to save; Ray wants a moment to go
 
 Graft = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,6 +41,37 @@ class Finished:
 
 def graft_command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([GRAFT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+class Driver:
+    """`graft` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.log = cwd / f"driver-{time.monotonic_ns()}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [GRAFT, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + SECONDS_TO_BEGIN
+        while not condition():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail(f"no {what}; the driver ended with {self.process.poll()}: {self.log.read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        """All of Ray's processes that it started, directly or not."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: int) -> None:
+        if number == signal.SIGINT:  # a terminal sends it to all of the group
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(SECONDS_TO_STOP), self.log.read_text()
 
 
 @pytest.fixture
@@ -61,6 +99,16 @@ def tiny_copy(tiny: Finished, tmp_path: Path) -> Finished:
     store = tmp_path / ".graftwork"
     shutil.copytree(tiny.store, store, ignore=shutil.ignore_patterns("mlflow*"))
     return Finished(store=store, outcome=tiny.outcome)
+
+
+@pytest.fixture
+def distilled(tiny: Finished, tmp_path: Path) -> Path:
+    """A store in which all but finetuning and what follows is done."""
+    store, found = tmp_path / ".graftwork", keys(tiny.outcome)
+    for step, key in found.items():
+        if not step.startswith(("finetune", "evaluate")):
+            shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
+    return store
 
 
 @pytest.fixture(scope="session")

@@ -1,60 +1,16 @@
-"""A job that is asked to stop saves what it has, says how to go on, leaves no process behind, and ends in the same bits."""
+"""A job that is asked to stop saves what it has, leaves no process behind, and ends in the same bits when resumed."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import GRAFT, TINY, Finished, Graft, keys
-
-SECONDS_TO_BEGIN = 180
-SECONDS_TO_STOP = 45  # the promise is 30 to save; Ray wants a moment to go
-
-
-@pytest.fixture
-def distilled(tiny: Finished, tmp_path: Path) -> Path:
-    """A store in which all but finetuning and what follows is done."""
-    store, found = tmp_path / ".graftwork", keys(tiny.outcome)
-    for step, key in found.items():
-        if not step.startswith(("finetune", "evaluate")):
-            shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
-    return store
-
-
-class Driver:
-    """`graft` in a process group of its own, as a terminal starts it."""
-
-    def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.log = cwd / f"driver-{time.monotonic_ns()}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [GRAFT, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-            )
-
-    def wait_for(self, condition: object, what: str) -> None:
-        deadline = time.monotonic() + SECONDS_TO_BEGIN
-        while not condition():  # type: ignore[operator]
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                pytest.fail(f"no {what}; the driver ended with {self.process.poll()}: {self.log.read_text()[-2000:]}")
-            time.sleep(0.05)
-
-    def family(self) -> list[psutil.Process]:
-        """All of Ray's processes that it started, directly or not."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)  # to all of the group, as a terminal sends Ctrl-C
-
-    def end(self) -> tuple[int, str]:
-        return self.process.wait(SECONDS_TO_STOP), self.log.read_text()
+from tests.conftest import TINY, Driver, Finished, Graft, keys
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
