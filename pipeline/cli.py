@@ -255,7 +255,10 @@ def gc(
             print("what runs refer to stays:")
             kept_cells = [[one.run, one.status, _bytes(one.size), _bytes(one.alone), one.started] for one in holdings]
             _columns([["run", "status", "size", "it alone", "started"], *kept_cells])
-        options = [*(["--store", store] if store != ".graftwork" else []), *(["--older-than", f"{days:g}"] * (days != 7))]
+        options = [
+            *(["--store", store] if store != ".graftwork" else []),
+            *(["--older-than", f"{days:g}"] * (days != 7)),
+        ]
         options += [word for run in runs for word in ("--forget", run)]
         if not yes and (found or runs):
             print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")
