@@ -10,6 +10,7 @@ job that misses an artifact that it has just seen finds it rotten, and computes 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,8 @@ from pipeline.store import MANIFEST, Store
 from specs.load import SpecError
 
 DAY = 86400.0  # seconds
-Kind = Literal["artifact", "leftover", "partial", "rotten", "draft", "upload"]
+SILENT = 3600.0  # seconds after which a lease that is not renewed is dead, whatever machine it was on
+Kind = Literal["artifact", "leftover", "partial", "rotten", "draft", "upload", "lease"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Garbage:
     """Files that nothing refers to.
 
     artifact: an artifact. leftover: what a killed commit left. partial: checkpoints. rotten: what was set aside.
-    draft, upload: a file of which a kill left a part.
+    draft, upload: a file of which a kill left a part. lease: one that its holder left behind.
     """
 
     kind: Kind
@@ -64,10 +66,12 @@ class Books:
         self.runs = {run: self.runs.get(run) or record.load(self.store, run) for run in self.store.runs()}
         self.referred = {step.key for run, one in self.runs.items() if run not in self.forgotten for step in one.steps}
         self.released = {step.key for run in self.forgotten for step in self.runs[run].steps} - self.referred
-        self.leased = held(self.store)
+        silent = time.time() - SILENT
+        alive = {path.split("/")[0] for path, file in self.store.files.tree("leases").items() if file.modified > silent}
+        self.leased = held(self.store) & alive
 
     def uses(self, one: Garbage) -> bool:
-        if one.kind in ("draft", "upload", "rotten"):
+        if one.kind in ("rotten", "draft", "upload"):
             return False
         if one.key in self.leased:
             return True
@@ -117,14 +121,14 @@ def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> 
 def holdings(store: Store, forget: Collection[str] = ()) -> list[Holding]:
     """What each run keeps from being freed, first the run that would free most."""
     sizes = {manifest.key: sum(file.size for file in manifest.files.values()) for manifest in store.manifests()}
-    keys = {
-        one.run: (one, {step.key for step in one.steps}) for one in Books(store).runs.values() if one.run not in forget
-    }
+    runs = [one for run, one in Books(store).runs.items() if run not in forget]
+    keys = {one.run: {step.key for step in one.steps} for one in runs}
+    users = Counter(key for own in keys.values() for key in own)
     rows = []
-    for run, (one, own) in keys.items():
-        others = set().union(*(theirs for name, (_, theirs) in keys.items() if name != run))
-        size, alone = (sum(sizes.get(key, 0) for key in which) for which in (own, own - others))
-        rows.append(Holding(run, one.status, one.started, size, alone))
+    for one in runs:
+        size = sum(sizes.get(key, 0) for key in keys[one.run])
+        alone = sum(sizes.get(key, 0) for key in keys[one.run] if users[key] == 1)
+        rows.append(Holding(one.run, one.status, one.started, size, alone))
     return sorted(rows, key=lambda row: (-row.alone, row.run))
 
 
@@ -140,6 +144,8 @@ def _all(store: Store, steps: dict[str, str]) -> Iterator[Garbage]:
         key, _, nanoseconds = name.rpartition("-")
         when = int(nanoseconds) / 1e9 if nanoseconds.isdigit() else 0.0
         yield Garbage("rotten", f"rotten/{name}", sum(file.size for file in files.values()), when, key, steps.get(key))
+    for key, files in _folders(store, "leases"):
+        yield _piece("lease", f"leases/{key}", files, key, steps.get(key))
     for name, files in _folders(store, DRAFTS):
         yield _piece("draft", f"{DRAFTS}/{name}", files)
     for name, info in store.files.uploads().items():

@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"
@@ -108,6 +113,41 @@ def distilled(tiny: Finished, tmp_path: Path) -> Path:
     for step, key in found.items():
         if not step.startswith(("finetune", "evaluate")):
             shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
+    return store
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3 server on loopback, a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+            break
+        assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store in a bucket of its own; what it downloads stays within the test."""
+    settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "ENDPOINT_URL": s3_server}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    bucket = uuid.uuid4().hex
+    store = Store(f"s3://{bucket}/some/prefix")
+    store.fs.mkdir(bucket)
     return store
 
 
