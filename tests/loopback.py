@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,8 @@ START_SECONDS = 180.0  # a head that is not up by then never will be
 OBJECT_STORE_BYTES = 128 * 1024**2
 PYTHON_BIN = Path(sys.executable).parent
 
-# `ray start` that stays on loopback: Ray replaces 127.0.0.1 by an address that other machines reach, and then listens on
-# all of them. The variable is its own switch for that, but refuses worker nodes in the process that reads it.
+# `ray start` that stays on loopback: Ray replaces 127.0.0.1 by an address that other machines reach, and then listens
+# on all of them. The variable is its own switch for that, but refuses worker nodes in the process that reads it.
 RAY_START = """
 import os
 import ray
@@ -61,6 +62,15 @@ class Node:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found |= {child.pid: child for child in process.children(recursive=True)}
         return [process for process in found.values() if process.is_running()]
+
+    def listening(self) -> set[str]:
+        """The addresses on which the node's processes listen for TCP."""
+        found = set()
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sockets = process.net_connections("tcp")
+                found |= {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN}
+        return found
 
     def kill(self) -> None:
         """SIGKILL everything at once, and again what was born meanwhile."""
@@ -143,7 +153,7 @@ class LoopbackCluster:
             *("--include-dashboard", "true", "--dashboard-host", LOOPBACK, "--dashboard-port", str(self.dashboard)),
             *("--ray-client-server-port", str(free_port())),
         )
-        self._wait("the head", lambda: self._up())
+        self._wait("the head", self._up)
 
     def start_worker(self, name: str, cpus: int | None = None) -> None:
         self._start(
@@ -200,8 +210,7 @@ class LoopbackCluster:
             return False
         return True
 
-    def _wait(self, what: str, done: object) -> None:
-        assert callable(done)
+    def _wait(self, what: str, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not done():
             for name, node in self.nodes.items():

@@ -1,0 +1,253 @@
+"""The tiny job on a Ray cluster: a head without CPUs and two workers on loopback, a token, an MLflow server beside it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from mlflow import MlflowClient
+
+from pipeline import remote
+from specs.load import SpecError, load
+from tests.conftest import GRAFT, TINY, Finished, states
+from tests.loopback import LOOPBACK, LoopbackCluster, free_port
+from tests.servers import mlflow_server
+
+LOOPBACKS = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+SECRET = secrets.token_hex(16)  # stands for the credentials that nodes have in their environment
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cluster, an MLflow server and a store that all nodes share."""
+
+    cluster: LoopbackCluster
+    mlflow: str
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def graft(
+        self, *arguments: str, timeout: float = 300, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`graft ARGUMENTS --address ADDRESS`, by someone who has the token and nothing else."""
+        here = self.folder / "elsewhere"
+        here.mkdir(exist_ok=True)
+        env = {name: value for name, value in self.cluster.environment.items() if name not in self.cluster.given}
+        return subprocess.run(
+            [GRAFT, *arguments, "--address", self.cluster.address],
+            cwd=here,
+            env={**env, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        where = ("--set", f"store={self.store}", "--set", f"tracking.uri={self.mlflow}")
+        return self.graft("submit", str(TINY), *where, *arguments)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    given = {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_USERNAME": "graft", "MLFLOW_TRACKING_PASSWORD": SECRET}
+    with mlflow_server(folder / "mlflow") as mlflow, LoopbackCluster(workers=2, environment=given) as cluster:
+        yield Site(cluster, mlflow, folder)
+
+
+@pytest.fixture(scope="module")
+def sent(site: Site) -> tuple[str, str]:
+    """The tiny job, sent and finished: its submission and what it printed."""
+    done = site.submit("--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    submission, log = done.stdout.split("\n", 1)
+    assert f"graft logs -f {submission} --address {site.cluster.address}" in done.stderr
+    return submission, log
+
+
+def status(site: Site, name: str) -> dict[str, Any]:
+    shown = site.graft("status", name, "--json")
+    assert shown.returncode == 0, shown.stderr
+    found: dict[str, Any] = json.loads(shown.stdout)
+    return found
+
+
+def test_a_submitted_job_ends_in_the_figures_of_a_local_one(site: Site, sent: tuple[str, str], tiny: Finished) -> None:
+    found = status(site, sent[0])
+    assert (found["status"], found["run"], found["submissions"]) == ("finished", tiny.run, [sent[0]])
+    assert set(states(found).values()) == {"done"}
+    by_clock = {"ms_per_sample", "latency_ms", "peak_memory"}
+    figures, local = (
+        {row: {name: value for name, value in columns.items() if name not in by_clock} for row, columns in rows.items()}
+        for rows in (found["results"], tiny.outcome["results"])
+    )
+    assert figures == local
+
+
+def test_what_it_prints_comes_here(site: Site, sent: tuple[str, str]) -> None:
+    assert "finetune: done" in sent[1] and "stage2" in sent[1]
+    assert site.graft("logs", sent[0]).stdout == sent[1]
+
+
+def test_mlflow_has_the_run(site: Site, sent: tuple[str, str], tiny: Finished) -> None:
+    client = MlflowClient(site.mlflow)
+    experiment = client.get_experiment_by_name("graftwork")
+    assert experiment is not None
+    assert tiny.run in {run.info.run_name for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_status_lists_submissions_and_shows_the_steps_of_one(site: Site, sent: tuple[str, str]) -> None:
+    (line,) = [line for line in site.graft("status").stdout.splitlines() if sent[0] in line]
+    assert line.startswith("SUCCEEDED")
+    shown = site.graft("status", sent[0])
+    assert shown.returncode == 0 and "finetune" in shown.stdout and "agreement" in shown.stdout
+    assert "graft-ask" not in site.graft("status", "--json").stdout  # the jobs that answered leave no trace
+
+
+def test_compare_reads_the_store_of_the_cluster(site: Site, sent: tuple[str, str], tiny: Finished) -> None:
+    (row,) = json.loads(site.graft("compare", sent[0], "--json").stdout)
+    assert row["stage2.distance"] == tiny.outcome["results"]["stage2"]["distance"]
+    (row,) = json.loads(site.graft("compare", tiny.run, "--store", str(site.store), "--json").stdout)
+    assert row["run"] == tiny.run
+
+
+def test_the_same_job_again_is_served_from_the_store(site: Site, sent: tuple[str, str]) -> None:
+    done = site.submit("--follow")
+    again = done.stdout.split("\n", 1)[0]
+    assert done.returncode == 0 and again != sent[0], done.stderr
+    assert "of 13 steps from the store" in done.stdout
+    assert status(site, sent[0])["submissions"] == [sent[0], again]
+
+
+def test_resume_is_a_submission_too(site: Site, sent: tuple[str, str]) -> None:
+    resumed = site.graft("resume", sent[0])
+    assert resumed.returncode == 0, resumed.stderr
+    submission = resumed.stdout.strip()
+    assert site.graft("logs", "-f", submission).returncode == 0
+    assert submission in status(site, sent[0])["submissions"]
+
+
+def test_a_job_that_cannot_run_there_says_why(site: Site) -> None:
+    path = "/not/on/the/nodes"
+    done = site.submit("--follow", "--set", f"data={{kind: image_folder, path: {path}, image_size: 16}}")
+    assert done.returncode == 1 and f"data.path: got '{path}', no such folder" in done.stdout
+    submission = done.stdout.split("\n", 1)[0]
+    shown = site.graft("status", submission)
+    assert shown.returncode == 2 and "no such run" in shown.stderr
+
+
+def test_no_secret_is_in_anything_that_was_written(site: Site, sent: tuple[str, str]) -> None:
+    files = [path for path in [*site.folder.rglob("*"), *site.cluster.folder.rglob("*")] if path.is_file()]
+    files.remove(site.cluster.token_file)
+    texts = {str(path): path.read_bytes() for path in files}
+    assert len(texts) > 50
+    texts["submissions"] = json.dumps([dict(one.metadata) for one in submissions(site)]).encode()
+    for secret in (SECRET, site.cluster.token):
+        assert [name for name, text in texts.items() if secret.encode() in text] == []
+
+
+def submissions(site: Site) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(site.cluster.token_file))
+        return list(remote.submissions(site.cluster.address))
+
+
+def test_what_we_start_listens_on_loopback_only(site: Site, sent: tuple[str, str]) -> None:
+    for node in site.cluster.nodes.values():
+        assert node.listening() and node.listening() <= LOOPBACKS
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_without_the_right_token_one_line_says_so(site: Site, token: str, tmp_path: Path) -> None:
+    no_file = {"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}
+    refused = site.graft("status", environment={**no_file, "RAY_AUTH_TOKEN": token})
+    (line,) = refused.stderr.splitlines()
+    assert refused.returncode == 2 and ("refuses the token" if token else "asks for a token") in line
+    assert "RAY_AUTH_TOKEN" in line and not (token and token in line)
+
+
+def test_an_unknown_submission_is_one_line(site: Site) -> None:
+    for command in ("logs", "status", "resume"):
+        refused = site.graft(command, "nobody")
+        (line,) = refused.stderr.splitlines()
+        assert refused.returncode == 2 and "got 'nobody', no such submission" in line
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"ray_version": "1.13.0"}, f"a cluster with Ray 1.13.0; accepted: Ray {ray.__version__}"),
+        ({"version": "another server"}, "is not a Ray dashboard"),
+        (None, "does not answer"),
+    ],
+)
+def test_another_ray_another_server_and_nobody_are_one_line_each(answer: dict[str, str] | None, said: str) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    address = f"http://{LOOPBACK}:{free_port()}"
+    if answer is not None:
+        server = HTTPServer((LOOPBACK, 0), Other)
+        address = f"http://{LOOPBACK}:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(SpecError) as refused:
+        remote.connect(address)
+    (line,) = refused.value.lines
+    assert said in line and address in line
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://", "http://graft:hunter2@head:8265"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        remote.connect(address)
+    assert "accepted" in str(refused.value) and "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("store=runs", "store: got 'runs', a folder of this machine"),
+        ("store=file://runs", "a folder of this machine"),
+        ("store=s3://bucket/prefix", "tracking.uri: got nothing"),
+        ("tracking.uri=sqlite:///runs.db", "tracking.uri: got 'sqlite:///runs.db', a file of this machine"),
+        ("tracking.uri=http://me:hunter2@host:5000", "tracking.uri: got a URI with a password"),
+    ],
+)
+def test_places_that_the_cluster_would_lose_are_refused_before_anything_is_sent(override: str, said: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        remote.submit(TINY, "http://nobody.invalid:8265", ["store=/shared", override])
+    assert said in str(refused.value) and "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("store", ["/shared/graft", "file:///shared/graft"])
+def test_a_folder_that_all_nodes_share_is_accepted(store: str) -> None:
+    assert remote.homeless(load(TINY, [f"store={store}"])) == []
+    assert remote.homeless(load(TINY, [f"store={store}", "tracking.uri=sqlite:////shared/mlflow.db"])) == []
+
+
+def test_what_travels_is_the_project_and_the_job_as_it_was_resolved(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": str(TINY), "seed": 7}))
+    job = load(tmp_path / "mine.yaml", ["store=/shared"])
+    with remote.staged(job) as folder:
+        assert load(folder / remote.JOB_FILE) == job
+        assert {path.name for path in folder.iterdir()} == {*remote.PACKAGES, remote.JOB_FILE}
+        assert not list(folder.rglob("__pycache__"))
