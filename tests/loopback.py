@@ -118,7 +118,11 @@ class LoopbackCluster:
         self.gcs, self.dashboard = free_port(), free_port()
         self.address = f"http://{LOOPBACK}:{self.dashboard}"
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("RAY_") and name != "PYTHONPATH"
+            },
             "PATH": f"{PYTHON_BIN}:{os.environ['PATH']}",  # as in an activated environment
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
