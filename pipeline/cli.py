@@ -106,9 +106,12 @@ def resume(
 
 
 @app.command()
-def stop(name: RunName, store: StoreUrl = ".graftwork", debug: Debug = False) -> None:
+def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
     """Have a run save what it has and end, wherever its driver is; `graft resume` goes on with it."""
     with problems(debug):
+        if address is not None:
+            remote.stop(name, address, print)
+            return
         asked = api.stop(name, store)
         print(f"{asked.run}: asked to stop; go on with it later by: graft resume {asked.run}")
 
@@ -314,7 +317,10 @@ def gc(
             print("what runs refer to stays:")
             kept_cells = [[one.run, one.status, _bytes(one.size), _bytes(one.alone), one.started] for one in holdings]
             _columns([["run", "status", "size", "it alone", "started"], *kept_cells])
-        options = [*(["--store", store] if store != ".graftwork" else []), *(["--older-than", f"{days:g}"] * (days != 7))]
+        options = [
+            *(["--store", store] if store != ".graftwork" else []),
+            *(["--older-than", f"{days:g}"] * (days != 7)),
+        ]
         options += [word for run in runs for word in ("--forget", run)]
         if not yes and (found or runs):
             print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")

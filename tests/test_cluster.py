@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +169,18 @@ def test_resume_is_a_submission_too(site: Site, sent: tuple[str, str]) -> None:
     assert submission in status(site, sent[0])["submissions"]
 
 
+def test_a_running_job_is_stopped_in_good_order_and_resumed(site: Site, sent: tuple[str, str]) -> None:
+    submission = site.submit("--set", "seed=1", "--set", "finetune.steps=4000").stdout.strip()
+    deadline = time.monotonic() + 200
+    while "finetune: running" not in (log := site.graft("logs", submission).stdout):
+        assert time.monotonic() < deadline, log
+    stopped = site.graft("stop", submission)
+    assert stopped.returncode == 0 and "stopped in good order" in stopped.stdout, stopped.stdout + stopped.stderr
+    found = status(site, submission)
+    assert found["status"] == "stopped" and states(found)["base"] == "done"
+    assert site.graft("stop", submission).returncode == 2  # it is not running
+
+
 def test_a_job_that_cannot_run_there_says_why(site: Site) -> None:
     path = "/not/on/the/nodes"
     done = site.submit("--follow", "--set", f"data={{kind: image_folder, path: {path}, image_size: 16}}")
@@ -190,6 +205,21 @@ def test_no_secret_is_in_anything_that_was_written(site: Site, sent: tuple[str, 
 def test_what_we_start_listens_on_loopback_only(site: Site, sent: tuple[str, str]) -> None:
     for node in site.cluster.nodes.values():
         assert node.listening() and node.listening() <= LOOPBACKS
+
+
+def test_a_local_run_listens_on_loopback_only() -> None:
+    look = """
+import psutil
+from cluster.runtime import session
+with session([], together=1):
+    me = psutil.Process()
+    for one in (me, *me.children(recursive=True)):
+        print(*(s.laddr.ip for s in one.net_connections("tcp") if s.status == psutil.CONN_LISTEN), sep="\\n")
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    looked = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert looked.returncode == 0, looked.stderr
+    assert {*looked.stdout.split()} and {*looked.stdout.split()} <= LOOPBACKS
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64])
