@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import aiohttp
 import ray
@@ -168,14 +169,15 @@ class Cluster:
 
     def _check_version(self, headers: Mapping[str, str]) -> None:
         """That a Ray of our version answers, and takes the token."""
+        request = Request(f"{self.address}/api/version", headers=dict(headers))
         try:
-            with urlopen(Request(f"{self.address}/api/version", headers=dict(headers)), timeout=CONNECT_SECONDS) as got:
-                theirs = json.loads(got.read())["ray_version"]
+            with build_opener(_Straight).open(request, timeout=CONNECT_SECONDS) as answer:
+                theirs = json.loads(answer.read())["ray_version"]
         except HTTPError as error:
             raise self._refusal(error.code, bool(headers)) from None
         except OSError as error:
             raise self._silence(error) from None
-        except (ValueError, KeyError, TypeError):
+        except (HTTPException, ValueError, KeyError, TypeError):
             raise self._no_dashboard() from None
         if str(theirs).split(".")[:2] != ray.__version__.split(".")[:2]:
             line = f"--address: got {self.address}, a cluster with Ray {theirs}; accepted: Ray {ray.__version__}"
@@ -196,9 +198,8 @@ class Cluster:
         )
 
     def _silence(self, error: OSError) -> SpecError:
-        cause = getattr(error, "reason", error)
-        reason = getattr(cause, "strerror", None) or (str(cause) if isinstance(error, HTTPError) else None)
-        reason = reason or ("timed out" if isinstance(cause, TimeoutError) else type(cause).__name__)
+        cause = getattr(error, "reason", error)  # what urllib wraps
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split()) or type(cause).__name__
         line = f"--address: got {self.address}, which does not answer ({reason})"
         return SpecError([f"{line}; accepted: the dashboard of a running Ray cluster"])
 
@@ -215,20 +216,32 @@ class Cluster:
             raise SpecError([f"--address: {self.address} says: {_last_line(str(error))}"]) from None
 
 
+class _Straight(HTTPRedirectHandler):
+    """Follows no redirection: the token is for the address that was given."""
+
+    def redirect_request(self, *_: object, **__: object) -> None:
+        return None
+
+
 def token() -> str | None:
     """This user's token; None where there is none, or authentication is switched off."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return None
-    if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return value
+    value = os.environ.get("RAY_AUTH_TOKEN", "").strip() or _token_in_file()
+    if value and not (value.isascii() and value.isprintable() and " " not in value):
+        raise SpecError(["the cluster's token: got something with spaces or odd characters; accepted: one word"])
+    return value or None
+
+
+def _token_in_file() -> str:
     path = token_path()
     try:
-        return path.read_text().strip() or None
+        return path.read_text(errors="replace").strip()
     except OSError as error:
         if "RAY_AUTH_TOKEN_PATH" in os.environ:
             line = f"RAY_AUTH_TOKEN_PATH: got {str(path)!r}, which cannot be read: {error.strerror}"
             raise SpecError([f"{line}; accepted: a file with the cluster's token"]) from None
-        return None
+        return ""
 
 
 def token_path() -> Path:

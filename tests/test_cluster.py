@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from pipeline import remote
 from specs.load import SpecError, load
 from tests.conftest import GRAFT, ROOT, TINY, Finished, states
-from tests.loopback import LOOPBACK, LoopbackCluster, free_port
+from tests.loopback import LOOPBACK, LoopbackCluster
 from tests.servers import mlflow_server
 
 LOOPBACKS = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -240,32 +240,70 @@ def test_an_unknown_submission_is_one_line(site: Site) -> None:
         assert refused.returncode == 2 and "got 'nobody', no such submission" in line
 
 
+@contextmanager
+def other_server(answer: bytes) -> Iterator[str]:
+    """A server on loopback that says the same to everyone."""
+    with socket.create_server((LOOPBACK, 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    with server.accept()[0] as caller:
+                        caller.recv(65536)
+                        caller.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://{LOOPBACK}:{server.getsockname()[1]}"
+
+
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ({"ray_version": "1.13.0"}, f"a cluster with Ray 1.13.0; accepted: Ray {ray.__version__}"),
-        ({"version": "another server"}, "is not a Ray dashboard"),
-        (None, "does not answer"),
+        (OK + b'{"ray_version": "1.13.0"}', f"a cluster with Ray 1.13.0; accepted: Ray {ray.__version__}"),
+        (OK + b'{"version": "another server"}', "is not a Ray dashboard"),
+        (OK + b"<html>", "is not a Ray dashboard"),
+        (b"SSH-2.0-OpenSSH\r\n", "is not a Ray dashboard"),
+        (b"HTTP/1.0 302 Found\r\nLocation: http://nobody.invalid/login\r\n\r\n", "is not a Ray dashboard"),
+        (b"HTTP/1.0 403 Forbidden\r\n\r\n", "refuses the token that is here"),
     ],
+    ids=["old", "JSON", "HTML", "SSH", "redirection", "403"],
 )
-def test_another_ray_another_server_and_nobody_are_one_line_each(answer: dict[str, str] | None, said: str) -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *_: object) -> None: ...
-
-    address = f"http://{LOOPBACK}:{free_port()}"
-    if answer is not None:
-        server = HTTPServer((LOOPBACK, 0), Other)
-        address = f"http://{LOOPBACK}:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(SpecError) as refused:
+def test_another_ray_and_other_servers_are_one_line_each(
+    answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", SECRET)
+    with other_server(answer) as address, pytest.raises(SpecError) as refused:
         remote.connect(address)
     (line,) = refused.value.lines
-    assert said in line and address in line
+    assert said in line and address in line and SECRET not in line
+
+
+@pytest.mark.parametrize("host", [f"{LOOPBACK}:1", "nobody.invalid:8265"])
+def test_a_head_that_cannot_be_reached_is_one_line(host: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        remote.connect(f"http://{host}")
+    (line,) = refused.value.lines
+    assert f"got http://{host}, which does not answer" in line
+
+
+@pytest.mark.parametrize(
+    "odd", [f"{SECRET} {SECRET}", f"{SECRET}\nX: y", f"{SECRET}\u00e9"], ids=["space", "line", "accent"]
+)
+def test_a_token_that_is_none_is_refused_and_not_shown(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", odd)
+    with pytest.raises(SpecError) as refused:
+        remote.connect("http://nobody.invalid:8265")
+    assert "token" in str(refused.value) and SECRET not in str(refused.value)
+
+
+def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(SpecError, match=r"RAY_AUTH_TOKEN_PATH: got .*token', which cannot be read"):
+        remote.connect("http://nobody.invalid:8265")
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://", "http://graft:hunter2@head:8265"])
