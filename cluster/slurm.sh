@@ -43,7 +43,7 @@ finish() {
     rm -rf "$folder"
 }
 trap finish EXIT
-trap '[[ -z $driver ]] || kill -TERM "$driver" 2>/dev/null' TERM
+trap '[[ -z $driver ]] || kill -TERM "$driver" 2>/dev/null || true' TERM
 
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token"
@@ -91,11 +91,11 @@ PYTHON
 
 graft run "$@" &
 driver=$!
-# A signal interrupts the first wait; the driver then saves what it has, which the second waits for.
 code=0
 wait "$driver" || code=$?
-if kill -0 "$driver" 2>/dev/null; then
+# A signal only interrupts the wait: the driver is still saving what it has.
+while kill -0 "$driver" 2>/dev/null; do
     code=0
     wait "$driver" || code=$?
-fi
+done
 exit "$code"
