@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private import ray_constants
 
 from specs.job import StepResources
 
@@ -38,6 +39,9 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
     # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
     local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cpus, "include_dashboard": False}
+    # A Ray of our own listens on loopback only; by itself, Ray does so where it knows that no other machine can join.
+    reachable = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = reachable and not local
     ray.init(logging_level="ERROR", log_to_driver=False, **local)
     try:
         gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -47,6 +51,7 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = reachable
 
 
 def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:

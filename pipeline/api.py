@@ -6,6 +6,7 @@ Nothing heavy is imported until a step has to run: a run whose steps are all cac
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 import traceback
@@ -381,6 +382,7 @@ class Run:
             mlflow_uri=past.mlflow_uri if past else None,
             mlflow_run=past.mlflow_run if past else None,
             git_commit=past.git_commit if past else git_commit(),
+            submissions=record.with_submission(past.submissions if past else []),
         )
         return opened, past
 
@@ -422,7 +424,9 @@ class Run:
 
 
 def git_commit() -> str | None:
-    """The commit of the folder that the job is started from, if it is a git checkout."""
+    """The commit of the folder that the job is started, or was sent, from, if it is a git checkout."""
+    if record.COMMIT in os.environ:
+        return os.environ[record.COMMIT]
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except OSError:

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import api, preflight, record
+from pipeline import api, preflight, record, remote
 from pipeline.files import StoreError
 from pipeline.planning import difference
 from pipeline.record import RunRecord
@@ -42,6 +42,8 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 StoreUrl = Annotated[str, typer.Option("--store", help="where the runs are kept")]
+Address = Annotated[str | None, typer.Option("--address", metavar="URL", help="do it on that Ray cluster")]
+Dashboard = Annotated[str, typer.Option("--address", metavar="URL", help="a Ray dashboard, as http://head:8265")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -55,8 +57,48 @@ def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: D
 
 
 @app.command()
-def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = False, debug: Debug = False) -> None:
+def submit(
+    job: Job,
+    address: Dashboard,
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="show what it prints until it has ended")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job on a Ray cluster; prints the submission's name."""
+    with problems(debug):
+        sent = remote.submit(job, address, overrides or ())
+    _sent(sent, address, follow, debug)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(metavar="SUBMISSION", help="a submission's name, or how it begins")],
+    address: Dashboard,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="until it has ended")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a submitted job printed."""
+    if follow:
+        _follow(name, address, debug)
+        return
+    with problems(debug):
+        print(remote.logs(name, address), end="")
+
+
+@app.command()
+def resume(
+    name: RunName,
+    store: StoreUrl = ".graftwork",
+    address: Address = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Go on with a run from where it stopped."""
+    if address is not None:
+        with problems(debug):
+            sent = remote.resume(name, address, _given(store))
+        _sent(sent, address, False, debug)
+        return
     with problems(debug, as_json):
         with redirect_stdout(sys.stderr):
             done = api.resume(name, store, _view())
@@ -64,9 +106,12 @@ def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = Fals
 
 
 @app.command()
-def stop(name: RunName, store: StoreUrl = ".graftwork", debug: Debug = False) -> None:
+def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
     """Have a run save what it has and end, wherever its driver is; `graft resume` goes on with it."""
     with problems(debug):
+        if address is not None:
+            remote.stop(name, address, print)
+            return
         asked = api.stop(name, store)
         print(f"{asked.run}: asked to stop; go on with it later by: graft resume {asked.run}")
 
@@ -132,11 +177,17 @@ def _show_costs(cost: GraftCost) -> None:
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's name, or how it begins")] = None,
     store: StoreUrl = ".graftwork",
+    address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show all runs, or the steps of one."""
+    """Show all runs, or the steps of one; of a cluster, all submissions."""
+    if address is not None and name is not None:
+        _relay("status", [name], address, store, as_json, debug)
     with problems(debug):
+        if address is not None:
+            _show_submissions(address, as_json)
+            return
         place = Store(store)
         if name is not None:
             found = record.find(place, name)
@@ -155,10 +206,13 @@ def status(
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to compare")],
     store: StoreUrl = ".graftwork",
+    address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Put runs side by side: the numbers that MLflow holds."""
+    if address is not None:
+        _relay("compare", names, address, store, as_json, debug)
     with problems(debug):
         rows = api.compare(names, store)
         if as_json:
@@ -321,6 +375,49 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         if debug:
             raise
         _fail([f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"], 1)
+
+
+def _sent(submission: str, address: str, follow: bool, debug: bool) -> None:
+    print(submission, flush=True)
+    print(f"graft: follow it with: graft logs -f {submission} --address {address}", file=sys.stderr)
+    if follow:
+        _follow(submission, address, debug)
+
+
+def _follow(submission: str, address: str, debug: bool) -> None:
+    """Show what a job prints until it has ended; exits 1 where it did not succeed."""
+    with problems(debug):
+        try:
+            ended = remote.follow(submission, address, lambda text: print(text, end="", flush=True))
+        except KeyboardInterrupt:
+            print(f"graft: {submission} goes on; graft stop {submission} --address {address}", file=sys.stderr)
+            return
+    if ended.state != "SUCCEEDED":
+        _fail([f"{ended.id}: {ended.state}"], 1)
+
+
+def _relay(command: str, names: list[str], address: str, store: str, as_json: bool, debug: bool) -> NoReturn:
+    """Print what the same command prints on the cluster, and exit as it does."""
+    with problems(debug):
+        answer = remote.ask(command, names, address, _given(store), *(["--json"] if as_json else []))
+    for text, stream in ((answer.stdout, sys.stdout), (answer.stderr, sys.stderr)):
+        if text:
+            print(text, file=stream)
+    raise typer.Exit(answer.code)
+
+
+def _given(store: str) -> str | None:
+    """The store, unless it is this machine's default."""
+    return None if store == ".graftwork" else store
+
+
+def _show_submissions(address: str, as_json: bool) -> None:
+    found = remote.submissions(address)
+    if as_json:
+        _json([{"submission": one.id, "state": one.state, "started": one.started} for one in found])
+        return
+    for one in found:
+        print(f"{one.state:9}  {one.started}  {one.id}")
 
 
 def _fail(lines: list[str], code: int) -> None:

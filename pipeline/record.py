@@ -6,6 +6,7 @@ started, and `graft resume` is starting it again.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,9 @@ from specs.load import SpecError
 Status = Literal["running", "finished", "failed", "stopped"]
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
 Results = dict[str, dict[str, float]]
+
+# What a driver on a cluster is told by its environment: the submission that it is, and the commit of the project.
+SUBMISSION, COMMIT = "GRAFT_SUBMISSION", "GRAFT_GIT_COMMIT"
 
 
 class StepRecord(BaseModel):
@@ -45,6 +49,7 @@ class RunRecord(BaseModel):
     mlflow_uri: str | None = None
     mlflow_run: str | None = None
     git_commit: str | None = None
+    submissions: list[str] = []  # that started it on a cluster, by their Ray ids, the latest last
     error: str | None = None
 
     def step(self, name: str) -> StepRecord:
@@ -74,13 +79,20 @@ def holder(store: Store, run: str) -> Holder | None:
     return None if found is None or found.holder.gone() else found.holder
 
 
+def with_submission(earlier: list[str]) -> list[str]:
+    """The submissions of a run, with the one that this process is, if it is one."""
+    this = os.environ.get(SUBMISSION)
+    return earlier if this is None or this in earlier else [*earlier, this]
+
+
 def save(store: Store, record: RunRecord) -> None:
     store.write_run(record.run, record.model_dump_json(indent=1))
 
 
 def find(store: Store, run: str) -> RunRecord:
-    """The run of that name, or the only one whose name starts so; raises SpecError."""
+    """The run of that name, the only one whose name starts so, or that of a submission; raises SpecError."""
     matches = [name for name in store.runs() if name.startswith(run)]
+    matches = matches or [name for name in store.runs() if run in load(store, name).submissions]
     if run in matches:
         matches = [run]
     if len(matches) != 1:
