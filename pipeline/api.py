@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import planning, preflight, record
+from pipeline.outbox import kept_entries
 from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
 from pipeline.store import RottenArtifact, Store
@@ -149,8 +150,11 @@ class Run:
                 self._set_aside(rotten.key, str(rotten))
             else:
                 if self._tracked_already():
+                    self._deliver_kept()
                     return self._finish()
-        preflight.check_places(self.plan.job, self.store, self.tracking_uri())
+        # A run that goes on does so without MLflow too: what it would have told is kept.
+        goes_on = self.past is not None and self.past.mlflow_uri == self.tracking_uri()
+        preflight.check_places(self.plan.job, self.store, None if goes_on else self.tracking_uri())
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
         try:
@@ -177,7 +181,7 @@ class Run:
     def started(self, step: str) -> None:
         assert self.tracker is not None
         self.record.step(step).state = "running"
-        self.record.step(step).mlflow_run = self.tracker.started(self.plan[step])
+        self.tracker.started(self.plan[step])
         record.save(self.store, self.record)
         self.view.change(step, "running")
 
@@ -217,7 +221,7 @@ class Run:
         """Until nothing is left to do; what is found damaged is set aside and computed again."""
         # MLflow and Ray each take seconds to start: side by side.
         with ThreadPoolExecutor(1) as pool:
-            tracking = pool.submit(self._track)
+            tracking = pool.submit(self._open_tracker)
             if not self._all_cached():
                 from pipeline.execute import session
 
@@ -268,13 +272,23 @@ class Run:
         if self.tracker is not None:
             self.tracker.finished(self.record)
 
-    def _track(self) -> Tracker:
-        from pipeline.track import Tracker
-
-        files = Path(self.store.root) / "mlflow-files" if self.tracking_uri().startswith("sqlite:") else None
-        tracker = Tracker(self.tracking_uri(), self.plan.job.tracking.experiment, self.record, self.plan, files)
+    def _open_tracker(self) -> Tracker:
+        tracker = self._make_tracker()
+        tracker.opened(self.record)
         record.save(self.store, self.record)
         return tracker
+
+    def _make_tracker(self) -> Tracker:
+        from pipeline.track import Tracker
+
+        uri, experiment = self.tracking_uri(), self.plan.job.tracking.experiment
+        files = Path(self.store.root) / "mlflow-files" if uri.startswith("sqlite:") else None
+        return Tracker(uri, experiment, self.record, self.plan, files, self.store, self.view.say)
+
+    def _deliver_kept(self) -> None:
+        """What MLflow was not there to take when the run finished."""
+        if kept_entries(self.store, self.record.run):
+            self._make_tracker().close()
 
     def _open_record(self) -> tuple[RunRecord, RunRecord | None]:
         """This run's record, going on from the one that an earlier start of it left."""

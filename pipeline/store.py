@@ -179,6 +179,10 @@ class Store:
         Path(draft.name).chmod(0o644)
         Path(draft.name).replace(self._at(name))
 
+    def read(self, name: str) -> str | None:
+        """A small document, or None."""
+        return self._read(name)
+
     def get(self, name: str, path: Path) -> None:
         """Copy a stored file to a local path."""
         self.fs.get_file(self._at(name), str(path))
