@@ -84,7 +84,9 @@ class Outbox(Generic[Entry]):
             self.closing.set()
             self.changed.notify()
         try:
-            self.thread.join(min(seconds, GONE_SECONDS) if self.away else seconds)
+            began = time.monotonic()
+            while self.thread.is_alive() and time.monotonic() - began < (GONE_SECONDS if self.away else seconds):
+                self.thread.join(0.1)
         finally:
             with self.changed:
                 self.abandoned = True

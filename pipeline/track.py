@@ -143,6 +143,7 @@ class Tracker:
 
     def close(self, seconds: float = END_SECONDS) -> None:
         """Give MLflow so long to take what waits; the store keeps the rest."""
+        self._flush()
         self.outbox.close(DATABASE_SECONDS if self.is_database else seconds)
 
     def _flush(self) -> None:
