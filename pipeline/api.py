@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import leases, planning, preflight, record, stopping
 from pipeline.files import StoreError
 from pipeline.leases import Held, Holder, Lease, Waiter
+from pipeline.outbox import kept_entries
 from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
 from pipeline.stopping import Stop
@@ -176,12 +177,15 @@ class Run:
         self.unsaved = False  # whether the store refused the record
 
     def go(self) -> RunRecord:
-        if self._served():
+        if self._served() and not kept_entries(self.store, self.record.run):
             return self._finish()
-        preflight.check_places(self.store, self.tracking_uri())
+        # A run that goes on does so without MLflow too: what it would have told is kept.
+        goes_on = self.past is not None and self.past.mlflow_uri == self.tracking_uri()
+        preflight.check_places(self.store, None if goes_on else self.tracking_uri())
         with self.stop.listening(), leases.releasing(self._lease()):
             self.record, self.past = self._open_record()  # whoever held the lease may have gone on with the run
             if self._served():
+                self._deliver_kept()
                 return self._finish()
             stopping.clear(self.store, self.record.run)
             return self._go()
@@ -242,7 +246,7 @@ class Run:
     def started(self, step: str) -> None:
         assert self.tracker is not None
         self.record.step(step).state = "running"
-        self.record.step(step).mlflow_run = self.tracker.started(self.plan[step])
+        self.tracker.started(self.plan[step])
         self._save()
         self.view.change(step, "running")
 
@@ -300,7 +304,7 @@ class Run:
         """Until nothing is left to do; what is found damaged is set aside and computed again."""
         # MLflow and Ray each take seconds to start: side by side.
         with ThreadPoolExecutor(1) as pool:
-            tracking = pool.submit(self._track)
+            tracking = pool.submit(self._open_tracker)
             if not self._all_cached():
                 from pipeline.execute import session
 
@@ -359,13 +363,23 @@ class Run:
         if self.tracker is not None:
             self.tracker.finished(self.record)
 
-    def _track(self) -> Tracker:
-        from pipeline.track import Tracker
-
-        files = Path(self.store.root) / "mlflow-files" if self.tracking_uri().startswith("sqlite:") else None
-        tracker = Tracker(self.tracking_uri(), self.plan.job.tracking.experiment, self.record, self.plan, files)
+    def _open_tracker(self) -> Tracker:
+        tracker = self._make_tracker()
+        tracker.opened(self.record)
         self._save()
         return tracker
+
+    def _make_tracker(self) -> Tracker:
+        from pipeline.track import Tracker
+
+        uri, experiment = self.tracking_uri(), self.plan.job.tracking.experiment
+        files = Path(self.store.root) / "mlflow-files" if uri.startswith("sqlite:") else None
+        return Tracker(uri, experiment, self.record, self.plan, files, self.store, self.view.say)
+
+    def _deliver_kept(self) -> None:
+        """What MLflow was not there to take when the run finished."""
+        if kept_entries(self.store, self.record.run):
+            self._make_tracker().close()
 
     def _open_record(self) -> tuple[RunRecord, RunRecord | None]:
         """This run's record, going on from the one that an earlier start of it left."""

@@ -28,13 +28,13 @@ def check(job: JobSpec) -> None:
         raise SpecError(lines)
 
 
-def check_places(store: Store, tracking_uri: str) -> None:
-    """Raise SpecError where the store cannot be written or the MLflow server does not answer."""
+def check_places(store: Store, tracking_uri: str | None) -> None:
+    """Raise SpecError where the store cannot be written or the MLflow server, if one is named, does not answer."""
     try:
         store.check_writable()
     except StoreError as error:
         raise SpecError([str(error)]) from None
-    parts = urlsplit(tracking_uri)
+    parts = urlsplit(tracking_uri or "")
     if parts.scheme in ("http", "https") and parts.hostname:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
