@@ -44,14 +44,22 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER = reachable and not local
     ray.init(logging_level="ERROR", log_to_driver=False, **local)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
-        most = max((demand.gpu for demand in demands), default=0.0)
-        if local and most > gpus:
-            raise NotEnough(f"resources: got gpu: {most:g}; accepted: at most {gpus:g}, the GPUs of this machine")
+        for demand in demands if local else ():
+            if not room_for(demand):
+                asked = {name: amount for name, amount in taken(demand).items() if amount}
+                has = ray.cluster_resources()
+                raise NotEnough(
+                    f"resources: got {_amounts(asked)}; accepted: at most what this machine has, "
+                    f"{_amounts({name: has.get(name, 0.0) for name in asked})}"
+                )
         yield
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = reachable
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:
