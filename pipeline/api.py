@@ -24,6 +24,8 @@ from specs.hub import is_hub_id
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
 from specs.model import Layout
+from specs.problems import shown
+from specs.secrets import redacted
 from stages.sources import class_sizes
 
 if TYPE_CHECKING:
@@ -104,7 +106,9 @@ def export(
     found = record.find(place, run_name)
     models = [one.name for one in found.steps if one.name.split("/")[0] in MODEL_STAGES]
     if (step or "finetune") not in models:
-        raise SpecError([f"export: got {name!r}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"])
+        raise SpecError(
+            [f"export: got {shown(name)}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"]
+        )
     artifact = found.step(step or "finetune")
     if place.manifest(artifact.key) is None:
         raise SpecError(
@@ -241,7 +245,7 @@ class Run:
         self._fail(failures)
 
     def _fail(self, failures: Sequence[Any]) -> None:
-        self.record.error = "\n".join(str(failure) for failure in failures)
+        self.record.error = redacted("\n".join(str(failure) for failure in failures))
         raise RunFailed(self.record, "\n".join(failure.details for failure in failures))
 
     def _finish(self) -> RunRecord:
@@ -260,7 +264,7 @@ class Run:
 
     def _break_off(self, error: BaseException) -> None:
         self.record.status = "failed"
-        self.record.error = self.record.error or f"{type(error).__name__}: {error}".strip()
+        self.record.error = self.record.error or redacted(f"{type(error).__name__}: {error}").strip()
         for step in self.record.steps:
             if step.state == "running":
                 step.state = "pending"

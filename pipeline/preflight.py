@@ -16,6 +16,8 @@ from specs.hub import is_hub_id, local_path, local_snapshot
 from specs.job import JobSpec
 from specs.load import SpecError
 from specs.model import CheckpointWeights
+from specs.problems import shown
+from specs.secrets import filled
 from stages.codec import misfits
 from stages.sources import class_folders, class_sizes, training_size
 
@@ -36,18 +38,18 @@ def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
         raise SpecError(
             [f"store: got {job.store!r}, which cannot be written: {reason}; accepted: a writable path"]
         ) from None
-    parts = urlsplit(tracking_uri)
-    if parts.scheme in ("http", "https") and parts.hostname:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+    accepted = "accepted: a running MLflow server, or sqlite:///file"
+    try:
+        parts = urlsplit(filled(tracking_uri, "tracking.uri"))
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, which is no URI; {accepted}"]) from None
+    if parts.scheme in ("http", "https") and host:
         try:
-            socket.create_connection((parts.hostname, port), timeout=5).close()
+            socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
-            raise SpecError(
-                [
-                    f"tracking.uri: got {parts.scheme}://{parts.hostname}:{port}, which does not answer "
-                    f"({error.strerror or error}); accepted: a running MLflow server, or sqlite:///file"
-                ]
-            ) from None
+            given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
+            raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
 
 
 def absent(job: JobSpec) -> list[str]:

@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 MANIFEST = "manifest.json"
 State = Literal["cached", "partial", "pending"]
@@ -38,6 +38,13 @@ class RottenArtifact(Exception):
 
     def __str__(self) -> str:
         return f"artifact {self.key[:12]}: {self.file}: {self.found}"
+
+
+def _below(name: str) -> str:
+    """A file's name within its artifact, wherever the manifest came from."""
+    if not name.isprintable() or name != str(PurePosixPath(name)) or name[:1] in "/." or ".." in name.split("/"):
+        raise ValueError("no name of a file in an artifact")
+    return name
 
 
 class FileEntry(BaseModel):
@@ -65,7 +72,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
     key: str
     identity: dict[str, Any]
-    files: dict[str, FileEntry]
+    files: dict[Annotated[str, AfterValidator(_below)], FileEntry]
     origin: Origin
 
 
@@ -87,9 +94,10 @@ class Store:
         if text is None:
             return None
         try:
-            return Manifest.model_validate_json(text)
+            found = Manifest.model_validate_json(text)
         except ValidationError:
             return None
+        return found if found.key == key else None
 
     def manifests(self) -> Iterator[Manifest]:
         """Every committed artifact."""

@@ -17,7 +17,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from specs.secrets import INSTEAD, secret_in
 
-
 LARGEST = 2**63 - 1  # integer of a spec, either way
 LONGEST = 4096, 255  # bytes of a path, and of a name in it
 
@@ -46,12 +45,24 @@ class NoNumber:
         self.given = given
 
     def __repr__(self) -> str:
-        return repr(self.given)
+        try:
+            return repr(self.given)
+        except ValueError:  # of thousands of digits
+            return "a number too large to be shown"
 
     @property
     def too_large(self) -> bool:
         """Whether it is a number that no field has room for."""
         return is_integer(self.given)
+
+
+def with_room(value: Any) -> Any:
+    """A document, with the integers that no field has room for put out of pydantic's reach."""
+    if isinstance(value, dict):
+        return {name: with_room(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_room(part) for part in value]
+    return NoNumber(value) if is_integer(value) and not -LARGEST <= value <= LARGEST else value
 
 
 def _unconverted(value: Any, types: Sequence[Any]) -> Any:
@@ -63,8 +74,6 @@ def _unconverted(value: Any, types: Sequence[Any]) -> Any:
     if isinstance(value, list | tuple):
         items = [part for member in members if get_origin(member) is tuple for part in get_args(member)]
         return [_unconverted(item, items) for item in value] if items else value
-    if is_integer(value) and not -LARGEST <= value <= LARGEST and (int in members or float in members):
-        return NoNumber(value)
     if isinstance(value, bool) and bool not in members and (int in members or float in members):
         return NoNumber(value)
     if isinstance(value, str) and str not in members and int in members:

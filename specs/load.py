@@ -13,7 +13,7 @@ from pydantic import BaseModel, Discriminator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from specs.fields import NoNumber
+from specs.fields import NoNumber, with_room
 from specs.job import JobSpec
 from specs.problems import SpecError, named, shown
 
@@ -50,7 +50,7 @@ def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec
     for override in overrides:
         apply_override(document, override)
     try:
-        return JobSpec.model_validate(document)
+        return JobSpec.model_validate(with_room(document))
     except ValidationError as error:
         problems = error.errors()
         # pydantic counts a list's valid items only, so a bad item makes the list too short as well: say it once.
