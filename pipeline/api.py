@@ -202,6 +202,10 @@ class Run:
         if self.plan[step].stage == "search":
             for warning in json.loads(self.store.artifact(result.key).read("search.json"))["warnings"]:
                 self.view.say(f"{step}: {warning}")
+        if getattr(getattr(self.plan[step].params, "data", None), "skip_broken", False):
+            found = json.loads(self.store.artifact(result.key).read("broken.json"))
+            if found["count"]:
+                self.view.say(f"{step}: left out {found['count']} of {found['of']} images, see broken.json in it")
 
     def failed(self, step: str, problem: str) -> None:
         assert self.tracker is not None

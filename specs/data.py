@@ -32,6 +32,9 @@ class ImageFolderData(Spec):
         256, ge=8, le=8192, description="pixels a side, after scaling the short side and a centre crop"
     )
     heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
+    skip_broken: bool = Field(
+        False, description="leave out, and count, the images that cannot be read; they are an error otherwise"
+    )
 
 
 Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]

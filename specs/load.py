@@ -17,6 +17,8 @@ from specs.fields import NoNumber, with_room
 from specs.job import JobSpec
 from specs.problems import SpecError, named, shown
 
+__all__ = ["SpecError", "job_from", "job_schema", "load", "read_job", "read_yaml", "shown"]
+
 MAX_BYTES = 2**17  # of a job's file
 MAX_DEPTH = 32  # of sections and lists
 MAX_VALUES = 20_000  # with aliases written out
@@ -131,7 +133,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise _unfit("tags are not accepted", event.start_mark)
@@ -145,9 +147,9 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in lines and isinstance(key, yaml.ScalarNode):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = (key.tag, key.value)
+            if name in lines:
                 raise _unfit(f"the key {shown(key.value)} is in line {lines[name]} already", key.start_mark)
             lines[name] = key.start_mark.line + 1
         return node

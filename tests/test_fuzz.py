@@ -233,7 +233,7 @@ def test_whatever_is_set_it_is_planned_or_refused_by_field(job: Any, settings_: 
 
 
 TOKENS = [
-    *b"\0 \t \r \n {{ }} [[ ]] | > # ' @ ` ~ = ...".split(b" "),
+    *b"\0 \t \r \n { } [ ] | > # ' @ ` ~ = ...".split(b" "),
     *[b" ", b'"', b"? ", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"!!python/object:os.system ", b"!!binary ", b"!x "],
     *[b"---\n", b"%YAML 9\n", b"\xff", b"\xc2\x85", b"\xe2\x80\xa8", b"\xef\xbb\xbf"],
     *[b"0x_", b"1:60", b"2024-13-45", b"9" * 5000, b"[" * 2000, b"- " * 500],
