@@ -32,6 +32,8 @@ from specs.hub import is_hub_id
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
 from specs.model import Layout
+from specs.problems import shown
+from specs.secrets import redacted
 from stages.sources import class_sizes
 
 if TYPE_CHECKING:
@@ -138,7 +140,9 @@ def export(
     found = record.find(place, run_name)
     models = [one.name for one in found.steps if one.name.split("/")[0] in MODEL_STAGES]
     if (step or "finetune") not in models:
-        raise SpecError([f"export: got {name!r}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"])
+        raise SpecError(
+            [f"export: got {shown(name)}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"]
+        )
     artifact = found.step(step or "finetune")
     if place.manifest(artifact.key) is None:
         raise SpecError(
@@ -267,6 +271,10 @@ class Run:
         if self.plan[step].stage == "search":
             for warning in json.loads(self.store.artifact(result.key).read("search.json"))["warnings"]:
                 self.view.say(f"{step}: {warning}")
+        if getattr(getattr(self.plan[step].params, "data", None), "skip_broken", False):
+            found = json.loads(self.store.artifact(result.key).read("broken.json"))
+            if found["count"]:
+                self.view.say(f"{step}: left out {found['count']} of {found['of']} images, see broken.json in it")
 
     def failed(self, step: str, problem: str) -> None:
         assert self.tracker is not None
@@ -332,7 +340,7 @@ class Run:
         self._fail(failures)
 
     def _fail(self, failures: Sequence[Any]) -> None:
-        self.record.error = "\n".join(str(failure) for failure in failures)
+        self.record.error = redacted("\n".join(str(failure) for failure in failures))
         raise RunFailed(self.record, "\n".join(failure.details for failure in failures))
 
     def _finish(self) -> RunRecord:
@@ -355,7 +363,7 @@ class Run:
             self.record.status, self.record.error = "stopped", str(error)
         else:
             self.record.status = "failed"
-            self.record.error = self.record.error or str(told or f"{type(error).__name__}: {error}").strip()
+            self.record.error = self.record.error or redacted(str(told or f"{type(error).__name__}: {error}")).strip()
         for step in self.record.steps:
             if step.state == "running":
                 step.state = "pending"

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
 from specs.load import SpecError, job_schema
 from specs.model import Layout
+from specs.problems import plain, shown
+from specs.secrets import redacted
 
 if TYPE_CHECKING:
     from pipeline.gc import Garbage
@@ -238,7 +241,7 @@ def show(
             _json(manifest.model_dump(mode="json"))
             return
         origin = manifest.origin
-        print(f"{manifest.key}\n{origin.step}, made {origin.made} by {origin.run} in {origin.seconds:.1f}s")
+        print(f"{manifest.key}\n{plain(f'{origin.step}, made {origin.made} by {origin.run}')} in {origin.seconds:.1f}s")
         print(f"in {place.root / 'artifacts' / manifest.key}")
         for name, entry in manifest.files.items():
             print(f"  {entry.size:>12,}  {entry.sha256[:12]}  {name}")
@@ -351,16 +354,14 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except SpecError as error:
-        if debug:
-            raise
+        _trace(traceback.format_exc(), debug)
         _fail(error.lines, 2)
     except StoreError as error:  # of a run that has not begun, or of a command that reads the store
         if debug:
             raise
         _fail([str(error)], 2)
     except api.RunFailed as error:
-        if debug:
-            print(error.details, file=sys.stderr)
+        _trace(error.details, debug)
         failed = error.record
         if as_json:
             _json(failed.outcome())
@@ -372,8 +373,7 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
     except Exception as error:
-        if debug:
-            raise
+        _trace(traceback.format_exc(), debug)
         _fail([f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"], 1)
 
 
@@ -422,13 +422,19 @@ def _show_submissions(address: str, as_json: bool) -> None:
 
 def _fail(lines: list[str], code: int) -> None:
     for line in lines:
-        print(f"graft: {line}", file=sys.stderr)
+        print(f"graft: {plain(redacted(line))}", file=sys.stderr)
     raise typer.Exit(code)
 
 
 def _resume_line(left: RunRecord) -> str:
     store = left.job["store"]
     return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
+
+
+def _trace(details: str, debug: bool) -> None:
+    """Tracebacks, for whoever asked for them."""
+    for line in details.splitlines() if debug else ():
+        print(plain(redacted(line)), file=sys.stderr)
 
 
 def _view() -> Any:
@@ -453,7 +459,7 @@ def _show_run(found: RunRecord) -> None:
     )
     _show_results(found)
     for line in (found.error or "").splitlines():
-        print(line)
+        print(plain(redacted(line)))
 
 
 def _show_results(found: RunRecord) -> None:
@@ -469,12 +475,12 @@ def _find_artifact(store: Store, name: str) -> Manifest:
         steps = record.find(store, run_name).steps
         keys = [one.key for one in steps if one.name == step]
         if not keys:
-            raise SpecError([f"step: got {step!r}; accepted: {', '.join(one.name for one in steps)}"])
+            raise SpecError([f"step: got {shown(step)}; accepted: {', '.join(one.name for one in steps)}"])
         name = keys[0]
     found = [manifest for manifest in store.manifests() if manifest.key.startswith(name)]
     if len(found) != 1:
         raise SpecError(
-            [f"artifact: got {name!r}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"]
+            [f"artifact: got {shown(name)}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"]
         )
     return found[0]
 

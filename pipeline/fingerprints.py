@@ -9,15 +9,28 @@ from pathlib import Path
 from pipeline.store import canonical, digest
 from specs.data import Data, DigitsData
 from specs.hub import is_hub_id, local_snapshot
+from stages.sources import class_folders
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 
 
 def data_fingerprint(data: Data) -> dict[str, str]:
-    """The digits' file by content; an image folder by the names, sizes and times of its files."""
+    """The digits' file by content; an image folder by the names, sizes and times of the images in it."""
     if isinstance(data, DigitsData):
         return {"digits": digest(digits_file())}
-    return images_fingerprint("images", Path(data.path))
+    home = Path(data.path)
+    if not home.is_dir():
+        return {"images": ABSENT}
+    folders = class_folders(data).items()
+    return _hashed("images", [_stat(f"{folder}/{name}", home) for folder, names in folders for name in names])
+
+
+def _stat(name: str, home: Path) -> list[object]:
+    try:
+        found = (home / name).stat()
+    except OSError:  # a link to nothing
+        return [name]
+    return [name, found.st_size, found.st_mtime_ns]
 
 
 def reference_fingerprint(path: str) -> dict[str, str]:
@@ -51,7 +64,7 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _hashed(role: str, listing: list[list[object]]) -> dict[str, str]:
-    return {role: hashlib.sha256(canonical(listing).encode()).hexdigest()}
+    return {role: hashlib.sha256(canonical(listing).encode(errors="surrogateescape")).hexdigest()}
 
 
 def digits_file() -> Path:

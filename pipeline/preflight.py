@@ -17,8 +17,10 @@ from specs.hub import is_hub_id, local_path, local_snapshot
 from specs.job import JobSpec
 from specs.load import SpecError
 from specs.model import CheckpointWeights
+from specs.problems import shown
+from specs.secrets import filled
 from stages.codec import misfits
-from stages.sources import class_folders, class_sizes, training_size
+from stages.sources import class_folders, class_sizes, text, training_size
 
 
 def check(job: JobSpec) -> None:
@@ -34,18 +36,20 @@ def check_places(store: Store, tracking_uri: str | None) -> None:
         store.check_writable()
     except StoreError as error:
         raise SpecError([str(error)]) from None
-    parts = urlsplit(tracking_uri or "")
-    if parts.scheme in ("http", "https") and parts.hostname:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+    if tracking_uri is None:
+        return
+    accepted = "accepted: a running MLflow server, or sqlite:///file"
+    try:
+        parts = urlsplit(filled(tracking_uri, "tracking.uri"))
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, which is no URI; {accepted}"]) from None
+    if parts.scheme in ("http", "https") and host:
         try:
-            socket.create_connection((parts.hostname, port), timeout=5).close()
+            socket.create_connection((host, port), timeout=5).close()
         except OSError as error:
-            raise SpecError(
-                [
-                    f"tracking.uri: got {parts.scheme}://{parts.hostname}:{port}, which does not answer "
-                    f"({error.strerror or error}); accepted: a running MLflow server, or sqlite:///file"
-                ]
-            ) from None
+            given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
+            raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
 
 
 def absent(job: JobSpec) -> list[str]:
@@ -55,7 +59,7 @@ def absent(job: JobSpec) -> list[str]:
         accepted = "accepted: a folder with one folder a class"
         if not Path(job.data.path).is_dir():
             lines.append(f"data.path: got {job.data.path!r}, no such folder; {accepted}")
-        elif not class_folders(job.data):
+        elif not any(class_folders(job.data).values()):
             lines.append(f"data.path: got {job.data.path!r}, no images in it; {accepted}")
     lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
@@ -113,9 +117,13 @@ def shortages(job: JobSpec) -> list[str]:
 
 def _data_shortages(job: JobSpec) -> list[str]:
     if isinstance(job.data, ImageFolderData):
-        found = len(class_folders(job.data)) if Path(job.data.path).is_dir() else 0
-        if not found:
+        folders = class_folders(job.data) if Path(job.data.path).is_dir() else {}
+        if not any(folders.values()):
             return []  # `absent` says so
+        found = len(folders)
+        if empty := [text(folder) for folder, names in folders.items() if not names]:
+            accepted = "accepted: images in each folder, since folders are classes"
+            return [f"data.path: got {job.data.path!r}, with none in {', '.join(map(shown, empty))}; {accepted}"]
         if job.data.classes is not None and found != job.data.classes:
             return [f"data.classes: got {job.data.classes}; accepted: {found}, the class folders in {job.data.path}"]
     return _sizes(job)

@@ -7,19 +7,27 @@ started, and `graft resume` is starting it again.
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints
 
 from pipeline import leases
 from pipeline.leases import Holder
 from pipeline.planning import Plan
 from pipeline.store import Store
-from specs.load import SpecError
+from specs.problems import SpecError, shown
 
 Status = Literal["running", "finished", "failed", "stopped"]
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
-Results = dict[str, dict[str, float]]
+
+
+# A record may come from anybody who can write to the store, and is printed: it names nothing outside it, and has no
+# control characters.
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.:+/ -]{0,200}$")]
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Results = dict[Word, dict[Word, float]]
+SHOWN = 20  # runs that an error names at most
 
 # What a driver on a cluster is told by its environment: the submission that it is, and the commit of the project.
 SUBMISSION, COMMIT = "GRAFT_SUBMISSION", "GRAFT_GIT_COMMIT"
@@ -28,28 +36,28 @@ SUBMISSION, COMMIT = "GRAFT_SUBMISSION", "GRAFT_GIT_COMMIT"
 class StepRecord(BaseModel):
     """One step of a run."""
 
-    name: str
-    key: str
+    name: Word
+    key: Key
     state: StepState
     seconds: float = 0.0  # of the work, whichever run did it
-    made_by: str | None = None  # the run that did it
-    mlflow_run: str | None = None  # its MLflow run, where this run executed it
+    made_by: Word | None = None  # the run that did it
+    mlflow_run: Word | None = None  # its MLflow run, where this run executed it
 
 
 class RunRecord(BaseModel):
     """One run of a job."""
 
-    run: str
-    name: str
+    run: RunName
+    name: Word
     status: Status
-    started: str
+    started: Word
     job: dict[str, Any]
     steps: list[StepRecord]
     results: Results = {}
     mlflow_uri: str | None = None
-    mlflow_run: str | None = None
-    git_commit: str | None = None
-    submissions: list[str] = []  # that started it on a cluster, by their Ray ids, the latest last
+    mlflow_run: Word | None = None
+    git_commit: Word | None = None
+    submissions: list[Word] = []  # that started it on a cluster, by their Ray ids, the latest last
     error: str | None = None
 
     def step(self, name: str) -> StepRecord:
@@ -96,17 +104,21 @@ def find(store: Store, run: str) -> RunRecord:
     if run in matches:
         matches = [run]
     if len(matches) != 1:
-        known = ", ".join(store.runs()) or "none yet"
+        runs = store.runs()
+        known = ", ".join(runs[:SHOWN]) + (f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else "")
         found = "several runs of that name" if matches else "no such run"
-        raise SpecError([f"run: got {run!r}, {found} in {store.url}; accepted: {known}"])
+        raise SpecError([f"run: got {shown(run)}, {found} in {store.url}; accepted: {known or 'none yet'}"])
     return load(store, matches[0])
 
 
 def load(store: Store, run: str) -> RunRecord:
     text = store.read_run(run)
     try:
-        return RunRecord.model_validate_json(text or "")
-    except ValidationError:
+        found = RunRecord.model_validate_json(text or "")
+        if found.run != run:
+            raise ValueError(found.run)
+        return found
+    except ValueError:
         raise SpecError(
             [f"runs/{run}.json: cannot be read as a run's record; remove it and run the job again"]
         ) from None

@@ -20,10 +20,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import StoreError, open_files, told_by
 
@@ -43,6 +43,13 @@ class RottenArtifact(Exception):
 
     def __str__(self) -> str:
         return f"artifact {self.key[:12]}: {self.file}: {self.found}"
+
+
+def _below(name: str) -> str:
+    """A file's name within its artifact, wherever the manifest came from."""
+    if not name.isprintable() or name != str(PurePosixPath(name)) or name[:1] in "/." or ".." in name.split("/"):
+        raise ValueError("no name of a file in an artifact")
+    return name
 
 
 class FileEntry(BaseModel):
@@ -85,7 +92,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
     key: str
     identity: dict[str, Any]
-    files: dict[str, FileEntry]
+    files: dict[Annotated[str, AfterValidator(_below)], FileEntry]
     origin: Origin
 
     def sealed(self) -> str:

@@ -6,8 +6,11 @@ what torch counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Protocol
 
 from specs.graft import Edit, Site
@@ -96,13 +99,28 @@ def graft_cost(rootstock: Cost, edits: Iterable[Edit], place: Place, carried: It
 BUDGET_TOLERANCE = 0.02  # by which a model's FLOPs may miss a budget, either way
 
 
-def reachable(rootstock: Cost, original: Cost, options: Sequence[Cost], sites: int) -> list[int]:
-    """FLOPs of every model in which each of some like sites has its original or one of the options, in order."""
-    changes = [option.flops - original.flops for option in options]
-    totals = {rootstock.flops}
+PARTS = 2**20  # that the range of the totals is told apart in, where they are not multiples of some cost
+
+
+def reachable(
+    rootstock: Cost, original: Cost, options: Sequence[Cost], sites: int, wanted: float
+) -> tuple[int, int, int]:
+    """FLOPs of the models in which each of some like sites has its original or one of the options: the least, the most
+    and the nearest to `wanted`."""
+    changes = [0, *(option.flops - original.flops for option in options)]
+    low, high = min(changes), max(changes)
+    least, most = rootstock.flops + sites * low, rootstock.flops + sites * high
+    unit = max(math.gcd(*(change - low for change in changes)), (most - least) // PARTS, 1)
+    steps = {round((change - low) / unit) for change in changes}
+    sums = 1  # bit i: whether the sites can come to i units above the least
     for _ in range(sites):
-        totals |= {total + change for total in totals for change in changes}
-    return sorted(totals)
+        sums = reduce(or_, (sums << step for step in steps))
+    place = min(max(round((wanted - least) / unit), 0), sums.bit_length() - 1)
+    below = (sums & ((2 << place) - 1)).bit_length() - 1
+    rest = sums >> place
+    above = place + (rest & -rest).bit_length() - 1
+    nearest = min((least + below * unit, least + above * unit), key=lambda total: abs(total - wanted))
+    return least, most, nearest
 
 
 def scion_cost(edit: Edit, place: Place) -> Cost:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from specs.fields import Spec, Unkeyed
+from specs.fields import Location, Spec, Unkeyed
 
 
 class DigitsData(Spec):
@@ -24,12 +24,17 @@ class ImageFolderData(Spec):
 
     channels: ClassVar[int] = 3
     kind: Literal["image_folder"] = "image_folder"
-    path: Annotated[str, Unkeyed()] = Field(min_length=1)  # its files are in the key
+    path: Annotated[Location, Unkeyed()]  # its files are in the key
     classes: Annotated[int | None, Unkeyed()] = Field(
         None, ge=1, description="how many classes there must be; with it a plan needs no images"
     )
-    image_size: int = Field(256, ge=8, description="pixels a side, after scaling the short side and a centre crop")
+    image_size: int = Field(
+        256, ge=8, le=8192, description="pixels a side, after scaling the short side and a centre crop"
+    )
     heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
+    skip_broken: bool = Field(
+        False, description="leave out, and count, the images that cannot be read; they are an error otherwise"
+    )
 
 
 Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]
@@ -49,8 +54,8 @@ class VaeCodec(Spec):
     """diffusers' AutoencoderKL: a latent is a sample of the encoder's posterior, times `scale`."""
 
     kind: Literal["vae"] = "vae"
-    path: Annotated[str, Unkeyed()] = Field(
-        "stabilityai/sd-vae-ft-ema", min_length=1, description="a folder, or a hub id; its content is in the key"
+    path: Annotated[Location, Unkeyed()] = Field(
+        "stabilityai/sd-vae-ft-ema", description="a folder, or a hub id; its content is in the key"
     )
     scale: float = Field(0.18215, gt=0)
     factor: int = Field(8, ge=1, description="pixels along a latent's side")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Spec, Unkeyed, refuse
+from specs.fields import Location, Spec, Unkeyed, refuse
 from specs.training import Precision
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
@@ -48,10 +48,10 @@ class EvaluateSpec(Spec):
     sampler: Sampler = AncestralSampler()
     precision: Precision = Field("fp32", description="of the model's passes")
     # The content of both files is in the key.
-    reference: Annotated[str | None, Unkeyed()] = Field(
+    reference: Annotated[Location | None, Unkeyed()] = Field(
         None, description="for fid: an .npz with mu and sigma, or a folder of images"
     )
-    inception: Annotated[str | None, Unkeyed()] = Field(
+    inception: Annotated[Location | None, Unkeyed()] = Field(
         None, description="for fid: Inception weights; without it torch's hub cache is asked"
     )
 

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from specs.secrets import INSTEAD, secret_in
+
+LARGEST = 2**63 - 1  # integer of a spec, either way
+LONGEST = 4096, 255  # bytes of a path, and of a name in it
 
 
 class Spec(BaseModel):
@@ -33,14 +38,31 @@ class Spec(BaseModel):
         }
 
 
-class _NoNumber:
+class NoNumber:
     """What stands for a value that pydantic would convert to a number: it is refused, and reads as what was given."""
 
     def __init__(self, given: object) -> None:
         self.given = given
 
     def __repr__(self) -> str:
-        return repr(self.given)
+        try:
+            return repr(self.given)
+        except ValueError:  # of thousands of digits
+            return "a number too large to be shown"
+
+    @property
+    def too_large(self) -> bool:
+        """Whether it is a number that no field has room for."""
+        return is_integer(self.given)
+
+
+def with_room(value: Any) -> Any:
+    """A document, with the integers that no field has room for put out of pydantic's reach."""
+    if isinstance(value, dict):
+        return {name: with_room(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_room(part) for part in value]
+    return NoNumber(value) if is_integer(value) and not -LARGEST <= value <= LARGEST else value
 
 
 def _unconverted(value: Any, types: Sequence[Any]) -> Any:
@@ -53,9 +75,9 @@ def _unconverted(value: Any, types: Sequence[Any]) -> Any:
         items = [part for member in members if get_origin(member) is tuple for part in get_args(member)]
         return [_unconverted(item, items) for item in value] if items else value
     if isinstance(value, bool) and bool not in members and (int in members or float in members):
-        return _NoNumber(value)
+        return NoNumber(value)
     if isinstance(value, str) and str not in members and int in members:
-        return _NoNumber(value)
+        return NoNumber(value)
     return value
 
 
@@ -104,3 +126,26 @@ def refuse(path: Sequence[str | int], given: object, accepted: str) -> NoReturn:
     # Braces would be read as a template by PydanticCustomError.
     error = PydanticCustomError("refused", "{accepted}", {"accepted": accepted})
     raise ValidationError.from_exception_data("spec", [InitErrorDetails(type=error, loc=tuple(path), input=given)])
+
+
+def _line(text: str) -> str:
+    if not text.isprintable():
+        refuse([], text, "printable characters on one line")
+    return text
+
+
+def _name_of_a_place(text: str) -> str:
+    longest, longest_part = LONGEST
+    if len(text.encode()) > longest or any(len(part.encode()) > longest_part for part in text.split("/")):
+        refuse([], text, f"at most {longest} bytes, and {longest_part} from one / to the next")
+    return text
+
+
+def _without_secret(text: str) -> str:
+    if secret_in(text):
+        refuse([], text, INSTEAD if "://" in text else "no password and no token in it")
+    return text
+
+
+Line = Annotated[str, StringConstraints(min_length=1), AfterValidator(_line)]  # text of a line
+Location = Annotated[Line, AfterValidator(_name_of_a_place), AfterValidator(_without_secret)]  # a path, hub id or URI

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from specs.fields import Spec, Unkeyed, are_integers, refuse
+from specs.fields import Location, Spec, Unkeyed, are_integers, refuse
 from specs.layers import Layers, LearnedLayers
 from specs.operators import Operator, Target
 
@@ -62,9 +62,8 @@ class OperatorEdits(Spec):
     target: Target
     operator: Operator
     layers: Layers
-    scions: Annotated[str | None, Unkeyed()] = Field(
+    scions: Annotated[Location | None, Unkeyed()] = Field(
         None,
-        min_length=1,
         description="a graft to take the scions from, instead of distilling them: a file, a folder or a hub id",
     )
 

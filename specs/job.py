@@ -9,7 +9,7 @@ from pydantic import ByteSize, Field, StringConstraints, field_validator, model_
 from specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
 from specs.data import Codec, Data, DigitsData, PixelCodec
 from specs.evaluate import EvaluateSpec
-from specs.fields import Spec, refuse
+from specs.fields import Line, Location, Spec, refuse
 from specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
 from specs.layers import ExplicitLayers, LearnedLayers
 from specs.model import DitModel, PretrainWeights, Weights
@@ -51,10 +51,10 @@ class ResourcesSpec(Spec):
 class TrackingSpec(Spec):
     """The MLflow server or database that records the job."""
 
-    uri: str | None = Field(
+    uri: Location | None = Field(
         None, description="http://host:5000 or sqlite:///file; by default a SQLite file in the store"
     )
-    experiment: str = Field("graftwork", min_length=1)
+    experiment: Line = Field("graftwork", max_length=250)
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -74,7 +74,7 @@ class JobSpec(Spec):
     finetune: FinetuneSpec = FinetuneSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourcesSpec = ResourcesSpec()
-    store: str = Field(".graftwork", min_length=1, description="a folder, or any fsspec URI")
+    store: Location = Field(".graftwork", description="a folder, or any fsspec URI")
     tracking: TrackingSpec = TrackingSpec()
 
     @model_validator(mode="after")
@@ -130,10 +130,10 @@ class JobSpec(Spec):
         options = [operator_cost(operator, place) for operator in edit.operators()]
         original = operator_cost(ORIGINALS[edit.target], place)
         sites = len(edit.layers.candidates(self.model.depth))
-        shares = [total / rootstock.flops for total in reachable(rootstock, original, options, sites)]
-        nearest = min(shares, key=lambda share: abs(share - budget))
+        found = reachable(rootstock, original, options, sites, budget * rootstock.flops)
+        least, most, nearest = (total / rootstock.flops for total in found)
         if abs(nearest - budget) > BUDGET_TOLERANCE * budget:
-            accepted = f"what these operators can reach, {shares[0]:.3f} .. {shares[-1]:.3f}; nearest is {nearest:.3f}"
+            accepted = f"what these operators can reach, {least:.3f} .. {most:.3f}; nearest is {nearest:.3f}"
             refuse(["graft", number, "layers", "budget"], budget, accepted)
 
     def _check_sites(self) -> None:

@@ -17,6 +17,8 @@ from specs.fields import Spec, are_integers, is_integer, refuse
 from specs.operators import Operator
 from specs.training import SearchSpec
 
+MAX_DEPTH = 256  # blocks of a model
+
 Evidence = Literal["none", "locality", "errors", "search"]
 
 
@@ -58,7 +60,7 @@ class ExplicitLayers(Strategy):
     """The listed blocks, counted from 0."""
 
     kind: Literal["explicit"] = "explicit"
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=MAX_DEPTH)
 
     @field_validator("blocks")
     @classmethod
@@ -210,12 +212,17 @@ class LearnedLayers(Share):
     kind: Literal["learned"] = "learned"
     groups: int | tuple[tuple[int, ...], ...] = Field(4, description="consecutive blocks a group, or the groups")
     keep: int | tuple[int, ...] = Field(2, description="originals that stay in a group, or in each of them")
-    pinned: tuple[int, ...] | None = Field(None, description="originals that must stay; by default each group's first")
+    pinned: tuple[int, ...] | None = Field(
+        None, max_length=MAX_DEPTH, description="originals that must stay; by default each group's first"
+    )
     operators: tuple[Operator, ...] = Field(
-        (), description="with a budget: what a site may choose beside the edit's own"
+        (), max_length=64, description="with a budget: what a site may choose beside the edit's own"
     )
     budget: float | None = Field(
-        None, gt=0, description="FLOPs of the whole model over the rootstock's, met within 2%; instead of groups"
+        None,
+        gt=0,
+        lt=1000,
+        description="FLOPs of the whole model over the rootstock's, met within 2%; instead of groups",
     )
     search: SearchSpec = SearchSpec()
     finetune_from: Literal["scions", "search"] = Field(
@@ -227,6 +234,8 @@ class LearnedLayers(Share):
     def _size_or_groups(cls, groups: Any) -> Any:
         if not is_integer(groups) and not (isinstance(groups, list | tuple) and all(map(are_integers, groups))):
             refuse([], groups, "how many blocks a group has, or a list of groups, as in [[0, 1], [2, 3]]")
+        if not is_integer(groups) and sum(map(len, groups)) > MAX_DEPTH:
+            refuse([], groups, f"groups of at most {MAX_DEPTH} blocks in all")
         return groups
 
     @field_validator("keep", mode="before")
@@ -234,6 +243,8 @@ class LearnedLayers(Share):
     def _number_or_numbers(cls, keep: Any) -> Any:
         if not is_integer(keep) and not are_integers(keep):
             refuse([], keep, "how many originals stay in each group, or a list with a number for each, as in [1, 2]")
+        if not is_integer(keep) and len(keep) > MAX_DEPTH:
+            refuse([], keep, f"numbers for at most {MAX_DEPTH} groups")
         return keep
 
     @model_validator(mode="after")

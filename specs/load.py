@@ -13,18 +13,19 @@ from pydantic import BaseModel, Discriminator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from specs.fields import NoNumber, with_room
 from specs.job import JobSpec
+from specs.problems import SpecError, named, shown
 
+__all__ = ["SpecError", "job_from", "job_schema", "load", "read_job", "read_yaml", "shown"]
+
+MAX_BYTES = 2**17  # of a job's file
+MAX_DEPTH = 32  # of sections and lists
+MAX_VALUES = 20_000  # with aliases written out
+MAX_FILES = 16  # that extend each other
+MAX_LINES = 50  # of problems
 NAME = "letters, digits, '.', '_' and '-', at most 100 in all, the first a letter or a digit"  # specs.job.Name
 EXTENDS = "the path of another job's file, from this one: it gives the fields that this file leaves out"
-
-
-class SpecError(Exception):
-    """The request cannot be carried out as it stands; each line names a field or file, what it is, what is accepted."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
@@ -51,12 +52,14 @@ def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec
     for override in overrides:
         apply_override(document, override)
     try:
-        return JobSpec.model_validate(document)
+        return JobSpec.model_validate(with_room(document))
     except ValidationError as error:
         problems = error.errors()
         # pydantic counts a list's valid items only, so a bad item makes the list too short as well: say it once.
         blamed = {problem["loc"][:cut] for problem in problems for cut in range(len(problem["loc"]))}
-        raise SpecError([describe(problem) for problem in problems if problem["loc"] not in blamed]) from None
+        lines = [describe(problem) for problem in problems if problem["loc"] not in blamed]
+        more = [f"job: and {len(lines) - MAX_LINES} more problems; accepted: none"] if len(lines) > MAX_LINES else []
+        raise SpecError([*lines[:MAX_LINES], *more]) from None
 
 
 def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -70,9 +73,22 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = document.pop("extends")
     if not isinstance(base, str) or not base.strip():
         raise SpecError([f"{path}: extends: got {shown(base)}; accepted: the path of another job's file"])
+    accepted = "accepted: a .yaml file, by its path from this one"
+    if "\0" in base or Path(base).is_absolute() or Path(base).suffix not in (".yaml", ".yml"):
+        raise SpecError([f"{path}: extends: got {shown(base)}; {accepted}"])
     other = path.parent / base
-    if other.resolve() in (file.resolve() for file in (*above, path)):
+    try:
+        if other.exists() and not other.is_file():
+            raise SpecError([f"{path}: extends: got {shown(base)}, which is no file; {accepted}"])
+        circle = other.resolve() in (file.resolve() for file in (*above, path))
+    except (OSError, RuntimeError):  # a name too long, a link to itself
+        raise SpecError([f"{path}: extends: got {shown(base)}, which cannot be read; {accepted}"]) from None
+    if circle:
         raise SpecError([f"{path}: extends: got {base!r}, which extends this file; accepted: files without a circle"])
+    if len(above) + 2 > MAX_FILES:
+        raise SpecError(
+            [f"{path}: extends: got {shown(base)}; accepted: at most {MAX_FILES} files that extend each other"]
+        )
     return merged(read_job(other, (*above, path)), document)
 
 
@@ -113,37 +129,103 @@ def _default_kind(path: Sequence[str]) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that has each key once."""
+    """YAML of plain values, each key once, that stays as small as it was written."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _unfit("tags are not accepted", event.start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _unfit(f"nested more than {MAX_DEPTH} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in lines and isinstance(key, yaml.ScalarNode):
-                twice = f"the key {key.value!r} is in line {lines[name]} already"
-                raise yaml.composer.ComposerError(None, None, twice, key.start_mark)
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = (key.tag, key.value)
+            if name in lines:
+                raise _unfit(f"the key {shown(key.value)} is in line {lines[name]} already", key.start_mark)
             lines[name] = key.start_mark.line + 1
         return node
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        _measure(node, {})
+        return super().construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError:  # of int(), for digits that are too many or none
+            raise _unfit("a number that cannot be read", node.start_mark) from None
+
+
+# Dates are text, as a job has no field for one.
+_Loader.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":value"))]
+    for sign, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _unfit(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.composer.ComposerError(None, None, problem, mark)
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node comes to with its aliases written out, and how deep; too many or an endless one raise."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 0
+    found = known.get(id(node), (0, 0))
+    if found is None:
+        raise _unfit("an alias of what it is in", node.start_mark)
+    if id(node) in known:
+        return found
+    known[id(node)] = None
+    pairs = isinstance(node, yaml.MappingNode)
+    parts = [part for item in node.value for part in (item if pairs else (item,))]
+    sizes = [_measure(part, known) for part in parts]
+    size, depth = 1 + sum(size for size, _ in sizes), 1 + max((deep for _, deep in sizes), default=0)
+    if size > MAX_VALUES:
+        raise _unfit(f"more than {MAX_VALUES:,} values with its aliases written out", node.start_mark)
+    if depth > MAX_DEPTH:
+        raise _unfit(f"nested more than {MAX_DEPTH} deep", node.start_mark)
+    known[id(node)] = size, depth
+    return size, depth
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A file's mapping; raises SpecError, in one line that names the file."""
+    accepted = "accepted: a YAML file with a job"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise SpecError([f"{path}: has more than {MAX_BYTES:,} bytes; {accepted}"])
+        document = parsed(content.decode("utf-8"))
     except OSError as error:
-        raise SpecError([f"{path}: cannot be read: {error.strerror}; accepted: a YAML file with a job"]) from None
+        raise SpecError([f"{path}: cannot be read: {error.strerror}; {accepted}"]) from None
     except UnicodeDecodeError:
-        raise SpecError([f"{path}: is not text; accepted: a YAML file with a job"]) from None
-    try:
-        document = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that there is not
+        raise SpecError([f"{path}: is not text; {accepted}"]) from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError([f"{path}{where}: not valid YAML: {problem}"]) from None
+        raise SpecError([f"{path}{where}: not valid YAML: {problem}; {accepted}"]) from None
+    except ValueError:  # a NUL in its name
+        raise SpecError([f"{path}: is no name of a file; {accepted}"]) from None
     if not isinstance(document, dict):
         raise SpecError([f"{path}: got {shown(document)}; accepted: a mapping with the fields of a job"])
     return document
+
+
+def parsed(text: str) -> Any:
+    """What YAML text stands for; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -154,10 +236,12 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     steps = [step for step in re.split(r"[.\[\]]+", path.strip()) if step]
     if not equals or not steps:
-        raise SpecError([f"--set: got {override!r}; accepted: path.to.field=value"])
+        raise SpecError([f"--set: got {shown(override)}; accepted: path.to.field=value"])
+    if len(steps) > MAX_DEPTH:
+        raise SpecError([f"--set: got {shown(path)}; accepted: path.to.field=value, at most {MAX_DEPTH} deep"])
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
+        value = parsed(text)
+    except yaml.YAMLError:
         raise SpecError([f"--set {path}: got {shown(text)}; accepted: a YAML value, each key once"]) from None
     here: Any = document
     for number, step in enumerate(steps[:-1]):
@@ -175,16 +259,18 @@ def apply_override(document: dict[str, Any], override: str) -> None:
 
 def _enter(here: Any, step: str, above: list[str], make: bool = True) -> Any:
     """What stands at `step` of the section or list at `above`; a missing section is made."""
-    path = ".".join([*above, step])
+    path = ".".join(map(named, [*above, step]))
     if isinstance(here, list):
         if not here:
-            name = ".".join(above)
-            raise SpecError([f"--set {path}: got {step!r}; accepted: no item, the list is empty; set {name} itself"])
+            name = ".".join(map(named, above))
+            raise SpecError(
+                [f"--set {path}: got {shown(step)}; accepted: no item, the list is empty; set {name} itself"]
+            )
         if step not in map(str, range(len(here))):
-            raise SpecError([f"--set {path}: got {step!r}; accepted: 0 .. {len(here) - 1}"])
+            raise SpecError([f"--set {path}: got {shown(step)}; accepted: 0 .. {len(here) - 1}"])
         return here[int(step)]
     if not isinstance(here, dict):
-        raise SpecError([f"--set {'.'.join(above)}: got {shown(here)}; accepted: a section with fields"])
+        raise SpecError([f"--set {'.'.join(map(named, above))}: got {shown(here)}; accepted: a section with fields"])
     if here.get(step) is None and make:
         here[step] = {}
     return here.get(step)
@@ -192,7 +278,10 @@ def _enter(here: Any, step: str, above: list[str], make: bool = True) -> Any:
 
 def describe(problem: ErrorDetails) -> str:
     """One line: the field's path as the file has it, what was given, what is accepted."""
-    path, section, holds = _locate(problem["loc"])
+    location = problem["loc"]
+    if problem["type"] == "invalid_key":  # which pydantic has as 1 where it is true
+        location = (*location[:-1], str(problem["input"]))
+    path, section, holds = _locate(location)
     given, kind, context = shown(problem["input"]), problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden" and path == "extends":
         return f"{path}: got {given}; accepted: in a job's file only"
@@ -204,13 +293,15 @@ def describe(problem: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: missing; accepted: {_wanted(problem['loc'][-1], section, holds)}"
     if kind == "union_tag_invalid":
-        return f"{path}.kind: got {context['tag']!r}; accepted: {context['expected_tags']}"
+        return f"{path}.kind: got {shown(context['tag'])}; accepted: {context['expected_tags']}"
     return f"{path or 'job'}: got {given}; accepted: {_accepted(problem, holds)}"
 
 
 def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:
     """What is accepted, where pydantic's own words are about Python."""
-    kind, context = problem["type"], problem.get("ctx", {})
+    kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
+    if isinstance(given, NoNumber) and given.too_large:
+        return "a number of at most 64 bits"
     if kind in ("union_tag_not_found", "model_type", "model_attributes_type", "dict_type"):
         return _mapping(holds)
     if kind == "too_short":
@@ -255,7 +346,7 @@ def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None,
         if tagged is not None:
             chosen = tagged
             continue
-        path.append(str(step))
+        path.append(named(step))
         if isinstance(step, int):
             continue
         section = chosen
@@ -278,11 +369,3 @@ def _parts(annotation: Any) -> list[Any]:
 def _kind(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
     return field.default if field else None
-
-
-def shown(value: object) -> str:
-    """A value as an error line shows it: short, on one line."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Spec, Unkeyed, refuse
+from specs.fields import Location, Spec, Unkeyed, refuse
+from specs.layers import MAX_DEPTH
 from specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -19,10 +20,10 @@ class DitModel(Spec):
 
     kind: Literal["dit"] = "dit"
     size: Size | None = Field(None, description="a published size; excludes the four fields below")
-    depth: int = Field(0, ge=0, description="blocks")
-    width: int = Field(0, ge=0, description="channels of a token; a multiple of 4 and of heads")
-    heads: int = Field(0, ge=0)
-    patch: int = Field(0, ge=0, description="latent pixels along a token's side")
+    depth: int = Field(0, ge=0, le=MAX_DEPTH, description="blocks")
+    width: int = Field(0, ge=0, le=65_536, description="channels of a token; a multiple of 4 and of heads")
+    heads: int = Field(0, ge=0, le=65_536)
+    patch: int = Field(0, ge=0, le=8192, description="latent pixels along a token's side")
     learn_sigma: bool = Field(True, description="predict the variance beside the noise")
 
     @model_validator(mode="after")
@@ -66,7 +67,7 @@ class CheckpointWeights(Spec):
     id. What it carries already is found from its tensors."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: Annotated[str, Unkeyed()] = Field(min_length=1)  # its content is in the key
+    path: Annotated[Location, Unkeyed()]  # its content is in the key
 
 
 Layout = Literal["graftwork", "diffusers", "published"]  # of a checkpoint for other tools

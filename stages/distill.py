@@ -55,6 +55,9 @@ def run(context: Context) -> None:
     model = model.to(device)
     features = context.input("features")
     training, heldout = read(features, "training"), read(features, "heldout")
+    if recipe.samples > len(training.x):  # known beforehand, unless broken images were left out
+        accepted = f"at most {len(training.x)}, the training images that can be read"
+        raise ValueError(f"distill.samples: got {recipe.samples}; accepted: {accepted}")
     context.report(0, recipe.epochs)
     # The same noised latents for every site: sites of one job can share one pass of the rootstock.
     shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")

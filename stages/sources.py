@@ -7,20 +7,27 @@ whatever the order of a listing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specs.data import Data, DigitsData, ImageFolderData
+from specs.problems import plain
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # that a file of these names may be in; none runs a program
+MOST_PIXELS = 2**26  # of an image after it is scaled, before the crop: a line of pixels would become a wall
+SHOWN = 10  # broken images that an error names
 
 
 @dataclass(frozen=True)
@@ -31,18 +38,37 @@ class Item:
     label: int
 
 
+class BrokenImage(ValueError):
+    """A file that cannot be read as an image; the message is one line that names it."""
+
+
 def class_folders(data: ImageFolderData) -> dict[str, list[str]]:
-    """The images of each class folder, by name; folders without images do not count."""
-    found = {}
-    for folder in sorted(path for path in Path(data.path).iterdir() if path.is_dir()):
-        names = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-        if names:
-            found[folder.name] = names
-    return found
+    """The images of each class folder, by name; nothing that is hidden counts.
+
+    Names are as the file system has them: what is not UTF-8 in them is escaped, see `text`.
+    """
+    return {folder.name: [path.name for path in _visible(folder) if _is_image(path)] for folder in _folders(data)}
+
+
+def text(name: str) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 are spelt out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _folders(data: ImageFolderData) -> list[Path]:
+    return [path for path in _visible(Path(data.path)) if path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def class_sizes(data: Data) -> tuple[int, ...]:
-    """Images in each class."""
+    """Images in each class; which of them are broken shows only when they are read."""
     if isinstance(data, DigitsData):
         return DIGITS_PER_CLASS
     return tuple(len(names) for names in class_folders(data).values())
@@ -66,14 +92,18 @@ def items(data: Data) -> list[Item]:
     return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in names]
 
 
-def split(data: Data) -> tuple[list[Item], list[Item]]:
-    """Training and held-out images, each in an order in which every prefix is a stratified subset."""
+def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[Item]]:
+    """Training and held-out images, each in an order in which every prefix is a stratified subset.
+
+    without: names of images that are left out, as if they were not there.
+    """
     training, heldout = [], []
     by_class: dict[int, list[Item]] = {}
     for item in items(data):
-        by_class.setdefault(item.label, []).append(item)
+        if item.name not in without:
+            by_class.setdefault(item.label, []).append(item)
     for members in by_class.values():
-        members.sort(key=lambda item: hashlib.sha256(item.name.encode()).digest())
+        members.sort(key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
         cut = heldout_of(len(members), data.heldout)
         heldout.append(members[:cut])
         training.append(members[cut:])
@@ -91,26 +121,61 @@ def interleave(classes: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def read_image(data: Data, name: str) -> np.ndarray:
-    """(C,S,S) float32 in [-1, 1]; raises ValueError, naming the file, where it is no image."""
+    """(C,S,S) float32 in [-1, 1]; raises BrokenImage."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    side = data.image_size
     if isinstance(data, DigitsData):
         digit = Image.fromarray(_digits()[0][int(name)].astype(np.float32) / 8 - 1)
-        size = (data.image_size, data.image_size)
-        return np.asarray(digit.resize(size, Image.Resampling.BILINEAR))[None]
+        return np.asarray(digit.resize((side, side), Image.Resampling.BILINEAR))[None]
 
     path = Path(data.path) / name
     try:
-        picture = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
-    side = data.image_size
-    scaled = [max(side, round(length * side / min(picture.size))) for length in picture.size]
-    picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+        picture = _opened(path)
+        scaled = [max(side, round(length * side / min(picture.size))) for length in picture.size]
+        if scaled[0] * scaled[1] > MOST_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, too long for an image")
+        picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+    except Exception as error:  # torn files make the library raise whatever their bytes happen to stand for
+        reason = plain(str(error)).replace(repr(str(path)), "it") or type(error).__name__
+        raise BrokenImage(f"{plain(text(str(path)))}: cannot be read as an image: {reason}") from None
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32)
     return (pixels / 127.5 - 1).transpose(2, 0, 1)
+
+
+def _opened(path: Path) -> Image.Image:
+    """An image's first frame in RGB: transparency is dropped, 16 bits of grey become 8."""
+    import numpy as np
+    from PIL import Image
+
+    if not path.is_file():  # a pipe would never end
+        raise ValueError("no file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.mode.startswith("I"):  # PIL would cut what is above 255 off
+                return Image.fromarray((np.asarray(picture, np.float32) / 257).astype(np.uint8)).convert("RGB")
+            return picture.convert("RGB")
+
+
+def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
+    """Which of these images cannot be read, with what is said of each."""
+    found = {}
+    for name in names:
+        try:
+            read_image(data, name)
+        except BrokenImage as error:
+            found[name] = str(error)
+    return found
+
+
+def told(problems: Collection[str], total: int) -> str:
+    """One line about broken images: how many there are, and the first of them."""
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} of {total} images are broken: {'; '.join(sorted(problems)[:SHOWN])}{more}"
 
 
 def vae_folder(place: Path) -> Path:

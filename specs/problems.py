@@ -1,0 +1,48 @@
+"""What is said of a request that cannot be carried out: one line a problem, plain text, without the secrets in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from specs.secrets import masked
+
+SHOWN = 80  # characters of a value
+LINE = 300  # characters of a problem
+
+
+class SpecError(Exception):
+    """The request cannot be carried out as it stands; each line names a field or file, what it is, what is accepted."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = [problem(line) for line in lines]
+        super().__init__("\n".join(self.lines))
+
+
+def problem(line: str) -> str:
+    """A line that can be printed: see `plain`; what is too long is left out of its middle."""
+    line = masked(plain(line))
+    return line if len(line) <= LINE else f"{line[: LINE // 2 - 2]} .. {line[2 - LINE // 2 :]}"
+
+
+def plain(text: str) -> str:
+    """Text that a terminal only prints: line ends, control characters and what is no character are spelt out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def shown(value: object) -> str:
+    """A value as an error line shows it: short, on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    try:
+        text = "nothing" if value is None else masked(repr(value))
+    except (ValueError, RecursionError):  # integers of thousands of digits have no repr
+        text = "a value too large to be shown"
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def named(step: object) -> str:
+    """A field's name in a path, whatever somebody called it."""
+    text = plain(str(step))
+    return text if len(text) <= SHOWN // 2 else text[: SHOWN // 2 - 3] + "..."
