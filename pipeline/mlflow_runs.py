@@ -103,7 +103,15 @@ class End(Document):
     status: Literal["FINISHED", "FAILED"]
 
 
-AnyEntry = Begin | Readings | Values | Tags | File | Json | End
+class Unseen(Document):
+    """How a step ended that no driver saw end: for its run where that still stands as running."""
+
+    kind: Literal["unseen"] = "unseen"
+    run: str
+    ending: tuple[Values | File | End, ...]
+
+
+AnyEntry = Begin | Readings | Values | Tags | File | Json | End | Unseen
 ENTRY: TypeAdapter[AnyEntry] = TypeAdapter(Annotated[AnyEntry, Field(discriminator="kind")])
 
 
@@ -160,6 +168,11 @@ class Desk:
                 if entry.run in self.doubtful:
                     self._delete_others(self._search(entry.run), run)
                 self.client.set_terminated(run, entry.status, end_time=entry.at)
+            case Unseen():
+                found = self._find(entry.run)
+                if found is not None and self.client.get_run(found).info.status == "RUNNING":
+                    for last in entry.ending:
+                        self._take(last)
 
     def _begin(self, entry: Begin) -> None:
         params: Mapping[str, str] = {}

@@ -62,7 +62,9 @@ class Outbox(Generic[Entry]):
         self.away = False
         self.owed = self.kept  # to tell when all is delivered
         self.delivered = 0
-        self.refused: list[str] | None = None  # lines of the document in the store, once there was one
+        self.refusals = f"outbox/{run}.refused.jsonl"
+        self.refused = (store.read(self.refusals) or "").splitlines()
+        self.refusal_told = False
         self.changed = threading.Condition()
         self.writing = threading.Lock()
         self.closing, self.abandoned = threading.Event(), False
@@ -163,12 +165,11 @@ class Outbox(Generic[Entry]):
             self.closing.wait(min(left, 1.0))
 
     def _set_aside(self, entry: Entry, problem: str) -> None:
-        name = f"outbox/{self.run}.refused.jsonl"
-        if self.refused is None:
-            self.refused = (self.store.read(name) or "").splitlines()
-            self.say(f"{self.server} refuses an entry: {problem}; it is set aside in {name}")
+        if not self.refusal_told:
+            self.say(f"{self.server} refuses an entry: {problem}; such are set aside in {self.refusals}")
+        self.refusal_told = True
         self.refused.append(json.dumps({"problem": problem, "entry": entry.model_dump(mode="json")}))
-        self._write(name, self.refused)
+        self._write(self.refusals, self.refused)
 
     # -- the copy in the store
 

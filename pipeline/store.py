@@ -4,6 +4,7 @@
     partial/<key>/                  checkpoints of a step that has not committed: data, and a pointer to the last
     rotten/<key>-<time>/            what was found damaged, set aside
     runs/<run>.json                 what each run was asked for and came to
+    outbox/<run>.jsonl              what MLflow was not there to be told
 
 The manifest is written last, whole or not at all: without it the artifact does not exist. What is read is verified
 against it first, so that nothing is served that is not whole.

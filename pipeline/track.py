@@ -27,6 +27,7 @@ from pipeline.mlflow_runs import (
     Reading,
     Readings,
     Tags,
+    Unseen,
     Values,
     merged,
     without_login,
@@ -63,7 +64,7 @@ class Tracker:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # trying again is the outbox's: it looks before it creates
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", ANSWER_SECONDS)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        self.plan, self.job = plan, record.run
+        self.plan, self.store, self.job = plan, store, record.run
         self.is_database = uri.startswith("sqlite:")
         if record.mlflow_uri != uri:
             record.mlflow_run = None
@@ -84,7 +85,9 @@ class Tracker:
         """The job begins or goes on."""
         tags = {"graftwork.run": record.run, "mlflow.source.git.commit": record.git_commit or ""}
         job = Begin(run=self.job, parent=None, at=_now_ms(), tags=tags, params=_params(record.job))
-        self.outbox.put(job, Json(run=self.job, name="job.json", content=record.job))
+        ours = [step for step in record.steps if step.state == "cached" and step.made_by == self.job]
+        unseen = [Unseen(run=step.name, ending=self._ending(step.name, step.key, step.seconds)) for step in ours]
+        self.outbox.put(job, Json(run=self.job, name="job.json", content=record.job), *unseen)
 
     def started(self, step: Step) -> None:
         """A step begins or goes on."""
@@ -106,13 +109,7 @@ class Tracker:
 
     def ended(self, step: Step, seconds: float, artifact: Artifact) -> None:
         self._flush()
-        manifest = artifact.store.manifest(artifact.key)
-        names = sorted(name for name in (manifest.files if manifest else ()) if "/" not in name)
-        self.outbox.put(
-            Values(run=step.name, at=_now_ms(), values={"seconds": seconds}),
-            *(File(run=step.name, key=artifact.key, name=name) for name in names if name.endswith(SHOWN)),
-            End(run=step.name, at=_now_ms(), status="FINISHED"),
-        )
+        self.outbox.put(*self._ending(step.name, artifact.key, seconds))
 
     def failed(self, step: Step, problem: str) -> None:
         self._flush()
@@ -150,6 +147,16 @@ class Tracker:
         readings, self.gathered, self.flushed = tuple(self.gathered), [], time.monotonic()
         if readings:
             self.outbox.put(Readings(readings=readings))
+
+    def _ending(self, step: str, key: str, seconds: float) -> tuple[Values | File | End, ...]:
+        """The time that a step took, the files of its artifact that people look at, and its end."""
+        manifest = self.store.manifest(key)
+        names = sorted(name for name in (manifest.files if manifest else ()) if "/" not in name)
+        return (
+            Values(run=step, at=_now_ms(), values={"seconds": seconds}),
+            *(File(run=step, key=key, name=name) for name in names if name.endswith(SHOWN)),
+            End(run=step, at=_now_ms(), status="FINISHED"),
+        )
 
     def _parent(self, step: str) -> str:
         """The run that gathers steps of one stage, that of a step of this name or one made for them; or the job's."""

@@ -413,6 +413,20 @@ def test_a_step_that_goes_on_from_a_checkpoint_logs_no_point_again(job: Job, lin
     assert points(client, runs["finetune"]) == list(range(1, 41))
 
 
+def test_a_step_that_ended_while_its_driver_was_dead_does_not_stand_as_running(job: Job) -> None:
+    first = job.opened()
+    first.started(job.step("finetune"))
+    first.close()
+    job.commit("finetune")
+    step = job.record.step("finetune")
+    step.state, step.made_by, step.seconds = "cached", job.record.run, 1.0
+    job.finish(job.opened())
+    client = MlflowClient(job.uri)
+    run = all_runs(client, job.experiment)["finetune"]
+    assert run.info.status == "FINISHED" and run.data.metrics == {"seconds": 1.0}
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["loss.png"]
+
+
 def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None:
     tracker = job.opened()
     tracker.started(job.step("finetune"))
