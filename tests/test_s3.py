@@ -85,7 +85,7 @@ def test_each_fault_that_passes_is_survived(s3: Store, monkeypatch: pytest.Monke
         store.write("runs/a.json", "x" * 5000)
         assert store.read("runs/a.json") == "x" * 5000
         assert store.create("leases/a.json", "mine")  # although the answer may be lost: it sees that it is its own
-    assert proxy.spoiled.count(fault) >= 3
+    assert proxy.spoiled.count(fault) >= 2  # half of an empty answer is the whole
 
 
 @pytest.mark.parametrize("fault", ["500", "slow down", "lost request", "half an answer"])
