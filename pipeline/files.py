@@ -296,8 +296,14 @@ class RemoteFiles(Files):
 
     local = False
 
+    def __init__(self, fs: Any, root: str, url: str) -> None:
+        super().__init__(fs, root, url)
+        self.is_s3 = "s3" in fs.protocol
+        self.in_parts = {"chunksize": PART_BYTES} if self.is_s3 else {}
+        self.at_once = {"max_concurrency": 1} if self.is_s3 else {}  # it would ask for the size first
+
     def read(self, name: str) -> bytes:
-        content: bytes = self._try("read", name, lambda: self.fs.cat_file(self.at(name)))
+        content: bytes = self._try("read", name, lambda: self.fs.cat_file(self.at(name), **self.at_once))
         return content
 
     def write(self, name: str, content: bytes) -> None:
@@ -311,7 +317,7 @@ class RemoteFiles(Files):
                 if not isinstance(error, FileExistsError) and _code(error) != "PreconditionFailed":
                     raise
                 # It may be our own: the answer to an earlier try was lost.
-                return bool(self.fs.cat_file(self.at(name)) == content)
+                return bool(self.fs.cat_file(self.at(name), **self.at_once) == content)
             return True
 
         try:
@@ -320,8 +326,7 @@ class RemoteFiles(Files):
             return False
 
     def put(self, path: Path, name: str) -> None:
-        parts = {"chunksize": PART_BYTES} if "s3" in self.fs.protocol else {}
-        self._try("upload", name, lambda: self.fs.put_file(str(path), self.at(name), **parts))
+        self._try("upload", name, lambda: self.fs.put_file(str(path), self.at(name), **self.in_parts))
         path.unlink()
 
     def get(self, name: str, path: Path) -> None:
@@ -377,7 +382,7 @@ class RemoteFiles(Files):
 
     def _uploads(self, name: str) -> list[dict[str, Any]]:
         """Of all names that begin so."""
-        if "s3" not in self.fs.protocol:
+        if not self.is_s3:
             return []
         answer = self._s3("list_multipart_uploads", name, Prefix=self._bucket_and_key(name)[1])
         return list(answer.get("Uploads", ()))
@@ -469,10 +474,11 @@ def _passes(error: BaseException) -> bool:
 
         passing += (ClientError,)
     if "botocore" in sys.modules:
-        from botocore.exceptions import HTTPClientError, IncompleteReadError
+        from botocore import exceptions
         from botocore.parsers import ResponseParserError
 
-        passing += (HTTPClientError, IncompleteReadError, ResponseParserError)
+        passing += (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+        passing += (ResponseParserError,)  # an answer that was cut short
     return isinstance(error, passing) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
