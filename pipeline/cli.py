@@ -21,6 +21,7 @@ from pipeline import api, preflight, record, remote
 from pipeline.files import StoreError
 from pipeline.planning import difference
 from pipeline.record import RunRecord
+from pipeline.running import RunFailed, RunStopped
 from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
 from specs.load import SpecError, job_schema
@@ -360,13 +361,13 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         if debug:
             raise
         _fail([str(error)], 2)
-    except api.RunFailed as error:
+    except RunFailed as error:
         _trace(error.details, debug)
         failed = error.record
         if as_json:
             _json(failed.outcome())
         _fail([*str(error).splitlines(), _resume_line(failed)], 1)
-    except api.RunStopped as error:
+    except RunStopped as error:
         if as_json:
             _json(error.record.outcome())
         _fail([str(error), _resume_line(error.record)], error.exit_code)

@@ -23,7 +23,7 @@ StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
 
 # A record may come from anybody who can write to the store, and is printed: it names nothing outside it, and has no
 # control characters.
-Word = Annotated[str, StringConstraints(pattern=r"^[\w.:+/ -]{0,200}$")]
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.:+/ -]*$", max_length=200)]
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Results = dict[Word, dict[Word, float]]

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.api import git_commit
 from pipeline.record import COMMIT, SUBMISSION
+from pipeline.running import git_commit
 from specs.job import JobSpec
 from specs.load import SpecError, load
 
