@@ -103,9 +103,12 @@ class LoopbackCluster:
         worker_cpus: int = 2,
         resources: str = "{}",
         environment: dict[str, str] | None = None,
+        head_options: tuple[str, ...] = (),
+        port: int | None = None,
     ) -> None:
         self.workers, self.head_cpus, self.worker_cpus, self.resources = workers, head_cpus, worker_cpus, resources
-        self.given = environment or {}
+        self.given, self.head_options = environment or {}, head_options
+        self.gcs = port or free_port()
         self.nodes: dict[str, Node] = {}
         self.token = secrets.token_hex(32)
 
@@ -115,7 +118,7 @@ class LoopbackCluster:
         self.token_file = self.folder / "token"
         self.token_file.touch(mode=0o600)
         self.token_file.write_text(self.token)
-        self.gcs, self.dashboard = free_port(), free_port()
+        self.dashboard = free_port()
         self.address = f"http://{LOOPBACK}:{self.dashboard}"
         self.environment = {
             **{
@@ -155,7 +158,7 @@ class LoopbackCluster:
             "head",
             *("--head", "--port", str(self.gcs), "--num-cpus", str(self.head_cpus)),
             *("--include-dashboard", "true", "--dashboard-host", LOOPBACK, "--dashboard-port", str(self.dashboard)),
-            *("--ray-client-server-port", str(free_port())),
+            *("--ray-client-server-port", str(free_port()), *self.head_options),
         )
         self._wait("the head", self._up)
 
