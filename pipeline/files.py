@@ -106,7 +106,7 @@ class Files(ABC):
 
     @abstractmethod
     def remove_tree(self, folder: str) -> None:
-        """Remove a folder and all below it; missing is fine."""
+        """Remove a folder and all below it, or a file; missing is fine."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -217,7 +217,8 @@ class LocalFiles(Files):
 
     def remove_tree(self, folder: str) -> None:
         with self._problems(), suppress(FileNotFoundError, NotADirectoryError):
-            shutil.rmtree(self.at(folder))
+            path = Path(self.at(folder))
+            shutil.rmtree(path, onerror=_unless_gone) if path.is_dir() else path.unlink()
 
     def names(self, folder: str) -> list[str]:
         with self._problems():
@@ -427,6 +428,11 @@ class RemoteFiles(Files):
             raise
         except Exception as error:  # of whatever kind the library has
             raise explained(self.url, error) from error
+
+
+def _unless_gone(_: object, __: str, error: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def told_by(url: str, error: BaseException) -> StoreError | None:

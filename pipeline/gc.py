@@ -174,5 +174,4 @@ def _remove(store: Store, one: Garbage) -> None:
         return
     if one.kind == "artifact":
         store.remove(f"{one.place}/{MANIFEST}")
-    store.remove(one.place)
     store.files.remove_tree(one.place)
