@@ -469,6 +469,8 @@ def explained(url: str, error: BaseException) -> StoreError:
 
 def _passes(error: BaseException) -> bool:
     """Whether the same again may succeed."""
+    if _code(error) == "NoSuchUpload":  # it had ended, and the answer was lost
+        return True
     if isinstance(error, StoreError | FileNotFoundError | FileExistsError | PermissionError):
         return False
     status = _status(error)
