@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
+from typer.testing import CliRunner
 
 from pipeline import files
+from pipeline.cli import app
 from pipeline.files import StoreError
 from pipeline.store import MANIFEST, Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.flaky import FAULTS, Fault, Plan, Proxy, flaky, seeded
 from tests.stores import FILES, KEY, OTHER, commit, flip, stored
 
@@ -115,6 +117,7 @@ UPLOAD = """
 import sys
 from pathlib import Path
 from pipeline import files
+from pipeline.cli import app
 from pipeline.store import Store
 files.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
 Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
@@ -203,6 +206,16 @@ def test_a_bucket_that_does_not_exist_is_one_line(s3: Store) -> None:
     for call in (store.check_writable, store.runs, lambda: store.write("runs/a.json", "")):
         with pytest.raises(StoreError, match="whose bucket does not exist; accepted: a bucket that exists"):
             call()
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_with_a_bucket_that_does_not_exist_ends_before_it_begins() -> None:
+    url = "s3://no-such-bucket/prefix"
+    done = CliRunner().invoke(
+        app, ["run", str(TINY), "--set", f"store={url}", "--set", "tracking.uri=http://127.0.0.1:1"]
+    )
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr == f"graft: store: got {url!r}, whose bucket does not exist; accepted: a bucket that exists\n"
 
 
 def test_no_credentials_are_one_line(s3: Store, tmp_path: Path) -> None:
