@@ -91,9 +91,9 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
     """
     books = Books(store, forget)
     for run in forget:
-        busy = [step.name for step in books.runs[run].steps if step.key in books.leased & books.released]
-        if busy:
-            raise SpecError([f"forget: got {run!r}, a job works on its {busy[0]}; accepted: a run that has stopped"])
+        own = {step.key for step in books.runs[run].steps} & books.released
+        if books.leased & {record.lease_name(run), *own}:
+            raise SpecError([f"forget: got {run!r}, which a job works on; accepted: a run that has stopped"])
     steps = {step.key: step.name for one in books.runs.values() for step in one.steps}
     before = time.time() - older_than
     return sorted(
@@ -109,7 +109,8 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
 def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> Iterator[Garbage]:
     """Forget these runs, then free what nothing has come to refer to; yields each piece when it is gone."""
     for run in forget:
-        store.remove(f"runs/{run}.json")
+        for place in (f"runs/{run}.json", f"outbox/{run}.jsonl", f"outbox/{run}.refused.jsonl"):
+            store.remove(place)
     books = Books(store)
     for one in found:
         books.refresh()

@@ -131,8 +131,9 @@ def test_a_lease_that_is_not_renewed_for_an_hour_keeps_nothing(tmp_path: Path) -
 def test_forgetting_a_run_frees_what_it_alone_refers_to_at_any_age(store: Store) -> None:
     commit(store, THIRD)
     save_run(store, "digits-2", THIRD, KEY)
+    store.write("outbox/digits-2.jsonl", "")
     assert collect(store, older_than=60.0, forget=("digits-2",)) == [f"artifacts/{THIRD}"]
-    assert store.runs() == ["digits-1"]
+    assert store.runs() == ["digits-1"] and not [name for name in stored(store) if "digits-2" in name]
     assert (store.state(KEY), store.state(THIRD)) == ("cached", "pending")
 
 
@@ -147,8 +148,9 @@ def test_the_listing_says_what_forgetting_each_run_would_free(store: Store) -> N
     assert store.runs() == ["digits-1", "digits-2"]
 
 
-def test_a_run_that_is_at_work_is_not_forgotten(store: Store) -> None:
-    lease = take(store, KEY, Holder.me("digits-1", "task"))
+@pytest.mark.parametrize("name", [KEY, record.lease_name("digits-1")])
+def test_a_run_that_is_at_work_is_not_forgotten(store: Store, name: str) -> None:
+    lease = take(store, name, Holder.me("digits-1", "task"))
     assert isinstance(lease, HeldLease)
     with pytest.raises(SpecError, match="accepted: a run that has stopped"):
         gc.garbage(store, 0.0, ("digits-1",))
