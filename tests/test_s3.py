@@ -84,7 +84,7 @@ def test_everything_comes_through_an_unreliable_network(s3: Store, monkeypatch: 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_that_passes_is_survived(s3: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     turns = iter([fault, None] * 100)
-    with through_a_proxy(s3, monkeypatch, lambda: next(turns)) as (store, proxy):
+    with through_a_proxy(s3, monkeypatch, lambda _: next(turns)) as (store, proxy):
         store.write("runs/a.json", "x" * 5000)
         assert store.read("runs/a.json") == "x" * 5000
         assert store.create("leases/a.json", "mine")  # although the answer may be lost: it sees that it is its own
@@ -97,7 +97,7 @@ def test_a_fault_that_stays_ends_in_one_line_that_says_what_was_tried(
 ) -> None:
     commit(s3)
     monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
-    with through_a_proxy(s3, monkeypatch, lambda: fault) as (store, proxy), pytest.raises(StoreError) as caught:
+    with through_a_proxy(s3, monkeypatch, lambda _: fault) as (store, proxy), pytest.raises(StoreError) as caught:
         store.read_run("digits") if fault == "half an answer" else commit(store, OTHER)
     line = str(caught.value)
     assert "\n" not in line and line.startswith(f"store: got {s3.url!r}, which does not answer as it should: ")
@@ -105,8 +105,34 @@ def test_a_fault_that_stays_ends_in_one_line_that_says_what_was_tried(
     assert {name for name in stored(s3) if OTHER in name} == set()
 
 
+def test_a_large_upload_that_ended_unheard_is_whole(s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[Fault] = ["lost answer"]
+
+    def plan(request: str) -> Fault | None:
+        return lost.pop() if lost and request.startswith("POST ") and "uploadId=" in request else None
+
+    large = tmp_path / "large"
+    large.write_bytes(content := os.urandom(11 * MIB))
+    with through_a_proxy(s3, monkeypatch, plan) as (store, _):
+        store.files.put(large, "large")
+    assert not lost and stored(s3) == {"large": content}
+
+
+def test_what_others_write_is_listed_at_once(s3: Store) -> None:
+    s3.write("leases/a/0.json", "ours")
+    assert (s3.names("leases"), s3.names("leases/a"), s3.runs()) == (["a"], ["0.json"], [])
+    S3FileSystem.clear_instance_cache()
+    other = Store(s3.url)
+    assert other.fs is not s3.fs
+    for name in ("leases/a/1.json", "leases/b/0.json", "runs/digits.json"):
+        other.write(name, "theirs")
+    assert (s3.names("leases"), s3.names("leases/a"), s3.runs()) == (["a", "b"], ["0.json", "1.json"], ["digits"])
+    other.remove("leases/a/0.json")
+    assert s3.names("leases/a") == ["1.json"] and len(s3.files.tree("leases")) == 2
+
+
 def test_what_does_not_pass_is_not_tried_again(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with through_a_proxy(s3, monkeypatch, lambda: None) as (store, proxy):
+    with through_a_proxy(s3, monkeypatch, lambda _: None) as (store, proxy):
         assert store.read("runs/none.json") is None
     assert proxy.requests <= 2  # a HEAD and a GET
 
