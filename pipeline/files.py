@@ -189,8 +189,9 @@ class LocalFiles(Files):
 
     def create(self, name: str, content: bytes) -> bool:
         with self._problems(), self._draft(content) as draft:
+            place = self._place(name)
             try:
-                os.link(draft, self._place(name))
+                os.link(draft, place)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -286,7 +287,7 @@ class LocalFiles(Files):
     def _problems(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, FileExistsError, StoreError):
+        except (FileNotFoundError, StoreError):
             raise
         except OSError as error:
             raise explained(self.url, error) from error

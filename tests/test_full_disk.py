@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import api
+from pipeline.api import Run
 from pipeline.files import StoreError, told_by
-from tests.conftest import GRAFT, ROOT, TINY
+from pipeline.view import SilentView
+from tests.conftest import ROOT, TINY
 
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"', "sh"]
 
 FULL = """
 import json, sys
 from pathlib import Path
+from pipeline import api
+from pipeline.api import Run
 from pipeline.files import StoreError
 from pipeline.store import Store
 from tests.stores import FILES, KEY, ORIGIN, OTHER, commit
@@ -139,17 +144,18 @@ def test_another_error_is_not_blamed_on_the_store() -> None:
     assert told_by("/store", PermissionError(13, "Permission denied", "/store/partial/x")) is not None
 
 
-@pytest.mark.slow
-def test_a_job_whose_disk_fills_up_ends_in_one_line_and_goes_on_when_there_is_room(disk: Path) -> None:
-    """The tiny job in a store of 24 MB, of which 22 are taken; then they are freed."""
-    script = f"""
-    cd {disk}; export HOME=/tmp
-    head -c 22m /dev/zero > filler
-    {GRAFT} run {TINY}; echo "exit $?"
-    rm filler
-    {GRAFT} verify; echo "exit $?"
-    """
-    command = [*ON_A_SMALL_DISK, "24m", str(disk), "sh", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
-    assert "exit 1" in done.stdout and "exit 0" in done.stdout, done.stdout + done.stderr
-    assert "where there is no room" in done.stderr and "Traceback" not in done.stderr
+def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    view = SilentView()
+    view.say = said.append  # type: ignore[method-assign]
+    run = Run(api.plan(TINY, [f"store={tmp_path / 'store'}"]), view)
+    run.store.write("runs", "a file is in the way")
+    for _ in range(2):
+        run._note("features", "done", 1.0, None)
+    (line,) = said
+    assert line.startswith(
+        f"the record of this run is not kept: store: got '{tmp_path}/store', which cannot be written"
+    )
+    run.store.remove("runs")
+    run._note("features", "done", 1.0, None)
+    assert run.store.runs() == [run.record.run]
