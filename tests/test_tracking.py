@@ -30,7 +30,7 @@ from pipeline.track import Tracker
 from specs.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
 
-SECONDS_TO_START = 120
+SECONDS_TO_START = 240
 
 
 class Server:
@@ -199,7 +199,7 @@ def curve(steps: range, loss: Callable[[int], float] = float, step: str = "disti
     return [Point(step, done, {"loss": loss(done), "lr": 1.0}) for done in steps]
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
+def until(true: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
