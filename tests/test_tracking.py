@@ -522,6 +522,7 @@ class Saying(api.SilentView):
         self.lines.append(line)
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_without_its_mlflow_server_and_resume_delivers(
     tiny_copy: Finished, server: Server, graft: Graft, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
