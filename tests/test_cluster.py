@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -352,7 +353,8 @@ def test_a_secret_stays_a_placeholder_on_its_way() -> None:
 
 
 def test_what_travels_is_the_project_and_the_job_as_it_was_resolved(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": str(TINY), "seed": 7}))
+    shutil.copy(TINY, tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"extends": TINY.name, "seed": 7}))
     job = load(tmp_path / "mine.yaml", ["store=/shared"])
     with remote.staged(job) as folder:
         assert load(folder / remote.JOB_FILE) == job
