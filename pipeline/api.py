@@ -155,6 +155,9 @@ class Run:
                 if self._tracked_already():
                     return self._finish()
         preflight.check_places(self.plan.job, self.store, self.tracking_uri())
+        if self._reads_files():
+            pending = [step for step, state in self.plan.states(self.store).items() if state != "cached"]
+            preflight.check_files(self.plan.job, pending)
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
         try:
@@ -314,6 +317,12 @@ class Run:
 
     def _all_cached(self) -> bool:
         return all(state == "cached" for state in self.plan.states(self.store).values())
+
+    def _reads_files(self) -> bool:
+        """Whether steps read checkpoints or statistics that somebody else made."""
+        job = self.plan.job
+        scions = any(getattr(edit, "scions", None) for edit in job.graft)
+        return job.weights.kind == "checkpoint" or scions or "fid" in job.evaluate.metrics
 
     def _tracked_already(self) -> bool:
         return self.past is not None and self.past.status == "finished" and self.past.mlflow_uri == self.tracking_uri()
