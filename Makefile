@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow chaos check clean
 
 demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
 
 test: check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not chaos"
 
 test-slow: .venv/ready
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow or chaos"
+
+# Kill a job's processes at random, KILLS times; a SEED repeats the same choices.
+chaos: .venv/ready
+	GRAFT_CHAOS_KILLS=$(or $(KILLS),10) $(if $(SEED),GRAFT_CHAOS_SEED=$(SEED)) $(BIN)/pytest -m chaos -s
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -1,13 +1,20 @@
-"""The board: an actor on which every step, wherever it runs, writes how far it is, and which the driver reads."""
+"""The board: an actor on which every step, wherever it runs, writes how far it is, and which the driver reads.
+
+The other way the driver writes one word on it: that all work is to stop.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
 
 from cluster.runtime import end_with_parent
+
+LISTEN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,13 @@ class Board:
     def __init__(self) -> None:
         end_with_parent()
         self._news = News()
+        self._stopping = False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        return self._stopping
 
     def write(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         self._news.progress[step] = (done, total)
@@ -52,3 +66,34 @@ class Reporter:
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         self.board.write.remote(self.step, done, total, dict(metrics or {}))
+
+
+class StopSignal:
+    """Whether the work is to stop; can be sent to any process of the cluster. A thread listens, so asking is free."""
+
+    def __init__(self, board: ray.actor.ActorHandle) -> None:
+        self.board = board
+        self._heard = threading.Event()
+        self._listener: threading.Thread | None = None
+
+    def __call__(self) -> bool:
+        if self._listener is None:
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
+        return self._heard.is_set()
+
+    def now(self) -> bool:
+        """The same, asked of the board and waited for."""
+        if ray.get(self.board.stopping.remote()):
+            self._heard.set()
+        return self._heard.is_set()
+
+    def _listen(self) -> None:
+        try:
+            while not self.now():
+                time.sleep(LISTEN_SECONDS)
+        except ray.exceptions.RayError:  # the driver is gone, and with it the board
+            return
+
+    def __reduce__(self) -> tuple[type[StopSignal], tuple[ray.actor.ActorHandle]]:
+        return StopSignal, (self.board,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,27 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.runtime import settle
+from cluster.runtime import room_for, settle, taken
 from specs.job import StepResources
+from specs.training import TrainingSpec
 
 RESTARTS = 3  # of the whole group, when a worker is lost
+PATIENCE_SECONDS = 60.0  # for lost nodes to be replaced, before fewer workers go on
 
 
-def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: int, resources: StepResources) -> None:
-    """Run `work(argument, device)` on each of `workers` processes and wait; an error in the work is raised here."""
+def launch(
+    work: Callable[[Any, torch.device], None], argument: Any, recipe: TrainingSpec, resources: StepResources
+) -> None:
+    """Run `work(argument, device)` on each of the recipe's workers and wait; an error in the work is raised here.
+
+    When workers are lost all of them start again, which is for the work to go on from its last checkpoint. There may
+    be fewer of them then, if the recipe has `min_workers` and the cluster no longer has room for all.
+    """
 
     def loop() -> None:
         work(argument, settle())
 
+    workers = recipe.workers
     for attempt in range(RESTARTS + 1):
         try:
             TorchTrainer(
@@ -29,7 +39,7 @@ def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: in
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=workers,
                     use_gpu=resources.gpu > 0,
-                    resources_per_worker={"CPU": resources.cpu, "GPU": resources.gpu},
+                    resources_per_worker=taken(resources),
                 ),
                 torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
                 run_config=ray.train.RunConfig(storage_path=tempfile.mkdtemp(prefix="graftwork-train-")),
@@ -44,3 +54,17 @@ def launch(work: Callable[[Any, torch.device], None], argument: Any, workers: in
                 raise min(raised, key=lambda cause: isinstance(cause, RuntimeError)) from error
             if attempt == RESTARTS:
                 raise
+            workers = _workers_that_fit(recipe, resources)
+
+
+def _workers_that_fit(recipe: TrainingSpec, resources: StepResources) -> int:
+    """All that are wanted, once the cluster has room for them; else as many as it has room for, if that is enough."""
+    wanted, *fewer = recipe.worker_counts()
+    if not fewer:
+        return wanted
+    began = time.monotonic()
+    while room_for(resources) < wanted:
+        if time.monotonic() - began > PATIENCE_SECONDS:
+            return next((count for count in fewer if count <= room_for(resources)), wanted)
+        time.sleep(1)
+    return wanted

@@ -6,12 +6,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private import ray_constants
 
 from specs.job import StepResources
 
@@ -38,15 +39,51 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
     # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
     local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cpus, "include_dashboard": False}
+    # A Ray of our own listens on loopback only; by itself, Ray does so where it knows that no other machine can join.
+    reachable = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = reachable and not local
     ray.init(logging_level="ERROR", log_to_driver=False, **local)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
-        most = max((demand.gpu for demand in demands), default=0.0)
-        if local and most > gpus:
-            raise NotEnough(f"resources: got gpu: {most:g}; accepted: at most {gpus:g}, the GPUs of this machine")
+        for demand in demands if local else ():
+            if not room_for(demand):
+                asked = {name: amount for name, amount in taken(demand).items() if amount}
+                has = ray.cluster_resources()
+                raise NotEnough(
+                    f"resources: got {_amounts(asked)}; accepted: at most what this machine has, "
+                    f"{_amounts({name: has.get(name, 0.0) for name in asked})}"
+                )
         yield
     finally:
         ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = reachable
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:
+    """What Ray is told that a task takes. idle: it only waits for workers of its own, and takes nothing."""
+    if idle:
+        return {"num_cpus": 0}
+    taken: dict[str, Any] = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": resources.custom}
+    return taken | ({"memory": resources.memory} if resources.memory else {})
+
+
+def taken(resources: StepResources) -> dict[str, float]:
+    """The same by the names that nodes have for it."""
+    memory = {"memory": float(resources.memory)} if resources.memory else {}
+    return {"CPU": resources.cpu, "GPU": resources.gpu, **memory, **resources.custom}
+
+
+def room_for(resources: StepResources) -> int:
+    """How many such tasks the nodes of the cluster could hold at once, if they had nothing else to do."""
+
+    def held_by(node: Mapping[str, float]) -> int:
+        each = taken(resources).items()
+        return min((int(node.get(name, 0.0) / amount) for name, amount in each if amount), default=1)
+
+    return sum(held_by(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def settle() -> torch.device:
@@ -84,7 +121,7 @@ def fan_out(
 ) -> Iterator[Any]:
     """Run `work(shared, item, device)` as a Ray task for each item; yields results as they come, in any order."""
 
-    @ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=3)
+    @ray.remote(max_retries=3, **options(resources))
     def task(common: Any, item: Any) -> Any:
         return work(common, item, settle())
 

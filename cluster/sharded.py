@@ -39,7 +39,7 @@ class ShardedEngine:
             dist_init_required=False,
             config={
                 "train_batch_size": recipe.batch,
-                "train_micro_batch_size_per_gpu": recipe.batch // recipe.workers,
+                "train_micro_batch_size_per_gpu": recipe.batch // torch.distributed.get_world_size(),
                 "gradient_clipping": recipe.clip,
                 "bf16": {"enabled": bf16},
                 "zero_optimization": {"stage": recipe.deepspeed.zero},

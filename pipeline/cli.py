@@ -6,24 +6,31 @@ Exit codes: 0 fine, 1 a run failed, 2 the request cannot be carried out as it st
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import api, preflight, record
+from pipeline import api, preflight, record, remote
+from pipeline.files import StoreError
 from pipeline.planning import difference
 from pipeline.record import RunRecord
+from pipeline.running import RunFailed, RunStopped
 from pipeline.store import Manifest, Store
 from specs.costs import GraftCost
 from specs.load import SpecError, job_schema
 from specs.model import Layout
 from specs.problems import plain, shown
 from specs.secrets import redacted
+
+if TYPE_CHECKING:
+    from pipeline.gc import Garbage
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +46,8 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 StoreUrl = Annotated[str, typer.Option("--store", help="where the runs are kept")]
+Address = Annotated[str | None, typer.Option("--address", metavar="URL", help="do it on that Ray cluster")]
+Dashboard = Annotated[str, typer.Option("--address", metavar="URL", help="a Ray dashboard, as http://head:8265")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -52,12 +61,63 @@ def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: D
 
 
 @app.command()
-def resume(name: RunName, store: StoreUrl = ".graftwork", as_json: AsJson = False, debug: Debug = False) -> None:
+def submit(
+    job: Job,
+    address: Dashboard,
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="show what it prints until it has ended")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job on a Ray cluster; prints the submission's name."""
+    with problems(debug):
+        sent = remote.submit(job, address, overrides or ())
+    _sent(sent, address, follow, debug)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(metavar="SUBMISSION", help="a submission's name, or how it begins")],
+    address: Dashboard,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="until it has ended")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a submitted job printed."""
+    if follow:
+        _follow(name, address, debug)
+        return
+    with problems(debug):
+        print(remote.logs(name, address), end="")
+
+
+@app.command()
+def resume(
+    name: RunName,
+    store: StoreUrl = ".graftwork",
+    address: Address = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Go on with a run from where it stopped."""
+    if address is not None:
+        with problems(debug):
+            sent = remote.resume(name, address, _given(store))
+        _sent(sent, address, False, debug)
+        return
     with problems(debug, as_json):
         with redirect_stdout(sys.stderr):
             done = api.resume(name, store, _view())
         _report(done, as_json)
+
+
+@app.command()
+def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
+    """Have a run save what it has and end, wherever its driver is; `graft resume` goes on with it."""
+    with problems(debug):
+        if address is not None:
+            remote.stop(name, address, print)
+            return
+        asked = api.stop(name, store)
+        print(f"{asked.run}: asked to stop; go on with it later by: graft resume {asked.run}")
 
 
 @app.command()
@@ -121,11 +181,17 @@ def _show_costs(cost: GraftCost) -> None:
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's name, or how it begins")] = None,
     store: StoreUrl = ".graftwork",
+    address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show all runs, or the steps of one."""
+    """Show all runs, or the steps of one; of a cluster, all submissions."""
+    if address is not None and name is not None:
+        _relay("status", [name], address, store, as_json, debug)
     with problems(debug):
+        if address is not None:
+            _show_submissions(address, as_json)
+            return
         place = Store(store)
         if name is not None:
             found = record.find(place, name)
@@ -144,10 +210,13 @@ def status(
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to compare")],
     store: StoreUrl = ".graftwork",
+    address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Put runs side by side: the numbers that MLflow holds."""
+    if address is not None:
+        _relay("compare", names, address, store, as_json, debug)
     with problems(debug):
         rows = api.compare(names, store)
         if as_json:
@@ -195,6 +264,86 @@ def export(
 
 
 @app.command()
+def verify(
+    store: StoreUrl = ".graftwork",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Read every artifact; what is not as it was committed is named and set aside, and the next run computes it again.
+
+    Exit code 0 if all are whole, 1 if not.
+    """
+    from pipeline.verify import verify
+
+    with problems(debug):
+        checked = []
+        for one in verify(Store(store), dry_run):
+            checked.append(one)
+            if not one.whole and not as_json:
+                print(one)
+        damaged = [one for one in checked if not one.whole]
+        size = sum(one.size for one in checked)
+        if as_json:
+            _json({"artifacts": len(checked), "size": size, "damaged": [asdict(one) for one in damaged]})
+        else:
+            print(f"{len(checked)} artifacts, {_bytes(size)}: {len(damaged) or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    store: StoreUrl = ".graftwork",
+    days: Annotated[float, typer.Option("--older-than", metavar="DAYS", help="leave what is younger")] = 7.0,
+    forget: Annotated[
+        list[str] | None, typer.Option("--forget", metavar="RUN", help="forget a run, and free what it alone refers to")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="free it; without this, only show it")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Free what no run refers to: artifacts, checkpoints, what was set aside as damaged, what kills left behind."""
+    from pipeline import gc
+
+    with problems(debug):
+        place = Store(store)
+        runs = [record.find(place, run).run for run in forget or ()]
+        found = gc.garbage(place, days * gc.DAY, runs)
+        freed = list(gc.free(place, found, runs)) if yes else found
+        holdings = gc.holdings(place, runs)
+        if as_json:
+            pieces, kept = ([asdict(one) for one in rows] for rows in (freed, holdings))
+            _json({"done": yes, "size": sum(one.size for one in freed), "pieces": pieces, "forget": runs, "runs": kept})
+            return
+        _show_garbage(freed, runs, yes)
+        if holdings:
+            print("what runs refer to stays:")
+            kept_cells = [[one.run, one.status, _bytes(one.size), _bytes(one.alone), one.started] for one in holdings]
+            _columns([["run", "status", "size", "it alone", "started"], *kept_cells])
+        options = ["--store", store] if store != ".graftwork" else []
+        options += ["--older-than", f"{days:g}"] if days != 7 else []
+        options += [word for run in runs for word in ("--forget", run)]
+        if not yes and (found or runs):
+            print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")
+        elif holdings:
+            print(f"free what a run alone refers to with: {shlex.join(['graft', 'gc', *options, '--forget', 'RUN'])}")
+
+
+def _show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> None:
+    now = time.time()
+    cells = [
+        [one.kind, _bytes(one.size), f"{max(0.0, now - one.modified) / 86400:.1f} days", one.step or "", one.place]
+        for one in pieces
+    ]
+    if cells:
+        _columns([["kind", "size", "age", "step", "place"], *cells])
+    for run in runs:
+        print(f"{'forgotten' if done else 'would forget'}: {run}")
+    print(f"{'freed' if done else 'would free'}: {_bytes(sum(one.size for one in pieces))} in {len(pieces)} places")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
     _json(job_schema())
@@ -208,17 +357,68 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
     except SpecError as error:
         _trace(traceback.format_exc(), debug)
         _fail(error.lines, 2)
-    except api.RunFailed as error:
+    except StoreError as error:  # of a run that has not begun, or of a command that reads the store
+        if debug:
+            raise
+        _fail([str(error)], 2)
+    except RunFailed as error:
         _trace(error.details, debug)
         failed = error.record
         if as_json:
             _json(failed.outcome())
-        _fail([*str(error).splitlines(), f"resume with: graft resume {failed.run}{_store_option(failed)}"], 1)
+        _fail([*str(error).splitlines(), _resume_line(failed)], 1)
+    except RunStopped as error:
+        if as_json:
+            _json(error.record.outcome())
+        _fail([str(error), _resume_line(error.record)], error.exit_code)
     except KeyboardInterrupt:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
     except Exception as error:
         _trace(traceback.format_exc(), debug)
         _fail([f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"], 1)
+
+
+def _sent(submission: str, address: str, follow: bool, debug: bool) -> None:
+    print(submission, flush=True)
+    print(f"graft: follow it with: graft logs -f {submission} --address {address}", file=sys.stderr)
+    if follow:
+        _follow(submission, address, debug)
+
+
+def _follow(submission: str, address: str, debug: bool) -> None:
+    """Show what a job prints until it has ended; exits 1 where it did not succeed."""
+    with problems(debug):
+        try:
+            ended = remote.follow(submission, address, lambda text: print(text, end="", flush=True))
+        except KeyboardInterrupt:
+            print(f"graft: {submission} goes on; graft stop {submission} --address {address}", file=sys.stderr)
+            return
+    if ended.state != "SUCCEEDED":
+        _fail([f"{ended.id}: {ended.state}"], 1)
+
+
+def _relay(command: str, names: list[str], address: str, store: str, as_json: bool, debug: bool) -> NoReturn:
+    """Print what the same command prints on the cluster, and exit as it does."""
+    with problems(debug):
+        answer = remote.ask(command, names, address, _given(store), *(["--json"] if as_json else []))
+    for text, stream in ((answer.stdout, sys.stdout), (answer.stderr, sys.stderr)):
+        if text:
+            print(text, file=stream)
+    raise typer.Exit(answer.code)
+
+
+def _given(store: str) -> str | None:
+    """The store, unless it is this machine's default."""
+    return None if store == ".graftwork" else store
+
+
+def _show_submissions(address: str, as_json: bool) -> None:
+    found = remote.submissions(address)
+    if as_json:
+        _json([{"submission": one.id, "state": one.state, "started": one.started} for one in found])
+        return
+    for one in found:
+        print(f"{one.state:9}  {one.started}  {one.id}")
 
 
 def _fail(lines: list[str], code: int) -> None:
@@ -227,15 +427,15 @@ def _fail(lines: list[str], code: int) -> None:
     raise typer.Exit(code)
 
 
+def _resume_line(left: RunRecord) -> str:
+    store = left.job["store"]
+    return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
+
+
 def _trace(details: str, debug: bool) -> None:
     """Tracebacks, for whoever asked for them."""
     for line in details.splitlines() if debug else ():
         print(plain(redacted(line)), file=sys.stderr)
-
-
-def _store_option(failed: RunRecord) -> str:
-    store = failed.job["store"]
-    return "" if store == ".graftwork" else f" --store {store}"
 
 
 def _view() -> Any:
@@ -290,6 +490,14 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _columns(lines: list[list[str]]) -> None:

@@ -1,7 +1,9 @@
 """Execution: the steps that the store lacks become Ray tasks, chained by object refs. That is the job's DAG.
 
-A task's result is a small `StepResult`, never data: artifacts go through the store. A lost worker is retried by Ray;
-an error in the work fails its step at once, the steps that need it are skipped, and all others finish and are kept.
+A task's result is a small `StepResult`, never data: artifacts go through the store. A task works under its step's
+lease; where another driver on the store has it, the task ends at once and the step is tried again when that driver is
+done, or gone. A lost worker is retried by Ray; an error in the work fails its step at once, the steps that need it are
+skipped, and all others finish and are kept. Asked to stop, tasks save a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -9,22 +11,28 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 
 import stages
 from cluster import runtime
-from cluster.board import Board, News, Reporter
+from cluster.board import Board, News, Reporter, StopSignal
+from pipeline import leases
+from pipeline.leases import Held, Holder, Waiter
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
 
 POLL_SECONDS = 0.25
+LEASE_POLL_SECONDS = 1.0
 RETRIES = 3  # of a task whose worker is lost
+SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
+STOP_SECONDS = 30.0  # that tasks are given to save what they have
 
 
 class StepFailed(Exception):
@@ -41,10 +49,16 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a task returns."""
+    """What a task returns.
+
+    done: the artifact is there. held: another driver has the lease. blocked: what it needs is not there yet. stopped:
+    what it had done is saved.
+    """
 
     key: str
-    seconds: float
+    state: Literal["done", "held", "blocked", "stopped"]
+    seconds: float = 0.0
+    held: Held | None = None
 
 
 class Watcher(Protocol):
@@ -55,23 +69,15 @@ class Watcher(Protocol):
     def ended(self, step: str, result: StepResult) -> None: ...
     def failed(self, step: str, problem: str) -> None: ...
     def skipped(self, step: str, because_of: str) -> None: ...
+    def waiting(self, step: str, holder: Holder) -> None: ...
+    def taken(self, step: str) -> None: ...  # another driver made its artifact
+    def stop_wanted(self) -> bool: ...
+    def short(self, step: str, wanted: str) -> None: ...  # no node of the cluster can hold it
 
 
 def session(plan: Plan) -> AbstractContextManager[None]:
     """Ray, with room for each of the plan's steps."""
     return runtime.session((step.resources for step in plan.steps), together=_widest(plan))
-
-
-def execute(plan: Plan, store: Store, run: str, git_commit: str | None, watcher: Watcher) -> list[StepFailed]:
-    """Run what the store lacks, within a `session`; returns the failures when every step has come to its end."""
-    states = plan.states(store)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    refs: dict[str, Any] = {}
-    for step in plan.steps:
-        if states[step.name] != "cached":
-            needed = [refs[name] for name in step.needs.values() if name in refs]
-            refs[step.name] = _submit(step, plan, store, run, git_commit, Reporter(board, step.name), needed)
-    return _watch(refs, board, watcher)
 
 
 def _widest(plan: Plan) -> int:
@@ -80,91 +86,244 @@ def _widest(plan: Plan) -> int:
     return max(getattr(plan.job.weights, "workers", 1), plan.job.finetune.workers, *searches)
 
 
-def _submit(
-    step: Step, plan: Plan, store: Store, run: str, git_commit: str | None, report: Reporter, needed: list[Any]
-) -> Any:
-    keys = {role: plan[name].key for role, name in step.needs.items()}
-    orchestrates = stages.STAGES[step.stage].orchestrates
-    task = _run_step.options(
-        name=step.name,
-        num_cpus=0 if orchestrates else step.resources.cpu,
-        num_gpus=0 if orchestrates else step.resources.gpu,
-        max_retries=RETRIES,
-        retry_exceptions=False,
-    )
-    origin = Origin(step=step.name, run=run, seconds=0, made="", git_commit=git_commit)
-    return task.remote(step, keys, store, origin, report, *needed)
+class Execution:
+    """One pass over what the store lacks, within a `session`."""
+
+    def __init__(self, plan: Plan, store: Store, run: str, git_commit: str | None, watcher: Watcher) -> None:
+        self.plan, self.store, self.run, self.git_commit, self.watcher = plan, store, run, git_commit, watcher
+        self.board = ray.remote(num_cpus=0)(Board).remote()
+        self.id = uuid.uuid4().hex
+        states = plan.states(store)
+        self.ready = {name for name, state in states.items() if state == "cached"}
+        self.open = [step.name for step in plan.steps if step.name not in self.ready]  # neither ready nor given up
+        self.refs: dict[str, Any] = {}
+        self.held: dict[str, Waiter] = {}
+        self.expired: dict[str, Held] = {}
+        self.begun: set[str] = set()
+        self.failures: list[StepFailed] = []
+        self.last_metrics: dict[str, str] = {}
+        self.stopping_since: float | None = None
+        self.leases_seen = 0.0
+        self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
+        self.room_seen = 0.0
+
+    def go(self) -> list[StepFailed]:
+        """Until every step has come to its end; returns the failures. Asked to stop, it leaves steps open."""
+        while self.open and not self._stopped():
+            self._submit()
+            if self.refs:
+                ray.wait(list(self.refs.values()), timeout=POLL_SECONDS)
+            else:
+                time.sleep(POLL_SECONDS)
+            self._pass_on_news()
+            for name in self._ended():
+                self._end(name, self.refs.pop(name))
+            self._look_at_leases()
+            self._look_for_room()
+        return self.failures
+
+    def _submit(self) -> None:
+        """Give Ray each open step whose needs are ready or are with Ray."""
+        if self.stopping_since is not None:
+            return
+        for name in self.open:
+            step = self.plan[name]
+            if name in self.refs or name in self.held:
+                continue
+            if all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
+                self.refs[name] = self._task(step)
+
+    def _task(self, step: Step) -> Any:
+        task = _run_step.options(
+            name=step.name,
+            max_retries=RETRIES,
+            retry_exceptions=False,
+            **runtime.options(step.resources, idle=stages.STAGES[step.stage].orchestrates),
+        )
+        keys = {role: self.plan[name].key for role, name in step.needs.items()}
+        work = Work(
+            step=step,
+            keys=keys,
+            store=self.store,
+            origin=Origin(step=step.name, run=self.run, seconds=0, made="", git_commit=self.git_commit),
+            report=Reporter(self.board, step.name),
+            stopping=StopSignal(self.board),
+            task=f"{self.id}/{step.name}",
+            over=self.expired.pop(step.name, None),
+        )
+        return task.remote(work, *(self.refs[name] for name in step.needs.values() if name in self.refs))
+
+    def _pass_on_news(self) -> None:
+        news: News = ray.get(self.board.read.remote())
+        for name in news.progress.keys() - self.begun:
+            self.watcher.started(name)
+        self.begun |= news.progress.keys()
+        for point in news.points:
+            metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in point.metrics.items())
+            self.last_metrics[point.step] = f"at {point.done}: {metrics}"
+        self.watcher.news(news)
+
+    def _ended(self) -> list[str]:
+        if not self.refs:
+            return []
+        ended, _ = ray.wait(list(self.refs.values()), num_returns=len(self.refs), timeout=0)
+        return [name for name, ref in self.refs.items() if ref in ended]
+
+    def _end(self, name: str, ref: Any) -> None:
+        try:
+            result: StepResult = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            failure = error.cause
+            if not isinstance(failure, StepFailed):
+                failure = StepFailed(name, _one_line(failure), str(error), None)
+            if failure.step != name:  # Ray hands a task the error of what it needed
+                self._skip(name, failure.step)
+            else:
+                self._fail(failure)
+        except ray.exceptions.OutOfMemoryError as error:
+            self._fail(StepFailed(name, _out_of_memory(self.plan[name].stage), str(error), None))
+        except ray.exceptions.RayError as error:
+            problem = f"its worker was lost {RETRIES + 1} times: {_one_line(error)}"
+            self._fail(StepFailed(name, problem, str(error), None))
+        else:
+            if result.state == "done":
+                self._close(name)
+                self.watcher.ended(name, result)
+            elif result.held is not None:
+                self.held[name] = Waiter(result.held)
+                self.watcher.waiting(name, result.held.holder)
+
+    def _close(self, name: str) -> None:
+        self.open.remove(name)
+        self.ready.add(name)
+
+    def _fail(self, failure: StepFailed) -> None:
+        last = self.last_metrics.get(failure.step)
+        if last is not None:
+            problem = f"{failure.problem}; last metrics {last}"
+            failure = StepFailed(failure.step, problem, failure.details, failure.rotten)
+        self.failures.append(failure)
+        self.open.remove(failure.step)
+        self.watcher.failed(failure.step, failure.problem)
+        for name in [name for name in self.open if name not in self.refs]:
+            if self._needs(name, failure.step):
+                self._skip(name, failure.step)
+
+    def _needs(self, name: str, other: str) -> bool:
+        needs = self.plan[name].needs.values()
+        return other in needs or any(self._needs(needed, other) for needed in needs)
+
+    def _skip(self, name: str, because_of: str) -> None:
+        self.open.remove(name)
+        self.held.pop(name, None)
+        self.watcher.skipped(name, because_of)
+
+    def _look_at_leases(self) -> None:
+        """Steps that others are at: done by them, or free to be taken."""
+        if not self.held or time.monotonic() - self.leases_seen < LEASE_POLL_SECONDS:
+            return
+        self.leases_seen = time.monotonic()
+        for name, waiter in list(self.held.items()):
+            if self.store.manifest(self.plan[name].key) is not None:
+                del self.held[name]
+                self._close(name)
+                self.watcher.taken(name)
+            elif waiter.expired(self.store):
+                del self.held[name]
+                self.expired[name] = waiter.last
+
+    def _look_for_room(self) -> None:
+        """Tell, once a step, that it waits for a node which is not there; an autoscaler may bring one."""
+        now = time.monotonic()
+        if now - self.room_seen < SHORTAGE_SECONDS / 10:
+            return
+        self.room_seen = now
+        for name in self.refs.keys() & self.had_room.keys():
+            resources = self.plan[name].resources
+            if runtime.room_for(resources):
+                self.had_room[name] = now
+            elif now - self.had_room[name] > SHORTAGE_SECONDS:
+                del self.had_room[name]
+                wanted = {name: amount for name, amount in runtime.taken(resources).items() if amount}
+                self.watcher.short(name, ", ".join(f"{amount:g} {name}" for name, amount in wanted.items()))
+
+    def _stopped(self) -> bool:
+        """Whether it was asked to stop and everything has come to rest, or had the time to."""
+        if self.stopping_since is None:
+            if not self.watcher.stop_wanted():
+                return False
+            self.stopping_since = time.monotonic()
+            self.board.stop.remote()
+        return not self.refs or time.monotonic() - self.stopping_since > STOP_SECONDS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task is sent."""
+
+    step: Step
+    keys: Mapping[str, str]  # role -> key of what fills it
+    store: Store
+    origin: Origin
+    report: Reporter
+    stopping: StopSignal
+    task: str
+    over: Held | None  # a lease that has expired
 
 
 @ray.remote
-def _run_step(
-    step: Step, keys: Mapping[str, str], store: Store, origin: Origin, report: Reporter, *needed: StepResult
-) -> StepResult:
-    """Do a step's work and commit it. `needed` makes Ray wait for the steps before."""
-    began = time.perf_counter()
-    if store.manifest(step.key) is not None:  # another driver on this store was faster
-        return StepResult(step.key, 0.0)
-    report(0, 0)
-    quiet()
-    device = runtime.settle()
+def _run_step(work: Work, *needed: StepResult) -> StepResult:
+    """Do a step's work and commit it, under its lease. `needed` makes Ray wait for the steps before."""
     try:
-        context = stages.Context(
-            step=step.name,
-            params=step.params,
-            inputs={role: store.artifact(key) for role, key in keys.items()},
-            out=store.workplace(step.key),
-            partial=store.partial(step.key),
-            report=report,
-            resources=step.resources,
-            device=device,
-        )
-        stages.load(step.stage)(context)
-        seconds = time.perf_counter() - began
-        made = datetime.now(UTC).isoformat(timespec="seconds")
-        store.commit(
-            step.key, context.out, dict(step.identity), origin.model_copy(update={"seconds": seconds, "made": made})
-        )
-        return StepResult(step.key, seconds)
+        return _attempt(work, needed)
     except Exception as error:
         cause = _root_cause(error)
+        if isinstance(cause, stages.Stopped):
+            return StepResult(work.step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
-        raise StepFailed(step.name, _one_line(cause), traceback.format_exc(), rotten) from None
+        problem = _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
+        raise StepFailed(work.step.name, problem, traceback.format_exc(), rotten) from None
 
 
-def _watch(refs: Mapping[str, Any], board: Any, watcher: Watcher) -> list[StepFailed]:
-    """Follow the tasks until all have ended."""
-    failures: list[StepFailed] = []
-    waiting = dict(refs)
-    begun: set[str] = set()
-    while waiting:
-        ray.wait(list(waiting.values()), timeout=POLL_SECONDS)
-        news: News = ray.get(board.read.remote())
-        for name in news.progress.keys() - begun:
-            watcher.started(name)
-        begun |= news.progress.keys()
-        watcher.news(news)
-        ready, _ = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=0)
-        for name in [name for name, ref in waiting.items() if ref in ready]:
-            _end(name, waiting.pop(name), watcher, failures)
-    return failures
+def _attempt(work: Work, needed: Sequence[StepResult]) -> StepResult:
+    key, store = work.step.key, work.store
+    if store.manifest(key) is not None:  # another driver on this store was faster
+        return StepResult(key, "done")
+    if any(result.state != "done" for result in needed):
+        return StepResult(key, "blocked")
+    if work.stopping.now():
+        return StepResult(key, "stopped")
+    taken = leases.take(store, key, Holder.me(work.origin.run, work.task), over=work.over)
+    if isinstance(taken, Held):
+        return StepResult(key, "held", held=taken)
+    with leases.releasing(taken):
+        # It may have been committed between the first look and the lease.
+        return StepResult(key, "done", seconds=0.0 if store.manifest(key) is not None else _do(work))
 
 
-def _end(name: str, ref: Any, watcher: Watcher, failures: list[StepFailed]) -> None:
-    try:
-        watcher.ended(name, ray.get(ref))
-    except ray.exceptions.RayTaskError as error:
-        failure = error.cause
-        if not isinstance(failure, StepFailed):
-            failure = StepFailed(name, _one_line(failure), str(error), None)
-        if failure.step != name:  # Ray hands a task the error of what it needed
-            watcher.skipped(name, failure.step)
-            return
-        failures.append(failure)
-        watcher.failed(name, failure.problem)
-    except ray.exceptions.RayError as error:
-        failure = StepFailed(name, f"its worker was lost {RETRIES + 1} times: {_one_line(error)}", str(error), None)
-        failures.append(failure)
-        watcher.failed(name, failure.problem)
+def _do(work: Work) -> float:
+    """The step's work, and its commit; returns the seconds that the work took."""
+    step, store = work.step, work.store
+    began = time.perf_counter()
+    work.report(0, 0)
+    quiet()
+    context = stages.Context(
+        step=step.name,
+        params=step.params,
+        inputs={role: store.artifact(key) for role, key in work.keys.items()},
+        out=store.workplace(step.key),
+        partial=store.partial(step.key),
+        report=work.report,
+        resources=step.resources,
+        device=runtime.settle(),
+        stopping=work.stopping,
+    )
+    stages.load(step.stage)(context)
+    seconds = time.perf_counter() - began
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = work.origin.model_copy(update={"seconds": seconds, "made": made})
+    store.commit(step.key, context.out, dict(step.identity), origin)
+    return seconds
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -172,6 +331,20 @@ def _root_cause(error: BaseException) -> BaseException:
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of the machine as Ray guards it, or of what the system would give."""
+    if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError):
+        return True
+    text = f"{type(error).__name__}: {error}"
+    return any(sign in text for sign in ("OutOfMemoryError", "CUDA out of memory", "can't allocate memory"))
+
+
+def _out_of_memory(stage: str) -> str:
+    setting = stages.STAGES[stage].memory
+    advice = f"lower {setting}" if setting else f"give it a larger machine by resources.{stage}"
+    return f"out of memory; {advice}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.files import StoreError
 from pipeline.planning import carried_edits
 from pipeline.store import Store
 from specs.data import ImageFolderData, VaeCodec
@@ -29,15 +30,14 @@ def check(job: JobSpec) -> None:
         raise SpecError(lines)
 
 
-def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
-    """Raise SpecError where the store cannot be written or the MLflow server does not answer."""
+def check_places(store: Store, tracking_uri: str | None) -> None:
+    """Raise SpecError where the store cannot be written or the MLflow server, if one is named, does not answer."""
     try:
         store.check_writable()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SpecError(
-            [f"store: got {job.store!r}, which cannot be written: {reason}; accepted: a writable path"]
-        ) from None
+    except StoreError as error:
+        raise SpecError([str(error)]) from None
+    if tracking_uri is None:
+        return
     accepted = "accepted: a running MLflow server, or sqlite:///file"
     try:
         parts = urlsplit(filled(tracking_uri, "tracking.uri"))
@@ -50,6 +50,12 @@ def check_places(job: JobSpec, store: Store, tracking_uri: str) -> None:
         except OSError as error:
             given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
             raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
+
+
+def reads_files(job: JobSpec) -> bool:
+    """Whether steps read checkpoints or statistics that somebody else made."""
+    scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
+    return isinstance(job.weights, CheckpointWeights) or scions or "fid" in job.evaluate.metrics
 
 
 def check_files(job: JobSpec, pending: Collection[str]) -> None:

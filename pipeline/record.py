@@ -6,25 +6,31 @@ started, and `graft resume` is starting it again.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
+from pipeline import leases
+from pipeline.leases import Holder
 from pipeline.planning import Plan
 from pipeline.store import Store
 from specs.problems import SpecError, shown
 
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "finished", "failed", "stopped"]
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
 
 
 # A record may come from anybody who can write to the store, and is printed: it names nothing outside it, and has no
 # control characters.
-Word = Annotated[str, StringConstraints(pattern=r"^[\w.:+/ -]{0,200}$")]
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.:+/ -]*$", max_length=200)]
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Results = dict[Word, dict[Word, float]]
 SHOWN = 20  # runs that an error names at most
+
+# What a driver on a cluster is told by its environment: the submission that it is, and the commit of the project.
+SUBMISSION, COMMIT = "GRAFT_SUBMISSION", "GRAFT_GIT_COMMIT"
 
 
 class StepRecord(BaseModel):
@@ -51,6 +57,7 @@ class RunRecord(BaseModel):
     mlflow_uri: str | None = None
     mlflow_run: Word | None = None
     git_commit: Word | None = None
+    submissions: list[Word] = []  # that started it on a cluster, by their Ray ids, the latest last
     error: str | None = None
 
     def step(self, name: str) -> StepRecord:
@@ -70,13 +77,30 @@ def run_name(plan: Plan) -> str:
     return f"{plan.job.name}-{plan.key()[:10]}"
 
 
+def lease_name(run: str) -> str:
+    return f"run-{run}"
+
+
+def holder(store: Store, run: str) -> Holder | None:
+    """Who is at the run, as far as can be told."""
+    found = leases.look(store, lease_name(run))
+    return None if found is None or found.holder.gone() else found.holder
+
+
+def with_submission(earlier: list[str]) -> list[str]:
+    """The submissions of a run, with the one that this process is, if it is one."""
+    this = os.environ.get(SUBMISSION)
+    return earlier if this is None or this in earlier else [*earlier, this]
+
+
 def save(store: Store, record: RunRecord) -> None:
     store.write_run(record.run, record.model_dump_json(indent=1))
 
 
 def find(store: Store, run: str) -> RunRecord:
-    """The run of that name, or the only one whose name starts so; raises SpecError."""
+    """The run of that name, the only one whose name starts so, or that of a submission; raises SpecError."""
     matches = [name for name in store.runs() if name.startswith(run)]
+    matches = matches or [name for name in store.runs() if run in load(store, name).submissions]
     if run in matches:
         matches = [run]
     if len(matches) != 1:

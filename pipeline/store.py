@@ -1,11 +1,12 @@
 """The store: artifacts named by their key, on any fsspec path.
 
     artifacts/<key>/manifest.json   and the files it lists, each with its size and SHA-256
-    partial/<key>/                  checkpoints of a step that has not committed
+    partial/<key>/                  checkpoints of a step that has not committed: data, and a pointer to the last
     rotten/<key>-<time>/            what was found damaged, set aside
     runs/<run>.json                 what each run was asked for and came to
+    outbox/<run>.jsonl              what MLflow was not there to be told
 
-The manifest is written last, in one atomic move: without it the artifact does not exist. What is read is verified
+The manifest is written last, whole or not at all: without it the artifact does not exist. What is read is verified
 against it first, so that nothing is served that is not whole.
 """
 
@@ -17,15 +18,20 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from pipeline.files import StoreError, open_files, told_by
+
 MANIFEST = "manifest.json"
+PIECE = 2**20  # bytes
+POINTER = ".json"  # of a save of partial work: partial/<key>/<name>.json
+DIFFERS = "is not what was committed (SHA-256 differs)"
 State = Literal["cached", "partial", "pending"]
 
 
@@ -54,6 +60,21 @@ class FileEntry(BaseModel):
     size: int
     sha256: str
 
+    def differs(self, path: Path) -> str | None:
+        """What is found at a local path where it is not this file."""
+        try:
+            with path.open("rb") as file:
+                return self.differs_from(file)
+        except FileNotFoundError:
+            return "missing"
+
+    def differs_from(self, file: BinaryIO) -> str | None:
+        """What is found in an open file where it is not this one."""
+        size, sha256 = measure(file)
+        if size != self.size:
+            return f"{size} bytes, {self.size} were committed"
+        return None if sha256 == self.sha256 else DIFFERS
+
 
 class Origin(BaseModel):
     """Where an artifact came from; nothing in it is part of the key."""
@@ -75,33 +96,64 @@ class Manifest(BaseModel):
     files: dict[Annotated[str, AfterValidator(_below)], FileEntry]
     origin: Origin
 
+    def sealed(self) -> str:
+        """The document that is stored: it carries a digest of all that it says."""
+        told = self.model_dump(mode="json")
+        return json.dumps(told | {"seal": _seal(told)}, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def unsealed(cls, content: bytes) -> Manifest:
+        """Read a stored manifest; raises ValueError, with what was found, where it is not what was written."""
+        try:
+            told = json.loads(content)
+            seal = told.pop("seal", None)
+            manifest = cls.model_validate(told)
+        except (ValueError, AttributeError):
+            raise ValueError("cannot be read") from None
+        if seal is not None and seal != _seal(told):
+            raise ValueError(DIFFERS)
+        return manifest
+
+
+def _seal(told: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(told).encode()).hexdigest()
+
 
 class Store:
-    """Artifacts, partial work and run records under one fsspec path."""
+    """Artifacts, partial work and run records under one fsspec path; raises StoreError where it cannot be used."""
 
     def __init__(self, url: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(url)
-        self.root = PurePosixPath(root)
-        self.local = isinstance(self.fs, LocalFileSystem)
-        # A relative path means the same folder in every process of the job.
-        self.url = str(root) if self.local else url
+        self.files = open_files(url)
+        self.url, self.root, self.local, self.fs = self.files.url, self.files.root, self.files.local, self.files.fs
 
     # -- artifacts
 
     def manifest(self, key: str) -> Manifest | None:
         """The artifact's manifest; None where there is none, or none that can be read."""
-        text = self._read(f"artifacts/{key}/{MANIFEST}")
-        if text is None:
-            return None
         try:
-            found = Manifest.model_validate_json(text)
-        except ValidationError:
+            return self.sound_manifest(key)
+        except RottenArtifact:
             return None
-        return found if found.key == key else None
+
+    def sound_manifest(self, key: str) -> Manifest | None:
+        """The artifact's manifest; None where there is none. Raises RottenArtifact where it cannot be read."""
+        try:
+            manifest = Manifest.unsealed(self.files.read(f"artifacts/{key}/{MANIFEST}"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RottenArtifact(key, MANIFEST, str(error)) from None
+        if manifest.key != key:
+            raise RottenArtifact(key, MANIFEST, f"is that of {manifest.key[:12]}")
+        return manifest
+
+    def keys(self) -> list[str]:
+        """Every key under which there are files, be it an artifact or not."""
+        return self.names("artifacts")
 
     def manifests(self) -> Iterator[Manifest]:
         """Every committed artifact."""
-        for key in self._names("artifacts"):
+        for key in self.keys():
             manifest = self.manifest(key)
             if manifest is not None:
                 yield manifest
@@ -109,7 +161,7 @@ class Store:
     def state(self, key: str) -> State:
         if self.manifest(key) is not None:
             return "cached"
-        return "partial" if [name for name in self._names(f"partial/{key}") if name != "out"] else "pending"
+        return "partial" if any(name.endswith(POINTER) for name in self.names(f"partial/{key}")) else "pending"
 
     def artifact(self, key: str) -> Artifact:
         return Artifact(self, key)
@@ -129,23 +181,20 @@ class Store:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
             files[name] = FileEntry(size=path.stat().st_size, sha256=digest(path))
-            self.put(path, f"artifacts/{key}/{name}")
+            self.files.put(path, f"artifacts/{key}/{name}")
         manifest = Manifest(key=key, identity=identity, files=files, origin=origin)
-        self.write(f"artifacts/{key}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        self.write(f"artifacts/{key}/{MANIFEST}", manifest.sealed())
         shutil.rmtree(folder, ignore_errors=True)
-        self._remove(f"partial/{key}")
+        self.files.remove_tree(f"partial/{key}")
         return manifest
 
     def quarantine(self, key: str) -> str:
         """Set a damaged artifact aside; returns where. Its manifest goes first: from then on it does not exist."""
-        aside = f"rotten/{key}-{time.time_ns()}"
-        source = f"artifacts/{key}"
-        names = [MANIFEST, *(name for name in self._tree(source) if name != MANIFEST)]
-        for name in names:
-            if self.fs.exists(self._at(f"{source}/{name}")):
-                self.fs.makedirs(str(PurePosixPath(self._at(f"{aside}/{name}")).parent), exist_ok=True)
-                self.fs.mv(self._at(f"{source}/{name}"), self._at(f"{aside}/{name}"))
-        self._remove(source)
+        source, aside = f"artifacts/{key}", f"rotten/{key}-{time.time_ns()}"
+        for name in [MANIFEST, *(name for name in self.files.tree(source) if name != MANIFEST)]:
+            with suppress(FileNotFoundError):  # another was faster, or it is what is missing
+                self.files.move(f"{source}/{name}", f"{aside}/{name}")
+        self.files.remove_tree(source)
         return aside
 
     def partial(self, key: str) -> Partial:
@@ -153,73 +202,72 @@ class Store:
 
     # -- documents
 
+    def read(self, name: str) -> str | None:
+        """A small document; None where there is none, or none that is text."""
+        try:
+            return self.files.read(name).decode()
+        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+            return None
+
+    def write(self, name: str, text: str) -> None:
+        """Publish a small document, whole; what was there is replaced."""
+        self.files.write(name, text.encode())
+
+    def create(self, name: str, text: str) -> bool:
+        """Publish a small document, whole, if there is none of that name; False if there is. `text` must be unique."""
+        return self.files.create(name, text.encode())
+
+    def remove(self, name: str) -> None:
+        """Remove a document; missing is fine."""
+        self.files.remove(name)
+
+    def names(self, folder: str) -> list[str]:
+        """What is right below a folder, as it is now; nothing where there is no folder."""
+        return self.files.names(folder)
+
     def read_run(self, run: str) -> str | None:
-        return self._read(f"runs/{run}.json")
+        return self.read(f"runs/{run}.json")
 
     def write_run(self, run: str, text: str) -> None:
         self.write(f"runs/{run}.json", text)
 
     def runs(self) -> list[str]:
-        return sorted(name.removesuffix(".json") for name in self._names("runs") if name.endswith(".json"))
-
-    # -- files
-
-    def put(self, path: Path, name: str) -> None:
-        """Publish a local file under `name`: it appears whole or not at all. The local one is used up."""
-        target = self._at(name)
-        if not self.local:
-            self.fs.put_file(str(path), target)
-            path.unlink()
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-
-    def write(self, name: str, text: str) -> None:
-        """Publish a small document, on disk before it is visible."""
-        if not self.local:
-            self.fs.pipe_file(self._at(name), text.encode())
-            return
-        Path(self._at(name)).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=Path(self._at(name)).parent, delete=False) as draft:
-            draft.write(text)
-            draft.flush()
-            os.fsync(draft.fileno())
-        Path(draft.name).chmod(0o644)
-        Path(draft.name).replace(self._at(name))
-
-    def get(self, name: str, path: Path) -> None:
-        """Copy a stored file to a local path."""
-        self.fs.get_file(self._at(name), str(path))
+        return sorted(name.removesuffix(".json") for name in self.names("runs") if name.endswith(".json"))
 
     def check_writable(self) -> None:
-        """Raise OSError where nothing can be stored."""
-        probe = f"runs/.probe-{os.getpid()}"
+        """Raise StoreError where nothing can be stored."""
+        probe = f"runs/.probe-{uuid.uuid4().hex}"
         self.write(probe, "")
-        self.fs.rm_file(self._at(probe))
+        self.remove(probe)
 
-    def _at(self, name: str) -> str:
-        return str(self.root / name)
+    def explain(self, error: BaseException) -> StoreError | None:
+        """What an error of a step's work or commit says of the store; None where it says nothing of it."""
+        return told_by(self.url, error)
 
-    def _read(self, name: str) -> str | None:
-        try:
-            content: bytes = self.fs.cat_file(self._at(name))
-            return content.decode()
-        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+    def cache(self) -> Path:
+        """Where this machine keeps copies of a remote store's files."""
+        place = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"graftwork-cache-{os.getuid()}" / place
+
+    def fetch(self, name: str, entry: FileEntry, path: Path) -> str | None:
+        """Have a verified copy at a local path; returns what was found where the stored file is another.
+
+        Several processes may do so at once: each writes its own draft. A copy that rotted here is fetched again.
+        """
+        if path.is_file() and entry.differs(path) is None:
             return None
-
-    def _names(self, folder: str) -> list[str]:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            return sorted(PurePosixPath(path).name for path in self.fs.ls(self._at(folder), detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def _tree(self, folder: str) -> list[str]:
-        base = PurePosixPath(self._at(folder))
-        return [str(PurePosixPath(path).relative_to(base)) for path in self.fs.find(str(base))]
-
-    def _remove(self, folder: str) -> None:
-        if self.fs.exists(self._at(folder)):
-            self.fs.rm(self._at(folder), recursive=True)
+            self.files.get(name, draft)
+            found = entry.differs(draft)
+            if found is None:
+                draft.replace(path)
+        except FileNotFoundError:
+            return "missing"
+        finally:
+            draft.unlink(missing_ok=True)
+        return found
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
@@ -228,110 +276,134 @@ class Store:
 class Artifact:
     """A committed artifact, as a stage reads it: `path()` is a local folder whose files were verified first."""
 
-    # Verified in this process already: key -> folder.
-    _verified: ClassVar[dict[tuple[str, str], Path]] = {}
+    # Verified in this process already, with this manifest.
+    _verified: ClassVar[dict[tuple[str, str], Manifest]] = {}
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
 
     def path(self) -> Path:
         """The artifact's files in a local folder; raises RottenArtifact where one is not what was committed."""
-        known = self._verified.get((self.store.url, self.key))
-        if known is not None:
-            return known
-        manifest = self.store.manifest(self.key)
-        if manifest is None:
-            raise RottenArtifact(self.key, MANIFEST, "missing or unreadable")
-        folder = Path(self.store._at(f"artifacts/{self.key}")) if self.store.local else self._download(manifest)
-        for name in manifest.files:
-            self._verify(manifest, name, folder / name)
-        self._verified[self.store.url, self.key] = folder
+        manifest = self._manifest()
+        folder = self.store.root / "artifacts" / self.key if self.store.local else self.store.cache() / self.key
+        folder = Path(folder)
+        known = self._verified.get((self.store.url, self.key)) == manifest
+        for name, entry in manifest.files.items():
+            path = folder / name
+            if not (known and path.exists()):
+                self._check(name, entry, path)
+        self._verified[self.store.url, self.key] = manifest
         return folder
 
     def read(self, name: str) -> bytes:
         """One verified file of the artifact, without fetching the others."""
-        manifest = self.store.manifest(self.key)
-        if manifest is None or name not in manifest.files:
+        manifest = self._manifest()
+        if name not in manifest.files:
             raise RottenArtifact(self.key, name, "missing")
         try:
-            content = self.store.fs.cat_file(self.store._at(f"artifacts/{self.key}/{name}"))
+            content = self.store.files.read(f"artifacts/{self.key}/{name}")
         except FileNotFoundError:
             raise RottenArtifact(self.key, name, "missing") from None
         if hashlib.sha256(content).hexdigest() != manifest.files[name].sha256:
-            raise RottenArtifact(self.key, name, "is not what was committed (SHA-256 differs)")
+            raise RottenArtifact(self.key, name, DIFFERS)
         return content
 
     def verify(self) -> None:
-        """Read every file and compare it with the manifest, whatever was verified before."""
-        self._verified.pop((self.store.url, self.key), None)
-        if not self.store.local:  # a copy on this machine says nothing of the store
-            shutil.rmtree(self._cache(), ignore_errors=True)
-        self.path()
-
-    def _verify(self, manifest: Manifest, name: str, path: Path) -> None:
-        entry = manifest.files[name]
-        if not path.exists():
-            raise RottenArtifact(self.key, name, "missing")
-        if path.stat().st_size != entry.size:
-            raise RottenArtifact(self.key, name, f"{path.stat().st_size} bytes, {entry.size} were committed")
-        if digest(path) != entry.sha256:
-            raise RottenArtifact(self.key, name, "is not what was committed (SHA-256 differs)")
-
-    def _cache(self) -> Path:
-        """Where a remote artifact's files are kept on this machine."""
-        return Path(tempfile.gettempdir()) / "graftwork-cache" / self.key
-
-    def _download(self, manifest: Manifest) -> Path:
-        folder = self._cache()
-        for name, entry in manifest.files.items():
-            path = folder / name
-            if path.exists() and path.stat().st_size == entry.size and digest(path) == entry.sha256:
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.{os.getpid()}")
+        """Read every file in the store and compare it with the manifest, whatever was verified before."""
+        for name, entry in self._manifest().files.items():
             try:
-                self.store.get(f"artifacts/{self.key}/{name}", draft)
+                found = self.store.files.through(f"artifacts/{self.key}/{name}", entry.differs_from)
             except FileNotFoundError:
-                raise RottenArtifact(self.key, name, "missing") from None
-            draft.replace(path)
-        return folder
+                found = "missing"
+            if found is not None:
+                raise RottenArtifact(self.key, name, found)
+
+    def _manifest(self) -> Manifest:
+        manifest = self.store.sound_manifest(self.key)
+        if manifest is None:
+            raise RottenArtifact(self.key, MANIFEST, "missing")
+        return manifest
+
+    def _check(self, name: str, entry: FileEntry, path: Path) -> None:
+        if self.store.local:
+            found = entry.differs(path)
+        else:
+            found = self.store.fetch(f"artifacts/{self.key}/{name}", entry, path)
+        if found is not None:
+            raise RottenArtifact(self.key, name, found)
 
     def __reduce__(self) -> tuple[type[Artifact], tuple[Store, str]]:
         return Artifact, (self.store, self.key)
 
 
+class Pointer(FileEntry):
+    """Which file holds what was saved last."""
+
+    file: str
+
+
 class Partial:
-    """Work that a step has saved but not committed: files that replace each other whole."""
+    """Work that a step has saved but not committed.
+
+    `partial/<key>/<name>.json` is the pointer to the last save: it moves, in one write, when the data is there whole.
+    """
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
 
     def save(self, name: str, write: Callable[[Path], object]) -> None:
-        """Have `write` make a local file, then publish it under `name`; what was there is replaced in one move."""
-        with tempfile.TemporaryDirectory(dir=self._drafts()) as folder:
+        """Have `write` make a local file, then publish it under `name`; what was there is replaced at once."""
+        data = f"{name}.{uuid.uuid4().hex[:12]}"
+        with tempfile.TemporaryDirectory(dir=self.store.files.drafts()) as folder:
             draft = Path(folder) / "draft"
             write(draft)
-            self.store.put(draft, f"partial/{self.key}/{name}")
+            pointer = Pointer(file=data, size=draft.stat().st_size, sha256=digest(draft))
+            self.store.files.put(draft, self._at(data))
+        self.store.write(self._at(name + POINTER), pointer.model_dump_json())
+        for other in self._saves(name):
+            if other != data:
+                self.store.remove(self._at(other))
 
     def load(self, name: str) -> Path | None:
-        """A local copy of a saved file, or None."""
-        if self.store.local:
-            path = Path(self.store._at(f"partial/{self.key}/{name}"))
-            return path if path.exists() else None
-        path = Path(tempfile.mkdtemp(prefix="graftwork-")) / name
-        try:
-            self.store.get(f"partial/{self.key}/{name}", path)
-        except FileNotFoundError:
+        """A verified local copy of the last save; None where there is none, or none that is whole: that is removed."""
+        while (text := self.store.read(self._at(name + POINTER))) is not None:
+            try:
+                pointer = Pointer.model_validate_json(text)
+            except ValidationError:
+                break
+            path = self._copy(name, pointer)
+            if path is not None:
+                return path
+            if self.store.read(self._at(name + POINTER)) == text:  # it was not saved anew in the meantime
+                break
+        else:
             return None
-        return path
+        self._forget(name)
+        return None
 
-    def _drafts(self) -> str | None:
-        """On a local store, drafts lie beside it: a move between file systems would not be atomic."""
-        if not self.store.local:
-            return None
-        folder = Path(self.store._at("partial/.drafts"))
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
+    def _copy(self, name: str, pointer: Pointer) -> Path | None:
+        if self.store.local:
+            path = Path(self.store.root / self._at(pointer.file))
+            return path if pointer.differs(path) is None else None
+        folder = self.store.cache() / self._at(name)
+        for other in folder.glob("*"):
+            if other.name != pointer.file and not other.name.startswith("."):
+                other.unlink(missing_ok=True)
+        path = folder / pointer.file
+        return path if self.store.fetch(self._at(pointer.file), pointer, path) is None else None
+
+    def _forget(self, name: str) -> None:
+        self.store.remove(self._at(name + POINTER))
+        for data in self._saves(name):
+            self.store.remove(self._at(data))
+
+    def _saves(self, name: str) -> list[str]:
+        """The data files of saves under `name`, the last one and those that a kill left."""
+        files = self.store.names(f"partial/{self.key}")
+        return [file for file in files if file.startswith(f"{name}.") and file != name + POINTER]
+
+    def _at(self, name: str) -> str:
+        return f"partial/{self.key}/{name}"
 
     def __reduce__(self) -> tuple[type[Partial], tuple[Store, str]]:
         return Partial, (self.store, self.key)
@@ -340,7 +412,16 @@ class Partial:
 def digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return measure(file)[1]
+
+
+def measure(file: BinaryIO) -> tuple[int, str]:
+    """Size and SHA-256 of what is left of an open file, read in pieces."""
+    size, sha256 = 0, hashlib.sha256()
+    while piece := file.read(PIECE):
+        size += len(piece)
+        sha256.update(piece)
+    return size, sha256.hexdigest()
 
 
 def canonical(value: Any) -> str:

@@ -1,153 +1,178 @@
 """Tracking: one MLflow run a job, a child a step executed. What a step learns goes there while it runs.
 
 `distill/03.mha` is a child of `distill`, itself a child of the job. A resumed step goes on in the MLflow run that it
-began, after the last point that stands there, so that no point is logged twice.
+began, after the last point that stands there, so that no point is logged twice. The job never waits for MLflow:
+everything goes through the outbox.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag
-
 from cluster.board import Point
+from pipeline.mlflow_runs import (
+    ENTRY,
+    AnyEntry,
+    Begin,
+    Desk,
+    End,
+    File,
+    Json,
+    Reading,
+    Readings,
+    Tags,
+    Unseen,
+    Values,
+    merged,
+    without_login,
+)
+from pipeline.outbox import Outbox
 from pipeline.planning import Plan, Step
 from pipeline.record import RunRecord
-from pipeline.store import Artifact
+from pipeline.store import Artifact, Store
 from specs.fields import keyed
 
 FLUSH_SECONDS = 2.0
-BATCH = 500  # points that MLflow takes at once, at most 1000
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store
+ANSWER_SECONDS = "10"  # that a request may take
+END_SECONDS = 30.0  # that a finished job gives MLflow to take what waits
+BREAK_SECONDS = 10.0  # and one that breaks off
+DATABASE_SECONDS = 120.0  # and either, where a database file of ours is first made
 
 
 class Tracker:
-    """Writes one run to MLflow."""
+    """Tells MLflow of one run. While it lives it notes in the record which MLflow runs are the run's and its steps'."""
 
-    def __init__(self, uri: str, experiment: str, record: RunRecord, plan: Plan, files: Path | None) -> None:
-        """files: where a database of ours keeps its pictures; a server has a place of its own."""
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
-        self.client = MlflowClient(tracking_uri=uri)
-        self.plan = plan
-        self.experiment = self._experiment(experiment, files)
-        known = record.mlflow_run if record.mlflow_uri == uri else None
-        self.parent = known or self._create(record.run, None)
-        record.mlflow_uri, record.mlflow_run = uri, self.parent
-        self.steps: dict[str, str] = {}  # step -> MLflow run
-        if known:
-            self.client.update_run(self.parent, status=RunStatus.to_string(RunStatus.RUNNING))
-            self.steps = {step.name: step.mlflow_run for step in record.steps if step.mlflow_run}
-        else:
-            self._describe_job(record)
-        self.logged: dict[str, int] = {}  # step -> last point that stands in MLflow
-        self.waiting: list[Point] = []
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        record: RunRecord,
+        plan: Plan,
+        files: Path | None,
+        store: Store,
+        say: Callable[[str], None],
+    ) -> None:
+        """Begins to deliver what an earlier start of the run left. files: where a database of ours keeps pictures."""
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of each table it makes and each failed try
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # trying again is the outbox's: it looks before it creates
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", ANSWER_SECONDS)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        self.plan, self.store, self.job = plan, store, record.run
+        self.is_database = uri.startswith("sqlite:")
+        if record.mlflow_uri != uri:
+            record.mlflow_run = None
+            for step in record.steps:
+                step.mlflow_run = None
+        record.mlflow_uri = uri
+        desk = Desk(uri, experiment, record, store, files)
+        self.outbox: Outbox[AnyEntry] = Outbox(
+            store, record.run, f"MLflow at {without_login(uri)}", ENTRY, desk.take, merged, say
+        )
+        self.begun = {step.name for step in record.steps if step.mlflow_run}
+        self.begun |= {entry.run for entry in self.outbox.first if isinstance(entry, Begin)}
+        self.groups: set[str] = set()
+        self.gathered: list[Reading] = []
         self.flushed = time.monotonic()
 
-    def started(self, step: Step) -> str:
-        """The MLflow run of a step, made or gone on with."""
-        if step.name not in self.steps:
-            group = step.name.rpartition("/")[0]
-            parent = self._group(group) if group else self.parent
-            run = self._create(step.name, parent)
-            self.steps[step.name] = run
-            self._params(run, keyed(step.params))
-            self._tags(run, {"graftwork.step": step.name, "graftwork.key": step.key})
-        run = self.steps[step.name]
-        self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
-        self.logged[step.name] = self._last_point(run)
-        return run
+    def opened(self, record: RunRecord) -> None:
+        """The job begins or goes on."""
+        tags = {"graftwork.run": record.run, "mlflow.source.git.commit": record.git_commit or ""}
+        job = Begin(run=self.job, parent=None, at=_now_ms(), tags=tags, params=_params(record.job))
+        ours = [step for step in record.steps if step.state == "cached" and step.made_by == self.job]
+        unseen = [Unseen(run=step.name, ending=self._ending(step.name, step.key, step.seconds)) for step in ours]
+        self.outbox.put(job, Json(run=self.job, name="job.json", content=record.job), *unseen)
+
+    def started(self, step: Step) -> None:
+        """A step begins or goes on."""
+        tags = {"graftwork.step": step.name, "graftwork.key": step.key}
+        parent, params = self._parent(step.name), _params(keyed(step.params))
+        self.outbox.put(Begin(run=step.name, parent=parent, at=_now_ms(), tags=tags, params=params))
+        self.begun.add(step.name)
 
     def points(self, points: list[Point]) -> None:
         """Append to the curves of the steps; gathered first, since a write costs a database more than its points."""
-        self.waiting += points
+        now = _now_ms()
+        self.gathered += [
+            Reading(run=point.step, done=point.done, at=now, metrics=dict(point.metrics))
+            for point in points
+            if point.step in self.begun
+        ]
         if time.monotonic() - self.flushed > FLUSH_SECONDS:
             self._flush()
 
-    def _flush(self) -> None:
-        points, self.waiting, self.flushed = self.waiting, [], time.monotonic()
-        by_step: dict[str, list[Metric]] = {}
-        for point in points:
-            if point.step in self.steps and point.done > self.logged.get(point.step, -1):
-                metrics = by_step.setdefault(point.step, [])
-                metrics += [Metric(name, value, _now_ms(), point.done) for name, value in point.metrics.items()]
-        for step, metrics in by_step.items():
-            for start in range(0, len(metrics), BATCH):
-                self.client.log_batch(self.steps[step], metrics=metrics[start : start + BATCH])
-            self.logged[step] = max(metric.step for metric in metrics)
-
     def ended(self, step: Step, seconds: float, artifact: Artifact) -> None:
         self._flush()
-        run = self.steps[step.name]
-        self.client.log_batch(run, metrics=[Metric("seconds", seconds, _now_ms(), 0)])
-        for path in sorted(artifact.path().iterdir()):
-            if path.suffix in SHOWN:
-                self.client.log_artifact(run, str(path))
-        self.client.set_terminated(run, "FINISHED")
+        self.outbox.put(*self._ending(step.name, artifact.key, seconds))
 
     def failed(self, step: Step, problem: str) -> None:
         self._flush()
-        self._tags(self.steps[step.name], {"graftwork.error": problem})
-        self.client.set_terminated(self.steps[step.name], "FAILED")
+        self.outbox.put(
+            Tags(run=step.name, tags={"graftwork.error": problem[:5000]}),
+            End(run=step.name, at=_now_ms(), status="FAILED"),
+        )
 
     def finished(self, record: RunRecord) -> None:
         """The job's end: its table, each step's artifact key and the run that made it."""
         self._flush()
-        metrics = [
-            Metric(f"{row}.{column}", value, _now_ms(), 0)
-            for row, columns in record.results.items()
-            for column, value in columns.items()
-        ]
-        if metrics:
-            self.client.log_batch(self.parent, metrics=metrics)
-            self.client.log_dict(self.parent, record.results, "results.json")
-        self._tags(self.parent, {f"graftwork.key.{step.name}": step.key for step in record.steps})
-        self._tags(self.parent, {f"graftwork.made_by.{step.name}": step.made_by or "" for step in record.steps})
-        for group in set(self.steps) - {step.name for step in record.steps}:
-            self.client.set_terminated(self.steps[group], "FINISHED")
-        self.client.set_terminated(self.parent, "FINISHED" if record.status == "finished" else "FAILED")
+        now, tags = _now_ms(), {}
+        for step in record.steps:
+            tags[f"graftwork.key.{step.name}"] = step.key
+            tags[f"graftwork.made_by.{step.name}"] = step.made_by or ""
+        if record.results:
+            values = {f"{row}.{name}": value for row, found in record.results.items() for name, value in found.items()}
+            self.outbox.put(
+                Values(run=self.job, at=now, values=values),
+                Json(run=self.job, name="results.json", content=record.results),
+            )
+        self.outbox.put(
+            Tags(run=self.job, tags=tags),
+            *(End(run=group, at=now, status="FINISHED") for group in sorted(self.groups)),
+            End(run=self.job, at=now, status="FINISHED" if record.status == "finished" else "FAILED"),
+        )
+        self.close(END_SECONDS if record.status == "finished" else BREAK_SECONDS)
 
-    def _experiment(self, name: str, files: Path | None) -> str:
-        known = self.client.get_experiment_by_name(name)
-        if known is not None:
-            return known.experiment_id
-        return self.client.create_experiment(name, artifact_location=files.as_uri() if files else None)
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """Give MLflow so long to take what waits; the store keeps the rest."""
+        self._flush()
+        self.outbox.close(DATABASE_SECONDS if self.is_database else seconds)
 
-    def _create(self, name: str, parent: str | None) -> str:
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+    def _flush(self) -> None:
+        readings, self.gathered, self.flushed = tuple(self.gathered), [], time.monotonic()
+        if readings:
+            self.outbox.put(Readings(readings=readings))
 
-    def _group(self, name: str) -> str:
-        """The run that gathers steps of one stage: that of a step of this name, or one made for them."""
-        if name in {step.name for step in self.plan.steps}:
-            return self.steps.get(name, self.parent)
-        if name not in self.steps:
-            self.steps[name] = self._create(name, self.parent)
-        return self.steps[name]
+    def _ending(self, step: str, key: str, seconds: float) -> tuple[Values | File | End, ...]:
+        """The time that a step took, the files of its artifact that people look at, and its end."""
+        manifest = self.store.manifest(key)
+        names = sorted(name for name in (manifest.files if manifest else ()) if "/" not in name)
+        return (
+            Values(run=step, at=_now_ms(), values={"seconds": seconds}),
+            *(File(run=step, key=key, name=name) for name in names if name.endswith(SHOWN)),
+            End(run=step, at=_now_ms(), status="FINISHED"),
+        )
 
-    def _describe_job(self, record: RunRecord) -> None:
-        self._params(self.parent, record.job)
-        self._tags(self.parent, {"graftwork.run": record.run, "mlflow.source.git.commit": record.git_commit or ""})
-        self.client.log_dict(self.parent, record.job, "job.json")
+    def _parent(self, step: str) -> str:
+        """The run that gathers steps of one stage, that of a step of this name or one made for them; or the job's."""
+        group = step.rpartition("/")[0]
+        if not group:
+            return self.job
+        if any(other.name == group for other in self.plan.steps):
+            return group if group in self.begun else self.job
+        if group not in self.groups:
+            self.groups.add(group)
+            self.outbox.put(Begin(run=group, parent=self.job, at=_now_ms()))
+        return group
 
-    def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        params = [Param(name, value[:6000]) for name, value in flattened(values)]
-        for start in range(0, len(params), 100):
-            self.client.log_batch(run, params=params[start : start + 100])
 
-    def _tags(self, run: str, tags: Mapping[str, str]) -> None:
-        entries = [RunTag(name, value) for name, value in tags.items()]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run, tags=entries[start : start + 100])
-
-    def _last_point(self, run: str) -> int:
-        names = self.client.get_run(run).data.metrics
-        return max((point.step for name in names for point in self.client.get_metric_history(run, name)), default=-1)
+def _params(document: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value[:6000] for name, value in flattened(document)}
 
 
 def flattened(values: Any, path: str = "") -> list[tuple[str, str]]:

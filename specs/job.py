@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ByteSize, Field, StringConstraints, field_validator, model_validator
 
 from specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
 from specs.data import Codec, Data, DigitsData, PixelCodec
@@ -22,6 +22,16 @@ class StepResources(Spec):
 
     cpu: float = Field(1.0, ge=0)
     gpu: float = Field(0.0, ge=0, description="GPUs, or a share of one")
+    memory: ByteSize | None = Field(None, gt=0, description="bytes of the node's memory, also as in 8GiB")
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="Ray's custom resources, by name")
+
+    @field_validator("custom")
+    @classmethod
+    def _not_the_usual(cls, custom: dict[str, float]) -> dict[str, float]:
+        for name, amount in custom.items():
+            if name in ("CPU", "GPU", "memory"):
+                refuse([name], amount, f"the field {name.lower()} beside it")
+        return custom
 
 
 class ResourcesSpec(Spec):

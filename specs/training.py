@@ -25,13 +25,25 @@ class TrainingSpec(Spec):
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the weight average, a step")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
     workers: int = Field(1, ge=1, description="processes that share a step's batch")
+    min_workers: Annotated[int | None, Unkeyed()] = Field(
+        None,
+        ge=1,
+        description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
+    )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
         if self.batch % self.workers:
             refuse(["batch"], self.batch, f"a multiple of workers, {self.workers}")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            refuse(["min_workers"], self.min_workers, f"at most workers, {self.workers}")
         return self
+
+    def worker_counts(self) -> tuple[int, ...]:
+        """The numbers of workers that may share the work, the wanted one first; each has an equal part of a batch."""
+        counts = range(self.workers, (self.min_workers or self.workers) - 1, -1)
+        return tuple(count for count in counts if self.batch % count == 0)
 
 
 class DeepSpeedSpec(Spec):

@@ -23,19 +23,29 @@ class Stage:
 
     version: int  # raise it when the stage's code changes what it makes: every artifact of it is then computed anew
     orchestrates: bool = False  # starts workers of its own and waits for them, so that its task takes no CPU
+    memory: str = ""  # the setting to lower where its memory does not suffice
 
 
 STAGES = {
-    "features": Stage(version=1, orchestrates=True),
-    "base": Stage(version=1, orchestrates=True),
+    "features": Stage(version=1, orchestrates=True, memory="resources.features.cpu's number of workers"),
+    "base": Stage(version=2, orchestrates=True, memory="weights.batch"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),
-    "distill": Stage(version=2),
-    "search": Stage(version=1, orchestrates=True),
+    "distill": Stage(version=2, memory="distill.batch, distill.samples or distill.draws"),
+    "search": Stage(version=2, orchestrates=True, memory="layers.search.batch"),
     "select": Stage(version=2),
-    "finetune": Stage(version=1, orchestrates=True),
-    "evaluate": Stage(version=2, orchestrates=True),
+    "finetune": Stage(version=2, orchestrates=True, memory="finetune.batch, or raise finetune.workers"),
+    "evaluate": Stage(version=2, orchestrates=True, memory="evaluate.batch"),
 }
+
+
+class Stopped(Exception):
+    """The work was asked to stop; what it had done is saved."""
+
+
+def never() -> bool:
+    """For work that nobody asks to stop."""
+    return False
 
 
 class Input(Protocol):
@@ -79,6 +89,12 @@ class Context:
     report: Report
     resources: StepResources
     device: torch.device  # of this task; workers that the stage starts are given their own
+    stopping: Callable[[], bool] = never
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped where that is wanted; to be called where nothing would be lost."""
+        if self.stopping():
+            raise Stopped(self.step)
 
     def input(self, role: str) -> Path:
         """The verified local folder of the artifact that the step needs as `role`."""

@@ -32,7 +32,7 @@ def run(context: Context) -> None:
             raise checkpoints.UnfitCheckpoint(f"weights.path: {error}") from None
     else:
         model = _new_model(context)
-        launch(pretrain, context, params.weights.workers, context.resources)
+        launch(pretrain, context, params.weights, context.resources)
         weights, curve = final_weights(context.partial)
         model.load_state_dict(weights, strict=False)
         loss_curve(curve, "pretraining loss", context.out / "loss")
@@ -54,6 +54,7 @@ def pretrain(context: Context, device: torch.device) -> None:
         stream="base",
         partial=context.partial,
         report=context.report,
+        stopping=context.stopping,
     )
 
 

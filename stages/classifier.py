@@ -37,6 +37,7 @@ def run(context: Context) -> None:
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             context.report(step + 1, steps, {"loss": loss.item()})
+            context.stop_if_asked()
     model.eval()
     with torch.no_grad():
         accuracy = (model(heldout.x).argmax(1) == heldout.labels).float().mean().item()

@@ -24,7 +24,7 @@ from models.surgery import alike, answer, new_scion, observe, scion_at
 from specs.graft import Edit, Site, overlapping
 from specs.steps import DistillParams
 from specs.training import DistillSpec
-from stages import Context
+from stages import Context, Stopped
 from stages.evidence import Distilled, read_profile, write_distilled
 from stages.hybrid import with_scions
 from stages.latents import Noised, noised, read
@@ -137,10 +137,14 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Conte
             best = {name: value.detach().clone() for name, value in scion.state_dict().items()}
         history.append((epoch + 1, training_error, heldout_error))
         context.report(epoch + 1, recipe.epochs, {"training_error": training_error, "heldout_error": heldout_error})
-        if (epoch + 1) % recipe.checkpoint_every == 0 or epoch + 1 == recipe.epochs:
+        last = epoch + 1 == recipe.epochs
+        stopping = not last and context.stopping()
+        if (epoch + 1) % recipe.checkpoint_every == 0 or last or stopping:
             kept = {f"best/{name}": value.cpu() for name, value in best.items()}
             kept["history"] = torch.tensor(history, dtype=torch.float64)
             save_tensors(context.partial, CHECKPOINT, engine.state() | kept)
+        if stopping:
+            raise Stopped(f"after epoch {epoch + 1}")
     scion.load_state_dict(best)
     return history
 

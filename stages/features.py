@@ -17,7 +17,7 @@ import numpy as np
 import ray.data
 import torch
 
-from cluster.runtime import settle
+from cluster.runtime import options, settle
 from specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
 from specs.job import StepResources
 from specs.problems import plain
@@ -54,6 +54,7 @@ def run(context: Context) -> None:
             latents[batch["split"]][start : start + count] = batch["images"]
             done += count
             context.report(done, total)
+            context.stop_if_asked()
     except BrokenImage:
         raise ValueError(f"data.path: {told(_survey(data).values(), total)}; {ACCEPTED}") from None
     for part in latents.values():
@@ -105,7 +106,7 @@ def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: S
     def read(batch: Batch) -> Batch:  # in here, so that a worker that only reads need not load torch with this module
         return {**batch, "images": np.stack([read_image(data, os.fsdecode(name)) for name in batch["names"]])}
 
-    data, encode = params.data, {"num_cpus": resources.cpu, "num_gpus": resources.gpu or None}
+    data, encode = params.data, {name: value for name, value in options(resources).items() if value}
     rows = _rows({name: [item.name for item in members] for name, members in splits.items()})
     if isinstance(params.codec, PixelCodec):
         return iter(rows.map(read, **encode).iter_rows())

@@ -25,7 +25,7 @@ def run(context: Context) -> None:
     from stages.pictures import loss_curve  # matplotlib, which the workers do not need
 
     params: FinetuneParams = context.params
-    launch(finetune, context, params.recipe.workers, context.resources)
+    launch(finetune, context, params.recipe, context.resources)
     weights, curve = final_weights(context.partial)
     model, edits = _start(context)
     model.load_state_dict(weights, strict=False)
@@ -49,6 +49,7 @@ def finetune(context: Context, device: torch.device) -> None:
         stream="finetune",
         partial=context.partial,
         report=context.report,
+        stopping=context.stopping,
     )
 
 

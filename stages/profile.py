@@ -55,6 +55,7 @@ def run(context: Context) -> None:
                 localities[site].add(attentions[site], seen.inputs[0], t)
         done += len(z)
         context.report(done, len(shown.z))
+        context.stop_if_asked()
 
     outputs = {str(site): tally.summary(str(site)) for site, tally in tallies.items()}
     profile = Profile(outputs=outputs, locality=curves({str(site): where for site, where in localities.items()}))

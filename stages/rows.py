@@ -39,7 +39,10 @@ def sample_row(context: Context) -> None:
         context.partial.save(_file(start), partial(_save, images))
         done += 1
         context.report(min(done * params.batch, params.samples), params.samples)
+        context.stop_if_asked()
     batches = [context.partial.load(_file(start)) for start in starts]
+    if None in batches:
+        raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw it again")
     images = np.concatenate([np.load(path) for path in batches if path is not None])
     meta = read_meta(context.input("features"))
     labels = labels_of(range(params.samples), meta)

@@ -84,7 +84,7 @@ class Learned(Search):
 
 def run(context: Context) -> None:
     params: SearchParams = context.params
-    launch(search, context, params.recipe.workers, context.resources)
+    launch(search, context, params.recipe, context.resources)
     conclude(context)
 
 
@@ -103,6 +103,7 @@ def search(context: Context, device: torch.device) -> None:
         stream="search",
         partial=context.partial,
         report=context.report,
+        stopping=context.stopping,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.diffusion import STEPS, Diffusion
 from models.streams import generator
 from specs.training import TrainingSpec
-from stages import Partial, Report
+from stages import Partial, Report, Stopped, never
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
@@ -148,8 +148,12 @@ class Progress:
 
     step: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)  # (step, mean loss since the last point)
-    loss_sum: float = 0.0  # since the last point
-    losses: int = 0  # in that sum; skipped steps have none
+    loss_sums: list[float] = field(default_factory=lambda: [0.0])  # of each worker, since the last point
+    losses: int = 0  # in each sum; skipped steps have none
+
+    def loss_sum(self, rank: int, workers: int) -> float:
+        """A worker's own; where there were other workers, its share of all."""
+        return self.loss_sums[rank] if len(self.loss_sums) == workers else sum(self.loss_sums) / len(self.loss_sums)
 
 
 def train(
@@ -161,8 +165,11 @@ def train(
     stream: str,
     partial: Partial,
     report: Report,
+    stopping: Callable[[], bool] = never,
 ) -> None:
     """Train to the last step, from the last checkpoint if there is one; leaves the final state in `partial`.
+
+    Where it is asked to stop, it saves a checkpoint and raises Stopped.
 
     make_engine: builds the engine, from a checkpoint's state or (None) from the start.
     stream: names the random draws; two trainings with one name see the same batches, noise and timesteps.
@@ -172,9 +179,21 @@ def train(
     engine = make_engine(state)
     diffusion = Diffusion()
     every = max(1, recipe.steps // POINTS)
-    loss_sum = torch.tensor(progress.loss_sum, device=data.device)
+    loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
+    together = StopTogether(stopping)
     report(progress.step, recipe.steps)
+
+    def save(done: int) -> None:
+        progress.step, progress.loss_sums = done, _of_all_workers(loss_sum)
+        _finite(sum(progress.loss_sums), done)
+        _save_checkpoint(partial, progress, engine.state(), rank)
+
     for step in range(progress.step, recipe.steps):
+        if together.before(step):
+            save(step)
+            if dist.is_initialized():
+                dist.barrier()  # whoever leaves first takes the others along
+            raise Stopped(f"before step {step + 1}")
         x, t, y, noise = draw_batch(data, recipe, seed, stream, step, rank, workers)
         loss = diffusion.loss(engine, x, t, y, noise).mean()
         if engine.step(loss, learning_rate(recipe, step)) is not False:
@@ -189,9 +208,7 @@ def train(
             if rank == 0:
                 report(done, recipe.steps, {"loss": mean, "lr": learning_rate(recipe, step)})
         if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            loss_sum.copy_(_mean_over_workers(loss_sum))  # one number can stand for all workers after a resume
-            progress.step, progress.loss_sum = done, _finite(loss_sum.item(), done)
-            _save_checkpoint(partial, progress, engine.state(), rank)
+            save(done)
     if dist.is_initialized():
         dist.barrier()
 
@@ -254,6 +271,41 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
+class StopTogether:
+    """Has all workers of a training stop before the same step.
+
+    The first worker announces the step after its next one, before it takes part in that; the others, who cannot end
+    a step without it, find the announcement in time.
+    """
+
+    KEY = "graftwork/stop"
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.store = None if alone else dist.distributed_c10d._get_default_store()
+        self.at: int | None = None
+
+    def before(self, step: int) -> bool:
+        if self.store is None:
+            return self.stopping()
+        if self.at is None and dist.get_rank() == 0 and self.stopping():
+            self.at = step + 1
+            self.store.set(self.KEY, str(self.at))
+            self.store.get(self.KEY)  # only its answer says that the others can see it
+        if self.at is None and dist.get_rank() != 0 and self.store.check([self.KEY]):
+            self.at = int(self.store.get(self.KEY))
+        return step == self.at
+
+
+def _of_all_workers(value: Tensor) -> list[float]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value.item()]
+    values = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, value)
+    return [one.item() for one in values]
+
+
 def _mean_over_workers(value: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -271,7 +323,7 @@ def save_tensors(partial: Partial, name: str, tensors: Mapping[str, Tensor]) -> 
 def _save_checkpoint(partial: Partial, progress: Progress, state: dict[str, Tensor], rank: int) -> None:
     if rank != 0:
         return
-    state["progress"] = torch.tensor([progress.step, progress.loss_sum, progress.losses], dtype=torch.float64)
+    state["progress"] = torch.tensor([progress.step, progress.losses, *progress.loss_sums], dtype=torch.float64)
     state["curve"] = torch.tensor(progress.curve, dtype=torch.float64).reshape(-1, 2)
     save_tensors(partial, CHECKPOINT, state)
 
@@ -281,6 +333,6 @@ def _last_checkpoint(partial: Partial) -> tuple[Progress, dict[str, Tensor] | No
     if path is None:
         return Progress(), None
     state = load_file(path)
-    step, loss_sum, losses = state.pop("progress").tolist()
+    step, losses, *loss_sums = state.pop("progress").tolist()
     curve = [(float(at), float(loss)) for at, loss in state.pop("curve").tolist()]
-    return Progress(int(step), curve, loss_sum, int(losses)), state
+    return Progress(int(step), curve, loss_sums, int(losses)), state

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"
 GRAFT = str(Path(sys.executable).with_name("graft"))
+
+SECONDS_TO_BEGIN = 180
+SECONDS_TO_STOP = 45  # the promise is 30 to save; Ray wants a moment to go
 
 Graft = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,6 +46,37 @@ class Finished:
 
 def graft_command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([GRAFT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+class Driver:
+    """`graft` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.log = cwd / f"driver-{time.monotonic_ns()}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [GRAFT, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + SECONDS_TO_BEGIN
+        while not condition():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail(f"no {what}; the driver ended with {self.process.poll()}: {self.log.read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        """All of Ray's processes that it started, directly or not."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: int) -> None:
+        if number == signal.SIGINT:  # a terminal sends it to all of the group
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(SECONDS_TO_STOP), self.log.read_text()
 
 
 @pytest.fixture
@@ -61,6 +104,51 @@ def tiny_copy(tiny: Finished, tmp_path: Path) -> Finished:
     store = tmp_path / ".graftwork"
     shutil.copytree(tiny.store, store, ignore=shutil.ignore_patterns("mlflow*"))
     return Finished(store=store, outcome=tiny.outcome)
+
+
+@pytest.fixture
+def distilled(tiny: Finished, tmp_path: Path) -> Path:
+    """A store in which all but finetuning and what follows is done."""
+    store, found = tmp_path / ".graftwork", keys(tiny.outcome)
+    for step, key in found.items():
+        if not step.startswith(("finetune", "evaluate")):
+            shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
+    return store
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3 server on loopback, a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+            break
+        assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store in a bucket of its own; what it downloads stays within the test."""
+    settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "ENDPOINT_URL": s3_server}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    bucket = uuid.uuid4().hex
+    store = Store(f"s3://{bucket}/some/prefix")
+    store.fs.mkdir(bucket)
+    return store
 
 
 @pytest.fixture(scope="session")

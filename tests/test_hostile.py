@@ -648,6 +648,14 @@ def test_a_placeholder_is_filled_in_where_the_uri_is_used(monkeypatch: pytest.Mo
     assert line.startswith("tracking.uri: got ${NOT_SET}, which is not set; accepted: ")
 
 
+def test_a_store_keeps_the_placeholder_in_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOX_PASSWORD", "hunter2hunter2")
+    place = Store("memory://box?sig=${BOX_PASSWORD}")
+    assert place.url == "memory://box?sig=${BOX_PASSWORD}"
+    assert "hunter2hunter2" in str(place.root)
+    assert refusal(lambda: Store("memory://${NOT_SET}")).startswith("store: got ${NOT_SET}, which is not set")
+
+
 def test_secrets_of_the_environment_are_taken_out_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASS", PASSWORD)  # no name of a secret, but a URI was filled in from it
     filled("postgresql://u:${DB_PASS}@db/x", "store")

@@ -495,7 +495,7 @@ def test_every_missing_file_gets_a_line_of_its_own(files: Path) -> None:
 
 def places_problem(job: JobSpec, uri: str) -> str:
     with pytest.raises(SpecError) as caught:
-        preflight.check_places(job, Store(job.store), uri)
+        preflight.check_places(Store(job.store), uri)
     (line,) = caught.value.lines
     assert "\n" not in line
     return line
@@ -527,7 +527,7 @@ def test_a_password_in_the_tracking_address_is_not_shown(tmp_path: Path) -> None
 def test_places_that_answer_pass(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        preflight.check_places(job(), Store(str(tmp_path)), f"http://127.0.0.1:{port}")
+        preflight.check_places(Store(str(tmp_path)), f"http://127.0.0.1:{port}")
 
 
 # -- the split

@@ -22,13 +22,14 @@ def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(
     tiny: Finished, graft: Graft, tmp_path: Path
 ) -> None:
     store, found = tmp_path / ".graftwork", keys(tiny.outcome)
+    partial = store / "partial"
     for step in ("features", "base", "classifier", "profile"):
         shutil.copytree(tiny.store / "artifacts" / found[step], store / "artifacts" / found[step])
 
-    kill_when_saved(["run", str(TINY)], store / "partial" / found["distill/03.mha"] / "distill.safetensors", tmp_path)
+    kill_when_saved(["run", str(TINY)], partial / found["distill/03.mha"] / "distill.safetensors.json", tmp_path)
     assert states(json.loads(graft("plan", str(TINY), "--json").stdout))["distill/03.mha"] == "partial"
 
-    kill_when_saved(["resume", tiny.run], store / "partial" / found["finetune"] / "training.safetensors", tmp_path)
+    kill_when_saved(["resume", tiny.run], partial / found["finetune"] / "training.safetensors.json", tmp_path)
     between = states(json.loads(graft("plan", str(TINY), "--json").stdout))
     assert between["finetune"] == "partial" and between["distill/03.mha"] == "cached"
     made = {

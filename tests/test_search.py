@@ -557,6 +557,8 @@ def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip
     for make in (make_gated, make_budgeted):
         one, two = (state_of(store.partial(f"{count} {make.__name__}")) for count in ("one", "two"))
         assert one["counts"].tolist() == two["counts"].tolist() and one["counts"][1] > 0
+        for state in (one, two):
+            state["progress"] = small.progress(state["progress"])
         torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert [json.loads((tmp_path / f"made{rank}.json").read_text()) for rank in (0, 1)] == [False, False]
 

@@ -16,13 +16,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.store import MANIFEST, Artifact, Origin, RottenArtifact, Store, canonical
+from pipeline.store import MANIFEST, Artifact, RottenArtifact, Store, canonical
+from tests.stores import DAMAGE, FILES, KEY, ORIGIN, OTHER, commit, flip, overwrite, remove, stored
 
 ROOT = Path(__file__).parents[1]
-KEY = hashlib.sha256(b"a step").hexdigest()
-OTHER = hashlib.sha256(b"another step").hexdigest()
-FILES = {"model.safetensors": b"\x00weights" * 500, "figures/loss.svg": b"<svg/>", "empty.json": b""}
-ORIGIN = Origin(step="distill/01.mha", run="digits-0123456789", seconds=1.5, made="2025-11-20T22:00:00Z")
 
 
 @pytest.fixture
@@ -43,38 +40,9 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         memory.rm(name, recursive=True)
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "remote", "s3"])
 def store(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
-
-
-def commit(store: Store, key: str = KEY, files: dict[str, bytes] = FILES) -> None:
-    folder = store.workplace(key)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    store.commit(key, folder, {"stage": "distill", "version": 1}, ORIGIN)
-
-
-def stored(store: Store) -> dict[str, bytes]:
-    """Every file of the store, seen with fsspec's own eyes."""
-    root = str(store.root)
-    return {path.removeprefix(root).lstrip("/"): store.fs.cat_file(path) for path in store.fs.find(root)}
-
-
-def overwrite(store: Store, name: str, content: bytes) -> None:
-    path = store.root / name
-    store.fs.makedirs(str(path.parent), exist_ok=True)
-    store.fs.pipe_file(str(path), content)
-
-
-def remove(store: Store, name: str) -> None:
-    store.fs.rm_file(str(store.root / name))
-
-
-def flip(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 # -- commit and read
@@ -166,15 +134,6 @@ def test_a_commit_after_a_killed_one_is_whole(store: Store) -> None:
     Store(store.url).artifact(KEY).verify()
 
 
-DAMAGE: dict[str, Callable[[Store, str], None]] = {
-    "a flipped byte": lambda store, name: overwrite(store, name, flip(stored(store)[name])),
-    "a truncated file": lambda store, name: overwrite(store, name, stored(store)[name][:-1]),
-    "an emptied file": lambda store, name: overwrite(store, name, b""),
-    "a longer file": lambda store, name: overwrite(store, name, stored(store)[name] + b"\x00"),
-    "a missing file": remove,
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["model.safetensors", "figures/loss.svg"])
 class TestDamage:
@@ -203,6 +162,16 @@ class TestDamage:
         with pytest.raises(RottenArtifact) as caught:
             artifact.verify()
         assert (caught.value.key, caught.value.file) == (KEY, name)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.4, 0.7, 0.95])
+def test_a_flipped_byte_in_a_manifest_is_found(store: Store, at: float) -> None:
+    commit(store)
+    name = f"artifacts/{KEY}/{MANIFEST}"
+    overwrite(store, name, flip(stored(store)[name], at))
+    with pytest.raises(RottenArtifact) as caught:
+        store.artifact(KEY).read("figures/loss.svg")
+    assert (caught.value.key, caught.value.file) == (KEY, MANIFEST)
 
 
 @pytest.mark.parametrize("left", [0, 0.5, 0.99], ids=["emptied", "half", "almost whole"])
@@ -324,8 +293,69 @@ def test_a_commit_takes_the_partial_work_away(store: Store) -> None:
     store.partial(KEY).save("training", lambda path: path.write_bytes(b"1"))
     store.partial(OTHER).save("training", lambda path: path.write_bytes(b"2"))
     commit(store)
-    kept = [name for name in stored(store) if name.startswith("partial/")]
-    assert kept == [f"partial/{OTHER}/training"]
+    kept = {name.split("/")[1] for name in stored(store) if name.startswith("partial/")}
+    assert kept == {OTHER}
+
+
+def data_of(store: Store) -> str:
+    """The name of the file that holds what was saved as `training`."""
+    pointer = json.loads(stored(store)[f"partial/{KEY}/training.json"])
+    return f"partial/{KEY}/{pointer['file']}"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("of", ["the data", "the pointer"])
+def test_a_damaged_save_is_as_if_it_never_was(store: Store, of: str, damage: str) -> None:
+    store.partial(KEY).save("training", lambda path: path.write_bytes(b"state"))
+    name = data_of(store) if of == "the data" else f"partial/{KEY}/training.json"
+    DAMAGE[damage](store, name)
+    assert store.partial(KEY).load("training") is None and store.state(KEY) == "pending"
+
+
+def test_only_the_last_save_is_kept(store: Store) -> None:
+    overwrite(store, f"partial/{KEY}/training.0123456789ab", b"what a killed save left")
+    for content in (b"1", b"2"):
+        store.partial(KEY).save("training", lambda path, content=content: path.write_bytes(content))
+    assert stored(store).keys() == {data_of(store), f"partial/{KEY}/training.json"}
+
+
+def test_a_pointer_moves_when_its_data_is_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    partial = store.partial(KEY)
+    partial.save("training", lambda path: path.write_bytes(b"first"))
+    monkeypatch.setattr(store, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        partial.save("training", lambda path: path.write_bytes(b"second"))
+    monkeypatch.undo()
+    loaded = Store(store.url).partial(KEY).load("training")
+    assert loaded is not None and loaded.read_bytes() == b"first"
+
+
+# -- documents
+
+
+def test_a_document_is_created_once(store: Store) -> None:
+    assert store.create("leases/a/holder.json", "mine") and not store.create("leases/a/holder.json", "yours")
+    assert store.read("leases/a/holder.json") == "mine"
+
+
+def test_a_document_can_be_created_again_once_it_is_removed(store: Store) -> None:
+    store.create("leases/a/holder.json", "mine")
+    store.remove("leases/a/holder.json")
+    assert store.read("leases/a/holder.json") is None and store.create("leases/a/holder.json", "yours")
+
+
+def test_removing_what_is_not_there_is_fine(store: Store) -> None:
+    store.remove("leases/a/holder.json")
+
+
+def test_names_are_those_right_below_a_folder(store: Store) -> None:
+    for name in ("leases/b/1.json", "leases/b/2.json", "leases/a/1.json"):
+        store.create(name, name)
+    assert (store.names("leases"), store.names("leases/b")) == (["a", "b"], ["1.json", "2.json"])
+    assert store.names("nothing") == [] and store.names("leases/b/1.json/below") == []
 
 
 # -- other processes

@@ -1,60 +1,222 @@
-"""What stands in MLflow after a job: in the default SQLite file, and on a real server."""
+"""What stands in MLflow after a job: in the default SQLite file, and on a real server, whatever happens to it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.conftest import TINY, Finished, Graft, keys
+from cluster.board import Point
+from pipeline import api, mlflow_runs, outbox, record, track
+from pipeline.outbox import kept_entries
+from pipeline.planning import Plan, Step, make_plan
+from pipeline.record import RunRecord, StepRecord
+from pipeline.store import Origin, Store
+from pipeline.track import Tracker
+from specs.load import load
+from tests.conftest import GRAFT, TINY, Finished, Graft, keys
+
+SECONDS_TO_START = 120
+
+
+class Server:
+    """A real `mlflow server` on loopback, which can be killed and started again on the same port and database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        places = [f"--backend-store-uri=sqlite:///{self.folder}/server.db", f"--artifacts-destination={self.folder}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, *places],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not self._is_up():
+            assert time.monotonic() < deadline, "the MLflow server did not come up"
+            time.sleep(0.2)
+
+    def _is_up(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.address}/health", timeout=1)
+        except OSError:
+            return False
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the server and its workers."""
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for the tests of this file; each has an experiment of its own."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+class Line:
+    """A TCP line to the server, which can be cut, or lose the answer to a request."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.is_cut = False
+        self.lose: bytes | None = None  # the answer to the next request in which this stands
+        self.lost = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                caller, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.is_cut:
+                caller.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.target))
+            doomed = threading.Event()
+            threading.Thread(target=self._carry, args=(caller, server, doomed, True), daemon=True).start()
+            threading.Thread(target=self._carry, args=(server, caller, doomed, False), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, doomed: threading.Event, forth: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if self.is_cut or (doomed.is_set() and not forth):
+                    self.lost += doomed.is_set()
+                    break
+                if forth and self.lose is not None and self.lose in data:
+                    self.lose = None
+                    doomed.set()
+                target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.close()
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real `mlflow server` on loopback."""
+def line(server: Server) -> Iterator[Line]:
+    line = Line(server.port)
+    yield line
+    line.close()
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")),
-        ],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            pytest.fail("the MLflow server did not come up")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(20)
+        return int(probe.getsockname()[1])
 
 
-def all_runs(client: MlflowClient) -> dict[str, Run]:
-    experiment = client.get_experiment_by_name("graftwork")
+class Job:
+    """The tiny job as the tracker sees it, without its work."""
+
+    def __init__(self, store: Path, uri: str, experiment: str) -> None:
+        self.store, self.uri, self.experiment = Store(str(store)), uri, experiment
+        self.plan: Plan = make_plan(load(TINY))
+        steps = [StepRecord(name=step.name, key=step.key, state="pending") for step in self.plan.steps]
+        job = self.plan.job.model_dump(mode="json")
+        self.record = RunRecord(
+            run=record.run_name(self.plan), name="tiny", status="running", started="2025", job=job, steps=steps
+        )
+        self.said: list[str] = []
+
+    def tracker(self) -> Tracker:
+        return Tracker(self.uri, self.experiment, self.record, self.plan, None, self.store, self.said.append)
+
+    def opened(self) -> Tracker:
+        tracker = self.tracker()
+        tracker.opened(self.record)
+        return tracker
+
+    def step(self, name: str) -> Step:
+        return self.plan[name]
+
+    def commit(self, name: str) -> None:
+        """An artifact of the step, with a picture and a tensor."""
+        key = self.step(name).key
+        folder = self.store.workplace(key)
+        (folder / "loss.png").write_bytes(b"picture")
+        (folder / "scion.safetensors").write_bytes(b"tensors")
+        self.store.commit(key, folder, {}, Origin(step=name, run=self.record.run, seconds=1.0, made=""))
+
+    def end(self, tracker: Tracker, name: str) -> None:
+        self.commit(name)
+        tracker.ended(self.step(name), 1.0, self.store.artifact(self.step(name).key))
+
+    def finish(self, tracker: Tracker) -> None:
+        self.record.status, self.record.results = "finished", {"stage2": {"distance": 2.5}}
+        tracker.finished(self.record)
+
+    def waiting(self) -> list[str]:
+        return kept_entries(self.store, self.record.run)
+
+    def said_of(self, words: str) -> int:
+        return sum(words in line for line in self.said)
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Job:
+    """Its tracker writes more often than a real one, so that little time passes."""
+    monkeypatch.setattr(track, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "KEEP_SECONDS", 0.2)
+    monkeypatch.setattr(outbox, "LAST_RETRY_SECONDS", 1.0)
+    return Job(tmp_path / "store", server.address, request.node.name)
+
+
+def curve(steps: range, loss: Callable[[int], float] = float, step: str = "distill/01.mha") -> list[Point]:
+    return [Point(step, done, {"loss": loss(done), "lr": 1.0}) for done in steps]
+
+
+def until(true: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def points(client: MlflowClient, run: Run, metric: str = "loss") -> list[int]:
+    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def all_runs(client: MlflowClient, name: str = "graftwork") -> dict[str, Run]:
+    """By name, each of which only one has."""
+    experiment = client.get_experiment_by_name(name)
     assert experiment is not None
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    runs = client.search_runs([experiment.experiment_id])
+    assert len({run.info.run_name for run in runs}) == len(runs)
+    return {run.info.run_name: run for run in runs}
 
 
 def test_the_database_holds_a_child_a_step_nested_by_site(tiny: Finished) -> None:
@@ -93,13 +255,12 @@ def test_compare_shows_the_numbers_that_mlflow_holds(tiny: Finished, graft: Graf
     assert {name: value for name, value in row.items() if "." in name} == held
 
 
-def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: str, graft: Graft) -> None:
-    done = graft(
-        "run", str(TINY), "--json", "--set", f"tracking.uri={server}", "--set", "evaluate.sampler.guidance=1.25"
-    )
+def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: Server, graft: Graft) -> None:
+    place = f"tracking.uri={server.address}"
+    done = graft("run", str(TINY), "--json", "--set", place, "--set", "evaluate.sampler.guidance=1.25")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    client = MlflowClient(server)
+    client = MlflowClient(server.address)
     runs = all_runs(client)
     sampled = {"evaluate", *(f"evaluate/{row}" for row in ("rootstock", "stage1", "stage2", "random_init"))}
     assert set(runs) == {outcome["run"], *sampled}
@@ -107,3 +268,265 @@ def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: str
     assert job.data.metrics["stage2.distance"] == outcome["results"]["stage2"]["distance"]
     assert job.data.tags["graftwork.made_by.finetune"] == tiny_copy.run  # a cached step points to the run that made it
     assert "quality-cost.png" in {file.path for file in client.list_artifacts(runs["evaluate"].info.run_id)}
+
+
+def test_a_server_killed_in_the_midst_of_a_curve_has_each_point_once_when_it_is_back(job: Job, server: Server) -> None:
+    tracker = job.opened()
+    tracker.started(job.step("distill/01.mha"))
+    for done in range(1, 301):
+        tracker.points(curve(range(done, done + 1)))
+        time.sleep(0.01)
+        if done == 100:
+            server.kill()
+    job.end(tracker, "distill/01.mha")
+    tracker.started(job.step("finetune"))
+    until(lambda: len(job.waiting()) > 4)
+    assert job.said_of("does not answer") == 1
+
+    server.start()
+    until(lambda: not job.waiting())
+    job.finish(tracker)
+    client = MlflowClient(server.address)
+    runs = all_runs(client, job.experiment)
+    assert set(runs) == {job.record.run, "distill", "distill/01.mha", "finetune"}
+    assert points(client, runs["distill/01.mha"]) == points(client, runs["distill/01.mha"], "lr") == list(range(1, 301))
+    assert points(client, runs["distill/01.mha"], "seconds") == [0]
+    assert [file.path for file in client.list_artifacts(runs["distill/01.mha"].info.run_id)] == ["loss.png"]
+    assert runs["distill/01.mha"].data.params["recipe.lr"] == "0.001"
+    assert runs[job.record.run].data.metrics == {"stage2.distance": 2.5}
+    assert job.record.step("finetune").mlflow_run == runs["finetune"].info.run_id
+    assert (job.said_of("does not answer"), job.said_of("has all"), len(job.said)) == (1, 1, 2)
+
+
+def test_a_server_that_hangs_holds_up_nobody_and_gets_everything_once(
+    job: Job, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    tracker = job.opened()
+    tracker.started(job.step("distill/01.mha"))
+    tracker.points(curve(range(1, 51)))
+    server.signal(signal.SIGSTOP)
+    try:
+        slowest = 0.0
+        for done in range(51, 151):
+            began = time.monotonic()
+            if done == 100:
+                tracker.started(job.step("finetune"))
+            tracker.points(curve(range(done, done + 1)))
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.02)
+        until(lambda: job.said_of("does not answer"))
+        time.sleep(3)  # another request or two hang
+    finally:
+        server.signal(signal.SIGCONT)
+    job.end(tracker, "distill/01.mha")
+    until(lambda: not tracker.outbox.entries)
+    job.finish(tracker)
+    assert slowest < 0.1
+    client = MlflowClient(server.address)
+    runs = all_runs(client, job.experiment)
+    assert set(runs) == {job.record.run, "distill", "distill/01.mha", "finetune"}
+    assert points(client, runs["distill/01.mha"]) == list(range(1, 151))
+    assert job.said_of("does not answer") == 1 and not job.waiting()
+
+
+@pytest.mark.parametrize("name", ["digits-tiny-", 'distill"', 'distill/01.mha"'])
+def test_a_run_whose_creation_was_not_answered_is_made_once(job: Job, line: Line, name: str) -> None:
+    job.uri = line.address
+    line.lose = f'"run_name": "{name}'.encode()
+    tracker = job.opened()
+    tracker.started(job.step("distill/01.mha"))
+    job.finish(tracker)
+    assert line.lost == 1
+    assert set(all_runs(MlflowClient(line.address), job.experiment)) == {job.record.run, "distill", "distill/01.mha"}
+    assert not job.waiting() and not job.said_of("does not answer")
+
+
+def test_points_whose_answer_was_lost_are_there_once(job: Job, line: Line) -> None:
+    job.uri = line.address
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    until(lambda: not tracker.outbox.entries)
+    line.lose = b"runs/log-batch"
+    tracker.points(curve(range(1, 21), step="finetune"))
+    job.finish(tracker)
+    assert line.lost == 1
+    client = MlflowClient(line.address)
+    assert points(client, all_runs(client, job.experiment)["finetune"]) == list(range(1, 21))
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from pipeline import outbox, track
+from tests.test_tracking import Job, curve
+outbox.KEEP_SECONDS = track.FLUSH_SECONDS = 0.1
+job = Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+tracker = job.opened()
+tracker.started(job.step("finetune"))
+for done in range(1, 1000):
+    tracker.points(curve(range(done, done + 1), step="finetune"))
+    time.sleep(0.05)
+"""
+
+
+def test_what_a_killed_process_held_back_is_delivered_by_the_next(job: Job, line: Line) -> None:
+    job.uri, line.is_cut = line.address, True
+    store = job.store.root
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(store), job.uri, job.experiment])
+    try:
+        until(lambda: any('"done":40' in entry for entry in job.waiting()), 60)
+    finally:
+        driver.kill()
+        driver.wait()
+
+    tracker = job.opened()  # MLflow is away still
+    tracker.started(job.step("finetune"))
+    tracker.points(curve(range(26, 51), step="finetune"))  # again from a checkpoint, as it was before the kill
+    until(lambda: job.said_of("does not answer"))
+    line.is_cut = False
+    until(lambda: not job.waiting())
+    tracker.points(curve(range(51, 61), step="finetune"))
+    job.finish(tracker)
+    client = MlflowClient(line.address)
+    runs = all_runs(client, job.experiment)
+    assert set(runs) == {job.record.run, "finetune"}
+    assert points(client, runs["finetune"])[:40] == list(range(1, 41))
+    assert sorted(set(points(client, runs["finetune"]))) == points(client, runs["finetune"])
+    assert points(client, runs["finetune"])[-10:] == list(range(51, 61))
+
+
+def test_a_step_that_goes_on_from_a_checkpoint_logs_no_point_again(job: Job, line: Line) -> None:
+    first = job.opened()
+    first.started(job.step("finetune"))
+    first.points(curve(range(1, 31), step="finetune"))
+    first.close()
+
+    again = Job(Path(job.store.root), job.uri, job.experiment)  # which does not know the ids: the driver was killed
+    tracker = again.opened()
+    tracker.started(again.step("finetune"))
+    tracker.points(curve(range(21, 41), step="finetune"))
+    again.finish(tracker)
+    client = MlflowClient(job.uri)
+    runs = all_runs(client, job.experiment)
+    assert set(runs) == {job.record.run, "finetune"}
+    assert points(client, runs["finetune"]) == list(range(1, 41))
+
+
+def test_a_step_that_ended_while_its_driver_was_dead_does_not_stand_as_running(job: Job) -> None:
+    first = job.opened()
+    first.started(job.step("finetune"))
+    first.close()
+    job.commit("finetune")
+    step = job.record.step("finetune")
+    step.state, step.made_by, step.seconds = "cached", job.record.run, 1.0
+    job.finish(job.opened())
+    client = MlflowClient(job.uri)
+    run = all_runs(client, job.experiment)["finetune"]
+    assert run.info.status == "FINISHED" and run.data.metrics == {"seconds": 1.0}
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["loss.png"]
+
+
+def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None:
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    for done in (1, 2):
+        tracker.outbox.put(mlflow_runs.Tags(run="finetune", tags={"k" * 300: "too long a name"}))
+        tracker.points(curve(range(done, done + 1), step="finetune"))
+    job.finish(tracker)
+    client = MlflowClient(job.uri)
+    runs = all_runs(client, job.experiment)
+    assert points(client, runs["finetune"]) == [1, 2]
+    assert runs[job.record.run].info.status == "FINISHED"
+    (told,) = job.said
+    assert "refuses an entry" in told and "length" in told
+    refused = job.store.read(f"outbox/{job.record.run}.refused.jsonl")
+    assert refused is not None and refused.count("too long a name") == 2
+
+
+def test_a_loss_that_is_no_number_waits_as_any_other(job: Job, line: Line) -> None:
+    job.uri, line.is_cut = line.address, True
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    tracker.points(curve(range(1, 3), lambda done: math.nan if done == 2 else math.inf, step="finetune"))
+    job.record.status = "failed"
+    tracker.finished(job.record)
+    assert '"loss":NaN' in "".join(job.waiting())
+    line.is_cut = False
+    job.tracker().close()
+    client = MlflowClient(line.address)
+    run = all_runs(client, job.experiment)["finetune"]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert history[0].value > 1e300 and math.isnan(history[1].value)
+
+
+def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
+    tiny_copy: Finished, line: Line, request: pytest.FixtureRequest
+) -> None:
+    line.is_cut = True  # it takes connections, as a proxy would, and closes them
+    experiment, said = request.node.name, Saying()
+    changes = [f"tracking.uri={line.address}", f"tracking.experiment={experiment}", f"store={tiny_copy.store}"]
+    began = time.monotonic()
+    done = api.run(str(TINY), changes, view=said)
+    assert done.status == "finished" and time.monotonic() - began < 20
+    store = Store(str(tiny_copy.store))
+    assert kept_entries(store, done.run)
+    assert f"deliver them: graft resume {done.run}" in said.lines[-1]
+
+    still = api.resume(done.run, str(tiny_copy.store), view=said)
+    assert still.status == "finished" and kept_entries(store, done.run)
+
+    line.is_cut = False
+    back = api.resume(done.run, str(tiny_copy.store), view=said)
+    assert not kept_entries(store, done.run) and "has all" in said.lines[-1]
+    (job,) = all_runs(MlflowClient(line.address), experiment).values()
+    assert job.info.status == "FINISHED"
+    assert job.data.metrics["stage2.distance"] == done.results["stage2"]["distance"]
+    assert job.data.tags["graftwork.made_by.finetune"] == tiny_copy.run
+    assert back.mlflow_run == record.find(store, done.run).mlflow_run == job.info.run_id
+
+
+class Saying(api.SilentView):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_a_job_goes_on_without_its_mlflow_server_and_resume_delivers(
+    tiny_copy: Finished, server: Server, graft: Graft, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    experiment = request.node.name
+    changes = [f"tracking.uri={server.address}", f"tracking.experiment={experiment}", "evaluate.sampler.guidance=1.75"]
+    driver = subprocess.Popen(
+        [GRAFT, "run", str(TINY), *(word for change in changes for word in ("--set", change))],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stderr is not None
+    lines = []
+    for line in driver.stderr:
+        lines.append(line)
+        if "evaluate/rootstock: running" in line:
+            server.kill()
+    try:
+        assert driver.wait() == 0, "".join(lines)
+    finally:
+        server.start()
+    assert sum("does not answer" in line for line in lines) <= 1
+    assert sum("deliver them: graft resume" in line for line in lines) == 1
+    (run,) = [line.split("graft resume ")[1].strip() for line in lines if "graft resume " in line]
+
+    done = graft("resume", run, "--json")
+    assert done.returncode == 0, done.stderr
+    runs = all_runs(MlflowClient(server.address), experiment)
+    assert set(runs) == {
+        run,
+        "evaluate",
+        *(f"evaluate/{row}" for row in ("rootstock", "stage1", "stage2", "random_init")),
+    }
+    assert all(one.info.status == "FINISHED" for one in runs.values())
+    assert runs[run].data.metrics["stage2.distance"] == json.loads(done.stdout)["results"]["stage2"]["distance"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import pickletools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
-from stages import Context, distill, hybrid, training
+from stages import Context, Stopped, distill, hybrid, never, training
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
@@ -60,6 +61,10 @@ class Reports:
         self.seen.append((done, total, metrics or {}))
         if done == self.dies_at:
             raise Killed
+
+    def past(self, step: int) -> Callable[[], bool]:
+        """Asks to stop from that step on."""
+        return lambda: any(done >= step for done, _, _ in self.seen)
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,7 @@ def run_training(
     report: Reports | None = None,
     seed: int = 0,
     weights: int = 0,
+    stopping: Callable[[], bool] = never,
 ) -> None:
     """Train from the weights of that number, or from the checkpoint."""
 
@@ -102,7 +108,16 @@ def run_training(
         model = lively(DiT(TINY), weights)
         return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
 
-    train(make_engine, data, recipe, seed=seed, stream="base", partial=partial, report=report or Reports())
+    train(
+        make_engine,
+        data,
+        recipe,
+        seed=seed,
+        stream="base",
+        partial=partial,
+        report=report or Reports(),
+        stopping=stopping,
+    )
 
 
 def state_of(partial: Partial, name: str = training.CHECKPOINT) -> dict[str, Tensor]:
@@ -151,6 +166,20 @@ def test_how_often_checkpoints_are_saved_changes_no_bit(store: Store, data: Trai
     for key, every in (("seldom", 12), ("often", 1)):
         run_training(store.partial(key), data, RECIPE.model_copy(update={"checkpoint_every": every}))
     assert_same_bits(state_of(store.partial("seldom")), state_of(store.partial("often")))
+
+
+@pytest.mark.parametrize("asked", [3, 5, 8])
+def test_training_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    monkeypatch.setattr(training, "POINTS", 4)  # points of the curve at 3, 6, 9, 12; checkpoints at 4, 8, 12
+    steps = itertools.count()
+    with pytest.raises(Stopped, match=f"before step {asked + 1}"):
+        run_training(store.partial("stopped"), data, stopping=lambda: next(steps) >= asked)
+    assert state_of(store.partial("stopped"))["progress"][0] == asked
+    run_training(store.partial("stopped"), data, weights=99)
+    run_training(store.partial("straight"), data)
+    assert_same_bits(state_of(store.partial("stopped")), state_of(store.partial("straight")))
 
 
 def test_another_seed_ends_elsewhere(store: Store, data: TrainingSet) -> None:
@@ -225,10 +254,19 @@ def test_the_average_moves_by_its_share_towards_the_weights_at_each_step(store: 
 
 
 def one_of_two(rank: int, folder: str) -> None:
+    """Train straight through; then once more, asked to stop on the way, and go on in a new group."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    run_training(Store(f"{folder}/store").partial("two"), make_data())
-    dist.destroy_process_group()
+    store = Store(f"{folder}/store")
+    for start, key in enumerate(("two", "stopped", "stopped")):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet{start}", rank=rank, world_size=2)
+        report = Reports()
+        asked = start == 1 and rank == 0  # the other worker never hears of it
+        try:
+            run_training(store.partial(key), make_data(), report=report, stopping=report.past(5) if asked else never)
+            assert start != 1
+        except Stopped:
+            assert start == 1
+        dist.destroy_process_group()
 
 
 def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: TrainingSet) -> None:
@@ -236,8 +274,10 @@ def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: Tra
     store = Store(str(tmp_path / "store"))
     run_training(store.partial("one"), data)
     assert workers.wait(timeout=300) == 0
-    one, two = state_of(store.partial("one")), state_of(store.partial("two"))
+    one, two, stopped = (state_of(store.partial(key)) for key in ("one", "two", "stopped"))
+    assert_same_bits(stopped, two)
     for state in (one, two):
+        state["progress"] = small.progress(state["progress"])
         for name, value in state.items():
             if name.endswith("attn.qkv.bias"):
                 # A key's bias cancels in the softmax: its gradient is rounding alone, which Adam scales up.
@@ -393,6 +433,23 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
     straight, killed = distilled("straight", ()), distilled("killed", deaths)
     assert killed[1] == straight[1]
     assert_same_bits(killed[0], straight[0])
+
+
+def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
+    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path
+) -> None:
+    ends = []
+    for key, asked in (("straight", False), ("stopped", True)):
+        report = Reports()
+        context = replace(make_context(store, key, tmp_path, report), stopping=report.past(3))
+        if asked:
+            with pytest.raises(Stopped, match="after epoch 3"):
+                distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, unseen, "l1", context)
+        scion = new_scion(rootstock, MHA_EDIT, 99 if asked else 0)
+        history = distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path))
+        ends.append((scion.state_dict(), history))
+    assert ends[0][1] == ends[1][1]
+    assert_same_bits(ends[0][0], ends[1][0])
 
 
 def test_distilling_brings_the_scion_nearer(

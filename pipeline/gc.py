@@ -1,0 +1,178 @@
+"""Garbage collection: what no run refers to is freed.
+
+Kept are the artifacts and partial work of every step of every run in `runs/`, whatever a job that works now has leased,
+and what is younger than a few days. To free what a run refers to, the run is forgotten first.
+
+Jobs may run meanwhile. Each piece is looked at again right before its turn, and an artifact's manifest goes first: a
+job that misses an artifact that it has just seen finds it rotten, and computes it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline import record
+from pipeline.files import DRAFTS, FileInfo
+from pipeline.leases import held
+from pipeline.record import RunRecord
+from pipeline.store import MANIFEST, Store
+from specs.load import SpecError
+
+DAY = 86400.0  # seconds
+SILENT = 3600.0  # seconds after which a lease that is not renewed is dead, whatever machine it was on
+Kind = Literal["artifact", "leftover", "partial", "rotten", "draft", "upload", "lease"]
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Files that nothing refers to.
+
+    artifact: an artifact. leftover: what a killed commit left. partial: checkpoints. rotten: what was set aside.
+    draft, upload: a file of which a kill left a part. lease: one that its holder left behind.
+    """
+
+    kind: Kind
+    place: str  # below the store
+    size: int  # bytes
+    modified: float  # seconds since the epoch
+    key: str | None = None  # of the step whose work it is
+    step: str | None = None  # its name, where that is known
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a run keeps from being freed."""
+
+    run: str
+    status: str
+    started: str
+    size: int  # bytes of all artifacts that it refers to
+    alone: int  # bytes of those that no other run refers to
+
+
+class Books:
+    """Which keys are in use: by runs, but for those to be forgotten, or by a lease."""
+
+    def __init__(self, store: Store, forgotten: Collection[str] = ()) -> None:
+        self.store, self.forgotten = store, forgotten
+        self.runs: dict[str, RunRecord] = {}  # a run's keys never change: each record is read once
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.runs = {run: self.runs.get(run) or record.load(self.store, run) for run in self.store.runs()}
+        self.referred = {step.key for run, one in self.runs.items() if run not in self.forgotten for step in one.steps}
+        self.released = {step.key for run in self.forgotten for step in self.runs[run].steps} - self.referred
+        silent = time.time() - SILENT
+        alive = {path.split("/")[0] for path, file in self.store.files.tree("leases").items() if file.modified > silent}
+        self.leased = held(self.store) & alive
+
+    def uses(self, one: Garbage) -> bool:
+        if one.kind in ("rotten", "draft", "upload"):
+            return False
+        if one.key in self.leased:
+            return True
+        match one.kind:
+            case "artifact":
+                return one.key in self.referred
+            case "partial":  # of no use beside the artifact
+                return one.key in self.referred and self.store.state(str(one.key)) != "cached"
+        return False
+
+
+def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] = ()) -> list[Garbage]:
+    """What can be freed, the largest first.
+
+    older_than: seconds. What only the runs to `forget` refer to goes at any age; raises SpecError where one of them is
+    being worked on.
+    """
+    books = Books(store, forget)
+    for run in forget:
+        busy = [step.name for step in books.runs[run].steps if step.key in books.leased & books.released]
+        if busy:
+            raise SpecError([f"forget: got {run!r}, a job works on its {busy[0]}; accepted: a run that has stopped"])
+    steps = {step.key: step.name for one in books.runs.values() for step in one.steps}
+    before = time.time() - older_than
+    return sorted(
+        (
+            one
+            for one in _all(store, steps)
+            if (one.modified < before or one.key in books.released) and not books.uses(one)
+        ),
+        key=lambda one: -one.size,
+    )
+
+
+def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> Iterator[Garbage]:
+    """Forget these runs, then free what nothing has come to refer to; yields each piece when it is gone."""
+    for run in forget:
+        store.remove(f"runs/{run}.json")
+    books = Books(store)
+    for one in found:
+        books.refresh()
+        if not books.uses(one):
+            _remove(store, one)
+            yield one
+
+
+def holdings(store: Store, forget: Collection[str] = ()) -> list[Holding]:
+    """What each run keeps from being freed, first the run that would free most."""
+    sizes = {manifest.key: sum(file.size for file in manifest.files.values()) for manifest in store.manifests()}
+    runs = [one for run, one in Books(store).runs.items() if run not in forget]
+    keys = {one.run: {step.key for step in one.steps} for one in runs}
+    users = Counter(key for own in keys.values() for key in own)
+    rows = []
+    for one in runs:
+        size = sum(sizes.get(key, 0) for key in keys[one.run])
+        alone = sum(sizes.get(key, 0) for key in keys[one.run] if users[key] == 1)
+        rows.append(Holding(one.run, one.status, one.started, size, alone))
+    return sorted(rows, key=lambda row: (-row.alone, row.run))
+
+
+def _all(store: Store, steps: dict[str, str]) -> Iterator[Garbage]:
+    """Every piece that could be garbage. steps: the names of steps that runs tell, by key."""
+    for key, files in _folders(store, "artifacts"):
+        manifest = store.manifest(key) if MANIFEST in files else None
+        step = manifest.origin.step if manifest else steps.get(key)
+        yield _piece("artifact" if MANIFEST in files else "leftover", f"artifacts/{key}", files, key, step)
+    for key, files in _folders(store, "partial"):
+        yield _piece("partial", f"partial/{key}", files, key, steps.get(key))
+    for name, files in _folders(store, "rotten"):
+        key, _, nanoseconds = name.rpartition("-")
+        when = int(nanoseconds) / 1e9 if nanoseconds.isdigit() else 0.0
+        yield Garbage("rotten", f"rotten/{name}", sum(file.size for file in files.values()), when, key, steps.get(key))
+    for key, files in _folders(store, "leases"):
+        yield _piece("lease", f"leases/{key}", files, key, steps.get(key))
+    for name, files in _folders(store, DRAFTS):
+        yield _piece("draft", f"{DRAFTS}/{name}", files)
+    for name, info in store.files.uploads().items():
+        yield Garbage("upload", name, info.size, info.modified)
+
+
+def _piece(
+    kind: Kind, place: str, files: dict[str, FileInfo], key: str | None = None, step: str | None = None
+) -> Garbage:
+    size, modified = sum(file.size for file in files.values()), max(file.modified for file in files.values())
+    return Garbage(kind, place, size, modified, key, step)
+
+
+def _folders(store: Store, folder: str) -> Iterator[tuple[str, dict[str, FileInfo]]]:
+    """What lies right below a folder, each with its files; a file is one with itself alone."""
+    grouped: dict[str, dict[str, FileInfo]] = {}
+    for path, info in store.files.tree(folder).items():
+        name, _, rest = path.partition("/")
+        grouped.setdefault(name, {})[rest] = info
+    yield from sorted(grouped.items())
+
+
+def _remove(store: Store, one: Garbage) -> None:
+    if one.kind == "upload":
+        store.files.abort(one.place)
+        return
+    if one.kind == "artifact":
+        store.remove(f"{one.place}/{MANIFEST}")
+    store.remove(one.place)
+    store.files.remove_tree(one.place)

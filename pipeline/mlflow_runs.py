@@ -1,0 +1,338 @@
+"""What a run tells MLflow, as entries that can wait and be delivered twice, and the desk that takes them there.
+
+Why twice is harmless: an entry's times are those of what happened, a run is looked for by its `graftwork.id` before
+one is made, parameters that stand are left alone, and of a curve only what comes after its last point is written.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from pipeline.outbox import Refused, Unanswered
+from pipeline.record import RunRecord
+from pipeline.store import Store
+from specs.secrets import filled, redacted
+
+BATCH = 500  # metrics that MLflow takes at once, at most 1000
+FEW = 100  # params or tags that it takes at once
+ID = "graftwork.id"  # the tag by which a run is found whose creation was not answered
+
+T = TypeVar("T")
+
+
+class Document(BaseModel):
+    """One entry. `run` is the name of a run of ours: the job's, a step's or a group's; `at` is in ms since 1970."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+
+class Begin(Document):
+    """A run begins or goes on; made where MLflow has none."""
+
+    kind: Literal["begin"] = "begin"
+    run: str
+    parent: str | None
+    at: int
+    tags: dict[str, str] = {}
+    params: dict[str, str] = {}
+
+
+class Reading(Document):
+    """A point of a step's curves."""
+
+    run: str
+    done: int
+    at: int
+    metrics: dict[str, float]
+
+
+class Readings(Document):
+    """Points of curves, in the order in which they came."""
+
+    kind: Literal["readings"] = "readings"
+    readings: tuple[Reading, ...]
+
+
+class Values(Document):
+    """Single figures."""
+
+    kind: Literal["values"] = "values"
+    run: str
+    at: int
+    values: dict[str, float]
+
+
+class Tags(Document):
+    kind: Literal["tags"] = "tags"
+    run: str
+    tags: dict[str, str]
+
+
+class File(Document):
+    """A file of an artifact, which stays in the store until it is delivered."""
+
+    kind: Literal["file"] = "file"
+    run: str
+    key: str
+    name: str
+
+
+class Json(Document):
+    """A small document, as a file."""
+
+    kind: Literal["json"] = "json"
+    run: str
+    name: str
+    content: dict[str, Any]
+
+
+class End(Document):
+    kind: Literal["end"] = "end"
+    run: str
+    at: int
+    status: Literal["FINISHED", "FAILED"]
+
+
+class Unseen(Document):
+    """How a step ended that no driver saw end: for its run where that still stands as running."""
+
+    kind: Literal["unseen"] = "unseen"
+    run: str
+    ending: tuple[Values | File | End, ...]
+
+
+AnyEntry = Begin | Readings | Values | Tags | File | Json | End | Unseen
+ENTRY: TypeAdapter[AnyEntry] = TypeAdapter(Annotated[AnyEntry, Field(discriminator="kind")])
+
+
+def merged(first: AnyEntry, second: AnyEntry) -> AnyEntry | None:
+    """Points that follow each other as one entry, while one request holds them."""
+    if not (isinstance(first, Readings) and isinstance(second, Readings)):
+        return None
+    both = first.readings + second.readings
+    return Readings(readings=both) if sum(len(reading.metrics) for reading in both) <= BATCH else None
+
+
+class Desk:
+    """Takes entries to MLflow; notes in the record which MLflow runs they are for."""
+
+    def __init__(self, uri: str, experiment: str, record: RunRecord, store: Store, files: Path | None) -> None:
+        """files: where a database of ours keeps its pictures; a server has a place of its own."""
+        self.uri, self.experiment_name = uri, experiment
+        self.record, self.store, self.files = record, store, files
+        self.ids: dict[str, str] = {}  # name -> MLflow run, seen to be there
+        self.curves: dict[str, dict[str, int]] = {}  # name -> metric -> its last point that stands
+        self.doubtful: set[str] = set()  # names under which an unanswered request may yet make another run
+
+    def take(self, entry: AnyEntry) -> None:
+        """Deliver an entry, for the first time or again; raises Unanswered or Refused."""
+        try:
+            self._take(entry)
+        except Exception as error:
+            self.curves.clear()  # what was written before the error is for MLflow to say
+            raise _verdict(error) from error
+
+    def _take(self, entry: AnyEntry) -> None:
+        match entry:
+            case Begin():
+                self._begin(entry)
+            case Readings():
+                self._readings(entry)
+            case Values():
+                run = self._id(entry.run)
+                held = self.client.get_run(run).data.metrics
+                new = [Metric(name, value, entry.at, 0) for name, value in entry.values.items()]
+                self._log_metrics(run, [metric for metric in new if held.get(metric.key) != metric.value])
+            case Tags():
+                for some in _pieces([RunTag(name, value) for name, value in entry.tags.items()], FEW):
+                    self.client.log_batch(self._id(entry.run), tags=some)
+            case File():
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / entry.name
+                    path.write_bytes(self.store.artifact(entry.key).read(entry.name))
+                    self.client.log_artifact(self._id(entry.run), str(path))
+            case Json():
+                self.client.log_dict(self._id(entry.run), entry.content, entry.name)
+            case End():
+                run = self._id(entry.run)
+                if entry.run in self.doubtful:
+                    self._delete_others(self._search(entry.run), run)
+                self.client.set_terminated(run, entry.status, end_time=entry.at)
+            case Unseen():
+                found = self._find(entry.run)
+                if found is not None and self.client.get_run(found).info.status == "RUNNING":
+                    for last in entry.ending:
+                        self._take(last)
+
+    def _begin(self, entry: Begin) -> None:
+        params: Mapping[str, str] = {}
+        if self._find(entry.run):
+            run = self.ids[entry.run]
+            self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
+            params = self.client.get_run(run).data.params
+        else:
+            run = self._create(entry)
+        missing = [Param(name, value) for name, value in entry.params.items() if name not in params]
+        for some in _pieces(missing, FEW):
+            self.client.log_batch(run, params=some)
+
+    def _create(self, entry: Begin) -> str:
+        tags = entry.tags | {ID: self._tag(entry.run)}
+        if entry.parent is not None and (parent := self._find(entry.parent)):
+            tags["mlflow.parentRunId"] = parent
+        try:
+            made = self.client.create_run(self.experiment, start_time=entry.at, tags=tags, run_name=entry.run)
+        except Exception:
+            self.doubtful.add(entry.run)
+            raise
+        self.curves[entry.run] = {}
+        return self._note(entry.run, made.info.run_id)
+
+    def _readings(self, entry: Readings) -> None:
+        by_run: dict[str, list[Metric]] = {}
+        for reading in entry.readings:
+            curves = self._curves(reading.run)
+            by_run.setdefault(reading.run, []).extend(
+                Metric(name, value, reading.at, reading.done)
+                for name, value in reading.metrics.items()
+                if reading.done > curves.get(name, -1)
+            )
+        for run, metrics in by_run.items():
+            self._log_metrics(self._id(run), metrics)
+            for metric in metrics:
+                curves = self.curves[run]
+                curves[metric.key] = max(metric.step, curves.get(metric.key, -1))
+
+    def _curves(self, name: str) -> dict[str, int]:
+        """The last point of each metric that stands in MLflow."""
+        if name not in self.curves:
+            run = self._id(name)
+            self.curves[name] = {
+                metric: max(point.step for point in self.client.get_metric_history(run, metric))
+                for metric in self.client.get_run(run).data.metrics
+            }
+        return self.curves[name]
+
+    def _log_metrics(self, run: str, metrics: Sequence[Metric]) -> None:
+        for some in _pieces(metrics, BATCH):
+            self.client.log_batch(run, metrics=some)
+
+    # -- which MLflow run
+
+    def _id(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise Refused(f"no MLflow run of {name}")
+        return found
+
+    def _find(self, name: str) -> str | None:
+        """The MLflow run of a name: noted in the record, or found by its tag; None where there is none."""
+        if name in self.ids:
+            return self.ids[name]
+        noted = self._noted(name)
+        if noted is not None and self._is_active(noted):
+            return self._note(name, noted)
+        found = sorted(self._search(name), key=lambda run: (-len(run.data.metrics), run.info.run_id))
+        if not found:
+            return None
+        self._delete_others(found, found[0].info.run_id)
+        return self._note(name, found[0].info.run_id)
+
+    def _search(self, name: str) -> list[Run]:
+        return list(self.client.search_runs([self.experiment], f"tags.`{ID}` = '{self._tag(name)}'"))
+
+    def _delete_others(self, found: Sequence[Run], ours: str) -> None:
+        """An unanswered request to make a run may be carried out after all, beside the one that was repeated."""
+        for run in found:
+            if run.info.run_id != ours:
+                self.client.delete_run(run.info.run_id)
+
+    def _tag(self, name: str) -> str:
+        """The same job in another store is another run."""
+        return f"{self.record.run}/{self.record.started}/{name}"
+
+    def _noted(self, name: str) -> str | None:
+        if name == self.record.run:
+            return self.record.mlflow_run
+        return next((step.mlflow_run for step in self.record.steps if step.name == name), None)
+
+    def _note(self, name: str, run: str) -> str:
+        self.ids[name] = run
+        if name == self.record.run:
+            self.record.mlflow_run = run
+        for step in self.record.steps:
+            if step.name == name:
+                step.mlflow_run = run
+        return run
+
+    def _is_active(self, run: str) -> bool:
+        try:
+            return bool(self.client.get_run(run).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    # -- the server
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=filled(self.uri, "tracking.uri"))
+
+    @cached_property
+    def experiment(self) -> str:
+        """The experiment's id; made where there is none."""
+        try:
+            place = self.files.as_uri() if self.files else None
+            if self.client.get_experiment_by_name(self.experiment_name) is None:
+                self.client.create_experiment(self.experiment_name, artifact_location=place)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
+                raise
+        known = self.client.get_experiment_by_name(self.experiment_name)
+        if known is None:
+            raise Refused(f"no MLflow experiment {self.experiment_name!r}")
+        return str(known.experiment_id)
+
+
+def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _verdict(error: Exception) -> Unanswered | Refused:
+    """Whether the same entry may be taken later. A wrong login or too many requests are for others to set right."""
+    if isinstance(error, Refused):
+        return error
+    status = None
+    if isinstance(error, MlflowException) and error.error_code != "ENDPOINT_NOT_FOUND":  # that is no MLflow's answer
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+    elif not isinstance(error, MlflowException | OSError):
+        return Refused(one_line(error))
+    if status is not None and 400 <= status < 500 and status not in (401, 403, 408, 429):
+        return Refused(one_line(error))
+    causes = (error, error.__cause__, error.__context__)
+    silent = any(isinstance(cause, requests.ConnectionError | requests.Timeout) for cause in causes)
+    return Unanswered("" if silent else one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """At most 300 characters, without a login that stands in an address."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return without_login(redacted(text))[:300]
+
+
+def without_login(text: str) -> str:
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)

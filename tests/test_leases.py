@@ -1,0 +1,156 @@
+"""Leases: one holder at a time, given up by the dead, and never by who is only slow."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import leases
+from pipeline.leases import Held, Holder, Lease, Waiter, look, take
+from pipeline.store import Store
+
+spawn = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "EXPIRES_SECONDS", 0.5)
+
+
+def me(task: str) -> Holder:
+    return Holder.me("some-run", task)
+
+
+def taken(store: Store, task: str, **how: Any) -> Lease:
+    lease = take(store, "a", me(task), **how)
+    assert isinstance(lease, Lease)
+    return lease
+
+
+def hold(folder: str, ready: Any, elsewhere: bool) -> None:
+    """Hold the lease in a process of its own until it is killed."""
+    leases.BEAT_SECONDS = 0.05
+    holder = me("theirs").model_copy(update={"machine": "another machine"} if elsewhere else {})
+    assert isinstance(take(Store(folder), "a", holder), Lease)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.fixture
+def holder(store: Store, request: pytest.FixtureRequest) -> Iterator[Any]:
+    ready = spawn.Event()
+    process = spawn.Process(target=hold, args=(store.url, ready, request.param == "another machine"))
+    process.start()
+    assert ready.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_lease_has_one_holder_until_it_is_released(store: Store) -> None:
+    ours = taken(store, "ours")
+    found = take(store, "a", me("theirs"))
+    assert isinstance(found, Held) and found.holder.process == os.getpid() and "some-run" in str(found.holder)
+    assert leases.held(store) == {"a"}
+    ours.release()
+    assert look(store, "a") is None and leases.held(store) == set()
+    taken(store, "theirs").release()
+
+
+def test_leases_of_other_names_are_free(store: Store) -> None:
+    ours = taken(store, "ours")
+    other = take(store, "b", me("theirs"))
+    assert isinstance(other, Lease)
+    assert leases.held(store) == {"a", "b"}
+    ours.release()
+    other.release()
+
+
+def race(folder: str, start: Any, won: Any) -> None:
+    start.wait()
+    if isinstance(take(Store(folder), "a", me(f"{os.getpid()}")), Lease):
+        won.put(os.getpid())
+    time.sleep(1)
+
+
+def test_of_many_who_want_it_at_once_one_gets_it(store: Store) -> None:
+    start, won = spawn.Event(), spawn.Queue()
+    racers = [spawn.Process(target=race, args=(store.url, start, won)) for _ in range(6)]
+    for racer in racers:
+        racer.start()
+    start.set()
+    for racer in racers:
+        racer.join()
+    assert won.qsize() == 1
+
+
+@pytest.mark.parametrize("holder", ["this machine"], indirect=True)
+def test_what_a_dead_process_of_this_machine_held_is_free_at_once(store: Store, holder: Any) -> None:
+    assert isinstance(take(store, "a", me("ours")), Held)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    taken(store, "ours").release()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("holder", ["another machine"], indirect=True)
+def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(store: Store, holder: Any) -> None:
+    found = take(store, "a", me("ours"))
+    assert isinstance(found, Held)
+    waiter, began = Waiter(found), time.monotonic()
+    while time.monotonic() - began < 1.5:
+        assert not waiter.expired(store)
+        time.sleep(0.05)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    silent = time.monotonic()
+    while not waiter.expired(store):
+        time.sleep(0.05)
+    assert 0.3 < time.monotonic() - silent < 5
+    assert isinstance(take(store, "a", me("ours")), Held)  # nobody else's patience has ended
+    taken(store, "ours", over=waiter.last).release()
+
+
+@pytest.mark.usefixtures("quick")
+def test_patience_with_one_holder_is_no_right_over_the_next(store: Store) -> None:
+    first = taken(store, "first")
+    found = take(store, "a", me("ours"))
+    assert isinstance(found, Held)
+    first.release()
+    second = taken(store, "second")
+    assert isinstance(take(store, "a", me("ours"), over=found), Held)
+    second.release()
+
+
+def test_another_attempt_at_a_task_takes_over_from_the_first(store: Store) -> None:
+    first, again = taken(store, "same"), taken(store, "same")
+    assert isinstance(take(store, "a", me("other")), Held)
+    first.release()  # the first was only slow, and leaves: the lease is the second's still
+    assert isinstance(take(store, "a", me("other")), Held)
+    again.release()
+    assert look(store, "a") is None
+
+
+def test_a_lease_that_cannot_be_read_is_free(store: Store) -> None:
+    store.write("leases/a/000003.json", "{")
+    assert look(store, "a") is None
+    taken(store, "ours").release()
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_does_not_hold_its_lease() -> None:
+    assert not me("x").gone()
+    assert me("x").model_copy(update={"born": 1}).gone()
+    assert not me("x").model_copy(update={"born": 1, "machine": "another"}).gone()

@@ -1,0 +1,260 @@
+"""A store on S3: whole or not there, through an unreliable network, in little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3fs import S3FileSystem
+
+from pipeline import files
+from pipeline.files import StoreError
+from pipeline.store import MANIFEST, Store
+from tests.conftest import ROOT
+from tests.flaky import FAULTS, Fault, Plan, Proxy, flaky, seeded
+from tests.stores import FILES, KEY, OTHER, commit, flip, stored
+
+MIB = 2**20
+
+
+@contextmanager
+def through_a_proxy(store: Store, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Iterator[tuple[Store, Proxy]]:
+    """The same store behind a proxy that spoils requests, and little patience with it."""
+    monkeypatch.setattr(files, "READ_TIMEOUT", 1)
+    monkeypatch.setattr(files, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(files, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(files, "REQUEST_TRIES", 1)
+    monkeypatch.setattr(files, "PART_BYTES", 5 * MIB)  # the least that S3 takes
+    with flaky(os.environ["AWS_ENDPOINT_URL"], plan, stall_seconds=1.5) as proxy:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("AWS_ENDPOINT_URL", proxy.url)
+            S3FileSystem.clear_instance_cache()
+            behind = Store(store.url)
+            behind.fs.connect()
+        S3FileSystem.clear_instance_cache()
+        yield behind, proxy
+
+
+# -- an unreliable network
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_everything_comes_through_an_unreliable_network(s3: Store, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    large = os.urandom(11 * MIB)  # three parts
+    with through_a_proxy(s3, monkeypatch, seeded(seed, share=0.25)) as (store, proxy):
+        store.write_run("digits", "{}")
+        store.write_run("digits", '{"status": "running"}')
+        assert store.create("leases/a/0.json", "mine") and not store.create("leases/a/0.json", "yours")
+        store.partial(KEY).save("training", lambda path: path.write_bytes(b"first"))
+        store.partial(KEY).save("training", lambda path: path.write_bytes(large))
+        loaded = store.partial(KEY).load("training")
+        assert loaded is not None and loaded.read_bytes() == large
+        commit(store, KEY, {"model.safetensors": large, "meta.json": b"{}"})
+        commit(store, OTHER)
+        store.artifact(KEY).verify()
+        assert (store.artifact(KEY).path() / "model.safetensors").read_bytes() == large
+        assert store.artifact(OTHER).read("figures/loss.svg") == FILES["figures/loss.svg"]
+        assert [manifest.key for manifest in store.manifests()] == sorted([KEY, OTHER])
+        assert store.state(KEY) == "cached" and store.runs() == ["digits"]
+        aside = store.quarantine(OTHER)
+        store.remove("leases/a/0.json")
+    assert len(proxy.spoiled) >= 8, proxy.spoiled
+    there = stored(s3)
+    assert {name for name in there if not name.startswith("rotten/")} == {
+        "runs/digits.json", *(f"artifacts/{KEY}/{name}" for name in ("model.safetensors", "meta.json", MANIFEST)),
+    }  # fmt: skip
+    assert there["runs/digits.json"] == b'{"status": "running"}'
+    assert there[f"artifacts/{KEY}/model.safetensors"] == large
+    assert {name: there[f"{aside}/{name}"] for name in FILES} == FILES
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_that_passes_is_survived(s3: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    turns = iter([fault, None] * 100)
+    with through_a_proxy(s3, monkeypatch, lambda: next(turns)) as (store, proxy):
+        store.write("runs/a.json", "x" * 5000)
+        assert store.read("runs/a.json") == "x" * 5000
+        assert store.create("leases/a.json", "mine")  # although the answer may be lost: it sees that it is its own
+    assert proxy.spoiled.count(fault) >= 2  # half of an empty answer is the whole
+
+
+@pytest.mark.parametrize("fault", ["500", "slow down", "lost request", "half an answer"])
+def test_a_fault_that_stays_ends_in_one_line_that_says_what_was_tried(
+    s3: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    commit(s3)
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
+    with through_a_proxy(s3, monkeypatch, lambda: fault) as (store, proxy), pytest.raises(StoreError) as caught:
+        store.read_run("digits") if fault == "half an answer" else commit(store, OTHER)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith(f"store: got {s3.url!r}, which does not answer as it should: ")
+    assert f"failed {proxy.requests} times" in line or fault == "half an answer"
+    assert {name for name in stored(s3) if OTHER in name} == set()
+
+
+def test_what_does_not_pass_is_not_tried_again(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with through_a_proxy(s3, monkeypatch, lambda: None) as (store, proxy):
+        assert store.read("runs/none.json") is None
+    assert proxy.requests <= 2  # a HEAD and a GET
+
+
+# -- whole or not there
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from pipeline import files
+from pipeline.store import Store
+files.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
+Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
+"""
+
+
+def test_a_kill_in_the_midst_of_an_upload_leaves_nothing_visible(s3: Store, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(200 * MIB)
+    upload = subprocess.Popen(
+        [sys.executable, "-c", UPLOAD, s3.url, str(large)], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 60
+    while not (begun := s3.files.uploads()) or begun["artifacts/key/model.safetensors"].size < 5 * MIB:
+        assert upload.poll() is None and time.monotonic() < deadline, "no part was uploaded"
+        time.sleep(0.02)
+    upload.send_signal(signal.SIGKILL)
+    upload.wait()
+    assert stored(s3) == {} and s3.keys() == []
+    assert large.exists()
+
+
+# -- one holder
+
+
+def race(url: str, number: int, barrier: Any, won: Any) -> None:
+    store = Store(url)
+    store.names("leases")  # connected
+    barrier.wait()
+    if store.create("leases/a/0.json", f"process {number}"):
+        won.put(number)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store, tmp_path: Path) -> None:
+    store = s3 if place == "s3" else Store(str(tmp_path / "store"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["s3fs", "pipeline.store"])
+    barrier, won = context.Barrier(8), context.Queue()
+    racers = [context.Process(target=race, args=(store.url, number, barrier, won)) for number in range(8)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert [racer.exitcode for racer in racers] == [0] * 8
+    winner = won.get(timeout=5)
+    assert won.empty() and store.read("leases/a/0.json") == f"process {winner}"
+
+
+# -- memory
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+from pipeline.store import FileEntry, Store, digest
+store, path = Store(sys.argv[1]), Path(sys.argv[2])
+store.write("runs/a.json", "{}")  # the libraries are there
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size, sha256 = path.stat().st_size, digest(path)
+store.files.put(path, "large")
+assert store.files.through("large", FileEntry(size=size, sha256=sha256).differs_from) is None
+store.files.get("large", path)
+assert digest(path) == sha256 and path.stat().st_size == size
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_large_file_goes_there_and_back_in_little_memory(s3: Store, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        for piece in range(300):
+            file.write(hashlib.sha256(str(piece).encode()).digest() * (MIB // 32))
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, s3.url, str(large)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 150, "MiB"
+
+
+# -- a clear no
+
+
+def test_a_bucket_that_does_not_exist_is_one_line(s3: Store) -> None:
+    store = Store("s3://no-such-bucket/prefix")
+    for call in (store.check_writable, store.runs, lambda: store.write("runs/a.json", "")):
+        with pytest.raises(StoreError, match="whose bucket does not exist; accepted: a bucket that exists"):
+            call()
+
+
+def test_no_credentials_are_one_line(s3: Store, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true"}
+    code = f"from pipeline.store import Store; Store({s3.url!r}).runs()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert f"store: got {s3.url!r}, for which there are no credentials; accepted: AWS_ACCESS_KEY_ID" in last
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("nonsense://place", "which cannot be understood"),
+        ("gs://bucket/prefix", "whose library is not installed"),
+        ("s3://", "which cannot be understood"),
+    ],
+)
+def test_a_store_that_no_library_knows_is_one_line(url: str, told: str) -> None:
+    with pytest.raises(StoreError) as caught:
+        Store(url)
+    assert str(caught.value).startswith(f"store: got {url!r}, {told}") and "accepted: " in str(caught.value)
+
+
+# -- rot in the cache of this machine
+
+
+def test_a_copy_that_rots_on_this_machine_is_fetched_again(s3: Store) -> None:
+    commit(s3)
+    copy = s3.artifact(KEY).path() / "model.safetensors"
+    copy.write_bytes(flip(copy.read_bytes()))
+    s3.artifact(KEY)._verified.clear()  # as in another process
+    assert (Store(s3.url).artifact(KEY).path() / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def fetch(url: str, barrier: Any) -> None:
+    store = Store(url)
+    store.runs()
+    barrier.wait()
+    for _ in range(3):
+        assert (store.artifact(KEY).path() / "model.safetensors").stat().st_size == 8 * MIB
+        store.artifact(KEY)._verified.clear()
+
+
+def test_processes_that_fetch_an_artifact_at_once_all_get_it_whole(s3: Store) -> None:
+    commit(s3, KEY, {"model.safetensors": os.urandom(8 * MIB)})
+    context = multiprocessing.get_context("forkserver")
+    barrier = context.Barrier(3)
+    fetching = [context.Process(target=fetch, args=(s3.url, barrier)) for _ in range(3)]
+    for process in fetching:
+        process.start()
+    for process in fetching:
+        process.join()
+    assert [process.exitcode for process in fetching] == [0] * 3
