@@ -27,6 +27,8 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from specs.secrets import filled
+
 T = TypeVar("T")
 
 RETRY_SECONDS = 60.0  # from an operation's first failure to the last try
@@ -136,16 +138,17 @@ class Files(ABC):
 def open_files(url: str) -> Files:
     """The files at a folder or an fsspec URL; raises StoreError where no installed library knows it."""
     protocol = url.partition("://")[0] if "://" in url else ""
+    place = filled(url, "store")
     try:
         if protocol in ("s3", "s3a"):
-            fs, root = _open_s3(url)
+            fs, root = _open_s3(place)
             if not root:
                 raise ValueError("no bucket in it")
             return RemoteFiles(fs, root, url)
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = fsspec.core.url_to_fs(place)
         if isinstance(fs, LocalFileSystem):
             return LocalFiles(fs, root, str(root))  # a relative path means the same folder in every process of a job
-        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        fs, root = fsspec.core.url_to_fs(place, use_listings_cache=False)
     except ImportError as missing:
         package = "graftwork[s3]" if protocol in ("s3", "s3a") else protocol
         told = f"accepted: a folder, or the URL of a library that is installed ({package!r} may want installing)"

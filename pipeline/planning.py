@@ -102,7 +102,7 @@ def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
         return ()
     try:
         return tuple(Edit.model_validate(edit) for edit in json.loads(config.read_text()).get("edits", ()))
-    except (ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         problem = f"got {job.weights.path!r}, whose config.json cannot be read; accepted: the folder of a model"
         raise SpecError([f"weights.path: {problem}"]) from None
 

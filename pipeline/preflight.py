@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -50,6 +50,53 @@ def check_places(store: Store, tracking_uri: str | None) -> None:
         except OSError as error:
             given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
             raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
+
+
+def reads_files(job: JobSpec) -> bool:
+    """Whether steps read checkpoints or statistics that somebody else made."""
+    scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
+    return isinstance(job.weights, CheckpointWeights) or scions or "fid" in job.evaluate.metrics
+
+
+def check_files(job: JobSpec, pending: Collection[str]) -> None:
+    """Raise SpecError where a file that a pending step reads is another one than it needs; torch is loaded for it.
+
+    Names, shapes and headers are read here; what the numbers are shows when the step reads them.
+    """
+    from models import checkpoints
+    from models.dit import DiTConfig
+    from stages.inception import read_statistics
+
+    lines = []
+    sources = [("weights.path", job.weights.path)] if isinstance(job.weights, CheckpointWeights) else []
+    sources = sources if "base" in pending else []
+    for number, edit in enumerate(job.graft):
+        names = {f"distill/{one.name}" for one in edit.edits(job.model.depth)}
+        if isinstance(edit, OperatorEdits) and edit.scions is not None and names & set(pending):
+            sources.append((f"graft.{number}.scions", edit.scions))
+    for field, source in sources:
+        config = DiTConfig(
+            input_size=job.latent_side(),
+            in_channels=job.codec.latent_channels(job.data),
+            patch=job.model.patch,
+            depth=job.model.depth,
+            width=job.model.width,
+            heads=job.model.heads,
+            num_classes=len(class_sizes(job.data)),
+            learn_sigma=job.model.learn_sigma,
+        )
+        try:
+            checkpoints.check(source, config)
+        except checkpoints.UnfitCheckpoint as error:
+            lines.append(f"{field}: got {error}; accepted: a checkpoint of the job's model and classes")
+    reference = job.evaluate.reference
+    if "fid" in job.evaluate.metrics and reference and "evaluate" in pending and not Path(reference).is_dir():
+        try:
+            read_statistics(reference)
+        except ValueError as error:
+            lines.append(f"evaluate.reference: got {error}; accepted: an .npz with mu and sigma, or a folder of images")
+    if lines:
+        raise SpecError(lines)
 
 
 def absent(job: JobSpec) -> list[str]:

@@ -68,6 +68,9 @@ class Run:
         # A run that goes on does so without MLflow too: what it would have told is kept.
         goes_on = self.past is not None and self.past.mlflow_uri == self.tracking_uri()
         preflight.check_places(self.store, None if goes_on else self.tracking_uri())
+        if preflight.reads_files(self.plan.job):
+            states = self.plan.states(self.store).items()
+            preflight.check_files(self.plan.job, [step for step, state in states if state != "cached"])
         with self.stop.listening(), leases.releasing(self._lease()):
             self.record, self.past = self._open_record()  # whoever held the lease may have gone on with the run
             if self._served():

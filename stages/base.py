@@ -26,7 +26,10 @@ def run(context: Context) -> None:
     edits: tuple[Edit, ...] = ()
     if isinstance(params.weights, CheckpointWeights):
         expected = read_meta(context.input("features")).dit_config(params.model)
-        model, edits = checkpoints.read(params.weights.path, config=expected)
+        try:
+            model, edits = checkpoints.read(params.weights.path, config=expected)
+        except checkpoints.UnfitCheckpoint as error:
+            raise checkpoints.UnfitCheckpoint(f"weights.path: {error}") from None
     else:
         model = _new_model(context)
         launch(pretrain, context, params.weights, context.resources)

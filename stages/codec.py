@@ -173,4 +173,7 @@ def _read(codec: VaeCodec, dtype: torch.dtype) -> Any:
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UnfitCodec(f"{folder}: does not fit its config.json: {'; '.join(sorted(problems)[:SHOWN])}{more}")
+    for name, value in vae.state_dict().items():
+        if not value.isfinite().all():
+            raise UnfitCodec(f"{folder}: {name}: holds NaN or infinity, expected numbers")
     return vae

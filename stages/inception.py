@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 from specs.evaluate import WEIGHTS_FILE, inception_file
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 2048
 BATCH = 50
+LARGEST = 2**26  # bytes of an array of statistics
 
 
 def load_inception(weights: str | None, device: torch.device) -> Any:
@@ -34,6 +34,10 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of Inception weights ({type(error).__name__})") from None
+    tensors = state.items() if isinstance(state, dict) else ()
+    for name, value in tensors:
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise ValueError(f"{path}: {name}: holds NaN or infinity, expected Inception weights")
     # pytorch-fid takes its weights from a URL only; hand it the file's instead.
     by_url = pytorch_fid.inception.load_state_dict_from_url
     pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: state
@@ -55,14 +59,37 @@ def reference_statistics(path: str, network: Any, device: torch.device) -> Gauss
     if Path(path).is_dir():
         if not any(file.suffix[1:].lower() in IMAGE_EXTENSIONS for file in Path(path).iterdir()):
             raise ValueError(f"{path}: no images directly in this folder")
-    elif Path(path).suffix != ".npz":
-        raise ValueError(f"{path}: neither a folder of images nor an .npz with mu and sigma")
-    try:
         return Gaussian(*compute_statistics_of_path(path, network, BATCH, DIMENSIONS, device, num_workers=0))
-    except KeyError as error:
-        raise ValueError(f"{path}: holds no {error}; an .npz with mu and sigma is needed") from None
-    except (BadZipFile, UnpicklingError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as an .npz with mu and sigma ({type(error).__name__})") from None
+    return read_statistics(path)
+
+
+def read_statistics(path: str) -> Gaussian:
+    """The mu and sigma in an .npz, as pytorch-fid and the published reference files have them; ValueError."""
+    import numpy as np
+
+    from models.frechet import Gaussian
+
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"{path}: neither a folder of images nor an .npz with mu and sigma")
+    shapes = {"mu": (DIMENSIONS,), "sigma": (DIMENSIONS, DIMENSIONS)}
+    found = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name, shape in shapes.items():
+                if file.zip.getinfo(f"{name}.npy").file_size > LARGEST:
+                    raise ValueError(f"{name} is too large")
+                found[name] = file[name]
+                if found[name].shape != shape:
+                    raise ValueError(f"{name} has the shape {found[name].shape}, not {shape}")
+                if not np.isfinite(found[name]).all():
+                    raise ValueError(f"{name} holds NaN or infinity")
+    except KeyError:
+        missing = next(name for name in shapes if name not in found)
+        raise ValueError(f"{path}: holds no {missing}; an .npz with mu and sigma is needed") from None
+    except Exception as error:  # torn files make numpy and zlib raise whatever their bytes happen to stand for
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an .npz with mu and sigma ({reason})") from None
+    return Gaussian(found["mu"], found["sigma"])
 
 
 def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> NDArray[np.float64]:

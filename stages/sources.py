@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # that a file of these names may be in; none runs a program
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that a file of these names may be in; none runs a program
 MOST_PIXELS = 2**26  # of an image after it is scaled, before the crop: a line of pixels would become a wall
 SHOWN = 10  # broken images that an error names
 

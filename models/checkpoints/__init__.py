@@ -18,6 +18,6 @@ from models.checkpoints.card import Card, write_card
 from models.checkpoints.export import ExportRefused, export
 from models.checkpoints.fit import UnfitCheckpoint, fill
 from models.checkpoints.native import load, save
-from models.checkpoints.reading import read
+from models.checkpoints.reading import check, read
 
-__all__ = ["Card", "ExportRefused", "UnfitCheckpoint", "export", "fill", "load", "read", "save", "write_card"]
+__all__ = ["Card", "ExportRefused", "UnfitCheckpoint", "check", "export", "fill", "load", "read", "save", "write_card"]

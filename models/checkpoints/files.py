@@ -54,7 +54,7 @@ def read_shards(index: Path) -> Tensors:
         weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         if any(Path(name).name != name for name in weight_map.values()):
             raise ValueError("a file elsewhere")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UnfitCheckpoint(f"{index}: is no index of tensors in files") from None
     shards = {name: read_tensors(index.with_name(name)) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
@@ -87,16 +87,29 @@ def read_torch(path: Path) -> Any:
     """
     try:
         mappable = zipfile.is_zipfile(path)  # torch's format since 1.6
+        if mappable and _inflates(path):
+            raise UnfitCheckpoint(f"{path}: refused, it is compressed, which torch's files are not")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except UnpicklingError as error:
         name = _refused_global(path, str(error))
         problem = f"refused, unpickling it would call {name}" if name else NO_TENSORS
+    except UnfitCheckpoint:
+        raise
     except (RuntimeError, OSError) as error:  # the two that say what is wrong
         problem = f"cannot be read as tensors: {_first_line(error)}"
     except Exception:  # text or noise, taken for a pickle, raises whatever its bytes happen to stand for
         problem = NO_TENSORS
     raise UnfitCheckpoint(f"{path}: {problem}") from None
+
+
+def _inflates(path: Path) -> bool:
+    """Whether a zip file holds more than it has bytes."""
+    with zipfile.ZipFile(path) as file:
+        parts = file.infolist()
+    return any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
+        sum(part.file_size for part in parts) > path.stat().st_size
+    )
 
 
 def _first_line(error: Exception) -> str:

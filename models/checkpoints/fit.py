@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from models.dit import DiT, DiTConfig
 from models.surgery import graft
+from specs.costs import rootstock_cost
 from specs.graft import Edit
 
 if TYPE_CHECKING:
     from models.checkpoints.files import Shape, Tensors
 
 SHOWN = 10  # tensors that an error names at most
+LARGER = 16  # times, at most, that a rootstock has the numbers of its graft
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 
@@ -52,14 +55,40 @@ def weightless(config: DiTConfig, edits: Iterable[Edit]) -> DiT:
         return graft(DiT(config), edits, seed=0)
 
 
+def fitting(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors) -> DiT:
+    """The model before it has weights; raises UnfitCheckpoint, naming the tensors that do not fit it."""
+    held = sum(math.prod(shape) for shape in tensors.shapes.values())
+    asked = rootstock_cost(config, config.place, config.in_channels, config.num_classes).params
+    if asked > LARGER * held:
+        raise UnfitCheckpoint(f"{tensors.source}: holds {held:,} numbers, expected a model of about {asked:,}")
+    try:
+        model = weightless(config, edits)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # settings of an operator that no memory has room for
+        reason = str(error).splitlines()[0] if str(error) else "it is too large"
+        raise UnfitCheckpoint(f"{tensors.source}: no such model can be made: {reason}") from None
+    _check(shapes_of(model.state_dict()), tensors.shapes, tensors.source)
+    return model
+
+
 def build(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors, device: torch.device | str | None = None) -> DiT:
-    """The model with these tensors; raises UnfitCheckpoint, naming those that do not fit."""
-    model = weightless(config, edits)
-    wanted = model.state_dict()
-    _check(shapes_of(wanted), tensors.shapes, tensors.source)
-    state = {name: settled(tensors.get(name), like.dtype, device or "cpu") for name, like in wanted.items()}
+    """The model with these tensors; raises UnfitCheckpoint, naming those that do not fit, or hold no numbers."""
+    model = fitting(config, edits, tensors)
+    state = {
+        name: settled(_numbers(name, tensors.get(name), like, tensors.source), like.dtype, device or "cpu")
+        for name, like in model.state_dict().items()
+    }
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _numbers(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
+    """The tensor, if it can stand for weights: integers may be of any scale, NaN and infinity are of none."""
+    if value.is_floating_point() != like.is_floating_point():
+        found, expected = (str(one.dtype).removeprefix("torch.") for one in (value, like))
+        raise UnfitCheckpoint(f"{source}: {name}: holds {found}, expected {expected}")
+    if value.is_floating_point() and value.numel() and not all(map(math.isfinite, map(float, value.aminmax()))):
+        raise UnfitCheckpoint(f"{source}: {name}: holds NaN or infinity, expected numbers")
+    return value
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

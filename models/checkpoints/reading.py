@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from models.checkpoints import diffusers, native, published
-from models.checkpoints.fit import UnfitCheckpoint, build
+from models.checkpoints.fit import UnfitCheckpoint, build, fitting
 from models.checkpoints.recognition import Found, recognised
 from models.dit import DiT, DiTConfig
 from specs.graft import Edit
@@ -38,6 +38,13 @@ def read(
     found = find(located(source))
     rootstock, edits = recognised(found, config, heads)
     return build(rootstock, edits, found.tensors, device), edits
+
+
+def check(source: str | Path, config: DiTConfig) -> None:
+    """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read."""
+    found = find(located(source))
+    rootstock, edits = recognised(found, config, None)
+    fitting(rootstock, edits, found.tensors)
 
 
 def located(source: str | Path, accepted: str = ACCEPTED) -> Path:
@@ -77,6 +84,6 @@ def _config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; empty where there is none that could name a layout."""
     try:
         config = json.loads((folder / native.CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -16,6 +16,7 @@ from models.dit import DiTConfig
 from models.operators import REGISTRY, recognise
 from models.surgery import ATTRIBUTE
 from specs.graft import Edit, Parallel, Site
+from specs.layers import MAX_DEPTH
 from specs.load import shown
 from specs.model import SIZES
 from specs.operators import Place, Target
@@ -27,6 +28,7 @@ TELLING = {
     "y_embedder.embedding_table.weight": 2,
     "final_layer.linear.weight": 2,
 }
+MOST = {"depth": MAX_DEPTH, "input_size": 8192}  # what is built before any tensor is compared
 TARGETS: tuple[Target, ...] = ("mha", "mlp")
 
 
@@ -94,13 +96,17 @@ def misfit(config: DiTConfig) -> str | None:
         value, least = getattr(config, name), 0 if name == "num_classes" else 1
         if type(value) is not int or value < least:
             return f"{name}: {shown(value)}, expected an integer of at least {least}"
-    if config.width % config.heads:
-        return f"{config.heads} attention heads do not divide its width, {config.width}"
-    if config.width % 4:
-        return f"width: {config.width}, expected a multiple of 4, for the 2-D position embedding"
-    if config.input_size % config.patch:
-        return f"input_size: {config.input_size}, expected a multiple of patch, {config.patch}"
-    return None
+        if value > MOST.get(name, value):
+            return f"{name}: {shown(value)}, expected at most {MOST[name]}"
+    misfits = (
+        (config.width % config.heads, f"{config.heads} attention heads do not divide its width, {config.width}"),
+        (config.width % 4, f"width: {config.width}, expected a multiple of 4, for the 2-D position embedding"),
+        (
+            config.input_size % config.patch,
+            f"input_size: {config.input_size}, expected a multiple of patch, {config.patch}",
+        ),
+    )
+    return next((problem for wrong, problem in misfits if wrong), None)
 
 
 def misplaced(edits: Iterable[Edit], config: DiTConfig) -> str | None:
