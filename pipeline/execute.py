@@ -27,6 +27,7 @@ from pipeline import leases
 from pipeline.leases import Held, Holder, Waiter
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
+from specs.secrets import redacted
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
@@ -281,8 +282,8 @@ def _run_step(work: Work, *needed: StepResult) -> StepResult:
         if isinstance(cause, stages.Stopped):
             return StepResult(work.step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
-        problem = _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
-        raise StepFailed(work.step.name, problem, traceback.format_exc(), rotten) from None
+        problem = _problem(work, cause)
+        raise StepFailed(work.step.name, problem, redacted(traceback.format_exc()), rotten) from None
 
 
 def _attempt(work: Work, needed: Sequence[StepResult]) -> StepResult:
@@ -333,6 +334,13 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _problem(work: Work, cause: BaseException) -> str:
+    """What went wrong, in one line, and where it is known what to do."""
+    if (told := work.store.explain(cause)) is not None:
+        return str(told)
+    return _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, of the machine as Ray guards it, or of what the system would give."""
     if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError):
@@ -348,7 +356,7 @@ def _out_of_memory(stage: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = redacted(" ".join(str(error).split()))
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 
