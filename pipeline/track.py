@@ -45,7 +45,8 @@ ENDS: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "KILLED"}
 ANSWER_SECONDS = "10"  # that a request may take
 END_SECONDS = 30.0  # that a finished job gives MLflow to take what waits
 BREAK_SECONDS = 10.0  # and one that breaks off
-DATABASE_SECONDS = 120.0  # and either, where a database file of ours is first made
+DELIVER_SECONDS = 600.0  # and a resume that has nothing else to do
+DATABASE_SECONDS = 120.0  # at least, where a database file of ours is first made
 
 
 class Tracker:
@@ -145,10 +146,10 @@ class Tracker:
         )
         self.close(END_SECONDS if record.status == "finished" else BREAK_SECONDS)
 
-    def close(self, seconds: float = END_SECONDS) -> None:
+    def close(self, seconds: float = DELIVER_SECONDS) -> None:
         """Give MLflow so long to take what waits; the store keeps the rest."""
         self._flush()
-        self.outbox.close(DATABASE_SECONDS if self.is_database else seconds)
+        self.outbox.close(max(seconds, DATABASE_SECONDS) if self.is_database else seconds)
 
     def _flush(self) -> None:
         readings, self.gathered, self.flushed = tuple(self.gathered), [], time.monotonic()
