@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.loopback import LOOPBACK, free_port
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 
 
 class MlflowServer:

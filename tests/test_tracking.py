@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,52 +27,13 @@ from pipeline.store import Origin, Store
 from pipeline.track import Tracker
 from specs.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
-
-SECONDS_TO_START = 240
-
-
-class Server:
-    """A real `mlflow server` on loopback, which can be killed and started again on the same port and database."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        places = [f"--backend-store-uri=sqlite:///{self.folder}/server.db", f"--artifacts-destination={self.folder}"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *options, *places],
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not self._is_up():
-            assert time.monotonic() < deadline, "the MLflow server did not come up"
-            time.sleep(0.2)
-
-    def _is_up(self) -> bool:
-        try:
-            urllib.request.urlopen(f"{self.address}/health", timeout=1)
-        except OSError:
-            return False
-        return True
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the server and its workers."""
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+from tests.servers import MlflowServer
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """One for the tests of this file; each has an experiment of its own."""
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
     server.kill()
@@ -127,16 +86,10 @@ class Line:
 
 
 @pytest.fixture
-def line(server: Server) -> Iterator[Line]:
+def line(server: MlflowServer) -> Iterator[Line]:
     line = Line(server.port)
     yield line
     line.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Job:
@@ -187,7 +140,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Job:
+def job(tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Job:
     """Its tracker writes more often than a real one, so that little time passes."""
     monkeypatch.setattr(track, "FLUSH_SECONDS", 0.05)
     monkeypatch.setattr(outbox, "KEEP_SECONDS", 0.2)
@@ -255,7 +208,7 @@ def test_compare_shows_the_numbers_that_mlflow_holds(tiny: Finished, graft: Graf
     assert {name: value for name, value in row.items() if "." in name} == held
 
 
-def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: Server, graft: Graft) -> None:
+def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: MlflowServer, graft: Graft) -> None:
     place = f"tracking.uri={server.address}"
     done = graft("run", str(TINY), "--json", "--set", place, "--set", "evaluate.sampler.guidance=1.25")
     assert done.returncode == 0, done.stderr
@@ -270,7 +223,9 @@ def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: Ser
     assert "quality-cost.png" in {file.path for file in client.list_artifacts(runs["evaluate"].info.run_id)}
 
 
-def test_a_server_killed_in_the_midst_of_a_curve_has_each_point_once_when_it_is_back(job: Job, server: Server) -> None:
+def test_a_server_killed_in_the_midst_of_a_curve_has_each_point_once_when_it_is_back(
+    job: Job, server: MlflowServer
+) -> None:
     tracker = job.opened()
     tracker.started(job.step("distill/01.mha"))
     for done in range(1, 301):
@@ -299,7 +254,7 @@ def test_a_server_killed_in_the_midst_of_a_curve_has_each_point_once_when_it_is_
 
 
 def test_a_server_that_hangs_holds_up_nobody_and_gets_everything_once(
-    job: Job, server: Server, monkeypatch: pytest.MonkeyPatch
+    job: Job, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     tracker = job.opened()
@@ -524,7 +479,7 @@ class Saying(api.SilentView):
 
 @pytest.mark.slow
 def test_a_job_goes_on_without_its_mlflow_server_and_resume_delivers(
-    tiny_copy: Finished, server: Server, graft: Graft, tmp_path: Path, request: pytest.FixtureRequest
+    tiny_copy: Finished, server: MlflowServer, graft: Graft, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     experiment = request.node.name
     changes = [f"tracking.uri={server.address}", f"tracking.experiment={experiment}", "evaluate.sampler.guidance=1.75"]
