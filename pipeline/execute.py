@@ -351,7 +351,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _out_of_memory(stage: str) -> str:
     setting = stages.STAGES[stage].memory
-    advice = f"lower {setting}" if setting else f"give it a larger machine by resources.{stage}"
+    advice = f"lower {setting}" if setting else f"ask for a node that has more by resources.{stage}.memory"
     return f"out of memory; {advice}"
 
 

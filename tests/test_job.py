@@ -117,7 +117,8 @@ def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Fi
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
-    assert told[0].startswith("graft: step distill/00.mha failed: RuntimeError: ")
+    advice = "out of memory; lower distill.batch, distill.samples or distill.draws"
+    assert told[0] == f"graft: step distill/00.mha failed: {advice}"
     outcome = json.loads(done.stdout)
     assert told[1:] == [f"graft: resume with: graft resume {outcome['run']}"]
     ended = states(outcome)
@@ -136,6 +137,7 @@ def test_a_finetune_that_diverges_fails_at_once_and_says_so(tiny_copy: Finished,
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
     assert told[0].startswith("graft: step finetune failed: FloatingPointError: the loss is nan at step ")
+    assert "; last metrics at " in told[0] and "loss " in told[0].split("; last metrics at ")[1]
     assert done.stderr.count("finetune: running") == 1
 
 
