@@ -194,10 +194,10 @@ def status(
             return
         place = Store(store)
         if name is not None:
-            found = record.find(place, name)
+            found = record.as_it_is(place, record.find(place, name))
             _json(found.model_dump(mode="json")) if as_json else _show_run(found)
             return
-        runs = [record.load(place, run) for run in place.runs()]
+        runs = [record.as_it_is(place, record.load(place, run)) for run in place.runs()]
         if as_json:
             _json([{"run": one.run, "status": one.status, "started": one.started} for one in runs])
             return

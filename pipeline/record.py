@@ -17,7 +17,7 @@ from pipeline.planning import Plan
 from pipeline.store import Store
 from specs.problems import SpecError, shown
 
-Status = Literal["running", "finished", "failed", "stopped"]
+Status = Literal["running", "finished", "failed", "stopped", "lost"]  # lost: its driver died
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
 
 
@@ -85,6 +85,14 @@ def holder(store: Store, run: str) -> Holder | None:
     """Who is at the run, as far as can be told."""
     found = leases.look(store, lease_name(run))
     return None if found is None or found.holder.gone() else found.holder
+
+
+def as_it_is(store: Store, record: RunRecord) -> RunRecord:
+    """The record, but for what a driver that died could not write any more."""
+    if record.status != "running" or holder(store, record.run) is not None:
+        return record
+    steps = [step.model_copy(update={"state": "pending"} if step.state == "running" else {}) for step in record.steps]
+    return record.model_copy(update={"status": "lost", "steps": steps})
 
 
 def with_submission(earlier: list[str]) -> list[str]:

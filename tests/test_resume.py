@@ -28,6 +28,8 @@ def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(
 
     kill_when_saved(["run", str(TINY)], partial / found["distill/03.mha"] / "distill.safetensors.json", tmp_path)
     assert states(json.loads(graft("plan", str(TINY), "--json").stdout))["distill/03.mha"] == "partial"
+    left = json.loads(graft("status", tiny.run, "--json").stdout)
+    assert left["status"] == "lost" and "running" not in states(left).values()
 
     kill_when_saved(["resume", tiny.run], partial / found["finetune"] / "training.safetensors.json", tmp_path)
     between = states(json.loads(graft("plan", str(TINY), "--json").stdout))
