@@ -74,8 +74,8 @@ class Cluster:
             raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
         headers = {"Authorization": f"Bearer {secret}"} if (secret := token()) else {}
         self._check_version(headers)
-        for talks in (sdk, dashboard_sdk):
-            talks.logger.setLevel(logging.ERROR)
+        for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
+            logger.setLevel(logging.ERROR)
         with self._problems(), _without(OVERRIDING):
             self.client = JobSubmissionClient(self.address, headers=headers)
 

@@ -302,6 +302,15 @@ def test_a_token_that_is_none_is_refused_and_not_shown(odd: str, monkeypatch: py
     assert "token" in str(refused.value) and SECRET not in str(refused.value)
 
 
+def test_nobody_without_a_token_is_told_where_it_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("RAY_AUTH_TOKEN", ""), ("RAY_AUTH_TOKEN_PATH", ""), ("HOME", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    with other_server(b"HTTP/1.0 401 Unauthorized\r\n\r\n") as address, pytest.raises(SpecError) as refused:
+        remote.connect(address)
+    assert "asks for a token; accepted: the cluster's token in RAY_AUTH_TOKEN" in str(refused.value)
+    assert f"{tmp_path}/.ray/auth_token" in str(refused.value)
+
+
 def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))

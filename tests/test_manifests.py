@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,13 +172,13 @@ SRUN = f"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || node=${{1#--nodelist=}}; shift; done
 case $1 in
     hostname) echo {LOOPBACK} ;;
-    ray) shift 2; exec "{sys.executable}" "$STANDINS/ray.py" start --node-ip-address {LOOPBACK} \\
+    ray) shift 2; unset RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER; exec "{sys.executable}" "$STANDINS/ray.py" start --node-ip-address {LOOPBACK} \\
         --temp-dir "$STANDINS/$node" --min-worker-port 0 --max-worker-port 0 --dashboard-agent-listen-port 0 \\
         --object-store-memory {OBJECT_STORE_BYTES} "${{@/--node-ip-address=*/--disable-usage-stats}}" ;;
 esac
 """
 SCONTROL = """#!/usr/bin/env bash
-[[ $1 $2 == "show hostnames" ]] && printf 'node0\\nnode1\\n'
+[[ "$1 $2" == "show hostnames" ]] && printf 'node0\\nnode1\\n'
 """
 
 
@@ -241,3 +242,51 @@ def test_the_slurm_script_runs_a_job_on_all_its_nodes_and_leaves_nothing(
     assert "evaluate/stage2: done" in said and "finished" in said
     assert not list(tmp_path.glob(".graftwork-slurm-*"))  # the token is gone
     assert left_by(slurm) == []
+
+
+# The same without Ray: what the script itself does about signals.
+QUICK = {
+    "srun": """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+[[ $1 == hostname ]] && { echo 127.0.0.1; exit; }
+trap '[[ -e saved ]] || touch early; exit' TERM
+while true; do sleep 0.1; done
+""",
+    "scontrol": SCONTROL,
+    "python": f"""#!/usr/bin/env bash
+[[ $1 != -c ]] || exec "{sys.executable}" "$@"
+""",
+    "graft": """#!/usr/bin/env bash
+echo "$RAY_ADDRESS" "$@"
+trap 'sleep 1; touch saved; exit 143' TERM
+[[ $2 == stay ]] || exit 0
+touch begun
+while true; do sleep 0.1; done
+""",
+}
+
+
+@pytest.mark.parametrize(("job", "code"), [("go", 0), ("stay", 143)])
+def test_a_slurm_job_that_gets_a_signal_saves_before_its_nodes_go(job: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / job).touch()
+    for name, text in QUICK.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "GRAFT_SHARED": str(tmp_path), "SLURM_JOB_ID": "7"},
+        **{"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_CPUS_ON_NODE": "2"},
+    }
+    script = subprocess.Popen(
+        [str(SLURM), job, "--set", "seed=1"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if job == "stay":
+        while not (tmp_path / "begun").exists() and script.poll() is None:
+            time.sleep(0.1)
+        script.send_signal(signal.SIGTERM)
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == code
+    assert said.splitlines()[0] == f"127.0.0.1:6379 run {job} --set seed=1"
+    if job == "stay":
+        assert (tmp_path / "saved").exists() and not (tmp_path / "early").exists()
+    assert not list(tmp_path.glob(".graftwork-slurm-*"))
