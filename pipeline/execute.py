@@ -27,6 +27,8 @@ from pipeline import leases
 from pipeline.leases import Held, Holder, Waiter
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
+from specs.problems import plain
+from specs.secrets import redacted
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
@@ -282,7 +284,7 @@ def _run_step(work: Work, *needed: StepResult) -> StepResult:
             return StepResult(work.step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
         problem = _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
-        raise StepFailed(work.step.name, problem, traceback.format_exc(), rotten) from None
+        raise StepFailed(work.step.name, problem, redacted(traceback.format_exc()), rotten) from None
 
 
 def _attempt(work: Work, needed: Sequence[StepResult]) -> StepResult:
@@ -348,7 +350,7 @@ def _out_of_memory(stage: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = plain(redacted(" ".join(str(error).split())))
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 

@@ -668,7 +668,7 @@ def test_secrets_of_the_environment_are_taken_out_of_text(monkeypatch: pytest.Mo
 def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that fails in MLflow's own code, with the whole URI in hand."""
+    """Whatever fails with the URI in hand, on the way to a run."""
     monkeypatch.setenv("DB_PASSWORD", "hunter2hunter2")
     monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
     (tmp_path / "s3cr3ts3cr3t").mkdir()
@@ -686,6 +686,22 @@ def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
         assert "hunter2" not in done.output and "s3cr3t" not in done.output, arguments
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
+
+
+def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose first step fails, and names a file that is called like the secret."""
+    monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
+    home = photos(tmp_path / "photos", per_class=40)
+    (home / "class-0" / "s3cr3ts3cr3t.png").touch()
+    data = f"data={{kind: image_folder, path: {home}, image_size: 16}}"
+    model = ("--set", "distill.samples=8", "--set", "distill.heldout=2", "--set", "evaluate.samples=8")
+    done = graft("run", str(TINY), "--set", data, *model, "--debug")
+    assert done.exit_code == 1, done.output
+    assert "class-0/${MY_API_TOKEN}.png: cannot be read as an image" in done.stderr
+    assert "s3cr3t" not in done.output
+    written = [path for path in (tmp_path / ".graftwork").rglob("*") if path.is_file()]
+    assert {"mlflow.db"} < {path.name for path in written}
+    assert not [path for path in written if b"s3cr3t" in path.read_bytes()]
 
 
 # -- servers
