@@ -26,6 +26,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import aiohttp
 import ray
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
 from specs.load import SpecError
@@ -72,7 +74,8 @@ class Cluster:
             raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
         headers = {"Authorization": f"Bearer {secret}"} if (secret := token()) else {}
         self._check_version(headers)
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        for talks in (sdk, dashboard_sdk):
+            talks.logger.setLevel(logging.ERROR)
         with self._problems(), _without(OVERRIDING):
             self.client = JobSubmissionClient(self.address, headers=headers)
 
@@ -238,7 +241,7 @@ def _token_in_file() -> str:
     try:
         return path.read_text(errors="replace").strip()
     except OSError as error:
-        if "RAY_AUTH_TOKEN_PATH" in os.environ:
+        if os.environ.get("RAY_AUTH_TOKEN_PATH"):
             line = f"RAY_AUTH_TOKEN_PATH: got {str(path)!r}, which cannot be read: {error.strerror}"
             raise SpecError([f"{line}; accepted: a file with the cluster's token"]) from None
         return ""

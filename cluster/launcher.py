@@ -31,30 +31,45 @@ def launch(
     def loop() -> None:
         work(argument, settle())
 
-    workers = recipe.workers
-    for attempt in range(RESTARTS + 1):
+    workers, losses = recipe.workers, 0
+    while True:
         try:
-            TorchTrainer(
-                loop,
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=workers,
-                    use_gpu=resources.gpu > 0,
-                    resources_per_worker=taken(resources),
-                ),
-                torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
-                run_config=ray.train.RunConfig(storage_path=tempfile.mkdtemp(prefix="graftwork-train-")),
-            ).fit()
+            _train(loop, workers, resources)
             return
-        except ray.train.WorkerGroupError as error:
-            # Ray Train would start again after any error; only a lost worker deserves it.
-            failures = error.worker_failures.values()
-            raised = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
-            if raised:
-                # When one worker fails, the others see their connections break: the first cause is the telling one.
-                raise min(raised, key=lambda cause: isinstance(cause, RuntimeError)) from error
-            if attempt == RESTARTS:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # or its controller was lost
+            _raise_own(error)
+            # Not having room for all is no loss: there may be some day, and the driver tells that it is waited for.
+            if not isinstance(error, ray.train.ControllerError) or room_for(resources) >= workers:
+                losses += 1
+            if losses > RESTARTS:
                 raise
             workers = _workers_that_fit(recipe, resources)
+
+
+def _train(loop: Callable[[], None], workers: int, resources: StepResources) -> None:
+    """One attempt; what is done about a failure is for the caller to say."""
+    TorchTrainer(
+        loop,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
+        run_config=ray.train.RunConfig(
+            storage_path=tempfile.mkdtemp(prefix="graftwork-train-"),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+        ),
+    ).fit()
+
+
+def _raise_own(error: Exception) -> None:
+    """Raise what the work itself raised on some worker, if it did: that would only happen again."""
+    failures = getattr(error, "worker_failures", {}).values()
+    raised = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
+    if raised:
+        # When one worker fails, the others see their connections break: the first cause is the telling one.
+        raise min(raised, key=lambda cause: isinstance(cause, RuntimeError)) from error
 
 
 def _workers_that_fit(recipe: TrainingSpec, resources: StepResources) -> int:

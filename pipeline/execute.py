@@ -283,7 +283,7 @@ def _run_step(work: Work, *needed: StepResult) -> StepResult:
         if isinstance(cause, stages.Stopped):
             return StepResult(work.step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
-        problem = _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
+        problem = _problem(work, cause)
         raise StepFailed(work.step.name, problem, redacted(traceback.format_exc()), rotten) from None
 
 
@@ -333,6 +333,13 @@ def _root_cause(error: BaseException) -> BaseException:
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def _problem(work: Work, cause: BaseException) -> str:
+    """What went wrong, in one line, and where it is known what to do."""
+    if (told := work.store.explain(cause)) is not None:
+        return str(told)
+    return _out_of_memory(work.step.stage) if is_out_of_memory(cause) else _one_line(cause)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -108,7 +108,7 @@ class Files(ABC):
 
     @abstractmethod
     def remove_tree(self, folder: str) -> None:
-        """Remove a folder and all below it; missing is fine."""
+        """Remove a folder and all below it, or a file; missing is fine."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -192,8 +192,9 @@ class LocalFiles(Files):
 
     def create(self, name: str, content: bytes) -> bool:
         with self._problems(), self._draft(content) as draft:
+            place = self._place(name)
             try:
-                os.link(draft, self._place(name))
+                os.link(draft, place)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -220,7 +221,8 @@ class LocalFiles(Files):
 
     def remove_tree(self, folder: str) -> None:
         with self._problems(), suppress(FileNotFoundError, NotADirectoryError):
-            shutil.rmtree(self.at(folder))
+            path = Path(self.at(folder))
+            shutil.rmtree(path, onerror=_unless_gone) if path.is_dir() else path.unlink()
 
     def names(self, folder: str) -> list[str]:
         with self._problems():
@@ -288,7 +290,7 @@ class LocalFiles(Files):
     def _problems(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, FileExistsError, StoreError):
+        except (FileNotFoundError, StoreError):
             raise
         except OSError as error:
             raise explained(self.url, error) from error
@@ -432,6 +434,11 @@ class RemoteFiles(Files):
             raise explained(self.url, error) from error
 
 
+def _unless_gone(_: object, __: str, error: tuple[Any, BaseException, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
 def told_by(url: str, error: BaseException) -> StoreError | None:
     """What an error says of the store: that it is full, may not be written or does not answer; None otherwise."""
     if isinstance(error, StoreError):
@@ -466,6 +473,8 @@ def explained(url: str, error: BaseException) -> StoreError:
 
 def _passes(error: BaseException) -> bool:
     """Whether the same again may succeed."""
+    if _code(error) == "NoSuchUpload":  # it had ended, and the answer was lost
+        return True
     if isinstance(error, StoreError | FileNotFoundError | FileExistsError | PermissionError):
         return False
     status = _status(error)

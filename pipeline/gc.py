@@ -17,7 +17,7 @@ from typing import Literal
 
 from pipeline import record
 from pipeline.files import DRAFTS, FileInfo
-from pipeline.leases import held
+from pipeline.leases import held, name_of
 from pipeline.record import RunRecord
 from pipeline.store import MANIFEST, Store
 from specs.load import SpecError
@@ -67,7 +67,7 @@ class Books:
         self.referred = {step.key for run, one in self.runs.items() if run not in self.forgotten for step in one.steps}
         self.released = {step.key for run in self.forgotten for step in self.runs[run].steps} - self.referred
         silent = time.time() - SILENT
-        alive = {path.split("/")[0] for path, file in self.store.files.tree("leases").items() if file.modified > silent}
+        alive = {name_of(path) for path, file in self.store.files.tree("leases").items() if file.modified > silent}
         self.leased = held(self.store) & alive
 
     def uses(self, one: Garbage) -> bool:
@@ -91,9 +91,9 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
     """
     books = Books(store, forget)
     for run in forget:
-        busy = [step.name for step in books.runs[run].steps if step.key in books.leased & books.released]
-        if busy:
-            raise SpecError([f"forget: got {run!r}, a job works on its {busy[0]}; accepted: a run that has stopped"])
+        own = {step.key for step in books.runs[run].steps} & books.released
+        if books.leased & {record.lease_name(run), *own}:
+            raise SpecError([f"forget: got {run!r}, which a job works on; accepted: a run that has stopped"])
     steps = {step.key: step.name for one in books.runs.values() for step in one.steps}
     before = time.time() - older_than
     return sorted(
@@ -109,7 +109,8 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
 def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> Iterator[Garbage]:
     """Forget these runs, then free what nothing has come to refer to; yields each piece when it is gone."""
     for run in forget:
-        store.remove(f"runs/{run}.json")
+        for place in (f"runs/{run}.json", f"outbox/{run}.jsonl", f"outbox/{run}.refused.jsonl", f"stops/{run}"):
+            store.remove(place)
     books = Books(store)
     for one in found:
         books.refresh()
@@ -144,8 +145,9 @@ def _all(store: Store, steps: dict[str, str]) -> Iterator[Garbage]:
         key, _, nanoseconds = name.rpartition("-")
         when = int(nanoseconds) / 1e9 if nanoseconds.isdigit() else 0.0
         yield Garbage("rotten", f"rotten/{name}", sum(file.size for file in files.values()), when, key, steps.get(key))
-    for key, files in _folders(store, "leases"):
-        yield _piece("lease", f"leases/{key}", files, key, steps.get(key))
+    for file, info in store.files.tree("leases").items():
+        key = name_of(file)
+        yield Garbage("lease", f"leases/{file}", info.size, info.modified, key, steps.get(key))
     for name, files in _folders(store, DRAFTS):
         yield _piece("draft", f"{DRAFTS}/{name}", files)
     for name, info in store.files.uploads().items():
@@ -174,5 +176,6 @@ def _remove(store: Store, one: Garbage) -> None:
         return
     if one.kind == "artifact":
         store.remove(f"{one.place}/{MANIFEST}")
-    store.remove(one.place)
+    if one.kind == "lease":
+        store.remove(one.place)
     store.files.remove_tree(one.place)

@@ -1,6 +1,6 @@
 """Leases: who is at work on what, so that drivers that share a store do each step once.
 
-    leases/<name>/<generation>.json
+    leases/<name>.<generation>.json
 
 A lease is taken by creating the next generation, which only one can. Its holder rewrites that file every few seconds.
 Whoever finds a lease taken may take it over once its holder is known to be gone (a dead process of this machine, an
@@ -124,8 +124,13 @@ def look(store: Store, name: str) -> Held | None:
 
 def held(store: Store) -> set[str]:
     """The names of all leases that someone may be at work under."""
-    found = (look(store, name) for name in store.names("leases"))
+    found = (look(store, name) for name in {name_of(file) for file in store.names("leases")})
     return {one.name for one in found if one is not None and not one.holder.gone()}
+
+
+def name_of(file: str) -> str:
+    """The lease that a file in `leases` is of."""
+    return file.removesuffix(".json").rpartition(".")[0]
 
 
 class Waiter:
@@ -154,11 +159,11 @@ def releasing(lease: Lease) -> Iterator[None]:
 
 
 def _file(name: str, generation: int) -> str:
-    return f"leases/{name}/{generation:06d}.json"
+    return f"leases/{name}.{generation:06d}.json"
 
 
 def _last_generation(store: Store, name: str) -> int:
-    numbers = [file.removesuffix(".json") for file in store.names(f"leases/{name}")]
+    numbers = [file.split(".")[-2] for file in store.names("leases") if name_of(file) == name]
     return max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 

@@ -6,7 +6,6 @@ one is made, parameters that stand are left alone, and of a curve only what come
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -28,6 +27,7 @@ BATCH = 500  # metrics that MLflow takes at once, at most 1000
 FEW = 100  # params or tags that it takes at once
 ID = "graftwork.id"  # the tag by which a run is found whose creation was not answered
 
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 T = TypeVar("T")
 
 
@@ -101,11 +101,11 @@ class End(Document):
     kind: Literal["end"] = "end"
     run: str
     at: int
-    status: Literal["FINISHED", "FAILED"]
+    status: EndStatus
 
 
 class Unseen(Document):
-    """How a step ended that no driver saw end: for its run where that still stands as running."""
+    """How a step ended that no driver saw end: for its run where that does not stand as finished."""
 
     kind: Literal["unseen"] = "unseen"
     run: str
@@ -128,7 +128,8 @@ class Desk:
     """Takes entries to MLflow; notes in the record which MLflow runs they are for."""
 
     def __init__(self, uri: str, experiment: str, record: RunRecord, store: Store, files: Path | None) -> None:
-        """files: where a database of ours keeps its pictures; a server has a place of its own."""
+        """files: where a database of ours keeps its pictures; a server has a place of its own. Raises SpecError."""
+        filled(uri, "tracking.uri")  # said here, not entry by entry
         self.uri, self.experiment_name = uri, experiment
         self.record, self.store, self.files = record, store, files
         self.ids: dict[str, str] = {}  # name -> MLflow run, seen to be there
@@ -171,7 +172,7 @@ class Desk:
                 self.client.set_terminated(run, entry.status, end_time=entry.at)
             case Unseen():
                 found = self._find(entry.run)
-                if found is not None and self.client.get_run(found).info.status == "RUNNING":
+                if found is not None and self.client.get_run(found).info.status != "FINISHED":
                     for last in entry.ending:
                         self._take(last)
 
@@ -329,10 +330,5 @@ def _verdict(error: Exception) -> Unanswered | Refused:
 
 
 def one_line(error: Exception) -> str:
-    """At most 300 characters, without a login that stands in an address."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return without_login(redacted(text))[:300]
-
-
-def without_login(text: str) -> str:
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
+    """At most 300 characters, without secrets."""
+    return redacted(" ".join(str(error).split()) or type(error).__name__)[:300]

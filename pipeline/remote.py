@@ -22,6 +22,7 @@ from pipeline.record import COMMIT, SUBMISSION
 from pipeline.running import git_commit
 from specs.job import JobSpec
 from specs.load import SpecError, load
+from specs.secrets import INSTEAD, masked, secret_in
 
 if TYPE_CHECKING:
     from cluster.jobs import Answer, Cluster, Submission
@@ -30,7 +31,6 @@ PACKAGES = ("specs", "models", "cluster", "stages", "pipeline")
 JOB_FILE = "job.yaml"
 GRAFT = ("python", "-m", "pipeline")
 JOB, STORE = "graftwork.job", "graftwork.store"  # in a submission's metadata
-SECRETIVE = "got a URI with a password; accepted: one without, and credentials in the environment of the nodes"
 STOP_SECONDS = 60.0  # that a run has to save what it has
 
 
@@ -101,14 +101,11 @@ def connect(address: str) -> Cluster:
 
 
 def homeless(job: JobSpec) -> list[str]:
-    """A line for each place that would be lost with the job's folder on the cluster, or carries a password there."""
+    """A line for each place that would be lost with the job's folder on the cluster."""
     lines = []
     accepted = "a URI, as s3://bucket/prefix, or the absolute path of a folder that all nodes share"
     if _relative(job.store):
         lines.append(f"store: got {job.store!r}, a folder of this machine; accepted: {accepted}")
-    for field, uri in (("store", job.store), ("tracking.uri", job.tracking.uri)):
-        if uri is not None and _secretive(uri):
-            lines.append(f"{field}: {SECRETIVE}")
     if job.tracking.uri is None:
         if "://" in job.store and urlsplit(job.store).scheme not in ("file", "local"):
             lines.append("tracking.uri: got nothing; accepted: an MLflow server, needed when the store is not a folder")
@@ -123,8 +120,8 @@ def store_of(found: Submission | None, name: str, store: str | None) -> str:
     place = found.metadata.get(STORE) if found is not None else store
     if place is None:
         raise SpecError([f"run: got {name!r}, no such submission; accepted: one of graft status --address, or --store"])
-    if _secretive(place):
-        raise SpecError([f"--store: {SECRETIVE}"])
+    if secret_in(place):
+        raise SpecError([f"--store: got {masked(place)!r}; accepted: {INSTEAD}"])
     if _relative(place):
         raise SpecError([f"--store: got {place!r}; accepted: a URI, or an absolute path on the cluster's nodes"])
     return place
@@ -179,12 +176,6 @@ def _known(cluster: Cluster, name: str) -> Submission:
         known = ", ".join(one.id for one in _ours(cluster)) or "none yet"
         raise SpecError([f"run: got {name!r}, no such submission on {cluster.address}; accepted: {known}"])
     return found
-
-
-def _secretive(uri: str) -> bool:
-    """Whether a URI carries a password; a name before an @ is one to a web server, and a container's to a store."""
-    parts = urlsplit(uri)
-    return parts.password is not None or (parts.scheme in ("http", "https") and "@" in parts.netloc)
 
 
 def _relative(place: str) -> bool:

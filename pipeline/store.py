@@ -237,7 +237,7 @@ class Store:
     def check_writable(self) -> None:
         """Raise StoreError where nothing can be stored."""
         probe = f"runs/.probe-{uuid.uuid4().hex}"
-        self.write(probe, "")
+        self.write(probe, " " * 4096)  # an empty file would find room on a full disk
         self.remove(probe)
 
     def explain(self, error: BaseException) -> StoreError | None:

@@ -22,6 +22,7 @@ from pipeline.mlflow_runs import (
     Begin,
     Desk,
     End,
+    EndStatus,
     File,
     Json,
     Reading,
@@ -30,20 +31,22 @@ from pipeline.mlflow_runs import (
     Unseen,
     Values,
     merged,
-    without_login,
 )
 from pipeline.outbox import Outbox
 from pipeline.planning import Plan, Step
 from pipeline.record import RunRecord
 from pipeline.store import Artifact, Store
 from specs.fields import keyed
+from specs.secrets import masked
 
 FLUSH_SECONDS = 2.0
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store
+ENDS: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "KILLED"}
 ANSWER_SECONDS = "10"  # that a request may take
 END_SECONDS = 30.0  # that a finished job gives MLflow to take what waits
 BREAK_SECONDS = 10.0  # and one that breaks off
-DATABASE_SECONDS = 120.0  # and either, where a database file of ours is first made
+DELIVER_SECONDS = 600.0  # and a resume that has nothing else to do
+DATABASE_SECONDS = 120.0  # at least, where a database file of ours is first made
 
 
 class Tracker:
@@ -73,10 +76,11 @@ class Tracker:
         record.mlflow_uri = uri
         desk = Desk(uri, experiment, record, store, files)
         self.outbox: Outbox[AnyEntry] = Outbox(
-            store, record.run, f"MLflow at {without_login(uri)}", ENTRY, desk.take, merged, say
+            store, record.run, f"MLflow at {masked(uri)}", ENTRY, desk.take, merged, say
         )
         self.begun = {step.name for step in record.steps if step.mlflow_run}
         self.begun |= {entry.run for entry in self.outbox.first if isinstance(entry, Begin)}
+        self.under_way: set[str] = set()
         self.groups: set[str] = set()
         self.gathered: list[Reading] = []
         self.flushed = time.monotonic()
@@ -95,6 +99,7 @@ class Tracker:
         parent, params = self._parent(step.name), _params(keyed(step.params))
         self.outbox.put(Begin(run=step.name, parent=parent, at=_now_ms(), tags=tags, params=params))
         self.begun.add(step.name)
+        self.under_way.add(step.name)
 
     def points(self, points: list[Point]) -> None:
         """Append to the curves of the steps; gathered first, since a write costs a database more than its points."""
@@ -109,10 +114,12 @@ class Tracker:
 
     def ended(self, step: Step, seconds: float, artifact: Artifact) -> None:
         self._flush()
+        self.under_way.discard(step.name)
         self.outbox.put(*self._ending(step.name, artifact.key, seconds))
 
     def failed(self, step: Step, problem: str) -> None:
         self._flush()
+        self.under_way.discard(step.name)
         self.outbox.put(
             Tags(run=step.name, tags={"graftwork.error": problem[:5000]}),
             End(run=step.name, at=_now_ms(), status="FAILED"),
@@ -134,14 +141,15 @@ class Tracker:
         self.outbox.put(
             Tags(run=self.job, tags=tags),
             *(End(run=group, at=now, status="FINISHED") for group in sorted(self.groups)),
-            End(run=self.job, at=now, status="FINISHED" if record.status == "finished" else "FAILED"),
+            *(End(run=step, at=now, status="KILLED") for step in sorted(self.under_way)),
+            End(run=self.job, at=now, status=ENDS.get(record.status, "FAILED")),
         )
         self.close(END_SECONDS if record.status == "finished" else BREAK_SECONDS)
 
-    def close(self, seconds: float = END_SECONDS) -> None:
+    def close(self, seconds: float = DELIVER_SECONDS) -> None:
         """Give MLflow so long to take what waits; the store keeps the rest."""
         self._flush()
-        self.outbox.close(DATABASE_SECONDS if self.is_database else seconds)
+        self.outbox.close(max(seconds, DATABASE_SECONDS) if self.is_database else seconds)
 
     def _flush(self) -> None:
         readings, self.gathered, self.flushed = tuple(self.gathered), [], time.monotonic()

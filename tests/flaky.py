@@ -18,7 +18,7 @@ Fault = Literal["500", "503", "slow down", "lost request", "lost answer", "half 
 FAULTS: tuple[Fault, ...] = (
     "500", "503", "slow down", "lost request", "lost answer", "half a request", "half an answer", "stall",
 )  # fmt: skip
-Plan = Callable[[], Fault | None]
+Plan = Callable[[str], Fault | None]  # of a request, as `PUT /bucket/key?query`
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
@@ -27,7 +27,7 @@ def seeded(seed: int, share: float, faults: tuple[Fault, ...] = FAULTS) -> Plan:
     draws = random.Random(seed)
     lock = threading.Lock()
 
-    def plan() -> Fault | None:
+    def plan(_: str) -> Fault | None:
         with lock:
             return draws.choice(faults) if draws.random() < share else None
 
@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Proxy
 
     def hand_on(self) -> None:
-        fault = self.server.plan()
+        fault = self.server.plan(f"{self.command} {self.path}")
         self.server.requests += 1
         if fault is not None:
             self.server.spoiled.append(fault)

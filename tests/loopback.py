@@ -141,6 +141,15 @@ class LoopbackCluster:
             raise
         return self
 
+    @property
+    def driver_environment(self) -> dict[str, str]:
+        """That of a process on this machine which joins the cluster by itself; it, too, must stay on loopback."""
+        return {
+            **self.environment,
+            "RAY_ADDRESS": f"{LOOPBACK}:{self.gcs}",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 

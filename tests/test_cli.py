@@ -41,6 +41,8 @@ BAD = [
     ("weights={kind: checkpoint, path: none.pt}", "weights.path: got 'none.pt', no such file"),
     ("data={kind: image_folder, path: none}", "data.path: got 'none', no such folder"),
     ("store=/dev/null/store", "store: got '/dev/null/store', which cannot be written"),
+    ("store=nonsense://place", "store: got 'nonsense://place', which cannot be understood"),
+    ("store=gs://bucket/prefix", "store: got 'gs://bucket/prefix', whose library is not installed"),
     ("tracking.uri=http://127.0.0.1:{port}", "tracking.uri: got http://127.0.0.1:{port}, which does not answer"),
 ]
 

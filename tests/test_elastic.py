@@ -83,7 +83,7 @@ def test_a_step_that_no_node_can_hold_has_the_autoscaler_bring_one(tiny: Finishe
         done = subprocess.run(
             [GRAFT, "run", str(TINY), "--json", "--set", "resources.classifier={cpu: 1, custom: {judge: 1}}"],
             cwd=tmp_path,
-            env={**cluster.environment, "RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"},
+            env=cluster.driver_environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -98,10 +98,11 @@ def test_a_step_that_no_node_can_hold_has_the_autoscaler_bring_one(tiny: Finishe
 def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()
-    with LoopbackCluster(workers=2, worker_cpus=1, environment={"PYTHONPATH": str(ROOT)}) as cluster:
+    environment = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}  # 60 by itself
+    with LoopbackCluster(workers=2, worker_cpus=1, environment=environment) as cluster:
         driver = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, str(seen)],
-            env={**cluster.environment, "RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"},
+            env=cluster.driver_environment,
         )
         wait_for(lambda: len(names(seen)) == 2, driver)
         assert names(seen) == ["world2-rank0-2", "world2-rank1-2"]

@@ -66,7 +66,7 @@ def test_a_lease_has_one_holder_until_it_is_released(store: Store) -> None:
     assert isinstance(found, Held) and found.holder.process == os.getpid() and "some-run" in str(found.holder)
     assert leases.held(store) == {"a"}
     ours.release()
-    assert look(store, "a") is None and leases.held(store) == set()
+    assert look(store, "a") is None and leases.held(store) == set() and store.names("leases") == []
     taken(store, "theirs").release()
 
 
@@ -145,7 +145,7 @@ def test_another_attempt_at_a_task_takes_over_from_the_first(store: Store) -> No
 
 
 def test_a_lease_that_cannot_be_read_is_free(store: Store) -> None:
-    store.write("leases/a/000003.json", "{")
+    store.write("leases/a.000003.json", "{")
     assert look(store, "a") is None
     taken(store, "ours").release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
+from typer.testing import CliRunner
 
 from pipeline import files
+from pipeline.cli import app
 from pipeline.files import StoreError
 from pipeline.store import MANIFEST, Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.flaky import FAULTS, Fault, Plan, Proxy, flaky, seeded
 from tests.stores import FILES, KEY, OTHER, commit, flip, stored
 
@@ -81,7 +84,7 @@ def test_everything_comes_through_an_unreliable_network(s3: Store, monkeypatch: 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_that_passes_is_survived(s3: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     turns = iter([fault, None] * 100)
-    with through_a_proxy(s3, monkeypatch, lambda: next(turns)) as (store, proxy):
+    with through_a_proxy(s3, monkeypatch, lambda _: next(turns)) as (store, proxy):
         store.write("runs/a.json", "x" * 5000)
         assert store.read("runs/a.json") == "x" * 5000
         assert store.create("leases/a.json", "mine")  # although the answer may be lost: it sees that it is its own
@@ -94,16 +97,42 @@ def test_a_fault_that_stays_ends_in_one_line_that_says_what_was_tried(
 ) -> None:
     commit(s3)
     monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
-    with through_a_proxy(s3, monkeypatch, lambda: fault) as (store, proxy), pytest.raises(StoreError) as caught:
+    with through_a_proxy(s3, monkeypatch, lambda _: fault) as (store, proxy), pytest.raises(StoreError) as caught:
         store.read_run("digits") if fault == "half an answer" else commit(store, OTHER)
     line = str(caught.value)
     assert "\n" not in line and line.startswith(f"store: got {s3.url!r}, which does not answer as it should: ")
-    assert f"failed {proxy.requests} times" in line or fault == "half an answer"
+    assert int(re.findall(r"failed (\d+) times", line)[0]) >= 3 and len(proxy.spoiled) >= 3
     assert {name for name in stored(s3) if OTHER in name} == set()
 
 
+def test_a_large_upload_that_ended_unheard_is_whole(s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[Fault] = ["lost answer"]
+
+    def plan(request: str) -> Fault | None:
+        return lost.pop() if lost and request.startswith("POST ") and "uploadId=" in request else None
+
+    large = tmp_path / "large"
+    large.write_bytes(content := os.urandom(11 * MIB))
+    with through_a_proxy(s3, monkeypatch, plan) as (store, _):
+        store.files.put(large, "large")
+    assert not lost and stored(s3) == {"large": content}
+
+
+def test_what_others_write_is_listed_at_once(s3: Store) -> None:
+    s3.write("leases/a/0.json", "ours")
+    assert (s3.names("leases"), s3.names("leases/a"), s3.runs()) == (["a"], ["0.json"], [])
+    S3FileSystem.clear_instance_cache()
+    other = Store(s3.url)
+    assert other.fs is not s3.fs
+    for name in ("leases/a/1.json", "leases/b/0.json", "runs/digits.json"):
+        other.write(name, "theirs")
+    assert (s3.names("leases"), s3.names("leases/a"), s3.runs()) == (["a", "b"], ["0.json", "1.json"], ["digits"])
+    other.remove("leases/a/0.json")
+    assert s3.names("leases/a") == ["1.json"] and len(s3.files.tree("leases")) == 2
+
+
 def test_what_does_not_pass_is_not_tried_again(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with through_a_proxy(s3, monkeypatch, lambda: None) as (store, proxy):
+    with through_a_proxy(s3, monkeypatch, lambda _: None) as (store, proxy):
         assert store.read("runs/none.json") is None
     assert proxy.requests <= 2  # a HEAD and a GET
 
@@ -114,6 +143,7 @@ UPLOAD = """
 import sys
 from pathlib import Path
 from pipeline import files
+from pipeline.cli import app
 from pipeline.store import Store
 files.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
 Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
@@ -185,13 +215,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_a_large_file_goes_there_and_back_in_little_memory(s3: Store, tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:
-        for piece in range(300):
+        for piece in range(200):
             file.write(hashlib.sha256(str(piece).encode()).digest() * (MIB // 32))
     done = subprocess.run(
         [sys.executable, "-c", LARGE, s3.url, str(large)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert float(done.stdout) < 150, "MiB"
+    assert float(done.stdout) < 120, "MiB"
 
 
 # -- a clear no
@@ -202,6 +232,16 @@ def test_a_bucket_that_does_not_exist_is_one_line(s3: Store) -> None:
     for call in (store.check_writable, store.runs, lambda: store.write("runs/a.json", "")):
         with pytest.raises(StoreError, match="whose bucket does not exist; accepted: a bucket that exists"):
             call()
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_with_a_bucket_that_does_not_exist_ends_before_it_begins() -> None:
+    url = "s3://no-such-bucket/prefix"
+    done = CliRunner().invoke(
+        app, ["run", str(TINY), "--set", f"store={url}", "--set", "tracking.uri=http://127.0.0.1:1"]
+    )
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr == f"graft: store: got {url!r}, whose bucket does not exist; accepted: a bucket that exists\n"
 
 
 def test_no_credentials_are_one_line(s3: Store, tmp_path: Path) -> None:

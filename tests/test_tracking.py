@@ -30,7 +30,7 @@ from pipeline.track import Tracker
 from specs.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
 
-SECONDS_TO_START = 120
+SECONDS_TO_START = 240
 
 
 class Server:
@@ -199,7 +199,7 @@ def curve(steps: range, loss: Callable[[int], float] = float, step: str = "disti
     return [Point(step, done, {"loss": loss(done), "lr": 1.0}) for done in steps]
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
+def until(true: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
@@ -427,6 +427,18 @@ def test_a_step_that_ended_while_its_driver_was_dead_does_not_stand_as_running(j
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["loss.png"]
 
 
+def test_a_job_that_is_stopped_leaves_nothing_that_stands_as_running(job: Job) -> None:
+    tracker = job.opened()
+    tracker.started(job.step("features"))
+    job.end(tracker, "features")
+    tracker.started(job.step("distill/01.mha"))
+    job.record.status = "stopped"
+    tracker.finished(job.record)
+    status = {name: run.info.status for name, run in all_runs(MlflowClient(job.uri), job.experiment).items()}
+    assert (status["features"], status["distill/01.mha"], status[job.record.run]) == ("FINISHED", "KILLED", "KILLED")
+    assert "RUNNING" not in status.values()
+
+
 def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None:
     tracker = job.opened()
     tracker.started(job.step("finetune"))
@@ -442,6 +454,22 @@ def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None
     assert "refuses an entry" in told and "length" in told
     refused = job.store.read(f"outbox/{job.record.run}.refused.jsonl")
     assert refused is not None and refused.count("too long a name") == 2
+
+
+def test_a_server_behind_a_login_is_reached_and_the_login_written_nowhere(
+    job: Job, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_LOGIN", "hunter2hunter2")
+    job.uri, line.is_cut = line.address.replace("//", "//graft:${MLFLOW_LOGIN}@"), True
+    job.finish(job.opened())
+    kept = "".join(job.waiting())
+    line.is_cut = False
+    again = job.tracker()
+    until(lambda: job.said_of("has all"))
+    again.close()
+    assert set(all_runs(MlflowClient(line.address), job.experiment)) == {job.record.run}
+    assert job.record.mlflow_uri == job.uri
+    assert kept and "hunter2" not in kept + "".join(job.said)
 
 
 def test_a_loss_that_is_no_number_waits_as_any_other(job: Job, line: Line) -> None:
@@ -494,6 +522,7 @@ class Saying(api.SilentView):
         self.lines.append(line)
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_without_its_mlflow_server_and_resume_delivers(
     tiny_copy: Finished, server: Server, graft: Graft, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -73,7 +73,7 @@ class Rack:
             self.driver = subprocess.Popen(
                 [GRAFT, "run", str(TINY), *where, "--set", f"tracking.experiment=round{self.round}"],
                 cwd=self.folder,
-                env={**self.cluster.environment, "RAY_ADDRESS": f"127.0.0.1:{self.cluster.gcs}"},
+                env=self.cluster.driver_environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -1,0 +1,161 @@
+"""A store without room, or that may not be written: one line, nothing lost, and it goes on when there is room."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import api
+from pipeline.api import Run
+from pipeline.files import StoreError, told_by
+from pipeline.view import SilentView
+from tests.conftest import ROOT, TINY
+
+ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"', "sh"]
+
+FULL = """
+import json, sys
+from pathlib import Path
+from pipeline import api
+from pipeline.api import Run
+from pipeline.files import StoreError
+from pipeline.store import Store
+from tests.stores import FILES, KEY, ORIGIN, OTHER, commit
+
+disk = Path(sys.argv[1])
+store = Store(str(disk / "store"))
+commit(store)
+store.partial(OTHER).save("training", lambda path: path.write_bytes(b"first"))
+out = store.workplace(OTHER)
+(out / "model.safetensors").write_bytes(b"x" * 2**20)
+
+def fill():
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        for size in (2**16, 4096):
+            try:
+                while filler.write(b"x" * size):
+                    pass
+            except OSError:
+                pass
+
+def told(work):
+    try:
+        work()
+    except OSError as error:
+        return str(store.explain(error))
+
+fill()
+lines = [
+    told(lambda: store.commit(OTHER, out, {}, ORIGIN)),
+    told(lambda: store.partial(OTHER).save("training", lambda path: path.write_bytes(b"x" * 2**20))),
+    told(lambda: store.write_run("digits", "{}")),
+    told(store.check_writable),
+]
+states = [store.state(KEY), store.state(OTHER)]
+store.artifact(KEY).verify()
+kept = store.partial(OTHER).load("training").read_bytes().decode()
+(disk / "filler").unlink()
+out = store.workplace(OTHER)
+(out / "model.safetensors").write_bytes(b"x" * 2**20)
+store.commit(OTHER, out, {}, ORIGIN)
+store.artifact(OTHER).verify()
+print(json.dumps({"lines": lines, "states": states, "kept": kept, "drafts": store.names(".drafts")}))
+"""
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from pipeline.store import Store
+from tests.stores import KEY, OTHER, commit
+
+disk = Path(sys.argv[1])
+store = Store(str(disk / "store"))
+commit(store)
+subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+for work in (store.check_writable, lambda: commit(store, OTHER)):
+    try:
+        work()
+    except OSError as error:
+        print(store.explain(error))
+store.artifact(KEY).verify()
+subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+commit(store, OTHER)
+store.artifact(OTHER).verify()
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Where a small disk can be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    tried = subprocess.run([*ON_A_SMALL_DISK, "1m", str(place), "true"], capture_output=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {tried.stderr.decode().strip()}")
+    return place
+
+
+def on_a_disk(disk: Path, size: str, code: str) -> str:
+    command = [*ON_A_SMALL_DISK, size, str(disk), sys.executable, "-c", code, str(disk)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(disk: Path) -> None:
+    found = json.loads(on_a_disk(disk, "4m", FULL))
+    for line in found["lines"]:
+        assert line.startswith(f"store: got '{disk}/store', where there is no room (No space left on device"), line
+        assert line.endswith("; free room there, then resume") and "\n" not in line
+    assert found["states"] == ["cached", "partial"]  # nothing of the commit is visible, and nothing of the save
+    assert found["kept"] == "first"
+    assert found["drafts"] == []
+
+
+def test_a_store_that_cannot_be_written_is_told_and_can_be_read(disk: Path) -> None:
+    lines = on_a_disk(disk, "4m", READ_ONLY).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith(f"store: got '{disk}/store', which cannot be written: Read-only file system"), line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        OSError("262144 requested and 8192 written"),  # numpy's
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors'
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_what_libraries_say_of_a_full_disk_is_told_as_that(error: Exception) -> None:
+    told = told_by("/store", error)
+    assert isinstance(told, StoreError) and told.remedy == "free room there, then resume"
+
+
+def test_another_error_is_not_blamed_on_the_store() -> None:
+    assert told_by("/store", ValueError("a loss")) is None
+    assert told_by("/store", PermissionError(13, "Permission denied", "/photos/cat.png")) is None
+    assert told_by("/store", PermissionError(13, "Permission denied", "/store/partial/x")) is not None
+
+
+def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    view = SilentView()
+    view.say = said.append  # type: ignore[method-assign]
+    run = Run(api.plan(TINY, [f"store={tmp_path / 'store'}"]), view)
+    run.store.write("runs", "a file is in the way")
+    for _ in range(2):
+        run._note("features", "done", 1.0, None)
+    (line,) = said
+    assert line.startswith(
+        f"the record of this run is not kept: store: got '{tmp_path}/store', which cannot be written"
+    )
+    run.store.remove("runs")
+    run._note("features", "done", 1.0, None)
+    assert run.store.runs() == [run.record.run]
