@@ -27,6 +27,7 @@ from pipeline import leases
 from pipeline.leases import Held, Holder, Waiter
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
+from specs.problems import plain
 from specs.secrets import redacted
 
 POLL_SECONDS = 0.25
@@ -356,7 +357,7 @@ def _out_of_memory(stage: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = redacted(" ".join(str(error).split()))
+    text = plain(redacted(" ".join(str(error).split())))
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 

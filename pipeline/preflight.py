@@ -22,6 +22,9 @@ from specs.secrets import filled
 from stages.codec import misfits
 from stages.sources import class_folders, class_sizes, text, training_size
 
+# What MLflow keeps runs in; without any, a folder.
+TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
+
 
 def check(job: JobSpec) -> None:
     """Raise SpecError, one line a problem, for all that a run of the job would not find, or not find enough of."""
@@ -44,6 +47,8 @@ def check_places(store: Store, tracking_uri: str | None) -> None:
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, which is no URI; {accepted}"]) from None
+    if parts.scheme.partition("+")[0] not in TRACKERS:
+        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, of a kind that MLflow does not know; {accepted}"])
     if parts.scheme in ("http", "https") and host:
         try:
             socket.create_connection((host, port), timeout=5).close()

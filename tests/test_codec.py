@@ -429,7 +429,8 @@ def test_a_photograph_that_a_worker_cannot_read_is_one_line(tmp_path: Path) -> N
     broken.write_bytes(b"<html>404: not found</html>")
     with pytest.raises(ValueError) as caught:
         encode_photos(tmp_path / "photos", PixelCodec(), tmp_path / "out")
-    assert str(caught.value).startswith(f"{broken}: cannot be read as an image: ") and "\n" not in str(caught.value)
+    told = f"data.path: 1 of 1 images are broken: {broken}: cannot be read as an image: "
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
 
 
 class Folder:

@@ -519,69 +519,6 @@ def test_what_a_linked_folder_holds_is_in_the_fingerprint(tmp_path: Path) -> Non
     assert data_fingerprint(data) != before
 
 
-@pytest.fixture(scope="module")
-def a_cpu() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def encode(home: Path, out: Path, **settings: Any) -> Path:
-    out.mkdir()
-    data = ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings)
-    features.run(
-        Context(
-            step="features",
-            params=FeaturesParams(data=data, codec=PixelCodec()),
-            inputs={},
-            out=out,
-            partial=None,  # type: ignore[arg-type]
-            report=lambda done, total, metrics=None: None,
-            resources=StepResources(),
-            device=CPU,
-        )
-    )
-    return out
-
-
-@pytest.mark.usefixtures("a_cpu")
-def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_so(tmp_path: Path) -> None:
-    home = photos(tmp_path / "photos", per_class=20)
-    broken = break_images(home / "class-1")
-    odd = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png"]
-    for name in odd:
-        picture(7).save(home / "class-0" / name)
-    with pytest.raises(ValueError) as caught:
-        encode(home, tmp_path / "refused")
-    line = str(caught.value)
-    assert line.startswith(f"data.path: {len(broken)} of 55 images are broken: {home}/class-1/bomb.png: ")
-    assert line.count("cannot be read as an image") == 10 and f"; and {len(broken) - 10} more; " in line
-    assert line.isprintable() and "data.skip_broken: true" in line
-
-    out = encode(home, tmp_path / "skipped", skip_broken=True)
-    meta, told = read_meta(out), json.loads((out / "broken.json").read_text())
-    assert told == {"count": 13, "of": 55, "broken": sorted(f"class-1/{name}" for name in broken)}
-    assert (meta.num_training, meta.num_heldout) == (31, 11)
-    training, heldout = (read(out, split) for split in ("training", "heldout"))
-    assert [int((part.labels == label).sum()) for part in (training, heldout) for label in (0, 1)] == [16, 15, 6, 5]
-
-    for name in broken:
-        path = home / "class-1" / name
-        path.rmdir() if path.is_dir() else path.unlink()
-    clean = encode(home, tmp_path / "clean")
-    for name in ("training_latents.npy", "training_labels.npy", "heldout_latents.npy"):
-        assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
-
-
-@pytest.mark.usefixtures("a_cpu")
-def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None:
-    home = photos(tmp_path / "photos", per_class=2)
-    for path in (home / "class-1").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"^data.path: no image of class class-1 can be read; accepted: "):
-        encode(home, tmp_path / "out", skip_broken=True)
-
-
 def test_leaving_broken_images_out_is_another_key(tmp_path: Path) -> None:
     from specs.fields import keyed
 
@@ -668,7 +605,7 @@ def test_secrets_of_the_environment_are_taken_out_of_text(monkeypatch: pytest.Mo
 def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that fails in MLflow's own code, with the whole URI in hand."""
+    """Whatever fails with the URI in hand, on the way to a run."""
     monkeypatch.setenv("DB_PASSWORD", "hunter2hunter2")
     monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
     (tmp_path / "s3cr3ts3cr3t").mkdir()
@@ -688,6 +625,22 @@ def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
+def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose first step fails, and names a file that is called like the secret."""
+    monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
+    home = photos(tmp_path / "photos", per_class=40)
+    (home / "class-0" / "s3cr3ts3cr3t.png").touch()
+    data = f"data={{kind: image_folder, path: {home}, image_size: 16}}"
+    model = ("--set", "distill.samples=8", "--set", "distill.heldout=2", "--set", "evaluate.samples=8")
+    done = graft("run", str(TINY), "--set", data, *model, "--debug")
+    assert done.exit_code == 1, done.output
+    assert "class-0/${MY_API_TOKEN}.png: cannot be read as an image" in done.stderr
+    assert "s3cr3t" not in done.output
+    written = [path for path in (tmp_path / ".graftwork").rglob("*") if path.is_file()]
+    assert {"mlflow.db"} < {path.name for path in written}
+    assert not [path for path in written if b"s3cr3t" in path.read_bytes()]
+
+
 # -- servers
 
 
@@ -705,3 +658,69 @@ def test_what_is_shown_is_short_and_plain() -> None:
     assert plain("a\x1b[2Jb\n\ud800") == "a\\x1b[2Jb\\n\\ud800"
     assert shown(10**5000) == "a value too large to be shown"
     assert len(shown("x" * 1000)) == 80
+
+
+# -- folders of images, read by workers
+
+
+@pytest.fixture(scope="module")
+def a_cpu() -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def encode(home: Path, out: Path, **settings: Any) -> Path:
+    out.mkdir()
+    data = ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings)
+    features.run(
+        Context(
+            step="features",
+            params=FeaturesParams(data=data, codec=PixelCodec()),
+            inputs={},
+            out=out,
+            partial=None,  # type: ignore[arg-type]
+            report=lambda done, total, metrics=None: None,
+            resources=StepResources(),
+            device=CPU,
+        )
+    )
+    return out
+
+
+@pytest.mark.usefixtures("a_cpu")
+def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_so(tmp_path: Path) -> None:
+    home = photos(tmp_path / "photos", per_class=20)
+    broken = break_images(home / "class-1")
+    odd = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png"]
+    for name in odd:
+        picture(7).save(home / "class-0" / name)
+    with pytest.raises(ValueError) as caught:
+        encode(home, tmp_path / "refused")
+    line = str(caught.value)
+    assert line.startswith(f"data.path: {len(broken)} of 55 images are broken: {home}/class-1/bomb.png: ")
+    assert line.count("cannot be read as an image") == 10 and f"; and {len(broken) - 10} more; " in line
+    assert line.isprintable() and "data.skip_broken: true" in line
+
+    out = encode(home, tmp_path / "skipped", skip_broken=True)
+    meta, told = read_meta(out), json.loads((out / "broken.json").read_text())
+    assert told == {"count": 13, "of": 55, "broken": sorted(f"class-1/{name}" for name in broken)}
+    assert (meta.num_training, meta.num_heldout) == (31, 11)
+    training, heldout = (read(out, split) for split in ("training", "heldout"))
+    assert [int((part.labels == label).sum()) for part in (training, heldout) for label in (0, 1)] == [16, 15, 6, 5]
+
+    for name in broken:
+        path = home / "class-1" / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    clean = encode(home, tmp_path / "clean")
+    for name in ("training_latents.npy", "training_labels.npy", "heldout_latents.npy"):
+        assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
+
+
+@pytest.mark.usefixtures("a_cpu")
+def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None:
+    home = photos(tmp_path / "photos", per_class=2)
+    for path in (home / "class-1").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^data.path: no image of the class class-1 can be read; accepted: "):
+        encode(home, tmp_path / "out", skip_broken=True)
