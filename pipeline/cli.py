@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,14 +22,22 @@ from pipeline.planning import difference
 from pipeline.record import RunRecord
 from pipeline.running import RunFailed, RunStopped
 from pipeline.store import Manifest, Store
-from specs.costs import GraftCost
+from pipeline.tables import (
+    amount,
+    cell,
+    columns,
+    document,
+    show_costs,
+    show_garbage,
+    show_holdings,
+    show_results,
+    show_run,
+    show_submissions,
+)
 from specs.load import SpecError, job_schema
 from specs.model import Layout
 from specs.problems import plain, shown
 from specs.secrets import redacted
-
-if TYPE_CHECKING:
-    from pipeline.gc import Garbage
 
 app = typer.Typer(
     add_completion=False,
@@ -141,7 +148,7 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             for step in made.steps
         ]
         if as_json:
-            _json({"job": made.job.name, "steps": steps, "costs": cost and asdict(cost), "absent": absent})
+            document({"job": made.job.name, "steps": steps, "costs": cost and asdict(cost), "absent": absent})
             return
         manifests: list[Manifest] = list(store.manifests()) if "pending" in states.values() else []
         for step in made.steps:
@@ -151,30 +158,13 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
         if cost is not None:
-            _show_costs(cost)
+            show_costs(cost)
         elif made.job.budget() is not None:
             print(f"costs are for the search to settle: {made.job.budget():g} of the rootstock's FLOPs, within 2%")
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
         for line in absent:
             print(f"graft: {line}", file=sys.stderr)
-
-
-def _show_costs(cost: GraftCost) -> None:
-    """Parameters and FLOPs of one forward pass of one sample, and how the graft compares."""
-    rows = [
-        ("rootstock", cost.rootstock, None),
-        ("graft", cost.graft, cost.rootstock),
-        ("operators before", cost.replaced, None),
-        ("operators after", cost.scions, cost.replaced),
-    ]
-    print(f"{'costs':18}{'parameters':>16}{'':9}{'GFLOP a pass':>16}")
-    for name, of, against in rows:
-        params, flops = (
-            f" {new / old - 1:+8.1%}" if against is not None and old else f"{'':9}"
-            for new, old in ((of.params, against and against.params), (of.flops, against and against.flops))
-        )
-        print(f"{name:18}{of.params:16,}{params}{of.flops / 1e9:16,.4g}{flops}".rstrip())
 
 
 @app.command()
@@ -190,16 +180,20 @@ def status(
         _relay("status", [name], address, store, as_json, debug)
     with problems(debug):
         if address is not None:
-            _show_submissions(address, as_json)
+            found = remote.submissions(address)
+            if as_json:
+                document([{"submission": one.id, "state": one.state, "started": one.started} for one in found])
+            else:
+                show_submissions(found)
             return
         place = Store(store)
         if name is not None:
-            found = record.as_it_is(place, record.find(place, name))
-            _json(found.model_dump(mode="json")) if as_json else _show_run(found)
+            one = record.as_it_is(place, record.find(place, name))
+            document(one.model_dump(mode="json")) if as_json else show_run(one)
             return
         runs = [record.as_it_is(place, record.load(place, run)) for run in place.runs()]
         if as_json:
-            _json([{"run": one.run, "status": one.status, "started": one.started} for one in runs])
+            document([{"run": one.run, "status": one.status, "started": one.started} for one in runs])
             return
         for one in runs:
             ready = sum(step.state in ("done", "cached") for step in one.steps)
@@ -220,11 +214,10 @@ def compare(
     with problems(debug):
         rows = api.compare(names, store)
         if as_json:
-            _json(rows)
+            document(rows)
             return
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        cells = [[column, *(_cell(row.get(column, "")) for row in rows)] for column in columns]
-        _columns(cells)
+        names_of_columns = list(dict.fromkeys(column for row in rows for column in row))
+        columns([[column, *(cell(row.get(column, "")) for row in rows)] for column in names_of_columns])
 
 
 @app.command()
@@ -239,7 +232,7 @@ def show(
         place = Store(store)
         manifest = _find_artifact(place, artifact)
         if as_json:
-            _json(manifest.model_dump(mode="json"))
+            document(manifest.model_dump(mode="json"))
             return
         origin = manifest.origin
         print(f"{manifest.key}\n{plain(f'{origin.step}, made {origin.made} by {origin.run}')} in {origin.seconds:.1f}s")
@@ -285,9 +278,9 @@ def verify(
         damaged = [one for one in checked if not one.whole]
         size = sum(one.size for one in checked)
         if as_json:
-            _json({"artifacts": len(checked), "size": size, "damaged": [asdict(one) for one in damaged]})
+            document({"artifacts": len(checked), "size": size, "damaged": [asdict(one) for one in damaged]})
         else:
-            print(f"{len(checked)} artifacts, {_bytes(size)}: {len(damaged) or 'none'} damaged")
+            print(f"{len(checked)} artifacts, {amount(size)}: {len(damaged) or 'none'} damaged")
     if damaged:
         raise typer.Exit(1)
 
@@ -314,13 +307,13 @@ def gc(
         holdings = gc.holdings(place, runs)
         if as_json:
             pieces, kept = ([asdict(one) for one in rows] for rows in (freed, holdings))
-            _json({"done": yes, "size": sum(one.size for one in freed), "pieces": pieces, "forget": runs, "runs": kept})
+            document(
+                {"done": yes, "size": sum(one.size for one in freed), "pieces": pieces, "forget": runs, "runs": kept}
+            )
             return
-        _show_garbage(freed, runs, yes)
+        show_garbage(freed, runs, yes)
         if holdings:
-            print("what runs refer to stays:")
-            kept_cells = [[one.run, one.status, _bytes(one.size), _bytes(one.alone), one.started] for one in holdings]
-            _columns([["run", "status", "size", "it alone", "started"], *kept_cells])
+            show_holdings(holdings)
         options = ["--store", store] if store != ".graftwork" else []
         options += ["--older-than", f"{days:g}"] if days != 7 else []
         options += [word for run in runs for word in ("--forget", run)]
@@ -330,23 +323,10 @@ def gc(
             print(f"free what a run alone refers to with: {shlex.join(['graft', 'gc', *options, '--forget', 'RUN'])}")
 
 
-def _show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> None:
-    now = time.time()
-    cells = [
-        [one.kind, _bytes(one.size), f"{max(0.0, now - one.modified) / 86400:.1f} days", one.step or "", one.place]
-        for one in pieces
-    ]
-    if cells:
-        _columns([["kind", "size", "age", "step", "place"], *cells])
-    for run in runs:
-        print(f"{'forgotten' if done else 'would forget'}: {run}")
-    print(f"{'freed' if done else 'would free'}: {_bytes(sum(one.size for one in pieces))} in {len(pieces)} places")
-
-
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
-    _json(job_schema())
+    document(job_schema())
 
 
 @contextmanager
@@ -358,18 +338,17 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         _trace(traceback.format_exc(), debug)
         _fail(error.lines, 2)
     except StoreError as error:  # of a run that has not begun, or of a command that reads the store
-        if debug:
-            raise
+        _trace(traceback.format_exc(), debug)
         _fail([str(error)], 2)
     except RunFailed as error:
         _trace(error.details, debug)
         failed = error.record
         if as_json:
-            _json(failed.outcome())
+            document(failed.outcome())
         _fail([*str(error).splitlines(), _resume_line(failed)], 1)
     except RunStopped as error:
         if as_json:
-            _json(error.record.outcome())
+            document(error.record.outcome())
         _fail([str(error), _resume_line(error.record)], error.exit_code)
     except KeyboardInterrupt:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
@@ -412,15 +391,6 @@ def _given(store: str) -> str | None:
     return None if store == ".graftwork" else store
 
 
-def _show_submissions(address: str, as_json: bool) -> None:
-    found = remote.submissions(address)
-    if as_json:
-        _json([{"submission": one.id, "state": one.state, "started": one.started} for one in found])
-        return
-    for one in found:
-        print(f"{one.state:9}  {one.started}  {one.id}")
-
-
 def _fail(lines: list[str], code: int) -> None:
     for line in lines:
         print(f"graft: {plain(redacted(line))}", file=sys.stderr)
@@ -446,28 +416,11 @@ def _view() -> Any:
 
 def _report(done: RunRecord, as_json: bool) -> None:
     if as_json:
-        _json(done.outcome())
+        document(done.outcome())
         return
     cached = sum(step.state == "cached" for step in done.steps)
     print(f"{done.run}: {done.status}, {cached} of {len(done.steps)} steps from the store")
-    _show_results(done)
-
-
-def _show_run(found: RunRecord) -> None:
-    print(f"{found.run}: {found.status}, started {found.started}")
-    _columns(
-        [[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps]
-    )
-    _show_results(found)
-    for line in (found.error or "").splitlines():
-        print(plain(redacted(line)))
-
-
-def _show_results(found: RunRecord) -> None:
-    if not found.results:
-        return
-    columns = list(next(iter(found.results.values())))
-    _columns([["row", *columns]] + [[row, *(_cell(found.results[row][c]) for c in columns)] for row in found.results])
+    show_results(done)
 
 
 def _find_artifact(store: Store, name: str) -> Manifest:
@@ -484,28 +437,3 @@ def _find_artifact(store: Store, name: str) -> Manifest:
             [f"artifact: got {shown(name)}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"]
         )
     return found[0]
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _columns(lines: list[list[str]]) -> None:
-    """Print cells in columns: the first to the left, the rest to the right unless they are text."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _json(document: object) -> None:
-    print(json.dumps(document, indent=1))

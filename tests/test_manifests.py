@@ -172,7 +172,8 @@ SRUN = f"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || node=${{1#--nodelist=}}; shift; done
 case $1 in
     hostname) echo {LOOPBACK} ;;
-    ray) shift 2; unset RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER; exec "{sys.executable}" "$STANDINS/ray.py" start --node-ip-address {LOOPBACK} \\
+    ray) shift 2; unset RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER
+        exec "{sys.executable}" "$STANDINS/ray.py" start --node-ip-address {LOOPBACK} \\
         --temp-dir "$STANDINS/$node" --min-worker-port 0 --max-worker-port 0 --dashboard-agent-listen-port 0 \\
         --object-store-memory {OBJECT_STORE_BYTES} "${{@/--node-ip-address=*/--disable-usage-stats}}" ;;
 esac

@@ -1,0 +1,100 @@
+"""What commands print on stdout: tables, and documents for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from specs.costs import GraftCost
+from specs.problems import plain
+from specs.secrets import redacted
+
+if TYPE_CHECKING:
+    from cluster.jobs import Submission
+    from pipeline.gc import Garbage, Holding
+    from pipeline.record import RunRecord
+
+
+def show_costs(cost: GraftCost) -> None:
+    """Parameters and FLOPs of one forward pass of one sample, and how the graft compares."""
+    rows = [
+        ("rootstock", cost.rootstock, None),
+        ("graft", cost.graft, cost.rootstock),
+        ("operators before", cost.replaced, None),
+        ("operators after", cost.scions, cost.replaced),
+    ]
+    print(f"{'costs':18}{'parameters':>16}{'':9}{'GFLOP a pass':>16}")
+    for name, of, against in rows:
+        params, flops = (
+            f" {new / old - 1:+8.1%}" if against is not None and old else f"{'':9}"
+            for new, old in ((of.params, against and against.params), (of.flops, against and against.flops))
+        )
+        print(f"{name:18}{of.params:16,}{params}{of.flops / 1e9:16,.4g}{flops}".rstrip())
+
+
+def show_holdings(holdings: Sequence[Holding]) -> None:
+    print("what runs refer to stays:")
+    cells = [[one.run, one.status, amount(one.size), amount(one.alone), one.started] for one in holdings]
+    columns([["run", "status", "size", "it alone", "started"], *cells])
+
+
+def show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> None:
+    now = time.time()
+    cells = [
+        [one.kind, amount(one.size), f"{max(0.0, now - one.modified) / 86400:.1f} days", one.step or "", one.place]
+        for one in pieces
+    ]
+    if cells:
+        columns([["kind", "size", "age", "step", "place"], *cells])
+    for run in runs:
+        print(f"{'forgotten' if done else 'would forget'}: {run}")
+    print(f"{'freed' if done else 'would free'}: {amount(sum(one.size for one in pieces))} in {len(pieces)} places")
+
+
+def show_submissions(found: Sequence[Submission]) -> None:
+    for one in found:
+        print(f"{one.state:9}  {one.started}  {one.id}")
+
+
+def show_run(found: RunRecord) -> None:
+    print(f"{found.run}: {found.status}, started {found.started}")
+    columns(
+        [[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps]
+    )
+    show_results(found)
+    for line in (found.error or "").splitlines():
+        print(plain(redacted(line)))
+
+
+def show_results(found: RunRecord) -> None:
+    if not found.results:
+        return
+    names = list(next(iter(found.results.values())))
+    columns([["row", *names]] + [[row, *(cell(found.results[row][name]) for name in names)] for row in found.results])
+
+
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def amount(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def columns(lines: list[list[str]]) -> None:
+    """Print cells in columns: the first to the left, the rest to the right unless they are text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def document(content: object) -> None:
+    print(json.dumps(content, indent=1))
