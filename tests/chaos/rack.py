@@ -23,6 +23,7 @@ from tests.servers import MlflowServer
 
 AWAY_SECONDS = 3.0  # that a killed server or node stays away
 BUCKET = "chaos"
+NO_TASKS = ("IDLE", "RayTrainWorker", "Board", "DashboardAgent", "RuntimeEnvAgent")
 
 
 class Rack:
@@ -108,7 +109,7 @@ class Rack:
     def faults(self) -> dict[str, Callable[[], str | None]]:
         return {
             "driver": self.kill_driver,
-            "task": lambda: self._kill_worker(lambda title: title not in ("IDLE", "RayTrainWorker", "Board")),
+            "task": lambda: self._kill_worker(lambda title: title not in NO_TASKS),
             "train worker": lambda: self._kill_worker(lambda title: title == "RayTrainWorker"),
             "node": self.kill_node,
             "MLflow": self.kill_mlflow,
