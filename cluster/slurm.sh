@@ -68,25 +68,34 @@ done
 export RAY_ADDRESS="$head_ip:$port"
 
 # Until all nodes are there. A worker that comes before the head waits for it by itself.
-python - "${#nodes[@]}" <<'PYTHON' || { tail -n 20 "$folder"/*.log >&2; exit 1; }
+python - "${ray_steps[@]}" <<'PYTHON' || { tail -n 20 "$folder"/*.log >&2; exit 1; }
+import os
 import sys
 import time
 
 import ray
 
-wanted, deadline = int(sys.argv[1]), time.monotonic() + 300
-while True:
+steps, deadline = [int(step) for step in sys.argv[1:]], time.monotonic() + 300
+
+
+def wait(for_what):
+    for step in steps:
+        try:
+            os.kill(step, 0)
+        except ProcessLookupError:
+            sys.exit("graftwork: Ray ended on a node")
+    if time.monotonic() > deadline:
+        sys.exit(f"graftwork: {for_what} did not come up")
+    time.sleep(2)
+
+
+while not ray.is_initialized():
     try:
         ray.init(logging_level="ERROR", log_to_driver=False)
-        break
-    except (ConnectionError, RuntimeError):
-        if time.monotonic() > deadline:
-            sys.exit("graftwork: Ray's head did not come up")
-        time.sleep(2)
-while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
-    if time.monotonic() > deadline:
-        sys.exit(f"graftwork: {alive} of {wanted} nodes came up")
-    time.sleep(2)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError):
+        wait("Ray's head")
+while sum(node["Alive"] for node in ray.nodes()) < len(steps):
+    wait("a node")
 PYTHON
 
 graft run "$@" &

@@ -173,7 +173,7 @@ while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || node=${{1#--nodelist=}}; s
 case $1 in
     hostname) echo {LOOPBACK} ;;
     ray) shift 2; unset RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER
-        exec "{sys.executable}" "$STANDINS/ray.py" start --node-ip-address {LOOPBACK} \\
+        exec "{sys.executable}" "$STANDINS/start.py" start --node-ip-address {LOOPBACK} \\
         --temp-dir "$STANDINS/$node" --min-worker-port 0 --max-worker-port 0 --dashboard-agent-listen-port 0 \\
         --object-store-memory {OBJECT_STORE_BYTES} "${{@/--node-ip-address=*/--disable-usage-stats}}" ;;
 esac
@@ -190,7 +190,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (standins / name).write_text(text)
         (standins / name).chmod(0o755)
-    (standins / "ray.py").write_text(RAY_START)
+    (standins / "start.py").write_text(RAY_START)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{standins}:{PYTHON_BIN}:{os.environ['PATH']}",
