@@ -32,6 +32,13 @@ SECONDS_TO_STOP = 45  # the promise is 30 to save; Ray wants a moment to go
 Graft = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """What needs a cluster of several nodes is slow, whatever it does there."""
+    for item in items:
+        if "site" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished run of the tiny job."""

@@ -68,6 +68,7 @@ launcher.launch(work, Path(sys.argv[1]), TrainingSpec(batch=4, workers=2, min_wo
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_no_node_can_hold_has_the_autoscaler_bring_one(tiny: Finished, tmp_path: Path) -> None:
     store = tmp_path / ".graftwork"
     for step, key in keys(tiny.outcome).items():
@@ -95,6 +96,7 @@ def test_a_step_that_no_node_can_hold_has_the_autoscaler_bring_one(tiny: Finishe
     assert [name for name, state in states.items() if state == "done"] == ["classifier"]
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()

@@ -18,7 +18,13 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return left
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_a_checkpoint_and_the_resumed_job_ends_in_the_same_bits(
     tiny: Finished, distilled: Path, graft: Graft, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -45,6 +51,7 @@ def test_a_signal_saves_a_checkpoint_and_the_resumed_job_ends_in_the_same_bits(
             assert columns["distance"] == tiny.outcome["results"][row]["distance"]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(distilled: Path, tmp_path: Path) -> None:
     driver = Driver("run", str(TINY), cwd=tmp_path)
     driver.wait_for(lambda: "] finetune: running" in driver.log.read_text(), "finetune")
@@ -57,6 +64,7 @@ def test_a_second_ctrl_c_stops_at_once(distilled: Path, tmp_path: Path) -> None:
     assert alive(processes) == []
 
 
+@pytest.mark.slow
 def test_graft_stop_reaches_a_run_through_its_store(
     tiny: Finished, distilled: Path, graft: Graft, tmp_path: Path
 ) -> None:

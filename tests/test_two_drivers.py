@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import TINY, Driver, Finished, keys
 
 
@@ -39,6 +41,7 @@ def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(
     assert run["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_is_taken_over_from_at_once_by_the_one_that_waits(
     tiny: Finished, distilled: Path, tmp_path: Path
 ) -> None:
