@@ -9,6 +9,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -651,7 +652,12 @@ def test_what_a_local_session_starts_listens_on_loopback_alone() -> None:
         sockets = [(process.name(), one) for process in ours for one in process.net_connections("inet")]
         listening = {(name, one.laddr.ip, one.laddr.port) for name, one in sockets if one.status == psutil.CONN_LISTEN}
     assert listening
-    assert not [one for one in listening if one[1] not in ("127.0.0.1", "::1")]
+    assert not [one for one in listening if not is_loopback(one[1])]
+
+
+def is_loopback(address: str) -> bool:
+    """Also of an IPv4 address in the form that an IPv6 socket has it in."""
+    return ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 def test_what_is_shown_is_short_and_plain() -> None:
