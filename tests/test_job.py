@@ -205,6 +205,7 @@ def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
     assert results["stage2"]["peak_memory"] > 4 * results["stage2"]["params"]
 
 
+@pytest.mark.slow
 def test_a_job_whose_layers_gates_choose_finetunes_what_the_search_trained(tmp_path: Path, graft: Graft) -> None:
     document = yaml.safe_load(TINY.read_text())
     document["weights"] |= {"steps": 4, "workers": 1}

@@ -19,6 +19,7 @@ def steps_done(*logs: str) -> list[str]:
     return sorted(line.split(":")[0] for line in lines if ": done" in line)
 
 
+@pytest.mark.slow
 def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(
     tiny: Finished, distilled: Path, tmp_path: Path
 ) -> None:
