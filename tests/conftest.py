@@ -35,7 +35,7 @@ Graft = Callable[..., subprocess.CompletedProcess[str]]
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """What needs a cluster of several nodes is slow, whatever it does there."""
     for item in items:
-        if "site" in item.fixturenames:
+        if item.path.name == "test_cluster.py" and "site" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
 
 
