@@ -51,7 +51,7 @@ class Finished:
         return str(self.outcome["run"])
 
 
-def graft_command(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def graft_command(*arguments: str, cwd: Path, timeout: float = 550) -> subprocess.CompletedProcess[str]:
     return subprocess.run([GRAFT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -90,7 +90,7 @@ class Driver:
 def graft(tmp_path: Path) -> Graft:
     """Run `graft ARGUMENTS` in an empty folder, as a user would."""
 
-    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 550) -> subprocess.CompletedProcess[str]:
         return graft_command(*arguments, cwd=cwd, timeout=timeout)
 
     return call
