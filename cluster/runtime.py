@@ -46,12 +46,9 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
     try:
         for demand in demands if local else ():
             if not room_for(demand):
-                asked = {name: amount for name, amount in taken(demand).items() if amount}
                 has = ray.cluster_resources()
-                raise NotEnough(
-                    f"resources: got {_amounts(asked)}; accepted: at most what this machine has, "
-                    f"{_amounts({name: has.get(name, 0.0) for name in asked})}"
-                )
+                here = _amounts({name: has.get(name, 0.0) for name, amount in taken(demand).items() if amount})
+                raise NotEnough(f"resources: got {shown(demand)}; accepted: at most what this machine has, {here}")
         yield
     finally:
         ray.shutdown()
@@ -66,14 +63,19 @@ def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:
     """What Ray is told that a task takes. idle: it only waits for workers of its own, and takes nothing."""
     if idle:
         return {"num_cpus": 0}
-    taken: dict[str, Any] = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": resources.custom}
-    return taken | ({"memory": resources.memory} if resources.memory else {})
+    told: dict[str, Any] = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": resources.custom}
+    return told | ({"memory": resources.memory} if resources.memory else {})
 
 
 def taken(resources: StepResources) -> dict[str, float]:
     """The same by the names that nodes have for it."""
     memory = {"memory": float(resources.memory)} if resources.memory else {}
     return {"CPU": resources.cpu, "GPU": resources.gpu, **memory, **resources.custom}
+
+
+def shown(resources: StepResources) -> str:
+    """The same for people: `1 CPU, 0.5 GPU`."""
+    return _amounts({name: amount for name, amount in taken(resources).items() if amount})
 
 
 def room_for(resources: StepResources) -> int:

@@ -246,8 +246,7 @@ class Execution:
                 self.had_room[name] = now
             elif now - self.had_room[name] > SHORTAGE_SECONDS:
                 del self.had_room[name]
-                wanted = {name: amount for name, amount in runtime.taken(resources).items() if amount}
-                self.watcher.short(name, ", ".join(f"{amount:g} {name}" for name, amount in wanted.items()))
+                self.watcher.short(name, runtime.shown(resources))
 
     def _stopped(self) -> bool:
         """Whether it was asked to stop and everything has come to rest, or had the time to."""
