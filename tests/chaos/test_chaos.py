@@ -22,6 +22,7 @@ from tests.conftest import Finished, keys
 KILLS = int(os.environ.get("GRAFT_CHAOS_KILLS", "10"))
 SEED = int(os.environ.get("GRAFT_CHAOS_SEED", str(time.time_ns() % 2**31)))
 SECONDS_BETWEEN = (1.0, 20.0)
+SECONDS_TO_A_TARGET = (0.2, 3.0)  # between two looks whether there is anything to hit
 SECONDS_A_KILL, SECONDS_A_ROUND = 90, 900  # in which all must be over, on a slow machine
 FILES = {"scion.safetensors", "model.safetensors", "samples.npy", "classifier.safetensors", "plan.json"}
 TRAININGS = ("base", "finetune", "finetune/random_init")
@@ -65,11 +66,12 @@ def test_a_job_that_is_killed_at_random_ends_in_the_same_bits(
                 monkeypatch.setenv(name, value)
         Store(f"s3://{BUCKET}").fs.mkdir(BUCKET)
         witness = Witness(rack.store, found)
+        pause, what = SECONDS_BETWEEN, draws.choice(list(rack.faults()))
         while True:
             if rack.driver is None or rack.ended() not in (None, 0):
                 rack.start_driver()
                 starts += 1
-            wait_for_its_end(rack, draws.uniform(*SECONDS_BETWEEN))
+            wait_for_its_end(rack, draws.uniform(*pause))
             witness.look()
             if rack.ended() == 0:
                 assert_undisturbed(rack, tiny, witness)
@@ -78,12 +80,15 @@ def test_a_job_that_is_killed_at_random_ends_in_the_same_bits(
                 rack.round, rack.driver = rack.round + 1, None
                 witness = Witness(rack.store, found)
                 continue
-            if sum(killed.values()) < KILLS:
-                what = draws.choice(list(rack.faults()))
-                if (hit := rack.faults()[what]()) is not None:
-                    killed[what] += 1
-                    print(f"chaos: killed {what}: {hit}")
-                    witness.look()
+            if sum(killed.values()) >= KILLS:
+                continue
+            if (hit := rack.faults()[what]()) is None:
+                pause = SECONDS_TO_A_TARGET  # until it has been had, so that each fault has its share
+                continue
+            killed[what] += 1
+            print(f"chaos: {sum(killed.values())}. killed {what}: {hit}", flush=True)
+            witness.look()
+            pause, what = SECONDS_BETWEEN, draws.choice(list(rack.faults()))
     print(f"chaos: {dict(killed)}; {rack.round + 1} jobs finished, {starts} drivers were started")
 
 
