@@ -1,0 +1,95 @@
+"""What the benchmarks have in common: rounds in turn, the machine's own limits, a table and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = Mapping[str, Any]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with `--json FILE`; pass what it gives to `show`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="also write what was measured to this file")
+    return made
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most, as measured just now."""
+
+    flops: float  # of a large matrix product, FLOP/s
+    bandwidth: float  # of a copy, bytes read and written a second
+
+    def floor_seconds(self, flops: float = 0.0, moved: float = 0.0) -> float:
+        """The time below which work of so many FLOPs that moves so many bytes cannot come."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+def limits(device: torch.device, dtype: torch.dtype = torch.float32) -> Limits:
+    """With as many threads as torch has now."""
+    side, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = best(lambda: torch.mm(a, b), device)
+    copy = best(lambda: target.copy_(source), device)
+    return Limits(2 * side**3 / product, 2 * length / copy)
+
+
+def best(work: Callable[[], object], device: torch.device, runs: int = 5) -> float:
+    """The least of several times, in seconds, after a run to warm up."""
+    work()
+    return min(timed(work, device) for _ in range(runs))
+
+
+def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds until the work is done, on the device too."""
+    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each work's seconds, round by round, so that a machine whose speed drifts does not decide the outcome."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            found[name].append(work())
+    return found
+
+
+def ratio(baseline: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times faster ours is: the median over rounds."""
+    return statistics.median(old / new for old, new in zip(baseline, ours, strict=True))
+
+
+def show(title: str, rows: Sequence[Row], facts: Mapping[str, Any], path: Path | None) -> None:
+    """Print rows as a Markdown table and, below, facts that hold for all; write both as JSON."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    facts = {"torch": torch.__version__, "device": device, "cores": os.cpu_count(), **facts}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(_cell(row.get(name, '')) for name in names)} |")
+    print("\n" + "\n".join(f"{name}: {_cell(value)}" for name, value in facts.items()), flush=True)
+    if path is not None:
+        path.write_text(json.dumps({"title": title, "rows": [dict(row) for row in rows], **facts}, indent=1) + "\n")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
