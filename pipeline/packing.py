@@ -50,10 +50,9 @@ def pack(
     if slots <= 0 or len(items) <= slots:
         return [[item] for item in _longest_first(items)]
     room = math.inf if memory is None else memory
-    found = [_spread(items, slots, shared_seconds, room, most), _fill(items, slots, shared_seconds, room, most)]
-    return min(
-        (_in_order(plan, shared_seconds) for plan in found), key=lambda one: makespan(one, slots, shared_seconds)
-    )
+    schedules = [schedule(items, slots, shared_seconds, room, most) for schedule in (_spread, _fill)]
+    orders = [_in_order(schedule, shared_seconds) for schedule in schedules]
+    return min(orders, key=lambda order: makespan(order, slots, shared_seconds))
 
 
 def makespan(packs: Iterable[Pack], slots: int, shared_seconds: float = 0.0) -> float:
