@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from specs.fields import Spec, Unkeyed, refuse
 
@@ -104,4 +104,11 @@ class DistillSpec(Spec):
     # have 5 to 27, 10 in the median.
     heavy_tails: float = Field(12.0, description="for auto: excess kurtosis beyond which tails are heavy")
     gate_weighted: bool = Field(False, description="weight the error by the block's adaLN gate")
+    compile: Annotated[bool, Unkeyed()] = Field(False, description="torch.compile the scion: pays on a GPU")
+    activations: Annotated[ByteSize | None, Unkeyed()] = Field(
+        None,
+        gt=0,
+        description="bytes of activations that a task holds at once, also as in 40GiB: what does not fit is computed "
+        "again; by default half of the memory that is free",
+    )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(10, ge=1, description="epochs")

@@ -6,8 +6,8 @@ This file is read by the planner, so it is light: the stages themselves, and tor
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,7 @@ class Stage:
 
     version: int  # raise it when the stage's code changes what it makes: every artifact of it is then computed anew
     orchestrates: bool = False  # starts workers of its own and waits for them, so that its task takes no CPU
+    shares: bool = False  # steps that need the same artifacts do part of their work once, in one task
     memory: str = ""  # the setting to lower where its memory does not suffice
 
 
@@ -31,7 +32,7 @@ STAGES = {
     "base": Stage(version=2, orchestrates=True, memory="weights.batch"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),
-    "distill": Stage(version=2, memory="distill.batch, distill.samples or distill.draws"),
+    "distill": Stage(version=3, shares=True, memory="distill.batch, distill.samples or distill.draws"),
     "search": Stage(version=2, orchestrates=True, memory="layers.search.batch"),
     "select": Stage(version=2),
     "finetune": Stage(version=2, orchestrates=True, memory="finetune.batch, or raise finetune.workers"),
@@ -78,6 +79,14 @@ class Report(Protocol):
 
 
 @dataclass(frozen=True)
+class Together:
+    """What a step shares with those that the same task does after it."""
+
+    next: Sequence[Any] = ()  # their parameters
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step leaves for them, by name
+
+
+@dataclass(frozen=True)
 class Context:
     """All that a stage gets; what it leaves in `out` becomes its artifact."""
 
@@ -90,6 +99,7 @@ class Context:
     resources: StepResources
     device: torch.device  # of this task; workers that the stage starts are given their own
     stopping: Callable[[], bool] = never
+    together: Together = Together()
 
     def stop_if_asked(self) -> None:
         """Raise Stopped where that is wanted; to be called where nothing would be lost."""

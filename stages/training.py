@@ -77,18 +77,18 @@ class PlainEngine:
         return self.model(*args)
 
     def step(self, loss: Tensor, lr: float) -> bool:
-        self.adam.zero_grad()
         loss.backward()
         self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
-        if not self.takes(loss.detach(), norm):
-            return False
-        for group in self.adam.param_groups:
-            group["lr"] = lr * group["rate"]
-        self.adam.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
-        return True
+        taken = self.takes(loss.detach(), norm)
+        if taken:
+            for group in self.adam.param_groups:
+                group["lr"] = lr * group["rate"]
+            self.adam.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
+        self.adam.zero_grad()
+        return taken
 
     def takes(self, loss: Tensor, norm: Tensor) -> bool:
         """Whether to make a step of this worker's loss and the gradient's norm over all workers."""
