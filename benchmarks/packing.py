@@ -4,8 +4,8 @@
     python -m benchmarks.packing [--gpus 1 8 1000] [--sites 28 1000] [--json FILE]
 
 The packs are played through as Ray does it, each slot that falls free taking the next, and the makespan is held
-against a lower bound for any schedule whatsoever that respects the same limits: the memory, and the size of a pack.
-The bound (`lower_bound`) is what the hardware's peak is elsewhere: the floor.
+against a lower bound for any schedule whatsoever, however large its packs, that respects the memory. The bound
+(`lower_bound`) is here what the hardware's peak is elsewhere: the floor.
 
 Costs: equal; those of DiT-XL/2 by depth, where every fourth site is an MLP's and operators take turns; two sizes; and
 lognormal. A pass of the rootstock costs what it costs for DiT-XL/2, 0.22 of a Hyena site's 200 epochs. Memory: what
@@ -41,6 +41,7 @@ SITES = (3, 14, 28, 56, 100, 300, 1000)
 GPU_MEMORY = 141e9  # of an H200
 MODEL, PLACE = DitModel(size="XL/2"), Place(width=1152, heads=16, num_tokens=256)
 TOLERANCE = 1e-9
+FUNCTIONS = (1, 2, 3, 4, 5, 6)  # u(k), dual feasible
 NEAR = 1.04  # of a simple bound: a stronger one is not sought
 FAR = 1.08  # from all others: the strongest is sought too
 KINDS, FILLINGS = 30, 150_000  # of items, and ways to fill a slot, that are listed at most
@@ -186,15 +187,8 @@ COSTS = {
 # -- the lower bound
 
 
-def lower_bound(
-    items: Sequence[Item],
-    slots: int,
-    shared: float,
-    memory: float | None = None,
-    reached: float = math.inf,
-    most: int = MOST,
-) -> float:
-    """Seconds below which no schedule ends in which a pass serves at most `most` items, which fit the memory together.
+def lower_bound(items: Sequence[Item], slots: int, shared: float, memory: float, reached: float = math.inf) -> float:
+    """Seconds below which no schedule ends in which the items that a pass serves fit the memory together.
 
     Each item's share of a pass is replaced by one that no pass can exceed in sum (`shares`), which leaves a plain
     problem of parallel machines for each kind of share; the best bound counts. reached: a makespan that is reached; a
@@ -203,8 +197,8 @@ def lower_bound(
     seconds = np.array([item.seconds for item in items])
     if len(items) <= slots:
         return float(seconds.max()) + shared
-    parts = [*shares(items, memory, most)]
-    best = max(shared + float(seconds.max()), _crowded(seconds, parts, slots, shared))
+    parts = [*shares(items, memory)]
+    best = max(shared + float(max(seconds.max(), seconds.sum() / slots)), _crowded(seconds, parts, slots, shared))
     best = max(best, *(float((seconds + shared * part).sum()) / slots for part in parts))
     for part in parts if shared else ():
         best = max(best, machines_bound(seconds + shared * part, slots, best, reached))
@@ -212,15 +206,13 @@ def lower_bound(
     return best if reached <= best * FAR else fillings_bound(items, parts, slots, shared, best, reached)
 
 
-def shares(items: Sequence[Item], memory: float | None, most: int) -> Iterator[Sizes]:
-    """Shares of a pass, of each item, whose sum over the items of one pass is at most 1: by number, and by memory
-    through dual feasible functions (Fekete and Schepers 2001)."""
-    yield np.full(len(items), 1 / most)
-    if memory is not None:
-        needed = np.minimum([item.memory / memory for item in items], 1.0)
-        yield needed
-        for k in range(1, most + 1):
-            yield rounded(needed, k)
+def shares(items: Sequence[Item], memory: float) -> Iterator[Sizes]:
+    """Shares of a pass, of each item, whose sum over the items of one pass is at most 1, through dual feasible
+    functions of the memory (Fekete and Schepers 2001)."""
+    needed = np.minimum([item.memory / memory for item in items], 1.0)
+    yield needed
+    for k in FUNCTIONS:
+        yield rounded(needed, k)
 
 
 def rounded(sizes: Sizes, k: int) -> Sizes:
@@ -265,7 +257,7 @@ def bins(sizes: Sizes) -> int:
     for threshold in [0.0, *thresholds[:: max(1, len(thresholds) // 12)]]:
         # Beside what is larger than 1 - threshold nothing of at least the threshold fits.
         kept = np.where(sizes > 1 - threshold + TOLERANCE, 1.0, np.where(sizes >= threshold, sizes, 0.0))
-        most = max(most, float(kept.sum()), *(float(rounded(kept, k).sum()) for k in (1, 2, 3, 4, 5)))
+        most = max(most, float(kept.sum()), *(float(rounded(kept, k).sum()) for k in FUNCTIONS))
     return math.ceil(most - 1e-6)
 
 

@@ -38,7 +38,7 @@ from specs.problems import SpecError
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU
 START_SECONDS = 6.0  # that Ray takes to start
-LATEST = 100  # artifacts of a kind that say how fast it is done
+LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
 
 # Dense peak by the vendor's data sheets, FLOP/s in bf16 and fp32, by Ray's names of accelerators; half is assumed.

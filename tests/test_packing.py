@@ -102,7 +102,7 @@ def passes(items: list[Item], memory: float) -> int:
     for count in range(1, len(items) + 1):
         for served_by in product(range(count), repeat=len(items)):
             groups = [[item for item, one in zip(items, served_by, strict=True) if one == p] for p in range(count)]
-            if all(len(g) <= MOST and (len(g) < 2 or sum(item.memory for item in g) <= memory) for g in groups):
+            if all(sum(item.memory for item in group) <= memory for group in groups):
                 return count
     return 0
 
