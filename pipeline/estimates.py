@@ -229,17 +229,28 @@ def known_artifact(manifest: Manifest) -> Known | None:
     """The step that made an artifact; None where its identity is of another time, or makes no sense."""
     identity = manifest.identity
     try:
-        told, needs, outside = identity["params"], dict(identity["needs"]), dict(identity["outside"])
-        filled = {
-            name: LEFT_OUT.get(name, {}) | part if isinstance(part, dict) else part for name, part in told.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
+        told = {name: _as_given(part) for name, part in identity["params"].items()}
+        needs, outside = dict(identity["needs"]), dict(identity["outside"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
+    filled = {name: LEFT_OUT.get(name, {}) | part if isinstance(part, dict) else part for name, part in told.items()}
     for kind in PARAMS.get(str(identity.get("stage")), ()):
         for given in (told, filled):
             with suppress(ValidationError):
                 return Known(kind.model_validate(given), needs, outside)
     return None
+
+
+def _as_given(part: Any) -> Any:
+    """An identity has every field; a spec refuses some beside others, whatever is in them."""
+    if isinstance(part, list):
+        return [_as_given(one) for one in part]
+    if isinstance(part, dict) and part.get("kind") == "learned":
+        shares = ("ratio", "count", "budget")
+        beside = {"keep"} if any(part.get(name) is not None for name in shares) else set()
+        beside |= {"groups"} if part.get("budget") is not None else set()
+        return {name: one for name, one in part.items() if name not in beside}
+    return {name: _as_given(one) for name, one in part.items()} if isinstance(part, dict) else part
 
 
 # -- speed
@@ -263,7 +274,7 @@ class History:
         self.store = store
         self.manifests = {one.key: one for one in sorted(manifests, key=lambda one: one.origin.made, reverse=True)}
         self.record = cache(self._record)
-        self.known = cache(self._known)
+        self.artifact = cache(lambda key: known_artifact(self.manifests[key]))
         self.of_kind = cache(self._of_kind)
         self.formulas = Formulas(self.known)
 
@@ -309,8 +320,9 @@ class History:
                 return Done(work, manifest.origin.seconds, made, on_gpu, width(step, resources or StepResources()))
         return None
 
-    def _known(self, key: str) -> Known:
-        found = known_artifact(self.manifests[key])
+    def known(self, key: str) -> Known:
+        """The step that made an artifact; raises KeyError where it is not known."""
+        found = self.artifact(key)
         if found is None:
             raise KeyError(key)
         return found

@@ -15,6 +15,7 @@ from pipeline.planning import Plan, make_plan
 from pipeline.record import Expected, RunRecord
 from pipeline.store import Manifest, Origin, Store
 from pipeline.tables import lasting
+from specs.fields import keyed
 from specs.load import SpecError, load
 from tests.conftest import TINY, Finished, Graft
 
@@ -26,6 +27,7 @@ HYENA_Y = 8 * N * D**2 + 2 * N * D * 4
 BLOCK = MHA + MLP + MODULATION
 ROOTSTOCK = EMBEDDING + DEPTH * BLOCK + FINAL
 GRAFT = ROOTSTOCK + 2 * (HYENA_Y - MHA)
+IMAGENET = TINY.parent / "imagenet" / "hyena_y-50.yaml"
 MACHINE = Machine(cpus=2, gpus=0)
 
 
@@ -157,6 +159,27 @@ def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(sto
     found = expected(store, planned(), "base", "classifier")
     assert found.assumed == ["base"] and found.unknown == ["classifier"]
     assert math.isclose(found.seconds - START_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
+
+
+STRATEGIES = ["{kind: all}", "{kind: most_local, band: 4}", "{kind: learned, groups: 2, keep: 1}"]
+STRATEGIES += ["{kind: learned, groups: 2, count: 2}", "{kind: learned, budget: 0.9, operators: [{kind: swa}]}"]
+
+
+@pytest.mark.parametrize("layers", STRATEGIES)
+def test_every_step_of_every_job_is_known_again_from_its_artifact(store: Store, layers: str) -> None:
+    plan = planned(f"graft.0.layers={layers}")
+    stored(store, plan, 10.0)
+    history = History(store, store.manifests())
+    for step in plan.steps:
+        assert keyed(history.known(step.key).params) == keyed(step.params), step.name
+
+
+def test_images_and_checkpoints_elsewhere_are_known_again_too(store: Store) -> None:
+    plan = make_plan(load(IMAGENET))
+    stored(store, plan, 10.0)
+    history, formulas = History(store, store.manifests()), Formulas(known_steps(plan).__getitem__)
+    assert [history.formulas.work(step.key) for step in plan.steps] == [formulas.work(step.key) for step in plan.steps]
+    assert history.known(plan["evaluate"].key).params.recipe.samples == 50_000  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("broken", [{}, {"stage": "finetune"}, {"stage": "distill", "params": 3}, {"params": []}])
