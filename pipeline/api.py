@@ -6,16 +6,16 @@ Nothing heavy is imported until a step has to run: a run whose steps are all cac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import planning, preflight, record, stopping
 from pipeline.files import StoreError
 from pipeline.planning import Plan
-from pipeline.record import RunRecord
+from pipeline.record import Expected, RunRecord
 from pipeline.running import Run
-from pipeline.store import Store
+from pipeline.store import Manifest, State, Store
 from pipeline.view import SilentView, View
 from specs.costs import GraftCost
 from specs.data import ImageFolderData
@@ -49,6 +49,22 @@ def costs(job: JobSpec) -> GraftCost | None:
     here = not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
     num_classes = job.data.classes or (len(class_sizes(job.data)) if here else 0)
     return planning.costs(job, num_classes) if num_classes else None
+
+
+def estimate(
+    made: Plan, store: Store, states: Mapping[str, State], manifests: Iterable[Manifest], gpus: int | None = None
+) -> tuple[Expected, RunRecord | None]:
+    """What the steps that are not cached should take, and the last run that kept such an estimate and its time.
+
+    manifests: of the store. gpus: that are meant; None for as many as the widest step takes at once. Raises SpecError.
+    """
+    from pipeline import estimates
+
+    history = estimates.History(store, manifests)
+    undone = [step for step, state in states.items() if state != "cached"]
+    last = history.last() if undone else record.load_or_none(store, record.run_name(made))
+    expected = estimates.estimate(made, undone, history, estimates.machine_for(made, gpus))
+    return expected, last if last and last.expected and last.took else None
 
 
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:

@@ -28,6 +28,7 @@ from pipeline.tables import (
     columns,
     document,
     show_costs,
+    show_expected,
     show_garbage,
     show_holdings,
     show_results,
@@ -128,14 +129,25 @@ def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None,
 
 
 @app.command()
-def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached; and its costs."""
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, metavar="N", help="expect so many GPUs; by default what a step needs")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached; what it costs, and
+    what it should take."""
     with problems(debug):
         made = api.plan(job, overrides or ())
         absent = preflight.absent(made.job)
         cost = api.costs(made.job)
         store = Store(made.job.store)
         states = made.states(store)
+        manifests: list[Manifest] = list(store.manifests()) if set(states.values()) != {"cached"} else []
+        expected, last = api.estimate(made, store, states, manifests, gpus)
         steps: list[dict[str, Any]] = [
             {
                 "name": step.name,
@@ -148,9 +160,18 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             for step in made.steps
         ]
         if as_json:
-            document({"job": made.job.name, "steps": steps, "costs": cost and asdict(cost), "absent": absent})
+            document(
+                {
+                    "job": made.job.name,
+                    "steps": steps,
+                    "costs": cost and asdict(cost),
+                    "expected": expected.model_dump(),
+                    "last_estimate": last
+                    and {"run": last.run, "took": last.took, "expected": last.expected and last.expected.seconds},
+                    "absent": absent,
+                }
+            )
             return
-        manifests: list[Manifest] = list(store.manifests()) if "pending" in states.values() else []
         for step in made.steps:
             differs = difference(step, manifests) if states[step.name] != "cached" else None
             reason = f"differs in {differs}" if differs else ""
@@ -161,6 +182,7 @@ def plan(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: 
             show_costs(cost)
         elif made.job.budget() is not None:
             print(f"costs are for the search to settle: {made.job.budget():g} of the rootstock's FLOPs, within 2%")
+        show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
         for line in absent:

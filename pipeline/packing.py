@@ -150,4 +150,5 @@ def _in_order(schedule: Schedule, shared: float) -> list[Pack]:
 
 
 def _longest_first(items: Iterable[Item]) -> list[Item]:
-    return sorted(items, key=attrgetter("seconds"), reverse=True)
+    """Of those that take as long, the one that needs the most memory first."""
+    return sorted(items, key=attrgetter("seconds", "memory"), reverse=True)

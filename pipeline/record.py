@@ -44,6 +44,18 @@ class StepRecord(BaseModel):
     mlflow_run: Word | None = None  # its MLflow run, where this run executed it
 
 
+class Expected(BaseModel):
+    """What was left of a run should take, when it began (pipeline.estimates)."""
+
+    seconds: float  # wall time
+    gpu_hours: float
+    cpus: float  # of the machine that is meant
+    gpus: float
+    assumption: Word = ""  # of the speed of steps of which no run has done the like
+    assumed: list[Word] = []  # those steps
+    unknown: list[Word] = []  # steps that count as nothing: there was no basis at all
+
+
 class RunRecord(BaseModel):
     """One run of a job."""
 
@@ -59,6 +71,8 @@ class RunRecord(BaseModel):
     git_commit: Word | None = None
     submissions: list[Word] = []  # that started it on a cluster, by their Ray ids, the latest last
     error: str | None = None
+    expected: Expected | None = None
+    took: float | None = None  # seconds, of what was expected to take so long
 
     def step(self, name: str) -> StepRecord:
         return next(step for step in self.steps if step.name == name)

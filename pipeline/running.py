@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from pipeline.outbox import kept_entries
 from pipeline.planning import Plan
 from pipeline.record import RunRecord, StepRecord
 from pipeline.stopping import Stop
-from pipeline.store import RottenArtifact, Store
+from pipeline.store import RottenArtifact, State, Store
 from pipeline.view import View
 from specs.load import SpecError
 from specs.secrets import redacted
@@ -80,10 +82,14 @@ class Run:
             return self._go()
 
     def _go(self) -> RunRecord:
+        began = time.monotonic()
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
+        # In the background: a remote store is slow to tell what earlier steps took.
+        threading.Thread(target=self._expect, args=[self.plan.states(self.store)], daemon=True).start()
         try:
             self._execute()
+            self.record.took = time.monotonic() - began
             result = self._finish()
         except BaseException as error:
             self._break_off(error)
@@ -93,6 +99,16 @@ class Run:
         finally:
             self.view.close()
         return result
+
+    def _expect(self, states: Mapping[str, State]) -> None:
+        """Note what the steps that are left should take."""
+        from pipeline.estimates import History, estimate, machine_for
+
+        with suppress(StoreError, SpecError):
+            history = History(self.store, self.store.manifests())
+            undone = [step for step, state in states.items() if state != "cached"]
+            self.record.expected = estimate(self.plan, undone, history, machine_for(self.plan, None))
+            self._save()
 
     def _served(self) -> bool:
         """Whether there is nothing to do: all steps are in the store, and MLflow has the run."""
@@ -290,6 +306,8 @@ class Run:
             mlflow_run=past.mlflow_run if past else None,
             git_commit=past.git_commit if past else git_commit(),
             submissions=record.with_submission(past.submissions if past else []),
+            expected=past.expected if past else None,
+            took=past.took if past else None,
         )
         return opened, past
 

@@ -14,7 +14,9 @@ from specs.secrets import redacted
 if TYPE_CHECKING:
     from cluster.jobs import Submission
     from pipeline.gc import Garbage, Holding
-    from pipeline.record import RunRecord
+    from pipeline.record import Expected, RunRecord
+
+NAMED = 6  # steps of a list
 
 
 def show_costs(cost: GraftCost) -> None:
@@ -32,6 +34,46 @@ def show_costs(cost: GraftCost) -> None:
             for new, old in ((of.params, against and against.params), (of.flops, against and against.flops))
         )
         print(f"{name:18}{of.params:16,}{params}{of.flops / 1e9:16,.4g}{flops}".rstrip())
+
+
+def show_expected(expected: Expected, steps: int, last: RunRecord | None) -> None:
+    """What a job's steps should take and what that is based on; and how far off the last such estimate was."""
+    if steps:
+        known = steps - len(expected.unknown)
+        on = (
+            f"{expected.gpus:g} GPUs, {expected.gpu_hours:.3g} GPU hours"
+            if expected.gpus
+            else f"{expected.cpus:g} CPUs"
+        )
+        print(f"expected, by estimate: {lasting(expected.seconds) if known else 'not known'} on {on}")
+    if as_before := steps - len(expected.assumed) - len(expected.unknown):
+        print(f"  {counted(as_before, 'step')} as fast as the most similar ones in this store were")
+    if expected.assumed:
+        print(f"  no such step in this store, so {expected.assumption} is assumed: {listed(expected.assumed)}")
+    if expected.unknown:
+        print(f"  no basis, so counted as nothing: {listed(expected.unknown)}")
+    if last is not None and last.expected is not None and last.took is not None:
+        off = last.took / last.expected.seconds - 1
+        told = f"expected {lasting(last.expected.seconds)}, took {lasting(last.took)}"
+        print(f"last estimate: {last.run}: {told} ({abs(off):.0%} {'more' if off > 0 else 'less'})")
+
+
+def lasting(seconds: float) -> str:
+    """`1m10s`: the two largest units."""
+    whole = round(seconds)
+    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller_size:02}{smaller}"
+    return f"{whole}s"
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def show_holdings(holdings: Sequence[Holding]) -> None:

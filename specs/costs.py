@@ -56,20 +56,32 @@ def rootstock_cost(model: Shape, place: Place, channels: int, num_classes: int) 
     """A DiT for latents of `channels` channels, with its own operators in every block (arXiv 2212.09748)."""
     width, patch = place.width, model.patch**2
     out = patch * channels * (2 if model.learn_sigma else 1)
-    embedding = Cost(
+    final = Cost(
+        linear_parameters(width, out) + linear_parameters(width, 2 * width),
+        2 * place.num_tokens * width * out + 4 * width**2,
+    )
+    return sum(
+        (block_cost(place) for _ in range(model.depth)), embedding_cost(model, place, channels, num_classes) + final
+    )
+
+
+def embedding_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+    """Of patches, timestep and label."""
+    width, patch = place.width, model.patch**2
+    return Cost(
         linear_parameters(channels * patch, width)
         + linear_parameters(FREQUENCIES, width)
         + linear_parameters(width, width)
         + (num_classes + 1) * width,
         2 * place.num_tokens * channels * patch * width + 2 * (FREQUENCIES + width) * width,
     )
+
+
+def block_cost(place: Place) -> Cost:
+    """One block: both operators and the modulation."""
+    width = place.width
     modulation = Cost(linear_parameters(width, 6 * width), 12 * width**2)
-    final = Cost(
-        linear_parameters(width, out) + linear_parameters(width, 2 * width),
-        2 * place.num_tokens * width * out + 4 * width**2,
-    )
-    block = sum((operator_cost(operator, place) for operator in ORIGINALS.values()), modulation)
-    return sum((block for _ in range(model.depth)), embedding + final)
+    return sum((operator_cost(operator, place) for operator in ORIGINALS.values()), modulation)
 
 
 @dataclass(frozen=True)

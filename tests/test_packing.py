@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import COSTS, lower_bound, simulate
 from pipeline.packing import MOST, Item, duration, makespan, pack
 
 GIB = 2.0**30
@@ -80,3 +83,48 @@ def test_the_makespan_is_that_of_slots_which_take_the_next_pack_when_they_fall_f
     packs = [[Item("a", 3.0)], [Item("b", 1.0), Item("c", 1.0)], [Item("d", 2.0)], [Item("e", 0.5)]]
     # Slot 1: a, 0 .. 4; e, 4 .. 5.5. Slot 2: b and c, 0 .. 3; d, 3 .. 6.
     assert math.isclose(makespan(packs, slots=2, shared_seconds=1.0), 6.0)
+
+
+# -- how near to the least
+
+
+@pytest.mark.parametrize("memory", ["DiT-XL/2", "mixed"])
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize(("gpus", "share", "sites"), [(1, 1.0, 28), (8, 1.0, 28), (8, 0.5, 56), (32, 0.25, 300)])
+def test_the_makespan_is_within_a_tenth_of_the_lower_bound(
+    costs: str, memory: str, gpus: int, share: float, sites: int
+) -> None:
+    assert simulate(costs, memory, gpus, share, sites).ratio <= 1.1
+
+
+def passes(items: list[Item], memory: float) -> int:
+    """The least number of passes that serve the items, by trying all."""
+    for count in range(1, len(items) + 1):
+        for served_by in product(range(count), repeat=len(items)):
+            groups = [[item for item, one in zip(items, served_by, strict=True) if one == p] for p in range(count)]
+            if all(sum(item.memory for item in group) <= memory for group in groups):
+                return count
+    return 0
+
+
+def least_makespan(items: list[Item], slots: int, shared: float, memory: float) -> float:
+    """By trying every schedule."""
+
+    def ends() -> Iterator[float]:
+        for places in product(range(slots), repeat=len(items)):
+            loads = [[item for item, place in zip(items, places, strict=True) if place == s] for s in range(slots)]
+            yield max(sum(item.seconds for item in load) + shared * passes(load, memory) for load in loads)
+
+    return min(ends())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_schedule_at_all_ends_before_the_lower_bound(seed: int) -> None:
+    """What the benchmark holds packing against."""
+    draws = random.Random(seed)
+    items = [Item(str(i), draws.choice((1.0, 2.0, 3.5)), draws.choice((0.2, 0.4, 0.6))) for i in range(5)]
+    shared, slots = draws.choice((0.3, 1.0)), draws.choice((2, 3))
+    least = least_makespan(items, slots, shared, 1.0)
+    packed = makespan(pack(items, slots, shared, 1.0), slots, shared)
+    assert lower_bound(items, slots, shared, 1.0, packed) <= least * (1 + 1e-9)
+    assert least <= packed * (1 + 1e-9)

@@ -1,0 +1,270 @@
+"""What a job should take: FLOPs by formula, speed from what earlier steps took, time by playing the job through."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import api, record
+from pipeline.estimates import CORE, START_SECONDS, Formulas, History, Machine, estimate, known_steps, machine_for
+from pipeline.planning import Plan, make_plan
+from pipeline.record import Expected, RunRecord
+from pipeline.store import Manifest, Origin, Store
+from pipeline.tables import lasting
+from specs.fields import keyed
+from specs.load import SpecError, load
+from tests.conftest import TINY, Finished, Graft
+
+N, D, DEPTH = 64, 32, 4  # of the tiny job: tokens, width, blocks
+MHA, MLP, MODULATION = 8 * N * D**2 + 4 * N**2 * D, 16 * N * D**2, 12 * D**2
+EMBEDDING = 2 * N * 4 * D + 2 * (256 + D) * D
+FINAL = 2 * N * D * 8 + 4 * D**2
+HYENA_Y = 8 * N * D**2 + 2 * N * D * 4
+BLOCK = MHA + MLP + MODULATION
+ROOTSTOCK = EMBEDDING + DEPTH * BLOCK + FINAL
+GRAFT = ROOTSTOCK + 2 * (HYENA_Y - MHA)
+IMAGENET = TINY.parent / "imagenet" / "hyena_y-50.yaml"
+MACHINE = Machine(cpus=2, gpus=0)
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(load(TINY, overrides))
+
+
+def work(plan: Plan, step: str) -> tuple[float, float]:
+    found = Formulas(known_steps(plan).__getitem__).work(plan[step].key)
+    assert found is not None
+    return found.own, found.shared
+
+
+# -- FLOPs
+
+
+def test_a_distillation_trains_on_all_samples_and_measures_the_heldout_ones_every_epoch() -> None:
+    own, shared = work(planned(), "distill/01.mha")
+    assert own == 60 * (3 * 64 + 64) * HYENA_Y
+    assert shared == (64 + 64) * (EMBEDDING + 2 * BLOCK)
+
+
+def test_a_distillation_shows_each_sample_as_often_as_it_is_drawn() -> None:
+    own, shared = work(planned("distill.draws=3"), "distill/03.mha")
+    assert own == 60 * (3 * 3 * 64 + 64) * HYENA_Y
+    assert shared == (3 * 64 + 64) * (EMBEDDING + 4 * BLOCK)
+
+
+def test_a_pair_trains_both_of_its_blocks_and_what_merges_them() -> None:
+    own, shared = work(planned("graft=[{kind: parallel, pairs: [[1, 2]]}]"), "distill/01.pair")
+    assert own == 60 * (3 * 64 + 64) * (2 * BLOCK + 4 * N * D**2)
+    assert shared == (64 + 64) * (EMBEDDING + 3 * BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("step", "flops"),
+    [
+        ("base", 3 * ROOTSTOCK * 20 * 16),
+        ("profile", ROOTSTOCK * 256),
+        ("finetune", 3 * GRAFT * 40 * 16),
+        ("finetune/random_init", 3 * GRAFT * 40 * 16),
+        ("evaluate/rootstock", ROOTSTOCK * 2 * 4 * 40),  # guided: two passes a step
+        ("evaluate/stage1", GRAFT * 2 * 4 * 40),
+        ("evaluate/stage2", GRAFT * 2 * 4 * 40),
+    ],
+)
+def test_other_steps_cost_their_passes(step: str, flops: int) -> None:
+    assert work(planned(), step) == (flops, 0)
+
+
+def test_without_guidance_sampling_takes_one_pass_a_step() -> None:
+    assert work(planned("evaluate.sampler.guidance=1"), "evaluate/rootstock") == (ROOTSTOCK * 4 * 40, 0)
+
+
+def test_a_search_passes_through_originals_and_scions() -> None:
+    search = "{kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {steps: 10, batch: 4, warmup: 1}}"
+    assert work(planned(f"graft.0.layers={search}"), "search/0") == (3 * (ROOTSTOCK + 4 * HYENA_Y) * 10 * 4, 0)
+
+
+# -- speed
+
+
+def stored(store: Store, plan: Plan, seconds: float, gpu: float = 0.0) -> None:
+    """Artifacts as a run leaves them, each step having taken so long, one after another."""
+    for number, step in enumerate(plan.steps):
+        made = f"2026-01-01T00:{number:02}:00+00:00"
+        origin = Origin(step=step.name, run="earlier", seconds=seconds, made=made)
+        store.commit(step.key, store.workplace(step.key), dict(step.identity), origin)
+    job = plan.job.model_copy(deep=True).model_dump(mode="json")
+    for resources in job["resources"].values():
+        resources["gpu"] = gpu
+    record.save(
+        store,
+        RunRecord(
+            run="earlier",
+            name="earlier",
+            status="finished",
+            started="",
+            job=job,
+            steps=[],
+            expected=Expected(seconds=100, gpu_hours=0, cpus=2, gpus=0),
+            took=108,
+        ),
+    )
+
+
+def expected(store: Store, plan: Plan, *undone: str, machine: Machine = MACHINE) -> Expected:
+    return estimate(plan, undone, History(store, store.manifests()), machine)
+
+
+def seconds(store: Store, plan: Plan, *undone: str, machine: Machine = MACHINE) -> float:
+    return expected(store, plan, *undone, machine=machine).seconds - START_SECONDS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_a_step_should_take_as_long_as_the_like_one_did_in_proportion_to_its_flops(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=100"), "finetune"), 25.0)
+
+
+def test_twice_the_workers_should_be_twice_as_fast(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    assert math.isclose(seconds(store, planned("finetune.workers=4"), "finetune", machine=Machine(4, 0)), 5.0)
+
+
+def test_what_was_most_alike_counts(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    stored(store, planned("finetune.steps=4000"), 100.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), 50.0)
+
+
+def test_a_step_without_a_formula_should_take_as_long_as_the_last_of_its_kind(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    assert math.isclose(seconds(store, planned("seed=1"), "classifier"), 10.0)
+
+
+def test_what_a_cpu_did_says_nothing_of_a_gpu(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    plan = planned("resources.finetune.gpu=1")
+    found = expected(store, plan, "finetune", machine=Machine(2, 2))
+    assert found.assumed == ["finetune"] and found.assumption == "half the peak of H100"
+
+
+def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(store: Store) -> None:
+    found = expected(store, planned(), "base", "classifier")
+    assert found.assumed == ["base"] and found.unknown == ["classifier"]
+    assert math.isclose(found.seconds - START_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
+
+
+STRATEGIES = ["{kind: all}", "{kind: most_local, band: 4}", "{kind: learned, groups: 2, keep: 1}"]
+STRATEGIES += ["{kind: learned, groups: 2, count: 2}", "{kind: learned, budget: 0.9, operators: [{kind: swa}]}"]
+
+
+@pytest.mark.parametrize("layers", STRATEGIES)
+def test_every_step_of_every_job_is_known_again_from_its_artifact(store: Store, layers: str) -> None:
+    plan = planned(f"graft.0.layers={layers}")
+    stored(store, plan, 10.0)
+    history = History(store, store.manifests())
+    for step in plan.steps:
+        assert keyed(history.known(step.key).params) == keyed(step.params), step.name
+
+
+def test_images_and_checkpoints_elsewhere_are_known_again_too(store: Store) -> None:
+    plan = make_plan(load(IMAGENET))
+    stored(store, plan, 10.0)
+    history, formulas = History(store, store.manifests()), Formulas(known_steps(plan).__getitem__)
+    assert [history.formulas.work(step.key) for step in plan.steps] == [formulas.work(step.key) for step in plan.steps]
+    assert history.known(plan["evaluate"].key).params.recipe.samples == 50_000  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("broken", [{}, {"stage": "finetune"}, {"stage": "distill", "params": 3}, {"params": []}])
+def test_artifacts_that_make_no_sense_are_passed_over(store: Store, broken: dict[str, object]) -> None:
+    plan = planned()
+    stored(store, plan, 10.0)
+    origin = Origin(step="finetune", run="../elsewhere", seconds=math.nan, made="never")
+    odd = Manifest(key="0" * 64, identity=broken, files={}, origin=origin)
+    history = History(store, [odd, *store.manifests()])
+    assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
+
+
+def test_numbers_that_nobody_means_are_passed_over(store: Store) -> None:
+    plan = planned()
+    stored(store, plan, 10.0)
+    (real,) = (one for one in store.manifests() if one.key == plan["finetune"].key)
+    identity = json.loads(json.dumps(real.identity))
+    identity["params"]["recipe"]["steps"] = 10**400
+    odd = real.model_copy(update={"key": "0" * 64, "identity": identity})
+    history = History(store, [odd, *store.manifests()])
+    assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
+
+
+# -- the job played through
+
+
+def test_steps_that_do_not_need_each_other_run_side_by_side(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    sites = ("distill/01.mha", "distill/03.mha")
+    apart = seconds(store, planned(), *sites)
+    assert 9 < apart < 11
+    one_core = seconds(store, planned(), *sites, machine=Machine(1, 0))
+    assert 1.5 * apart < one_core < 2 * apart  # they share a pass
+
+
+def test_steps_that_need_each_other_run_one_after_another(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    assert math.isclose(seconds(store, planned(), "finetune", "evaluate"), 20.0)
+
+
+def test_gpu_hours_count_shares_for_as_long_as_they_are_taken(store: Store) -> None:
+    plan = planned("resources.distill.gpu=0.5", "resources.finetune.gpu=1")
+    stored(store, plan, 3600.0, gpu=1.0)
+    found = expected(store, plan, "finetune", machine=machine_for(plan, None))
+    assert found.gpus == 2 and math.isclose(found.gpu_hours, 2.0)  # two workers
+
+
+def test_two_shares_of_two_thirds_do_not_fit_a_gpu() -> None:
+    plan = planned("resources.distill.gpu=0.6")
+    step = plan["distill/01.mha"]
+    assert Machine(2, 2).takes(known_steps(plan)[step.key], step.resources) == ("gpu", 1.0)
+
+
+def test_fewer_gpus_than_a_step_takes_at_once_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"--gpus: got 1; accepted: at least 2, which finetune"):
+        machine_for(planned("resources.finetune.gpu=1"), 1)
+
+
+def test_the_last_estimate_is_that_of_the_run_which_made_the_latest_artifacts(store: Store) -> None:
+    plan = planned()
+    stored(store, plan, 10.0)
+    changed = planned("finetune.steps=100", f"store={store.url}")
+    _, last = api.estimate(changed, store, changed.states(store), list(store.manifests()))
+    assert last is not None and (last.run, last.took) == ("earlier", 108)
+
+
+@pytest.mark.parametrize(("given", "told"), [(3.2, "3s"), (70, "1m10s"), (7325, "2h02m"), (90000, "1d01h")])
+def test_times_are_told_in_two_units(given: float, told: str) -> None:
+    assert lasting(given) == told
+
+
+# -- a real run
+
+
+def test_after_a_run_the_plan_of_a_changed_job_shows_what_it_should_take(
+    tiny: Finished, graft: Graft, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.store, tmp_path / ".graftwork", ignore=shutil.ignore_patterns("mlflow*"))
+    told = json.loads(graft("plan", str(TINY), "--set", "finetune.steps=80", "--json").stdout)
+    assert told["expected"]["unknown"] == [] and told["expected"]["assumed"] == []
+    assert told["expected"]["gpu_hours"] == 0
+    took = {step["name"]: step["seconds"] for step in tiny.outcome["steps"]}
+    assert told["expected"]["seconds"] > took["finetune"]
+    assert told["last_estimate"]["run"] == tiny.run
+    assert told["last_estimate"]["took"] > 0 and told["last_estimate"]["expected"] > 0
+    lines = graft("plan", str(TINY), "--set", "finetune.steps=80").stdout
+    assert "as fast as the most similar ones in this store were" in lines
+    assert f"last estimate: {tiny.run}: expected " in lines
