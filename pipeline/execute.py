@@ -105,6 +105,7 @@ class Execution:
         self.failures: list[StepFailed] = []
         self.last_metrics: dict[str, str] = {}
         self.stopping_since: float | None = None
+        self.news_read = 0.0
         self.leases_seen = 0.0
         self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
         self.room_seen = 0.0
@@ -117,11 +118,13 @@ class Execution:
                 ray.wait(list(self.refs.values()), timeout=POLL_SECONDS)
             else:
                 time.sleep(POLL_SECONDS)
-            self._pass_on_news()
+            if time.monotonic() - self.news_read > POLL_SECONDS:
+                self._pass_on_news()
             for name in self._ended():
                 self._end(name, self.refs.pop(name))
             self._look_at_leases()
             self._look_for_room()
+        self._pass_on_news()
         return self.failures
 
     def _submit(self) -> None:
@@ -129,9 +132,9 @@ class Execution:
         if self.stopping_since is not None:
             return
         for name in self.open:
-            step = self.plan[name]
             if name in self.refs or name in self.held:
                 continue
+            step = self.plan[name]
             if all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
                 self.refs[name] = self._task(step)
 
@@ -156,7 +159,10 @@ class Execution:
         return task.remote(work, *(self.refs[name] for name in step.needs.values() if name in self.refs))
 
     def _pass_on_news(self) -> None:
+        self.news_read = time.monotonic()
         news: News = ray.get(self.board.read.remote())
+        # What a step wrote last may come after its end: its points are kept, its progress is no news any more.
+        news.progress = {name: news.progress[name] for name in self.open if name in news.progress}
         for name in news.progress.keys() - self.begun:
             self.watcher.started(name)
         self.begun |= news.progress.keys()
@@ -169,7 +175,8 @@ class Execution:
         if not self.refs:
             return []
         ended, _ = ray.wait(list(self.refs.values()), num_returns=len(self.refs), timeout=0)
-        return [name for name, ref in self.refs.items() if ref in ended]
+        found = set(ended)
+        return [name for name, ref in self.refs.items() if ref in found]
 
     def _end(self, name: str, ref: Any) -> None:
         try:
@@ -200,6 +207,7 @@ class Execution:
         self.ready.add(name)
 
     def _fail(self, failure: StepFailed) -> None:
+        self._pass_on_news()
         last = self.last_metrics.get(failure.step)
         if last is not None:
             problem = f"{failure.problem}; last metrics {last}"
@@ -207,13 +215,9 @@ class Execution:
         self.failures.append(failure)
         self.open.remove(failure.step)
         self.watcher.failed(failure.step, failure.problem)
-        for name in [name for name in self.open if name not in self.refs]:
-            if self._needs(name, failure.step):
-                self._skip(name, failure.step)
-
-    def _needs(self, name: str, other: str) -> bool:
-        needs = self.plan[name].needs.values()
-        return other in needs or any(self._needs(needed, other) for needed in needs)
+        following = self.plan.following(failure.step)
+        for name in [name for name in self.open if name in following and name not in self.refs]:
+            self._skip(name, failure.step)
 
     def _skip(self, name: str, because_of: str) -> None:
         self.open.remove(name)
@@ -240,13 +244,17 @@ class Execution:
         if now - self.room_seen < SHORTAGE_SECONDS / 10:
             return
         self.room_seen = now
+        there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
         for name in self.refs.keys() & self.had_room.keys():
             resources = self.plan[name].resources
-            if runtime.room_for(resources):
+            wanted = runtime.shown(resources)
+            if wanted not in there_is_room:
+                there_is_room[wanted] = runtime.room_for(resources) > 0
+            if there_is_room[wanted]:
                 self.had_room[name] = now
             elif now - self.had_room[name] > SHORTAGE_SECONDS:
                 del self.had_room[name]
-                self.watcher.short(name, runtime.shown(resources))
+                self.watcher.short(name, wanted)
 
     def _stopped(self) -> bool:
         """Whether it was asked to stop and everything has come to rest, or had the time to."""
