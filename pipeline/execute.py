@@ -112,6 +112,7 @@ class Execution:
         self.failures: list[StepFailed] = []
         self.last_metrics: dict[str, str] = {}
         self.stopping_since: float | None = None
+        self.news_read = 0.0
         self.leases_seen = 0.0
         self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
         self.room_seen = 0.0
@@ -124,11 +125,14 @@ class Execution:
                 ray.wait(list(self.tasks), timeout=POLL_SECONDS)
             else:
                 time.sleep(POLL_SECONDS)
-            self._pass_on_news()
-            for ref in self._ended():
+            ended = self._ended()
+            if ended or time.monotonic() - self.news_read > POLL_SECONDS:
+                self._pass_on_news()
+            for ref in ended:
                 self._end(ref)
             self._look_at_leases()
             self._look_for_room()
+        self._pass_on_news()
         return self.failures
 
     def _submit(self) -> None:
@@ -137,9 +141,9 @@ class Execution:
             return
         sharing: list[Step] = []
         for name in self.open:
-            step = self.plan[name]
             if name in self.refs or name in self.held:
                 continue
+            step = self.plan[name]
             if stages.STAGES[step.stage].shares and name not in self.alone:
                 if all(needed in self.ready for needed in step.needs.values()):
                     sharing.append(step)
@@ -190,7 +194,10 @@ class Execution:
         return tuple(name for name in step.needs.values() if name not in self.ready)
 
     def _pass_on_news(self) -> None:
+        self.news_read = time.monotonic()
         news: News = ray.get(self.board.read.remote())
+        # What a step wrote last may come after its end: its points are kept, its progress is no news any more.
+        news.progress = {name: news.progress[name] for name in self.open if name in news.progress}
         for name in news.progress.keys() - self.begun:
             self.watcher.started(name)
         self.begun |= news.progress.keys()
@@ -242,7 +249,7 @@ class Execution:
 
     def _block(self, name: str) -> None:
         """Something that the step needs is not there: it waits for that, or is given up."""
-        missing = next((needed for needed in self._all_needs(name) if needed in self.given_up), None)
+        missing = next((gone for gone in self.given_up if name in self.plan.following(gone)), None)
         if missing is not None:
             self._skip(name, missing)
 
@@ -273,19 +280,9 @@ class Execution:
         self.open.remove(failure.step)
         self.given_up.add(failure.step)
         self.watcher.failed(failure.step, failure.problem)
-        for name in [name for name in self.open if name not in self.refs]:
-            if failure.step in self._all_needs(name):
-                self._skip(name, failure.step)
-
-    def _all_needs(self, name: str) -> set[str]:
-        """What the step needs, and what that needs."""
-        found: set[str] = set()
-        ahead = [name]
-        while ahead:
-            direct = set(self.plan[ahead.pop()].needs.values()) - found
-            found |= direct
-            ahead += direct
-        return found
+        following = self.plan.following(failure.step)
+        for name in [name for name in self.open if name in following and name not in self.refs]:
+            self._skip(name, failure.step)
 
     def _skip(self, name: str, because_of: str) -> None:
         self.open.remove(name)
@@ -313,13 +310,17 @@ class Execution:
         if now - self.room_seen < SHORTAGE_SECONDS / 10:
             return
         self.room_seen = now
+        there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
         for name in self.refs.keys() & self.had_room.keys():
             resources = self.plan[name].resources
-            if runtime.room_for(resources):
+            wanted = runtime.shown(resources)
+            if wanted not in there_is_room:
+                there_is_room[wanted] = runtime.room_for(resources) > 0
+            if there_is_room[wanted]:
                 self.had_room[name] = now
             elif now - self.had_room[name] > SHORTAGE_SECONDS:
                 del self.had_room[name]
-                self.watcher.short(name, runtime.shown(resources))
+                self.watcher.short(name, wanted)
 
     def _stopped(self) -> bool:
         """Whether it was asked to stop and everything has come to rest, or had the time to."""
