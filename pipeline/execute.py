@@ -25,8 +25,9 @@ import stages
 from cluster import runtime
 from cluster.board import Board, News, Reporter, StopSignal
 from pipeline import leases
+from pipeline.estimates import site_items
 from pipeline.leases import Held, Holder, Waiter
-from pipeline.packing import Item, pack
+from pipeline.packing import pack
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
 from specs.problems import plain
@@ -152,15 +153,13 @@ class Execution:
         for steps in self._packs(sharing):
             self._start(steps)
 
-    def _packs(self, steps: Sequence[Step]) -> list[list[Step]]:
-        """Steps of stages that share work, put together for the room that there is now, in the order to start them."""
-        if not steps:
+    def _packs(self, sites: Sequence[Step]) -> list[list[Step]]:
+        """Sites put together for the room that there is now, in the order to start them."""
+        if not sites:
             return []
-        by_name, stage = {step.name: step for step in steps}, steps[0].stage
-        group = [Item(step.name, seconds=1.0) for step in steps if step.stage == stage]
-        packs = pack(group, runtime.room_for(steps[0].resources))
-        rest = [step for step in steps if step.stage != stage]
-        return [[by_name[item.name] for item in items] for items in packs] + self._packs(rest)
+        items, shared = site_items(self.plan, [step.name for step in sites])
+        packs = pack(items, runtime.room_for(sites[0].resources), shared)
+        return [[self.plan[item.name] for item in items] for items in packs]
 
     def _start(self, steps: Sequence[Step]) -> None:
         """One task for these steps."""
