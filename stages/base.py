@@ -15,8 +15,9 @@ from specs.graft import Edit
 from specs.model import CheckpointWeights, PretrainWeights
 from specs.steps import BaseParams
 from stages import Context
+from stages.batches import TrainingSet
 from stages.latents import read, read_meta
-from stages.training import PlainEngine, TrainingSet, final_weights, train
+from stages.training import PlainEngine, final_weights, train
 
 
 def run(context: Context) -> None:

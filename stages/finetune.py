@@ -16,9 +16,10 @@ from models.dit import DiT
 from specs.graft import Edit
 from specs.steps import FinetuneParams
 from stages import Context
+from stages.batches import TrainingSet
 from stages.hybrid import with_distilled_scions, with_fresh_scions
 from stages.latents import read
-from stages.training import TrainingSet, final_weights, train
+from stages.training import final_weights, train
 
 
 def run(context: Context) -> None:

@@ -41,10 +41,11 @@ from specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
 from specs.steps import SearchParams
 from specs.training import SearchSpec, TrainingSpec
 from stages import Context, search, training
+from stages.batches import TrainingSet, shuffled
 from stages.evidence import read_search
 from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
-from stages.training import PlainEngine, TrainingSet, final_state, train
+from stages.training import PlainEngine, final_state, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
@@ -463,7 +464,7 @@ def test_the_course_tells_what_the_averaged_gates_find_from_the_start_to_the_end
 
 def first_seen(data: TrainingSet, steps: int) -> list[list[int]]:
     """The samples of each step's batch."""
-    return [training.shuffled(30, step * RECIPE.batch, RECIPE.batch, 0, "search").tolist() for step in range(steps)]
+    return [shuffled(30, step * RECIPE.batch, RECIPE.batch, 0, "search").tolist() for step in range(steps)]
 
 
 def test_steps_that_are_no_numbers_are_skipped_and_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

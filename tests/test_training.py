@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from models import checkpoints
 from models.diffusion import STEPS, Diffusion
 from models.dit import DiT, DiTConfig
+from models.streams import generator
 from models.surgery import GATE, graft, modulations, new_scion, observe, scion_at
 from pipeline.store import Partial, Store
 from specs.graft import Edit, Parallel, Site
@@ -33,9 +34,10 @@ from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
 from stages import Context, Stopped, distill, hybrid, never, training
+from stages.batches import TrainingSet, draw_batch, shuffled
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
+from stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -216,7 +218,7 @@ def test_training_lowers_the_loss(store: Store, data: TrainingSet) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(store: Store, data: TrainingSet) -> None:
     spoilt = 17
-    order = torch.cat([torch.randperm(30, generator=training.generator(0, "base", "epoch", e)) for e in range(4)])
+    order = torch.cat([torch.randperm(30, generator=generator(0, "base", "epoch", e)) for e in range(4)])
     first_seen = order.tolist().index(spoilt) // RECIPE.batch + 1
     data.latents[spoilt] = math.nan
     with pytest.raises(FloatingPointError, match=rf"nan at step {first_seen};"):
