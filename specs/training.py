@@ -31,6 +31,12 @@ class TrainingSpec(Spec):
         description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
     )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
+    compile: Annotated[bool, Unkeyed()] = Field(
+        False, description="torch.compile for the blocks: faster on a GPU; sums then differ in their last bits"
+    )
+    checkpointing: Annotated[bool, Unkeyed()] = Field(
+        False, description="keep no activations within a block: less memory, a forward pass more"
+    )
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.diffusion import Diffusion
+from models.dit import DiT
 from specs.training import TrainingSpec
 from stages import Partial, Report, Stopped, never
 from stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
@@ -208,6 +209,14 @@ def train(
                 save(done)
     if dist.is_initialized():
         dist.barrier()
+
+
+def set_up_blocks(model: DiT, recipe: TrainingSpec) -> None:
+    """Have the blocks compiled, or their activations not kept, where the recipe says so."""
+    model.checkpointing = recipe.checkpointing
+    if recipe.compile:
+        for block in model.blocks:  # in place: the weights keep their names; blocks of one kind share the code
+            block.compile()
 
 
 def learning_rate(recipe: TrainingSpec, step: int) -> float:
