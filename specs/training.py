@@ -67,6 +67,12 @@ class FinetuneSpec(TrainingSpec):
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
 
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.deepspeed.zero == 3:
+            refuse(["compile"], True, "false where deepspeed.zero is 3, whose gathering of weights breaks the code up")
+        return self
+
 
 class SearchSpec(TrainingSpec):
     """Learned layer selection (arXiv 2506.05340): gates, LoRA on the frozen rootstock, scions trained whole."""
