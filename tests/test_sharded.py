@@ -21,7 +21,7 @@ from cluster.sharded import ShardedEngine
 from models.dit import DiT, DiTConfig, initialise
 from models.streams import generator, initialising
 from specs.training import FinetuneSpec
-from stages.training import PlainEngine
+from stages.training import PlainEngine, set_up_blocks
 
 def model():
     with initialising(0, "test"):
@@ -63,7 +63,11 @@ for zero in (1, 2, 3):
         straight = steps(ShardedEngine(model(), recipe, None), 0, 6)
         half = steps(ShardedEngine(model(), recipe, None), 0, 3)
         resumed = steps(ShardedEngine(model(), recipe, half), 3, 6)
+        saving = FinetuneSpec(**recipe.model_dump() | {"checkpointing": True})
+        sparing = model()
+        set_up_blocks(sparing, saving)
         found[f"zero{zero} {precision}"] = {
+            "to_sparing": furthest(straight, steps(ShardedEngine(sparing, saving, None), 0, 6)),
             "names": sorted(straight) == sorted(plain),
             "to_plain": furthest(straight, plain),
             "to_resumed": furthest(straight, resumed),
@@ -114,6 +118,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_a_resumed_engine_ends_in_the_same_bits(found: Found, engine: str) -> None:
     assert found[engine]["moved"] > 0
     assert found[engine]["to_resumed"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_blocks_that_keep_no_activations_end_in_the_same_bits(found: Found, engine: str) -> None:
+    assert found[engine]["to_sparing"] == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
