@@ -31,6 +31,12 @@ class TrainingSpec(Spec):
         description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
     )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
+    compile: Annotated[bool, Unkeyed()] = Field(
+        False, description="torch.compile for the blocks: faster on a GPU; sums then differ in their last bits"
+    )
+    checkpointing: Annotated[bool, Unkeyed()] = Field(
+        False, description="keep no activations within a block: less memory, a forward pass more"
+    )
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
@@ -60,6 +66,12 @@ class FinetuneSpec(TrainingSpec):
     precision: Precision = "fp32"
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.deepspeed.zero == 3:
+            refuse(["compile"], True, "false where deepspeed.zero is 3, whose gathering of weights breaks the code up")
+        return self
 
 
 class SearchSpec(TrainingSpec):

@@ -162,6 +162,10 @@ def test_the_seed_reaches_all_but_the_features() -> None:
         "weights.checkpoint_every=7",
         "distill.checkpoint_every=7",
         "finetune.checkpoint_every=7",
+        "weights.compile=true",
+        "finetune.compile=true",
+        "weights.checkpointing=true",
+        "finetune.checkpointing=true",
     ],
 )
 def test_what_cannot_change_a_result_changes_no_key(override: str) -> None:

@@ -7,8 +7,11 @@ import itertools
 import json
 import math
 import pickletools
+import queue
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +24,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import checkpoints
 from models.diffusion import STEPS, Diffusion
-from models.dit import DiT, DiTConfig
+from models.dit import Block, DiT, DiTConfig
 from models.precision import computing
+from models.streams import generator
 from models.surgery import GATE, graft, modulations, new_scion, observe, scion_at
 from pipeline.store import Partial, Store
 from specs.graft import Edit, Parallel, Site
@@ -33,11 +38,12 @@ from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
-from stages import Context, Stopped, Together, activations, distill, hybrid, never, training
+from stages import Context, Stopped, Together, activations, batches, distill, hybrid, never, training
 from stages.activations import Kept, Pairs, Rootstock
+from stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
+from stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -218,7 +224,7 @@ def test_training_lowers_the_loss(store: Store, data: TrainingSet) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(store: Store, data: TrainingSet) -> None:
     spoilt = 17
-    order = torch.cat([torch.randperm(30, generator=training.generator(0, "base", "epoch", e)) for e in range(4)])
+    order = torch.cat([torch.randperm(30, generator=generator(0, "base", "epoch", e)) for e in range(4)])
     first_seen = order.tolist().index(spoilt) // RECIPE.batch + 1
     data.latents[spoilt] = math.nan
     with pytest.raises(FloatingPointError, match=rf"nan at step {first_seen};"):
@@ -278,13 +284,94 @@ def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: Tra
     assert workers.wait(timeout=300) == 0
     one, two, stopped = (state_of(store.partial(key)) for key in ("one", "two", "stopped"))
     assert_same_bits(stopped, two)
-    for state in (one, two):
+    assert_near(two, one)
+
+
+class Asked(TorchDispatchMode):
+    """Notes after which reported step the host asked for a tensor's value, or moved a constant of the diffusion."""
+
+    def __init__(self, report: Reports) -> None:
+        super().__init__()
+        self.report, self.steps = report, list[int]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = operation is torch.ops.aten._local_scalar_dense.default
+        moves = operation is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        if self.report.seen and (asks or moves):
+            self.steps.append(self.report.seen[-1][0])
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_for_no_value_and_moves_no_constant_but_at_points_and_checkpoints(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "POINTS", 2)  # points of the curve at 6 and 12
+    report = Reports()
+    with Asked(report) as asked:
+        run_training(store.partial("a"), data, RECIPE.model_copy(update={"checkpoint_every": 12}), report)
+    assert asked.steps == [0, 6, 12]  # for the point at 6; for that at 12, and the checkpoint
+
+
+# -- what may be set without another result
+
+
+@pytest.fixture
+def ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code is traced and differentiated as ever, but runs operation by operation: no C++ is compiled."""
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+
+
+def run_set_up(store: Store, key: str, data: TrainingSet, **settings: bool) -> dict[str, Tensor]:
+    recipe = RECIPE.model_copy(update=settings)
+
+    def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
+        model = lively(DiT(TINY))
+        training.set_up_blocks(model, recipe)
+        return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
+
+    train(make_engine, data, recipe, seed=0, stream="base", partial=store.partial(key), report=Reports())
+    return state_of(store.partial(key))
+
+
+def test_blocks_that_keep_no_activations_end_in_the_same_bits(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, c: (passes.append("block"), forward(self, x, c))[1])
+    kept = run_set_up(store, "kept", data)
+    assert len(passes) == TINY.depth * RECIPE.steps
+    again = run_set_up(store, "again", data, checkpointing=True)
+    assert len(passes) == 3 * TINY.depth * RECIPE.steps  # each block's pass once more
+    assert_same_bits(again, kept)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_compiled_blocks_end_where_the_others_do_up_to_rounding(
+    store: Store, data: TrainingSet, ahead_of_time: None, checkpointing: bool
+) -> None:
+    assert_near(
+        run_set_up(store, "compiled", data, compile=True, checkpointing=checkpointing), run_set_up(store, "plain", data)
+    )
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_end_where_the_others_do_up_to_rounding(
+    store: Store, data: TrainingSet
+) -> None:
+    assert_near(run_set_up(store, "compiled", data, compile=True), run_set_up(store, "plain", data))
+
+
+def assert_near(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Of states of one training, up to rounding."""
+    for state in (first, second):
         state["progress"] = small.progress(state["progress"])
         for name, value in state.items():
             if name.endswith("attn.qkv.bias"):
                 # A key's bias cancels in the softmax: its gradient is rounding alone, which Adam scales up.
                 value[TINY.width : 2 * TINY.width] = 0
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
 # -- batches and learning rates
@@ -334,6 +421,75 @@ def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:
     _, t, _, _ = draw_batch(data, RECIPE.model_copy(update={"batch": 20_000}), 0, "base", 0, rank=0, workers=1)
     assert (t.min().item(), t.max().item()) == (0, STEPS - 1)
     assert t.float().mean().item() == pytest.approx((STEPS - 1) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_a_worker_draws_its_own_noise_only(data: TrainingSet, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    places: list[Any] = []
+    named = batches.generator
+    monkeypatch.setattr(batches, "generator", lambda *name: (places.append(name), named(*name))[1])
+    draw_batch(data, RECIPE, 0, "base", 5, workers - 1, workers)
+    share = RECIPE.batch // workers
+    assert [name[-1] for name in places if "noise" in name] == list(range(RECIPE.batch - share, RECIPE.batch))
+
+
+def test_noise_is_unit_gaussian_and_no_two_samples_share_it(data: TrainingSet) -> None:
+    recipe = RECIPE.model_copy(update={"batch": 400})
+    noise = torch.cat([draw_batch(data, recipe, 0, "base", step, rank=0, workers=1).noise for step in (0, 1)])
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len(noise.flatten(1).unique(dim=0)) == 800
+
+
+def threads_of_batches() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_batches_are_drawn_while_a_step_runs_and_come_in_order() -> None:
+    drawn: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def draw(step: int) -> Any:
+        drawn.put(step)
+        return f"batch {step}"
+
+    with DrawnAhead(draw, range(3, 9)) as ahead:
+        for step, batch in ahead:
+            assert batch == f"batch {step}"
+            if step == 3:  # while this step runs, the next ones are drawn, and no more
+                assert [drawn.get(timeout=30) for _ in range(1 + batches.DEPTH)] == [3, 4, 5]
+                assert drawn.empty()
+        assert step == 8
+    assert threads_of_batches() == []
+
+
+def test_what_a_draw_raises_is_raised_at_its_step_and_leaves_no_thread() -> None:
+    def draw(step: int) -> Any:
+        if step == 4:
+            raise OSError("no such file")
+
+    done = []
+    with pytest.raises(OSError, match="no such file"), DrawnAhead(draw, range(9)) as ahead:
+        for step, _ in ahead:
+            done.append(step)
+    assert done == [0, 1, 2, 3]
+    assert threads_of_batches() == []
+
+
+@pytest.mark.parametrize("end", [Killed, Stopped], ids=["an error", "a stop"])
+def test_training_leaves_no_thread_behind(store: Store, data: TrainingSet, end: type[BaseException]) -> None:
+    report = Reports(dies_at=5 if end is Killed else None)
+    with pytest.raises(end):
+        run_training(store.partial("a"), data, report=report, stopping=report.past(5))
+    assert threads_of_batches() == []
+
+
+def test_the_share_of_the_time_that_was_waited_for_data_is_reported(store: Store, data: TrainingSet) -> None:
+    report = Reports()
+    run_training(store.partial("a"), data, report=report)
+    shares = [metrics["data_wait"] for _, _, metrics in report.seen if metrics]
+    assert len(shares) == RECIPE.steps and all(0 <= share <= 1 for share in shares)
+    with DrawnAhead(lambda step: time.sleep(0.05), range(4)) as slow:  # type: ignore[arg-type,return-value]
+        list(slow)
+        assert slow.share_waited() > 0.5
 
 
 def rates(**recipe: Any) -> list[float]:
