@@ -39,6 +39,12 @@ class Diffusion:
         self.min_log_var = torch.cat([floor, posterior_var[1:]]).log()
         self.max_log_var = beta.log()
 
+    def to(self, device: torch.device) -> Diffusion:
+        """This chain, its constants moved to the device, so that a step there copies nothing and waits for nothing."""
+        for name, values in vars(self).items():
+            setattr(self, name, values.to(device))
+        return self
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """z_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise."""
         return at(self.sqrt_kept, t, x0) * x0 + at(self.sqrt_noise, t, x0) * noise

@@ -35,7 +35,8 @@ STAGES = {
     "search": Stage(version=2, orchestrates=True, memory="layers.search.batch"),
     "select": Stage(version=2),
     "finetune": Stage(version=2, orchestrates=True, memory="finetune.batch, or raise finetune.workers"),
-    "evaluate": Stage(version=2, orchestrates=True, memory="evaluate.batch"),
+    "reference": Stage(version=1),
+    "evaluate": Stage(version=3, orchestrates=True, memory="evaluate.batch"),
 }
 
 
