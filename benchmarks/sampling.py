@@ -1,13 +1,14 @@
 """Sampling and scoring a row of the table, against the public loop on the same device, steps and noise.
 
-    python benchmarks/sampling.py                                        # a small DiT and classifier, on any machine
-    python benchmarks/sampling.py --xl [--vae FOLDER] [--inception FILE]        # DiT-XL/2 at 256 px: for a GPU
-    python benchmarks/sampling.py --xl --precision bf16 --compile               # as a job would set it there
+    python -m benchmarks.sampling                                      # a small DiT and classifier, on any machine
+    python -m benchmarks.sampling --xl [--vae FOLDER] [--inception FILE]       # DiT-XL/2 at 256 px: for a GPU
+    python -m benchmarks.sampling --xl --precision bf16 --compile              # as a job would set it there
 
 The public loop draws a batch after the other in eager mode, guidance in one batch, with the chain's constants on the
 host; saves each image as a PNG file of its own; and reads all of them back for the features, whose mean and covariance
 are taken at once. Ours is what a worker and the step of a row do: features where the batch is drawn, sums only. The
-baseline is given its noise beforehand, on the device. Both are warmed up, and timed in turn.
+baseline is given its noise beforehand, on the device, and where ours is told bf16 it multiplies in TF32, as the
+published sampler does. Both are warmed up, and timed in turn.
 
 Images and figures are compared, and have to agree unless --precision or --compile has ours compute otherwise. The floor
 is the network's passes alone: steps x samples, twice where guided, at the matrix products' measured peak. Networks for
@@ -147,6 +148,7 @@ def public(setting: Setting) -> Gaussian:
 def public_sample(setting: Setting, y: Tensor, noise: Iterator[Tensor]) -> Tensor:
     """A batch through all steps."""
     sampler = setting.params.sampler
+    torch.set_float32_matmul_precision("highest" if setting.params.precision == "fp32" else "high")
     chain = respaced(sampler.steps)  # its constants are copied to the device where a step needs them
     step = _ancestral if sampler.kind == "ancestral" else _ddim
     network = guided(setting.model, y, len(setting.meta.classes), sampler)
@@ -158,6 +160,7 @@ def public_sample(setting: Setting, y: Tensor, noise: Iterator[Tensor]) -> Tenso
         x0 = chain.x0_from_noise(x, position, epsilon)
         x0 = x0.clamp(-1, 1) if setting.meta.bounded else x0
         x = step(chain, x, x0, raw, position, noise.__next__) if i > 0 else x0
+    torch.set_float32_matmul_precision("highest")
     return x
 
 
@@ -168,10 +171,22 @@ def read_back(setting: Setting, indices: range) -> NDArray[np.uint8]:
 
 def ours(setting: Setting) -> Gaussian:
     """What a worker does with each batch, and the step with what comes back."""
+    return scored(setting).moments[setting.metric].gaussian()
+
+
+def scored(setting: Setting) -> Scores:
     scores = Scores()
     for batch in setting.batches:
         scores.add(sample_batch(setting.context, batch, setting.device).verdict)
-    return scores.moments[setting.metric].gaussian()
+    return scores
+
+
+def kept(setting: Setting) -> dict[str, float]:
+    """Megabytes that each way holds on to until the end."""
+    files = sum(path.stat().st_size for path in setting.home.iterdir())
+    moments = scored(setting).state().values()
+    features = setting.params.samples * next(len(value) for value in moments if value.dim() == 2) * 4
+    return {"MB kept, public": (files + features) / 1e6, "MB kept, ours": sum(value.nbytes for value in moments) / 1e6}
 
 
 def largest_difference(setting: Setting) -> int:
@@ -280,8 +295,6 @@ def set_up(chosen: argparse.Namespace) -> Iterator[Setting]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    # The published sampler's own choice.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with tempfile.TemporaryDirectory() as home:
         yield made(chosen, Path(home), device)
 
@@ -320,6 +333,7 @@ def main() -> None:
         params, device = setting.params, setting.device
         expected, found = public(setting), ours(setting)  # also to warm up
         agreed = compared(setting, expected, found, exact=chosen.precision == "fp32" and not chosen.compile)
+        agreed |= kept(setting)
         works = {"public": partial(public, setting), "ours": partial(ours, setting)}
         seconds = report.in_turn(
             {name: partial(report.timed, work, device) for name, work in works.items()}, chosen.rounds
