@@ -182,7 +182,14 @@ class _Staff:
     each task, to have its memory back. Each goes when no item is left for it, so that others get its GPU."""
 
     def __init__(self, work: Doing, shared: Any, resources: StepResources) -> None:
-        self._work, self._shared, self._resources = work, shared, resources
+        class Actor:
+            def stand_by(self) -> None: ...
+
+            def do(self, common: Any, item: Any) -> Any:
+                return work(common, item, settle())
+
+        told = {"max_restarts": RETRIES, "max_task_retries": RETRIES, **options(resources)}
+        self._actor, self._shared, self._resources = ray.remote(**told)(Actor), shared, resources
         self._workers: list[_Worker] = []
 
     def free(self, left: int) -> bool:
@@ -190,7 +197,7 @@ class _Staff:
         # More than there is room for: an autoscaler makes room for those who wait.
         wanted = min(left, 2 * room_for(self._resources) + 1)
         while len(self._workers) < wanted:
-            self._workers.append(_Worker(self._work, self._resources))
+            self._workers.append(_Worker(self._actor.remote()))
         return any(worker.free() for worker in self._workers)
 
     def begin(self, item: Any) -> Any:
@@ -211,16 +218,9 @@ class _Staff:
 class _Worker:
     """An actor, and what it is at: at most two items, so that the next is there when one is done."""
 
-    def __init__(self, work: Doing, resources: StepResources) -> None:
-        class Worker:
-            def stand_by(self) -> None: ...
-
-            def do(self, common: Any, item: Any) -> Any:
-                return work(common, item, settle())
-
-        told = {"max_restarts": RETRIES, "max_task_retries": RETRIES, **options(resources)}
-        self.actor = ray.remote(**told)(Worker).remote()
-        self.coming = [self.actor.stand_by.remote()]  # until the cluster has placed it
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.coming = [actor.stand_by.remote()]  # until the cluster has placed it
         self.refs: list[Any] = []
 
     def free(self) -> bool:

@@ -63,16 +63,16 @@ class Progress:
 
     batches: int
     scores: Scores
-    shown: Tensor  # uint8, the first samples
+    shown: NDArray[np.uint8] | None = None  # the first samples
 
     def add(self, drawn: Drawn, cells: int) -> None:
         self.batches += 1
         self.scores.add(drawn.verdict)
-        images = torch.from_numpy(drawn.images[: max(0, cells - len(self.shown))])
-        self.shown = torch.cat([self.shown, images]) if len(self.shown) else images
+        shown = drawn.images[:0] if self.shown is None else self.shown
+        self.shown = np.concatenate([shown, drawn.images[: cells - len(shown)]])
 
     def save(self, context: Context) -> None:
-        state = {"batches": torch.tensor(self.batches), "shown": self.shown.contiguous(), **self.scores.state()}
+        state = {"batches": torch.tensor(self.batches), "shown": torch.from_numpy(self.shown), **self.scores.state()}
         context.partial.save(STATE, partial(save_file, state))
 
 
@@ -102,7 +102,8 @@ def sample_row(context: Context) -> None:
     if params.keep_samples:
         _gather(context, batches)
         np.save(context.out / "labels.npy", labels.numpy())
-    sample_grid(progress.shown.numpy(), [meta.classes[label] for label in labels], params.row, context.out / "grid")
+    assert progress.shown is not None
+    sample_grid(progress.shown, [meta.classes[label] for label in labels], params.row, context.out / "grid")
 
 
 def batches_of(params: SampleParams, cells: int) -> list[Batch]:
@@ -123,8 +124,8 @@ def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
         done = int(state["batches"])
         files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
         if None not in files:
-            return Progress(done, Scores.of_state(state, params.metrics), state["shown"])
-    return Progress(0, Scores(), torch.empty(0))
+            return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
+    return Progress(0, Scores())
 
 
 def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
