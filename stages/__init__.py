@@ -38,7 +38,8 @@ STAGES = {
     "finetune": Stage(
         version=3, orchestrates=True, memory="finetune.batch, raise finetune.workers or set finetune.checkpointing"
     ),
-    "evaluate": Stage(version=2, orchestrates=True, memory="evaluate.batch"),
+    "reference": Stage(version=1),
+    "evaluate": Stage(version=3, orchestrates=True, memory="evaluate.batch"),
 }
 
 
