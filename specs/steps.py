@@ -97,7 +97,7 @@ class FidStatisticsParams(Spec):
     """What Inception sees in the images of `evaluate.reference`, or the statistics that it is."""
 
     reference: Annotated[Location, Unkeyed()]  # the content of both files is in the key
-    inception: Annotated[Location | None, Unkeyed()]
+    inception: Annotated[Location | None, Unkeyed()] = None
 
 
 class HeldoutParams(Spec):
@@ -106,7 +106,7 @@ class HeldoutParams(Spec):
     codec: Codec
     samples: int
     metrics: tuple[Metric, ...]
-    inception: Annotated[Location | None, Unkeyed()]
+    inception: Annotated[Location | None, Unkeyed()] = None
 
 
 class SampleParams(Spec):
