@@ -32,8 +32,10 @@ def _clipped_by_deepspeed(recipe: FinetuneSpec) -> bool:
 
 
 def _config(recipe: FinetuneSpec) -> dict[str, Any]:
-    """DeepSpeed's settings. It waits for the device where it would skip a step whose gradient is no number, and to time
-    steps; such a loss ends the training anyway. ZeRO 3 asks once a step all the same.
+    """DeepSpeed's settings.
+
+    By default it waits for the device at each step: to time it, and to skip it if its gradient is no number, where the
+    training would end anyway. Only in ZeRO 3 no setting keeps it from asking whether the gradient is one.
     """
     theirs = _clipped_by_deepspeed(recipe)
     return {

@@ -3,12 +3,13 @@
 It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `PlainEngine` below or a sharded one. Every
 random draw belongs to a step number (stages.batches). Training that goes on from a checkpoint therefore ends in the
 same bits as training that never stopped. The host asks a device for a number only at points of the loss curve and at
-checkpoints, so that it is always ahead of the device.
+checkpoints, so that between them the device never waits for the host.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,7 @@ from stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
+LAG = 2  # steps, from where all workers are known to be, to where the fastest may be
 
 
 class Engine(Protocol):
@@ -251,8 +253,9 @@ def _finite(loss: float, step: int) -> float:
 class StopTogether:
     """Has all workers of a training stop before the same step.
 
-    The first worker announces the step after its next one, before it takes part in that; the others, who cannot end
-    a step without it, find the announcement in time.
+    The first worker announces a step LAG after its next one, before it takes part in that. The others find the
+    announcement in time: none begins a step before its device has ended the one LAG earlier, which it cannot without
+    the first worker. With a GPU that is a wait, but one that leaves it work to do.
     """
 
     KEY = "graftwork/stop"
@@ -262,17 +265,29 @@ class StopTogether:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.store = None if alone else dist.distributed_c10d._get_default_store()
         self.at: int | None = None
+        self.queued: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU may not have reached
 
     def before(self, step: int) -> bool:
         if self.store is None:
             return self.stopping()
+        self._keep_pace()
         if self.at is None and dist.get_rank() == 0 and self.stopping():
-            self.at = step + 1
+            self.at = step + LAG
             self.store.set(self.KEY, str(self.at))
             self.store.get(self.KEY)  # only its answer says that the others can see it
         if self.at is None and dist.get_rank() != 0 and self.store.check([self.KEY]):
             self.at = int(self.store.get(self.KEY))
         return step == self.at
+
+    def _keep_pace(self) -> None:
+        """Wait until the step before the last one is over. On a CPU it is: its collectives wait by themselves."""
+        if not torch.cuda.is_available():
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.queued.append(event)
+        if len(self.queued) == LAG:
+            self.queued.popleft().synchronize()
 
 
 def _of_all_workers(value: Tensor) -> list[float]:
