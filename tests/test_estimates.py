@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from pipeline import api, record
-from pipeline.estimates import CORE, START_SECONDS, Formulas, History, Machine, estimate, known_steps, machine_for
+from pipeline.estimates import (
+    CORE,
+    START_SECONDS,
+    Formulas,
+    History,
+    Machine,
+    estimate,
+    known_steps,
+    machine_for,
+    site_items,
+)
 from pipeline.planning import Plan, make_plan
 from pipeline.record import Expected, RunRecord
 from pipeline.store import Manifest, Origin, Store
@@ -85,6 +95,14 @@ def test_without_guidance_sampling_takes_one_pass_a_step() -> None:
 def test_a_search_passes_through_originals_and_scions() -> None:
     search = "{kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {steps: 10, batch: 4, warmup: 1}}"
     assert work(planned(f"graft.0.layers={search}"), "search/0") == (3 * (ROOTSTOCK + 4 * HYENA_Y) * 10 * 4, 0)
+
+
+def test_sites_are_packed_by_their_flops_and_by_the_bytes_that_they_keep() -> None:
+    plan = planned("distill.precision=bf16")
+    sites, shared = site_items(plan, ["distill/01.mha", "distill/03.mha"])
+    assert [site.seconds for site in sites] == [60 * (3 * 64 + 64) * HYENA_Y] * 2
+    assert shared == (64 + 64) * (EMBEDDING + 4 * BLOCK)  # to the last of the blocks
+    assert sites[0].memory == 2 * (64 + 64) * N * D * 2
 
 
 # -- speed
@@ -190,6 +208,19 @@ def test_artifacts_that_make_no_sense_are_passed_over(store: Store, broken: dict
     odd = Manifest(key="0" * 64, identity=broken, files={}, origin=origin)
     history = History(store, [odd, *store.manifests()])
     assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
+
+
+def test_needs_that_make_no_sense_are_passed_over(store: Store) -> None:
+    plan = planned()
+    stored(store, plan, 10.0)
+    manifests = {one.identity["params"]["row"]: one for one in store.manifests() if "row" in one.identity["params"]}
+    odd = manifests["stage2"].model_copy(deep=True, update={"key": "0" * 64})
+    odd.identity["needs"]["finetuned/stage2"] = odd.key  # itself
+    other = manifests["rootstock"].model_copy(deep=True, update={"key": "1" * 64})
+    other.identity["needs"]["base"] = plan["select"].key
+    history = History(store, [odd, other, *store.manifests()])
+    assert history.formulas.work(odd.key) is None and history.formulas.work(other.key) is None
+    assert estimate(plan, ["evaluate/stage2"], history, MACHINE).assumed == []
 
 
 def test_numbers_that_nobody_means_are_passed_over(store: Store) -> None:
