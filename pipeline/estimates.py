@@ -15,8 +15,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -38,6 +38,7 @@ from specs.problems import SpecError
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU
 START_SECONDS = 6.0  # that Ray takes to start
+LOAD_SECONDS = 7.0  # of a step, that its process takes to load torch
 UNHEARD_OF = 1e30  # FLOPs and seconds of an artifact that nobody made
 LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
@@ -273,11 +274,19 @@ def _as_given(part: Any) -> Any:
 class Done:
     """What an earlier step took."""
 
+    run: str
     work: Work | None
     seconds: float
-    made: float  # when, seconds since 1970
     on_gpu: bool | None  # None where the run's record is gone
     width: float  # workers, and on GPUs the share of one that each had
+
+    @property
+    def flops(self) -> float:
+        return self.work.total if self.work is not None else math.nan
+
+    @property
+    def seconds_a_flop(self) -> float:
+        return self.seconds / self.flops
 
 
 class History:
@@ -302,32 +311,30 @@ class History:
             return None
         if work is None:
             return done[0].seconds
-        like = min(done, key=lambda one: (_factor(one.work, work), -one.made))
-        assert like.work is not None
-        return like.seconds * work.total / like.work.total * like.width / width(step, resources)
+        unlike = {one: _unlike(one.work, work) for one in done}
+        alike = [one for one in done if unlike[one] == min(unlike.values())]
+        # Those that start workers may have waited for them, while others of their run had the machine.
+        undisturbed = min((one for one in alike if one.run == alike[0].run), key=lambda one: one.seconds_a_flop)
+        ratio = work.total * undisturbed.width / width(step, resources)
+        loading = min(LOAD_SECONDS, undisturbed.seconds / 2)
+        return loading + (undisturbed.seconds_a_flop - loading / undisturbed.flops) * ratio
 
     def _of_kind(self, kind: type[Spec]) -> list[Done]:
-        """The latest; steps of one run that spread their work side by side count as one."""
-        found: list[Done] = []
-        spread: dict[str, list[Done]] = {}
-        for manifest in self.manifests.values():
-            if kind in PARAMS.get(str(manifest.identity.get("stage")), ()) and (one := self._done(manifest, kind)):
-                spreads = issubclass(kind, SPREADING) and one.work is not None
-                (spread.setdefault(manifest.origin.run, []) if spreads else found).append(one)
-            if len(found) + len(spread) > LATEST:
-                break
-        return found + [_together(steps) for steps in spread.values()]
+        """Steps of a kind, the latest first."""
+        stage = next(stage for stage, kinds in PARAMS.items() if kind in kinds)
+        of_stage = (one for one in self.manifests.values() if one.identity.get("stage") == stage)
+        return list(islice((done for one in of_stage if (done := self._done(one, kind)) is not None), LATEST))
 
     def _done(self, manifest: Manifest, kind: type[Spec]) -> Done | None:
         """None where the step is not of that kind, or its figures are none."""
         with suppress(KeyError):
             step, work = self.known(manifest.key), self.formulas.work(manifest.key)
-            seconds, made = manifest.origin.seconds, _timestamp(manifest.origin.made)
-            sizes = [seconds, 1.0 if work is None else work.total]
-            if isinstance(step.params, kind) and made is not None and all(0 < size < UNHEARD_OF for size in sizes):
+            origin = manifest.origin
+            sizes = [origin.seconds, 1.0 if work is None else work.total]
+            if isinstance(step.params, kind) and all(0 < size < UNHEARD_OF for size in sizes):
                 resources = self._resources(manifest)
                 on_gpu = None if resources is None else resources.gpu > 0
-                return Done(work, seconds, made, on_gpu, width(step, resources or StepResources()))
+                return Done(origin.run, work, origin.seconds, on_gpu, width(step, resources or StepResources()))
         return None
 
     def known(self, key: str) -> Known:
@@ -359,25 +366,8 @@ class History:
         return next((one for one in found if one is not None and one.estimated()), None)
 
 
-def _together(steps: Sequence[Done]) -> Done:
-    """Steps that shared the machine: all their work, in the time in which any of them was at it."""
-    seconds, until = 0.0, -math.inf
-    for one in sorted(steps, key=lambda one: one.made - one.seconds):
-        seconds += max(0.0, one.made - max(until, one.made - one.seconds))
-        until = max(until, one.made)
-    work = Work(sum(one.work.total for one in steps if one.work is not None))
-    return Done(work, seconds, until, steps[-1].on_gpu, steps[-1].width)
-
-
-def _timestamp(made: str) -> float | None:
-    try:
-        return datetime.fromisoformat(made).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-def _factor(one: Work | None, other: Work) -> float:
-    """How much more work the larger is, to a tenth: of steps that are as like, the latest counts."""
+def _unlike(one: Work | None, other: Work) -> float:
+    """How much more work the larger is, on a logarithmic scale, to a tenth."""
     assert one is not None
     return round(abs(math.log(one.total / other.total)), 1)
 
@@ -482,7 +472,7 @@ def _step_time(
         basis = "assumed"
         _, devices = machine.takes(step, resources)
         side_by_side = devices / (resources.gpu or 1.0) if step.spreads else step.workers
-        seconds = work.total / (assumed_speed(step, resources) * side_by_side)
+        seconds = LOAD_SECONDS + work.total / (assumed_speed(step, resources) * side_by_side)
     return StepTime(seconds * work.own / work.total, seconds * work.shared / work.total, basis)
 
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline import api, record
 from pipeline.estimates import (
     CORE,
+    LOAD_SECONDS,
     START_SECONDS,
     Formulas,
     History,
@@ -146,19 +147,29 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_step_should_take_as_long_as_the_like_one_did_in_proportion_to_its_flops(store: Store) -> None:
-    stored(store, planned(), 10.0)
-    assert math.isclose(seconds(store, planned("finetune.steps=100"), "finetune"), 25.0)
+    stored(store, planned(), 107.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=100"), "finetune"), LOAD_SECONDS + 250.0)
 
 
 def test_twice_the_workers_should_be_twice_as_fast(store: Store) -> None:
-    stored(store, planned(), 10.0)
-    assert math.isclose(seconds(store, planned("finetune.workers=4"), "finetune", machine=Machine(4, 0)), 5.0)
+    stored(store, planned(), 107.0)
+    assert math.isclose(
+        seconds(store, planned("finetune.workers=4"), "finetune", machine=Machine(4, 0)), LOAD_SECONDS + 50.0
+    )
 
 
 def test_what_was_most_alike_counts(store: Store) -> None:
     stored(store, planned(), 10.0)
-    stored(store, planned("finetune.steps=4000"), 100.0)
-    assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), 50.0)
+    stored(store, planned("finetune.steps=4000"), 107.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), LOAD_SECONDS + 50.0)
+
+
+def test_of_steps_that_waited_for_one_another_the_least_disturbed_counts(store: Store) -> None:
+    stored(store, planned(), 107.0)
+    (waited,) = (one for one in store.manifests() if one.key == planned()["finetune"].key)
+    slow = waited.model_copy(update={"origin": waited.origin.model_copy(update={"seconds": 500.0})})
+    history = History(store, [one if one.key != slow.key else slow for one in store.manifests()])
+    assert math.isclose(estimate(planned("seed=1"), ["finetune"], history, MACHINE).seconds - START_SECONDS, 107.0)
 
 
 def test_a_step_without_a_formula_should_take_as_long_as_the_last_of_its_kind(store: Store) -> None:
@@ -176,7 +187,7 @@ def test_what_a_cpu_did_says_nothing_of_a_gpu(store: Store) -> None:
 def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(store: Store) -> None:
     found = expected(store, planned(), "base", "classifier")
     assert found.assumed == ["base"] and found.unknown == ["classifier"]
-    assert math.isclose(found.seconds - START_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
+    assert math.isclose(found.seconds - START_SECONDS - LOAD_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
 
 
 STRATEGIES = ["{kind: all}", "{kind: most_local, band: 4}", "{kind: learned, groups: 2, keep: 1}"]
@@ -295,7 +306,11 @@ def test_after_a_run_the_plan_of_a_changed_job_shows_what_it_should_take(
     took = {step["name"]: step["seconds"] for step in tiny.outcome["steps"]}
     assert told["expected"]["seconds"] > took["finetune"]
     assert told["last_estimate"]["run"] == tiny.run
-    assert told["last_estimate"]["took"] > 0 and told["last_estimate"]["expected"] > 0
+    last = told["last_estimate"]
+    assert last["took"] > 0 and last["expected"] > 0
+    assert math.isclose(last["off"], last["took"] / last["expected"] - 1)
     lines = graft("plan", str(TINY), "--set", "finetune.steps=80").stdout
     assert "as fast as the most similar ones in this store were" in lines
     assert f"last estimate: {tiny.run}: expected " in lines
+    nothing_left = graft("plan", str(TINY)).stdout
+    assert "by estimate" not in nothing_left and f"last estimate: {tiny.run}: expected " in nothing_left
