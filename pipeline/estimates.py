@@ -551,13 +551,12 @@ def _tasks(
 def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     """Sites as items to pack, and the pass that they can share, both in FLOPs; with the bytes that a site's inputs and
     outputs take on its device."""
-    known = known_steps(plan)
+    known, keys = known_steps(plan), {step.name: step.key for step in plan.steps}
     formulas = Formulas(known.__getitem__)
     items, shared = [], 0.0
     for name in names:
-        step = known[plan[name].key]
-        work = formulas.work(plan[name].key)
-        assert work is not None
-        items.append(Item(name, work.own, formulas.activations(step)))
+        work = formulas.work(keys[name])
+        assert work is not None, name
+        items.append(Item(name, work.own, formulas.activations(known[keys[name]])))
         shared = max(shared, work.shared)
     return items, shared
