@@ -64,7 +64,7 @@ def estimate(
     undone = [step for step, state in states.items() if state != "cached"]
     last = history.last() if undone else record.load_or_none(store, record.run_name(made))
     expected = estimates.estimate(made, undone, history, estimates.machine_for(made, gpus))
-    return expected, last if last and last.expected and last.took else None
+    return expected, last
 
 
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:

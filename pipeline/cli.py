@@ -36,8 +36,9 @@ from specs.problems import SpecError, plain, shown
 from specs.secrets import redacted
 
 if TYPE_CHECKING:
+    from pipeline.planning import Step
     from pipeline.record import RunRecord
-    from pipeline.store import Manifest, Store
+    from pipeline.store import Manifest, State, Store
     from pipeline.view import View
 
 app = typer.Typer(
@@ -165,26 +166,14 @@ def plan(
         states = made.states(store)
         manifests: list[Manifest] = list(store.manifests()) if set(states.values()) != {"cached"} else []
         expected, last = api.estimate(made, store, states, manifests, gpus)
-        steps: list[dict[str, Any]] = [
-            {
-                "name": step.name,
-                "stage": step.stage,
-                "key": step.key,
-                "state": states[step.name],
-                "needs": sorted(set(step.needs.values())),
-                "resources": step.resources.model_dump(),
-            }
-            for step in made.steps
-        ]
         if as_json:
             document(
                 {
                     "job": made.job.name,
-                    "steps": steps,
+                    "steps": [_planned(step, states[step.name]) for step in made.steps],
                     "costs": cost and asdict(cost),
                     "expected": expected.model_dump(),
-                    "last_estimate": last
-                    and {"run": last.run, "took": last.took, "expected": last.expected and last.expected.seconds},
+                    "last_estimate": last and last.estimated(),
                     "absent": absent,
                 }
             )
@@ -446,6 +435,17 @@ def _relay(command: str, names: list[str], address: str, store: str, as_json: bo
         if text:
             print(text, file=stream)
     raise typer.Exit(answer.code)
+
+
+def _planned(step: Step, state: State) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "stage": step.stage,
+        "key": step.key,
+        "state": state,
+        "needs": sorted(set(step.needs.values())),
+        "resources": step.resources.model_dump(),
+    }
 
 
 def _given(store: str) -> str | None:

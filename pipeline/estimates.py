@@ -15,9 +15,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from pipeline.planning import Plan, Step
 from pipeline.record import Expected, RunRecord
 from pipeline.store import Manifest, Store
 from specs import steps as params
-from specs.costs import block_cost, embedding_cost, graft_cost, rootstock_cost, scion_cost
+from specs.costs import Cost, block_cost, embedding_cost, graft_cost, rootstock_cost, scion_cost
 from specs.fields import Spec
 from specs.graft import Parallel
 from specs.job import StepResources
@@ -38,6 +38,8 @@ from specs.problems import SpecError
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU
 START_SECONDS = 6.0  # that Ray takes to start
+LOAD_SECONDS = 7.0  # of a step, that its process takes to load torch
+UNHEARD_OF = 1e30  # FLOPs and seconds of an artifact that nobody made
 LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
 
@@ -50,6 +52,8 @@ PEAKS = {
 USUAL_GPU = "H100"
 CORE = 25e9  # FLOP/s of a CPU's core: half of what sampling the digits reaches on one
 
+
+T = TypeVar("T", bound=Spec)
 
 SPREADING = (params.SampleParams, params.FeaturesParams)  # steps that take whatever of the machine is free
 
@@ -101,9 +105,14 @@ class Rootstock:
     channels: int
 
     @property
+    def cost(self) -> Cost:
+        """But for its classes, which matter to parameters only."""
+        return rootstock_cost(self.model, self.place, self.channels, num_classes=1)
+
+    @property
     def flops(self) -> int:
         """Of a pass of one sample."""
-        return rootstock_cost(self.model, self.place, self.channels, num_classes=1).flops
+        return self.cost.flops
 
     def up_to(self, block: int) -> int:
         """Of a pass of one sample that ends with that block."""
@@ -122,14 +131,15 @@ class Formulas:
     def work(self, key: str) -> Work | None:
         try:
             return self._work(self.known(key))
-        except (KeyError, ArithmeticError):  # what it needs is gone from the store; numbers that nobody means
+        # What it needs is gone from the store; or an artifact of a stranger's has numbers or needs that make no sense.
+        except (KeyError, ArithmeticError, RecursionError):
             return None
 
     def _work(self, step: Known) -> Work | None:
         told, flops = step.params, None
         match told:
             case params.BaseParams(weights=PretrainWeights() as recipe):
-                flops = TRAINING * self._rootstock(step, told).flops * recipe.steps * recipe.batch
+                flops = TRAINING * self._rootstock(step.needs["features"], told).flops * recipe.steps * recipe.batch
             case params.ProfileParams(samples=samples):
                 flops = self._of(step).flops * samples
             case params.SearchParams(recipe=recipe, candidates=candidates):
@@ -176,27 +186,30 @@ class Formulas:
 
     def _forward_of(self, features: str, base: str, select: str) -> int:
         """FLOPs of a pass of one sample through the graft; edits that a checkpoint carries are not counted."""
-        rootstock = self._of(Known(self.known(select).params, {"features": features, "base": base}, {}))
-        chosen = self.known(select).params
-        assert isinstance(chosen, params.SelectParams)
+        rootstock = self._rootstock(features, self._told(base, params.BaseParams))
+        chosen = self._told(select, params.SelectParams)
+        if chosen.depth != rootstock.model.depth:
+            raise KeyError(select)
         # Where evidence chooses, any of the candidates will do: blocks are all of one shape.
         numbers = [None if rule.layers is None else rule.layers.number(chosen.depth) for rule in chosen.rules]
         made = [edit for rule, number in zip(chosen.rules, numbers, strict=True) for edit in rule.edits[:number]]
-        cost = rootstock_cost(rootstock.model, rootstock.place, rootstock.channels, num_classes=1)
-        return graft_cost(cost, made, rootstock.place).graft.flops
+        return graft_cost(rootstock.cost, made, rootstock.place).graft.flops
 
     def _of(self, step: Known) -> Rootstock:
-        base = self.known(step.needs["base"]).params
-        assert isinstance(base, params.BaseParams)
-        return self._rootstock(step, base)
+        return self._rootstock(step.needs["features"], self._told(step.needs["base"], params.BaseParams))
 
-    def _rootstock(self, step: Known, base: params.BaseParams) -> Rootstock:
-        features = self.known(step.needs["features"]).params
-        assert isinstance(features, params.FeaturesParams)
-        data, codec = features.data, features.codec
-        side = data.image_size // codec.factor // base.model.patch
+    def _rootstock(self, features: str, base: params.BaseParams) -> Rootstock:
+        told = self._told(features, params.FeaturesParams)
+        side = told.data.image_size // told.codec.factor // base.model.patch
         place = Place(width=base.model.width, heads=base.model.heads, num_tokens=side**2)
-        return Rootstock(base.model, place, codec.latent_channels(data))
+        return Rootstock(base.model, place, told.codec.latent_channels(told.data))
+
+    def _told(self, key: str, kind: type[T]) -> T:
+        """The parameters of another step; raises KeyError where it is not of that kind."""
+        found = self.known(key).params
+        if not isinstance(found, kind):
+            raise KeyError(key)
+        return found
 
 
 def known_steps(plan: Plan) -> dict[str, Known]:
@@ -232,7 +245,8 @@ def known_artifact(manifest: Manifest) -> Known | None:
     identity = manifest.identity
     try:
         told = {name: _as_given(part) for name, part in identity["params"].items()}
-        needs, outside = dict(identity["needs"]), dict(identity["outside"])
+        needs = {role: str(key) for role, key in identity["needs"].items()}
+        outside = dict(identity["outside"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     filled = {name: LEFT_OUT.get(name, {}) | part if isinstance(part, dict) else part for name, part in told.items()}
@@ -262,11 +276,19 @@ def _as_given(part: Any) -> Any:
 class Done:
     """What an earlier step took."""
 
+    run: str
     work: Work | None
     seconds: float
-    made: float  # when, seconds since 1970
     on_gpu: bool | None  # None where the run's record is gone
     width: float  # workers, and on GPUs the share of one that each had
+
+    @property
+    def flops(self) -> float:
+        return self.work.total if self.work is not None else math.nan
+
+    @property
+    def seconds_a_flop(self) -> float:
+        return self.seconds / self.flops
 
 
 class History:
@@ -291,35 +313,30 @@ class History:
             return None
         if work is None:
             return done[0].seconds
-        like = min(done, key=lambda one: (_factor(one.work, work), -one.made))
-        assert like.work is not None
-        return like.seconds * work.total / like.work.total * like.width / width(step, resources)
+        unlike = {one: _unlike(one.work, work) for one in done}
+        alike = [one for one in done if unlike[one] == min(unlike.values())]
+        # Those that start workers may have waited for them, while others of their run had the machine.
+        undisturbed = min((one for one in alike if one.run == alike[0].run), key=lambda one: one.seconds_a_flop)
+        ratio = work.total * undisturbed.width / width(step, resources)
+        loading = min(LOAD_SECONDS, undisturbed.seconds / 2)
+        return loading + (undisturbed.seconds_a_flop - loading / undisturbed.flops) * ratio
 
     def _of_kind(self, kind: type[Spec]) -> list[Done]:
-        """The latest; steps of one run that spread their work side by side count as one."""
-        found: list[Done] = []
-        spread: dict[str, list[Done]] = {}
-        for manifest in self.manifests.values():
-            if kind in PARAMS.get(str(manifest.identity.get("stage")), ()) and (one := self._done(manifest, kind)):
-                spreads = issubclass(kind, SPREADING) and one.work is not None
-                (spread.setdefault(manifest.origin.run, []) if spreads else found).append(one)
-            if len(found) + len(spread) > LATEST:
-                break
-        return found + [_together(steps) for steps in spread.values()]
+        """Steps of a kind, the latest first."""
+        stage = next(stage for stage, kinds in PARAMS.items() if kind in kinds)
+        of_stage = (one for one in self.manifests.values() if one.identity.get("stage") == stage)
+        return list(islice((done for one in of_stage if (done := self._done(one, kind)) is not None), LATEST))
 
     def _done(self, manifest: Manifest, kind: type[Spec]) -> Done | None:
         """None where the step is not of that kind, or its figures are none."""
         with suppress(KeyError):
-            step, work, made = (
-                self.known(manifest.key),
-                self.formulas.work(manifest.key),
-                _timestamp(manifest.origin.made),
-            )
-            sizes = [manifest.origin.seconds, *([] if work is None else [work.total])]
-            if isinstance(step.params, kind) and made is not None and all(0 < size < math.inf for size in sizes):
+            step, work = self.known(manifest.key), self.formulas.work(manifest.key)
+            origin = manifest.origin
+            sizes = [origin.seconds, 1.0 if work is None else work.total]
+            if isinstance(step.params, kind) and all(0 < size < UNHEARD_OF for size in sizes):
                 resources = self._resources(manifest)
                 on_gpu = None if resources is None else resources.gpu > 0
-                return Done(work, manifest.origin.seconds, made, on_gpu, width(step, resources or StepResources()))
+                return Done(origin.run, work, origin.seconds, on_gpu, width(step, resources or StepResources()))
         return None
 
     def known(self, key: str) -> Known:
@@ -333,9 +350,8 @@ class History:
         """What the step's tasks took."""
         run = self.record(manifest.origin.run)
         try:
-            return (
-                None if run is None else StepResources.model_validate(run.job["resources"][manifest.identity["stage"]])
-            )
+            found = None if run is None else run.job["resources"][manifest.identity["stage"]]
+            return None if found is None else StepResources.model_validate(found)
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -349,28 +365,11 @@ class History:
         """The latest run that kept what was expected of it, and has finished."""
         latest = dict.fromkeys(manifest.origin.run for manifest in self.manifests.values())
         found = (self.record(run) for run in list(latest)[:RECENT])
-        return next((one for one in found if one is not None and one.expected and one.took), None)
+        return next((one for one in found if one is not None and one.estimated()), None)
 
 
-def _together(steps: Sequence[Done]) -> Done:
-    """Steps that shared the machine: all their work, in the time in which any of them was at it."""
-    seconds, until = 0.0, -math.inf
-    for one in sorted(steps, key=lambda one: one.made - one.seconds):
-        seconds += max(0.0, one.made - max(until, one.made - one.seconds))
-        until = max(until, one.made)
-    work = Work(sum(one.work.total for one in steps if one.work is not None))
-    return Done(work, seconds, until, steps[-1].on_gpu, steps[-1].width)
-
-
-def _timestamp(made: str) -> float | None:
-    try:
-        return datetime.fromisoformat(made).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-def _factor(one: Work | None, other: Work) -> float:
-    """How much more work the larger is, to a tenth: of steps that are as like, the latest counts."""
+def _unlike(one: Work | None, other: Work) -> float:
+    """How much more work the larger is, on a logarithmic scale, to a tenth."""
     assert one is not None
     return round(abs(math.log(one.total / other.total)), 1)
 
@@ -475,7 +474,7 @@ def _step_time(
         basis = "assumed"
         _, devices = machine.takes(step, resources)
         side_by_side = devices / (resources.gpu or 1.0) if step.spreads else step.workers
-        seconds = work.total / (assumed_speed(step, resources) * side_by_side)
+        seconds = LOAD_SECONDS + work.total / (assumed_speed(step, resources) * side_by_side)
     return StepTime(seconds * work.own / work.total, seconds * work.shared / work.total, basis)
 
 
@@ -554,13 +553,12 @@ def _tasks(
 def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     """Sites as items to pack, and the pass that they can share, both in FLOPs; with the bytes that a site's inputs and
     outputs take on its device."""
-    known = known_steps(plan)
+    known, keys = known_steps(plan), {step.name: step.key for step in plan.steps}
     formulas = Formulas(known.__getitem__)
     items, shared = [], 0.0
     for name in names:
-        step = known[plan[name].key]
-        work = formulas.work(plan[name].key)
-        assert work is not None
-        items.append(Item(name, work.own, formulas.activations(step)))
+        work = formulas.work(keys[name])
+        assert work is not None, name
+        items.append(Item(name, work.own, formulas.activations(known[keys[name]])))
         shared = max(shared, work.shared)
     return items, shared

@@ -77,6 +77,13 @@ class RunRecord(BaseModel):
     def step(self, name: str) -> StepRecord:
         return next(step for step in self.steps if step.name == name)
 
+    def estimated(self) -> dict[str, Any] | None:
+        """What it was expected to take, and took, in seconds; None where that was not kept."""
+        if self.expected is None or self.took is None or self.expected.seconds <= 0:
+            return None
+        seconds = self.expected.seconds
+        return {"run": self.run, "expected": seconds, "took": self.took, "off": self.took / seconds - 1}
+
     def outcome(self) -> dict[str, Any]:
         """What `graft run --json` ends with."""
         return {

@@ -84,7 +84,7 @@ class Run:
             return self._go()
 
     def _go(self) -> RunRecord:
-        began = time.monotonic()
+        began, self.record.expected, self.record.took = time.monotonic(), None, None
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
         # In the background: a remote store is slow to tell what earlier steps took.
@@ -103,14 +103,13 @@ class Run:
         return result
 
     def _expect(self, states: Mapping[str, State]) -> None:
-        """Note what the steps that are left should take."""
+        """Note in the record, which is saved with each step, what the steps that are left should take."""
         from pipeline.estimates import History, estimate, machine_for
 
         with suppress(StoreError, SpecError):
             history = History(self.store, self.store.manifests())
             undone = [step for step, state in states.items() if state != "cached"]
             self.record.expected = estimate(self.plan, undone, history, machine_for(self.plan, None))
-            self._save()
 
     def _served(self) -> bool:
         """Whether there is nothing to do: all steps are in the store, and MLflow has the run."""

@@ -52,10 +52,11 @@ def show_expected(expected: Expected, steps: int, last: RunRecord | None) -> Non
         print(f"  no such step in this store, so {expected.assumption} is assumed: {listed(expected.assumed)}")
     if expected.unknown:
         print(f"  no basis, so counted as nothing: {listed(expected.unknown)}")
-    if last is not None and last.expected is not None and last.took is not None:
-        off = last.took / last.expected.seconds - 1
-        told = f"expected {lasting(last.expected.seconds)}, took {lasting(last.took)}"
-        print(f"last estimate: {last.run}: {told} ({abs(off):.0%} {'more' if off > 0 else 'less'})")
+    if last is not None and (told := last.estimated()):
+        off = f"{abs(told['off']):.0%} {'more' if told['off'] > 0 else 'less'}"
+        print(
+            f"last estimate: {told['run']}: expected {lasting(told['expected'])}, took {lasting(told['took'])} ({off})"
+        )
 
 
 def lasting(seconds: float) -> str:

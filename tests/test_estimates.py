@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from pipeline import api, record
-from pipeline.estimates import CORE, START_SECONDS, Formulas, History, Machine, estimate, known_steps, machine_for
+from pipeline.estimates import (
+    CORE,
+    LOAD_SECONDS,
+    START_SECONDS,
+    Formulas,
+    History,
+    Machine,
+    estimate,
+    known_steps,
+    machine_for,
+    site_items,
+)
 from pipeline.planning import Plan, make_plan
 from pipeline.record import Expected, RunRecord
 from pipeline.store import Manifest, Origin, Store
@@ -87,6 +98,14 @@ def test_a_search_passes_through_originals_and_scions() -> None:
     assert work(planned(f"graft.0.layers={search}"), "search/0") == (3 * (ROOTSTOCK + 4 * HYENA_Y) * 10 * 4, 0)
 
 
+def test_sites_are_packed_by_their_flops_and_by_the_bytes_that_they_keep() -> None:
+    plan = planned("distill.precision=bf16")
+    sites, shared = site_items(plan, ["distill/01.mha", "distill/03.mha"])
+    assert [site.seconds for site in sites] == [60 * (3 * 64 + 64) * HYENA_Y] * 2
+    assert shared == (64 + 64) * (EMBEDDING + 4 * BLOCK)  # to the last of the blocks
+    assert sites[0].memory == 2 * (64 + 64) * N * D * 2
+
+
 # -- speed
 
 
@@ -128,19 +147,29 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_step_should_take_as_long_as_the_like_one_did_in_proportion_to_its_flops(store: Store) -> None:
-    stored(store, planned(), 10.0)
-    assert math.isclose(seconds(store, planned("finetune.steps=100"), "finetune"), 25.0)
+    stored(store, planned(), 107.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=100"), "finetune"), LOAD_SECONDS + 250.0)
 
 
 def test_twice_the_workers_should_be_twice_as_fast(store: Store) -> None:
-    stored(store, planned(), 10.0)
-    assert math.isclose(seconds(store, planned("finetune.workers=4"), "finetune", machine=Machine(4, 0)), 5.0)
+    stored(store, planned(), 107.0)
+    assert math.isclose(
+        seconds(store, planned("finetune.workers=4"), "finetune", machine=Machine(4, 0)), LOAD_SECONDS + 50.0
+    )
 
 
 def test_what_was_most_alike_counts(store: Store) -> None:
     stored(store, planned(), 10.0)
-    stored(store, planned("finetune.steps=4000"), 100.0)
-    assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), 50.0)
+    stored(store, planned("finetune.steps=4000"), 107.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), LOAD_SECONDS + 50.0)
+
+
+def test_of_steps_that_waited_for_one_another_the_least_disturbed_counts(store: Store) -> None:
+    stored(store, planned(), 107.0)
+    (waited,) = (one for one in store.manifests() if one.key == planned()["finetune"].key)
+    slow = waited.model_copy(update={"origin": waited.origin.model_copy(update={"seconds": 500.0})})
+    history = History(store, [one if one.key != slow.key else slow for one in store.manifests()])
+    assert math.isclose(estimate(planned("seed=1"), ["finetune"], history, MACHINE).seconds - START_SECONDS, 107.0)
 
 
 def test_a_step_without_a_formula_should_take_as_long_as_the_last_of_its_kind(store: Store) -> None:
@@ -158,7 +187,7 @@ def test_what_a_cpu_did_says_nothing_of_a_gpu(store: Store) -> None:
 def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(store: Store) -> None:
     found = expected(store, planned(), "base", "classifier")
     assert found.assumed == ["base"] and found.unknown == ["classifier"]
-    assert math.isclose(found.seconds - START_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
+    assert math.isclose(found.seconds - START_SECONDS - LOAD_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
 
 
 STRATEGIES = ["{kind: all}", "{kind: most_local, band: 4}", "{kind: learned, groups: 2, keep: 1}"]
@@ -190,6 +219,19 @@ def test_artifacts_that_make_no_sense_are_passed_over(store: Store, broken: dict
     odd = Manifest(key="0" * 64, identity=broken, files={}, origin=origin)
     history = History(store, [odd, *store.manifests()])
     assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
+
+
+def test_needs_that_make_no_sense_are_passed_over(store: Store) -> None:
+    plan = planned()
+    stored(store, plan, 10.0)
+    manifests = {one.identity["params"]["row"]: one for one in store.manifests() if "row" in one.identity["params"]}
+    odd = manifests["stage2"].model_copy(deep=True, update={"key": "0" * 64})
+    odd.identity["needs"]["finetuned/stage2"] = odd.key  # itself
+    other = manifests["rootstock"].model_copy(deep=True, update={"key": "1" * 64})
+    other.identity["needs"]["base"] = plan["select"].key
+    history = History(store, [odd, other, *store.manifests()])
+    assert history.formulas.work(odd.key) is None and history.formulas.work(other.key) is None
+    assert estimate(plan, ["evaluate/stage2"], history, MACHINE).assumed == []
 
 
 def test_numbers_that_nobody_means_are_passed_over(store: Store) -> None:
@@ -264,7 +306,11 @@ def test_after_a_run_the_plan_of_a_changed_job_shows_what_it_should_take(
     took = {step["name"]: step["seconds"] for step in tiny.outcome["steps"]}
     assert told["expected"]["seconds"] > took["finetune"]
     assert told["last_estimate"]["run"] == tiny.run
-    assert told["last_estimate"]["took"] > 0 and told["last_estimate"]["expected"] > 0
+    last = told["last_estimate"]
+    assert last["took"] > 0 and last["expected"] > 0
+    assert math.isclose(last["off"], last["took"] / last["expected"] - 1)
     lines = graft("plan", str(TINY), "--set", "finetune.steps=80").stdout
     assert "as fast as the most similar ones in this store were" in lines
     assert f"last estimate: {tiny.run}: expected " in lines
+    nothing_left = graft("plan", str(TINY)).stdout
+    assert "by estimate" not in nothing_left and f"last estimate: {tiny.run}: expected " in nothing_left
