@@ -26,13 +26,12 @@ import psutil
 import ray
 
 from benchmarks import report
-from benchmarks.trivial import chain_and_fan
+from benchmarks.trivial import chain_and_fan, finish
 from cluster import runtime
 from cluster.board import News
-from pipeline import leases, planning, preflight, record
+from pipeline import leases, planning, preflight
 from pipeline.execute import Execution, StepResult
 from pipeline.leases import Holder, Lease
-from pipeline.planning import Plan
 from pipeline.running import Run
 from pipeline.store import Origin, Store
 from pipeline.view import SilentView
@@ -113,20 +112,6 @@ def commands(folder: Path, rounds: int) -> list[dict[str, Any]]:
         for name, (command, _) in asked.items():
             spent[name].append(process(command))
     return [row(name, spent[name], spent[""], aim, "empty python") for name, (_, aim) in asked.items()]
-
-
-def finish(plan: Plan) -> None:
-    """Leave a store as a finished run leaves it, with artifacts of one small file."""
-    store = Store(plan.job.store)
-    for step in plan.steps:
-        folder = store.workplace(step.key)
-        (folder / "results.json").write_text('{"rootstock": {"distance": 1.0}}')
-        origin = Origin(step=step.name, run="benchmark", seconds=1.0, made="")
-        store.commit(step.key, folder, dict(step.identity), origin)
-    run = Run(plan, SilentView())
-    run.record.status, run.record.mlflow_uri = "finished", run.tracking_uri()
-    run.record.results = {"rootstock": {"distance": 1.0}}
-    record.save(store, run.record)
 
 
 # -- a long plan

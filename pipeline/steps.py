@@ -60,13 +60,14 @@ def _rootstock(job: JobSpec) -> Iterator[Draft]:
 
 def _distillation(job: JobSpec) -> Iterator[Draft]:
     edits = job.edits()
+    lent = {path: weights_fingerprint("scions", path) for path in {edit.scions for edit in edits} if path}
     for edit in edits:
         within = _within(edit, edits)
         needs = ROOTSTOCK | _scions(within)
         if job.distill.loss == "auto":
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
-        outside = weights_fingerprint("scions", edit.scions) if edit.scions else {}
+        outside = lent.get(edit.scions or "", {})
         yield Draft(f"distill/{edit.name}", "distill", told, needs, outside)
 
 
