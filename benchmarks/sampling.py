@@ -1,8 +1,8 @@
 """Sampling and scoring a row of the table, against the public loop on the same device, steps and noise.
 
     python -m benchmarks.sampling                                      # a small DiT and classifier, on any machine
-    python -m benchmarks.sampling --xl [--vae FOLDER] [--inception FILE]       # DiT-XL/2 at 256 px: for a GPU
-    python -m benchmarks.sampling --xl --precision bf16 --compile              # as a job would set it there
+    python -m benchmarks.sampling --imagenet [--vae FOLDER] [--inception FILE] # DiT-XL/2 at 256 px: for a GPU
+    python -m benchmarks.sampling --imagenet --precision bf16 --compile        # as a job would set it there
 
 The public loop draws a batch after the other in eager mode, guidance in one batch, with the chain's constants on the
 host; saves each image as a PNG file of its own; and reads all of them back for the features, whose mean and covariance
@@ -169,24 +169,20 @@ def read_back(setting: Setting, indices: range) -> NDArray[np.uint8]:
     return np.stack([image[None] if image.ndim == 2 else image.transpose(2, 0, 1) for image in images])
 
 
-def ours(setting: Setting) -> Gaussian:
+def ours(setting: Setting) -> Scores:
     """What a worker does with each batch, and the step with what comes back."""
-    return scored(setting).moments[setting.metric].gaussian()
-
-
-def scored(setting: Setting) -> Scores:
     scores = Scores()
     for batch in setting.batches:
         scores.add(sample_batch(setting.context, batch, setting.device).verdict)
     return scores
 
 
-def kept(setting: Setting) -> dict[str, float]:
+def kept(setting: Setting, scores: Scores) -> dict[str, float]:
     """Megabytes that each way holds on to until the end."""
     files = sum(path.stat().st_size for path in setting.home.iterdir())
-    moments = scored(setting).state().values()
-    features = setting.params.samples * next(len(value) for value in moments if value.dim() == 2) * 4
-    return {"MB kept, public": (files + features) / 1e6, "MB kept, ours": sum(value.nbytes for value in moments) / 1e6}
+    features = setting.params.samples * len(scores.moments[setting.metric].mean) * 4
+    sums = sum(value.nbytes for value in scores.state().values())
+    return {"MB kept, public": (files + features) / 1e6, "MB kept, ours": sums / 1e6}
 
 
 def largest_difference(setting: Setting) -> int:
@@ -209,11 +205,11 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     inputs = {name: Folder(home / name) for name in ("features", "base", "classifier")}
     for folder in (*(one.place for one in inputs.values()), home / "images"):
         folder.mkdir()
-    model = DitModel(size="XL/2") if chosen.xl else DitModel(depth=4, width=64, heads=4, patch=4)
-    metric: Metric = "fid" if chosen.xl or chosen.inception else "classifier"
-    num_classes, (channels, side) = (1000, (4, 32)) if chosen.xl else (10, (3, 64))
+    model = DitModel(size=chosen.size) if chosen.imagenet else DitModel(depth=4, width=64, heads=4, patch=4)
+    metric: Metric = "fid" if chosen.imagenet or chosen.inception else "classifier"
+    num_classes, (channels, side) = (1000, (4, 32)) if chosen.imagenet else (10, (3, 64))
     meta = LatentsMeta(
-        codec="vae" if chosen.xl else "pixel",
+        codec="vae" if chosen.imagenet else "pixel",
         channels=channels,
         side=side,
         classes=tuple(map(str, range(num_classes))),
@@ -226,14 +222,14 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
         judge = Classifier(channels, side, num_classes).state_dict()
         save_file(judge, inputs["classifier"].place / "classifier.safetensors")
     sampler: Sampler = DdimSampler(steps=chosen.steps or 10)
-    if chosen.xl:
+    if chosen.imagenet:
         sampler = AncestralSampler(steps=chosen.steps or 250)
     params = SampleParams(
         seed=0,
         row="rootstock",
-        codec=VaeCodec(path=str(chosen.vae or random_vae(home / "vae"))) if chosen.xl else PixelCodec(),
-        samples=chosen.samples or (256 if chosen.xl else 200),
-        batch=chosen.batch or (64 if chosen.xl else 50),
+        codec=VaeCodec(path=str(chosen.vae or random_vae(home / "vae"))) if chosen.imagenet else PixelCodec(),
+        samples=chosen.samples or (256 if chosen.imagenet else 100),
+        batch=chosen.batch or (64 if chosen.imagenet else 50),
         metrics=(metric,),
         sampler=sampler,
         precision=chosen.precision,
@@ -318,8 +314,9 @@ def compared(setting: Setting, ones: Gaussian, others: Gaussian, exact: bool) ->
 
 def main() -> None:
     arguments = report.parser(__doc__)
-    arguments.add_argument("--xl", action="store_true", help="DiT-XL/2 at 256 px, 250 ancestral steps, Inception")
-    arguments.add_argument("--vae", type=Path, help="of --xl: a folder with an AutoencoderKL")
+    arguments.add_argument("--imagenet", action="store_true", help="256 px, a VAE, 250 ancestral steps, Inception")
+    arguments.add_argument("--size", default="XL/2", help="of --imagenet: a published size")
+    arguments.add_argument("--vae", type=Path, help="of --imagenet: a folder with an AutoencoderKL")
     arguments.add_argument("--inception", type=Path, help="pytorch-fid's weights; then they judge the small DiT too")
     arguments.add_argument("--samples", type=int)
     arguments.add_argument("--batch", type=int)
@@ -327,13 +324,14 @@ def main() -> None:
     arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours")
     arguments.add_argument("--compile", action="store_true", help="ours")
     arguments.add_argument("--threads", type=int, help="of torch on a CPU, for both")
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=3)
     chosen = arguments.parse_args()
     with set_up(chosen) as setting:
         params, device = setting.params, setting.device
         expected, found = public(setting), ours(setting)  # also to warm up
-        agreed = compared(setting, expected, found, exact=chosen.precision == "fp32" and not chosen.compile)
-        agreed |= kept(setting)
+        exact = chosen.precision == "fp32" and not chosen.compile
+        agreed = compared(setting, expected, found.moments[setting.metric].gaussian(), exact)
+        agreed |= kept(setting, found)
         works = {"public": partial(public, setting), "ours": partial(ours, setting)}
         seconds = report.in_turn(
             {name: partial(report.timed, work, device) for name, work in works.items()}, chosen.rounds
