@@ -8,5 +8,8 @@ from specs.training import Precision
 
 
 def computing(precision: Precision, device: torch.device) -> torch.autocast:
-    """Within this context, matrix products and convolutions are computed in bf16, if that is the precision."""
+    """Within this context, matrix products and convolutions are computed in bf16, if that is the precision.
+
+    Weights are rounded once a context: what trains them has to enter one for each pass.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

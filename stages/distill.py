@@ -48,13 +48,12 @@ def run(context: Context) -> None:
     loss, because = loss_for(recipe, edit.site, context)
     scion = _new_scion(rootstock, context).to(device)
     if edit.scions is None:
-        with computing(recipe.precision, device):
-            history = fit(scion, shown, unseen, loss, context)
+        history = fit(scion, shown, unseen, loss, context)
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
         take(scion, edit, edit.scions, rootstock.model.config)
-        best_epoch, heldout_error = 0, error_on(answer(scion), unseen, LOSSES[loss])
+        best_epoch, heldout_error = 0, error_on(mimic_of(scion, recipe, device), unseen, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
         loss=loss,
@@ -96,9 +95,7 @@ def fit(
     """
     params: DistillParams = context.params
     recipe, size = params.recipe, len(shown)
-    mimic, loss_of = answer(scion), LOSSES[loss]
-    if recipe.compile:
-        mimic = torch.compile(mimic)
+    mimic, loss_of = mimic_of(scion, recipe, context.device), LOSSES[loss]
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
     stream = f"distill/{params.edit.site}"
@@ -125,6 +122,19 @@ def fit(
             raise Stopped(f"after epoch {epoch + 1}")
     scion.load_state_dict(best)
     return history
+
+
+def mimic_of(scion: nn.Module, recipe: DistillSpec, device: torch.device) -> Mimic:
+    """The function that is distilled, in the recipe's precision."""
+    called = torch.compile(answer(scion)) if recipe.compile else answer(scion)
+
+    def mimic(*inputs: Tensor) -> Tensor:
+        # Entered anew for each pass: as long as autocast lasts, it keeps the weights that it has rounded, and would
+        # not see them change.
+        with computing(recipe.precision, device):
+            return called(*inputs)
+
+    return mimic
 
 
 def learn(engine: PlainEngine, mimic: Mimic, pairs: Pairs, loss_of: LossFunction, lr: float) -> Tensor:

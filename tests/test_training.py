@@ -933,6 +933,17 @@ def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(r
         assert distill.error(scion, found[MHA_SITE], distill.LOSSES["l1"]) == exact
 
 
+def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+) -> None:
+    histories = {}
+    for precision in ("fp32", "bf16"):
+        context = make_context(store, precision, tmp_path, precision=precision)
+        histories[precision] = distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
+    assert histories["fp32"][-1][2] < 0.9 * histories["fp32"][0][2]
+    assert histories["bf16"] == [pytest.approx(point, rel=0.02) for point in histories["fp32"]]
+
+
 def test_the_gradient_is_that_of_the_whole_batch_whatever_the_parts(
     rootstock: DiT, source: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
