@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 
@@ -32,6 +33,7 @@ class News:
 
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # step -> done, total
     points: list[Point] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)  # of steps whose task may have others to do
 
 
 class Board:
@@ -53,6 +55,9 @@ class Board:
         if metrics:
             self._news.points.append(Point(step, done, metrics))
 
+    def end(self, result: Any) -> None:
+        self._news.results.append(result)
+
     def read(self) -> News:
         news, self._news = self._news, News()
         return news
@@ -66,6 +71,10 @@ class Reporter:
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         self.board.write.remote(self.step, done, total, dict(metrics or {}))
+
+    def ended(self, result: Any) -> None:
+        """Say what came of the step."""
+        self.board.end.remote(result)
 
 
 class StopSignal:

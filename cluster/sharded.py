@@ -9,12 +9,14 @@ without DeepSpeed and by any number of workers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from specs.training import FinetuneSpec
 
@@ -22,6 +24,29 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # On a CPU, DeepSpeed would compile a shared-memory operation at its first start. Only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _clipped_by_deepspeed(recipe: FinetuneSpec) -> bool:
+    """ZeRO 3 updates the weights part by part, so that only DeepSpeed sees the whole gradient before."""
+    return recipe.deepspeed.zero == 3
+
+
+def _config(recipe: FinetuneSpec) -> dict[str, Any]:
+    """DeepSpeed's settings.
+
+    By default it waits for the device at each step: to time it, and to skip it if its gradient is no number, where the
+    training would end anyway. Only in ZeRO 3 no setting keeps it from asking whether the gradient is one.
+    """
+    theirs = _clipped_by_deepspeed(recipe)
+    return {
+        "train_batch_size": recipe.batch,
+        "train_micro_batch_size_per_gpu": recipe.batch // torch.distributed.get_world_size(),
+        "gradient_clipping": recipe.clip if theirs else 0.0,
+        "bf16": {"enabled": recipe.precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": {"stage": recipe.deepspeed.zero, "compute_grad_norm": theirs},
+        "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},
+    }
 
 
 class ShardedEngine:
@@ -32,22 +57,19 @@ class ShardedEngine:
         if state is not None:
             model.load_state_dict({name: state[f"weights/{name}"] for name in names}, strict=False)
         start = {name: value.detach().clone() for name, value in model.named_parameters()}
-        bf16 = recipe.precision == "bf16"
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0, fused=True
+        )
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0),
+            optimizer=optimizer,
             dist_init_required=False,
-            config={
-                "train_batch_size": recipe.batch,
-                "train_micro_batch_size_per_gpu": recipe.batch // torch.distributed.get_world_size(),
-                "gradient_clipping": recipe.clip,
-                "bf16": {"enabled": bf16},
-                "zero_optimization": {"stage": recipe.deepspeed.zero},
-                "zero_allow_untested_optimizer": True,
-            },
+            config=_config(recipe),
         )
+        if not _clipped_by_deepspeed(recipe):
+            optimizer.register_step_pre_hook(self._clip)
         self.recipe = recipe
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.parameters = dict(self.engine.module.named_parameters())
         if state is None:
             # bf16 rounded the weights on their way in; the fp32 ones start from what was given.
@@ -77,7 +99,7 @@ class ShardedEngine:
             self._fill(tensors)
             state |= {f"{kind}/{name}": value for name, value in self._gather().items()}
         self._fill(kept)
-        state["adam_steps"] = torch.as_tensor(moments[flats[0]]["step"]).clone()
+        state["adam_steps"] = moments[flats[0]]["step"].to("cpu", copy=True)
         return state
 
     def _resume(self, state: Mapping[str, Tensor]) -> None:
@@ -90,8 +112,16 @@ class ShardedEngine:
         for kind in MOMENTS:
             self._scatter(part(kind))
             for flat, values in zip(self._flats(), self._copies(), strict=True):
-                moments[flat] |= {kind: values, "step": state["adam_steps"].clone()}
+                moments[flat] |= {kind: values, "step": state["adam_steps"].to(flat.device, copy=True)}
         self._scatter(part("weights"))
+
+    @torch.no_grad()
+    def _clip(self, *_: object) -> None:
+        """Scale the gradients of the flat weights, so that over all workers they are no longer than `clip`."""
+        flats = self._flats()
+        squares = get_total_norm([flat.grad for flat in flats if flat.grad is not None]).square()
+        torch.distributed.all_reduce(squares)
+        clip_grads_with_norm_(flats, self.recipe.clip, squares.sqrt())
 
     def _moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """AdamW's state, by flat tensor."""

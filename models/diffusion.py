@@ -6,6 +6,7 @@ lies between its two bounds. Shapes: x (B,C,S,S), t (B,) integers in 0 .. T-1.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -38,6 +39,13 @@ class Diffusion:
         floor = posterior_var[1:2] if len(posterior_var) > 1 else beta[:1]
         self.min_log_var = torch.cat([floor, posterior_var[1:]]).log()
         self.max_log_var = beta.log()
+
+    def on(self, device: torch.device) -> Diffusion:
+        """The same chain with its constants on a device, as they are used there, so that no step has to move them."""
+        chain = copy.copy(self)
+        for name, values in vars(self).items():
+            setattr(chain, name, values.to(device, torch.float32 if values.is_floating_point() else values.dtype))
+        return chain
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """z_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise."""

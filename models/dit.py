@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.operators import build_operator
 from specs.costs import FREQUENCIES, ORIGINALS
@@ -162,13 +163,20 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(config))
         self.blocks = nn.ModuleList(Block(config.place) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self.checkpointing = False  # in training, keep each block's input alone and compute the rest again
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B,C,S,S), t (B,), y (B,) -> (B,C_out,S,S)."""
         tokens, c = self.embed(x, t, y)
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = self._through(block, tokens, c)
         return self.unpatchify(self.final_layer(tokens, c))
+
+    def _through(self, block: nn.Module, tokens: Tensor, c: Tensor) -> Tensor:
+        if not self.checkpointing:
+            return block(tokens, c)
+        # Nothing in a block is random.
+        return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,N,D) and condition (B,D)."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,49 @@ class Gaussian:
     mu: NDArray[np.float64]
     sigma: NDArray[np.float64]
 
+    def write(self, path: Path) -> None:
+        """As an .npz with mu and sigma, the form in which reference statistics are published."""
+        np.savez(path, mu=self.mu, sigma=self.sigma)
 
-def gaussian(features: NDArray[np.floating]) -> Gaussian:
-    """Fit features (n,d)."""
-    features = features.astype(np.float64)
-    return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False))
+    @classmethod
+    def read(cls, path: Path) -> Gaussian:
+        """What `write` left; files of other people are for `stages.inception.read_statistics`."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["mu"], file["sigma"])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is kept of a set of features, so that another set can be added: float64, the features themselves are gone.
+
+    The scatter is taken about the set's own mean, which moves as sets are added (Chan, Golub & LeVeque, "Updating
+    formulae and a pairwise algorithm for computing sample variances", 1979): a sum of squares would lose the variance
+    of features that lie far from 0. Added in the same order, the same sets give the same bits.
+    """
+
+    count: int
+    mean: Tensor  # (d,)
+    scatter: Tensor  # (d,d), the sum of the outer products of the deviations from the mean
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Of features (n,d), n at least 1; they stay on their device."""
+        features = features.double()
+        mean = features.mean(0)
+        deviations = features - mean
+        return cls(len(features), mean, deviations.T @ deviations)
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        between = torch.outer(apart, apart * (self.count * other.count / count))
+        return Moments(count, mean, between.add_(self.scatter).add_(other.scatter))
+
+    def gaussian(self) -> Gaussian:
+        """With the unbiased covariance; of one feature alone it is no number."""
+        divisor = self.count - 1 if self.count > 1 else float("nan")
+        return Gaussian(self.mean.cpu().numpy(), (self.scatter / divisor).cpu().numpy())
 
 
 def distance(first: Gaussian, second: Gaussian) -> float:

@@ -46,13 +46,13 @@ def sample(
 
     bounded: latents lie in [-1, 1] (pixels), so the estimate of x0 is clamped at each step.
     """
-    chain = respaced(sampler.steps)
+    chain = respaced(sampler.steps).on(y.device)
     step = _ancestral if sampler.kind == "ancestral" else _ddim
     network = guided(network, y, null_class, sampler)
     x = draw()
     for i in reversed(range(sampler.steps)):
         position = torch.full_like(y, i)
-        output = network(x, chain.timesteps.to(y.device)[position], y).float()
+        output = network(x, chain.timesteps[position], y).float()
         noise, raw = output[:, : x.shape[1]], output[:, x.shape[1] :]
         x0 = chain.x0_from_noise(x, position, noise)
         if bounded:

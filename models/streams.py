@@ -43,5 +43,6 @@ class SampleNoise:
         self.device = device
 
     def __call__(self) -> Tensor:
-        """The next draw, (B, *shape)."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        """The next draw, (B, *shape). Going to a GPU it does not wait for what is under way there."""
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else noise

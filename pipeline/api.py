@@ -19,10 +19,10 @@ from pipeline.store import Manifest, State, Store
 from pipeline.view import SilentView, View
 from specs.costs import GraftCost
 from specs.data import ImageFolderData
+from specs.export import Layout
 from specs.hub import is_hub_id
 from specs.job import JobSpec
 from specs.load import SpecError, job_from, load
-from specs.model import Layout
 from specs.problems import shown
 from stages.sources import class_sizes
 

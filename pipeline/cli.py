@@ -1,6 +1,8 @@
 """The command line, `graft`. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 fine, 1 a run failed, 2 the request cannot be carried out as it stands.
+
+What a command works with loads when it is called: help, and a word that is no command, need none of it.
 """
 
 from __future__ import annotations
@@ -12,16 +14,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import api, preflight, record, remote
-from pipeline.files import StoreError
-from pipeline.planning import Step, difference
-from pipeline.record import RunRecord
-from pipeline.running import RunFailed, RunStopped
-from pipeline.store import Manifest, State, Store
 from pipeline.tables import (
     amount,
     cell,
@@ -35,15 +31,21 @@ from pipeline.tables import (
     show_run,
     show_submissions,
 )
-from specs.load import SpecError, job_schema
-from specs.model import Layout
-from specs.problems import plain, shown
+from specs.export import Layout
+from specs.problems import SpecError, plain, shown
 from specs.secrets import redacted
+
+if TYPE_CHECKING:
+    from pipeline.planning import Step
+    from pipeline.record import RunRecord
+    from pipeline.store import Manifest, State, Store
+    from pipeline.view import View
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to load than all else that help needs
     help="Edit a pretrained diffusion transformer: swap operators, distil, finetune, measure. One job is one file.",
 )
 
@@ -62,6 +64,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 @app.command()
 def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Run a job; what the store has already is not computed again."""
+    from pipeline import api
+
     with problems(debug, as_json):
         with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is for the result
             done = api.run(job, overrides or (), _view())
@@ -77,6 +81,8 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Run a job on a Ray cluster; prints the submission's name."""
+    from pipeline import remote
+
     with problems(debug):
         sent = remote.submit(job, address, overrides or ())
     _sent(sent, address, follow, debug)
@@ -90,6 +96,8 @@ def logs(
     debug: Debug = False,
 ) -> None:
     """Show what a submitted job printed."""
+    from pipeline import remote
+
     if follow:
         _follow(name, address, debug)
         return
@@ -106,6 +114,8 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run from where it stopped."""
+    from pipeline import api, remote
+
     if address is not None:
         with problems(debug):
             sent = remote.resume(name, address, _given(store))
@@ -119,7 +129,9 @@ def resume(
 
 @app.command()
 def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
-    """Have a run save what it has and end, wherever its driver is; `graft resume` goes on with it."""
+    """Have a run save what it has and end, wherever its driver is. `graft resume` goes on with it."""
+    from pipeline import api, remote
+
     with problems(debug):
         if address is not None:
             remote.stop(name, address, print)
@@ -138,8 +150,14 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show a job's steps: cached, partial or pending, and what sets them apart from what is cached; what it costs, and
-    what it should take."""
+    """Show a job's steps, cached, partial or pending, its costs, and the time that it should take.
+
+    Of a step that is not cached, also what sets it apart from the nearest one that is.
+    """
+    from pipeline import api, preflight
+    from pipeline.planning import difference
+    from pipeline.store import Store
+
     with problems(debug):
         made = api.plan(job, overrides or ())
         absent = preflight.absent(made.job)
@@ -160,8 +178,11 @@ def plan(
                 }
             )
             return
+        like: dict[str, list[Manifest]] = {}
+        for manifest in manifests:
+            like.setdefault(manifest.origin.step, []).append(manifest)
         for step in made.steps:
-            differs = difference(step, manifests) if states[step.name] != "cached" else None
+            differs = difference(step, like.get(step.name, [])) if states[step.name] != "cached" else None
             reason = f"differs in {differs}" if differs else ""
             print(f"{states[step.name]:8} {step.key[:12]}  {step.name:24} {reason}".rstrip())
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
@@ -185,7 +206,10 @@ def status(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show all runs, or the steps of one; of a cluster, all submissions."""
+    """Show all runs, or one's steps; of a cluster, its submissions."""
+    from pipeline import record, remote
+    from pipeline.store import Store
+
     if address is not None and name is not None:
         _relay("status", [name], address, store, as_json, debug)
     with problems(debug):
@@ -219,6 +243,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Put runs side by side: the numbers that MLflow holds."""
+    from pipeline import api
+
     if address is not None:
         _relay("compare", names, address, store, as_json, debug)
     with problems(debug):
@@ -238,6 +264,8 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Show what an artifact holds, what made it and from what."""
+    from pipeline.store import Store
+
     with problems(debug):
         place = Store(store)
         manifest = _find_artifact(place, artifact)
@@ -261,7 +289,9 @@ def export(
     store: StoreUrl = ".graftwork",
     debug: Debug = False,
 ) -> None:
-    """Write a model for other tools: safetensors, diffusers or the published .pt, with a model card."""
+    """Write a model for other tools, with a model card. As safetensors, for diffusers or as the published .pt."""
+    from pipeline import api
+
     with problems(debug):
         print(api.export(name, out, layout, store, vae))
 
@@ -273,10 +303,11 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Read every artifact; what is not as it was committed is named and set aside, and the next run computes it again.
+    """Read every artifact; what is damaged is named and set aside.
 
-    Exit code 0 if all are whole, 1 if not.
+    The next run computes it again. Exit code 0 if all are whole, 1 if not.
     """
+    from pipeline.store import Store
     from pipeline.verify import verify
 
     with problems(debug):
@@ -306,8 +337,9 @@ def gc(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Free what no run refers to: artifacts, checkpoints, what was set aside as damaged, what kills left behind."""
-    from pipeline import gc
+    """Free what no run refers to. Artifacts, checkpoints, what was set aside as damaged, what kills left behind."""
+    from pipeline import gc, record
+    from pipeline.store import Store
 
     with problems(debug):
         place = Store(store)
@@ -336,12 +368,17 @@ def gc(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
+    from specs.load import job_schema
+
     document(job_schema())
 
 
 @contextmanager
 def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
     """Turn errors into lines and exit codes; a failed run still ends with its JSON document, if one was asked for."""
+    from pipeline.files import StoreError
+    from pipeline.running import RunFailed, RunStopped
+
     try:
         yield
     except SpecError as error:
@@ -376,6 +413,8 @@ def _sent(submission: str, address: str, follow: bool, debug: bool) -> None:
 
 def _follow(submission: str, address: str, debug: bool) -> None:
     """Show what a job prints until it has ended; exits 1 where it did not succeed."""
+    from pipeline import remote
+
     with problems(debug):
         try:
             ended = remote.follow(submission, address, lambda text: print(text, end="", flush=True))
@@ -388,6 +427,8 @@ def _follow(submission: str, address: str, debug: bool) -> None:
 
 def _relay(command: str, names: list[str], address: str, store: str, as_json: bool, debug: bool) -> NoReturn:
     """Print what the same command prints on the cluster, and exit as it does."""
+    from pipeline import remote
+
     with problems(debug):
         answer = remote.ask(command, names, address, _given(store), *(["--json"] if as_json else []))
     for text, stream in ((answer.stdout, sys.stdout), (answer.stderr, sys.stderr)):
@@ -429,10 +470,14 @@ def _trace(details: str, debug: bool) -> None:
         print(plain(redacted(line)), file=sys.stderr)
 
 
-def _view() -> Any:
-    from pipeline.view import LiveView, PlainView
+def _view() -> View:
+    if sys.stderr.isatty():
+        from pipeline.live import LiveView
 
-    return LiveView() if sys.stderr.isatty() else PlainView()
+        return LiveView()
+    from pipeline.view import PlainView
+
+    return PlainView()
 
 
 def _report(done: RunRecord, as_json: bool) -> None:
@@ -445,6 +490,8 @@ def _report(done: RunRecord, as_json: bool) -> None:
 
 
 def _find_artifact(store: Store, name: str) -> Manifest:
+    from pipeline import record
+
     if "/" in name:
         run_name, step = name.split("/", 1)
         steps = record.find(store, run_name).steps

@@ -230,12 +230,14 @@ PARAMS: dict[str, tuple[type[Spec], ...]] = {
     "search": (params.SearchParams,),
     "select": (params.SelectParams,),
     "finetune": (params.FinetuneParams,),
+    "reference": (params.TrainingStatisticsParams, params.FidStatisticsParams, params.HeldoutParams),
     "evaluate": (params.SampleParams, params.EvaluateParams),
 }
 
 
 # What an identity leaves out, since it cannot change a result, but a spec requires.
-LEFT_OUT = {"data": {"path": "elsewhere"}, "weights": {"path": "elsewhere"}, "recipe": {"reference": "elsewhere"}}
+ELSEWHERE = {"reference": "elsewhere"}
+LEFT_OUT = {"data": {"path": "elsewhere"}, "weights": {"path": "elsewhere"}, "recipe": ELSEWHERE}
 
 
 def known_artifact(manifest: Manifest) -> Known | None:
@@ -249,7 +251,7 @@ def known_artifact(manifest: Manifest) -> Known | None:
         return None
     filled = {name: LEFT_OUT.get(name, {}) | part if isinstance(part, dict) else part for name, part in told.items()}
     for kind in PARAMS.get(str(identity.get("stage")), ()):
-        for given in (told, filled):
+        for given in (told, filled, ELSEWHERE | filled):
             with suppress(ValidationError):
                 return Known(kind.model_validate(given), needs, outside)
     return None

@@ -1,9 +1,10 @@
 """Execution: the steps that the store lacks become Ray tasks, chained by object refs. That is the job's DAG.
 
-A task's result is a small `StepResult`, never data: artifacts go through the store. A task works under its step's
-lease; where another driver on the store has it, the task ends at once and the step is tried again when that driver is
-done, or gone. A lost worker is retried by Ray; an error in the work fails its step at once, the steps that need it are
-skipped, and all others finish and are kept. Asked to stop, tasks save a checkpoint and end.
+A task does one step, or a pack of steps that share work, such as the rootstock's pass in distillation. It returns a
+small `StepResult` a step, never data: artifacts go through the store. Each step is done under its own lease; where
+another driver on the store has it, the task goes on and the step is tried again when that driver is done, or gone. A
+lost worker is retried by Ray; an error in the work fails its step at once, the steps that need it are skipped, and all
+others finish and are kept. Asked to stop, tasks save a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,9 @@ import stages
 from cluster import runtime
 from cluster.board import Board, News, Reporter, StopSignal
 from pipeline import leases
+from pipeline.estimates import site_items
 from pipeline.leases import Held, Holder, Waiter
+from pipeline.packing import pack
 from pipeline.planning import Plan, Step
 from pipeline.store import Origin, RottenArtifact, Store
 from specs.problems import plain
@@ -51,16 +54,18 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a task returns.
+    """What a task says of a step.
 
-    done: the artifact is there. held: another driver has the lease. blocked: what it needs is not there yet. stopped:
-    what it had done is saved.
+    done: the artifact is there. held: another driver has the lease. blocked: what it needs is not there. stopped: what
+    it had done is saved. failed: the work raised an error.
     """
 
+    step: str
     key: str
-    state: Literal["done", "held", "blocked", "stopped"]
+    state: Literal["done", "held", "blocked", "stopped", "failed"]
     seconds: float = 0.0
     held: Held | None = None
+    failure: StepFailed | None = None
 
 
 class Watcher(Protocol):
@@ -98,13 +103,17 @@ class Execution:
         states = plan.states(store)
         self.ready = {name for name, state in states.items() if state == "cached"}
         self.open = [step.name for step in plan.steps if step.name not in self.ready]  # neither ready nor given up
-        self.refs: dict[str, Any] = {}
+        self.given_up: set[str] = set()
+        self.tasks: dict[Any, tuple[str, ...]] = {}  # ref -> the steps that the task does
+        self.refs: dict[str, Any] = {}  # step -> the ref of its task
+        self.alone: set[str] = set()  # were lost together with others
         self.held: dict[str, Waiter] = {}
         self.expired: dict[str, Held] = {}
         self.begun: set[str] = set()
         self.failures: list[StepFailed] = []
         self.last_metrics: dict[str, str] = {}
         self.stopping_since: float | None = None
+        self.news_read = 0.0
         self.leases_seen = 0.0
         self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
         self.room_seen = 0.0
@@ -113,39 +122,64 @@ class Execution:
         """Until every step has come to its end; returns the failures. Asked to stop, it leaves steps open."""
         while self.open and not self._stopped():
             self._submit()
-            if self.refs:
-                ray.wait(list(self.refs.values()), timeout=POLL_SECONDS)
+            if self.tasks:
+                ray.wait(list(self.tasks), timeout=POLL_SECONDS)
             else:
                 time.sleep(POLL_SECONDS)
-            self._pass_on_news()
-            for name in self._ended():
-                self._end(name, self.refs.pop(name))
+            ended = self._ended()
+            if ended or time.monotonic() - self.news_read > POLL_SECONDS:
+                self._pass_on_news()
+            for ref in ended:
+                self._end(ref)
             self._look_at_leases()
             self._look_for_room()
+        self._pass_on_news()
         return self.failures
 
     def _submit(self) -> None:
         """Give Ray each open step whose needs are ready or are with Ray."""
         if self.stopping_since is not None:
             return
+        sharing: list[Step] = []
         for name in self.open:
-            step = self.plan[name]
             if name in self.refs or name in self.held:
                 continue
-            if all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
-                self.refs[name] = self._task(step)
+            step = self.plan[name]
+            if stages.STAGES[step.stage].shares and name not in self.alone:
+                if all(needed in self.ready for needed in step.needs.values()):
+                    sharing.append(step)
+            elif all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
+                self._start([step])
+        for steps in self._packs(sharing):
+            self._start(steps)
 
-    def _task(self, step: Step) -> Any:
-        task = _run_step.options(
-            name=step.name,
+    def _packs(self, sites: Sequence[Step]) -> list[list[Step]]:
+        """Sites put together for the room that there is now, in the order to start them."""
+        if not sites:
+            return []
+        items, shared = site_items(self.plan, [step.name for step in sites])
+        packs = pack(items, runtime.room_for(sites[0].resources), shared)
+        return [[self.plan[item.name] for item in items] for items in packs]
+
+    def _start(self, steps: Sequence[Step]) -> None:
+        """One task for these steps."""
+        first, *others = steps
+        task = _run_steps.options(
+            name=first.name + (f" and {len(others)} more" if others else ""),
             max_retries=RETRIES,
             retry_exceptions=False,
-            **runtime.options(step.resources, idle=stages.STAGES[step.stage].orchestrates),
+            **runtime.options(first.resources, idle=stages.STAGES[first.stage].orchestrates),
         )
-        keys = {role: self.plan[name].key for role, name in step.needs.items()}
-        work = Work(
+        awaited = {self.refs[name]: None for step in steps for name in self._awaited(step)}
+        ref = task.remote([self._work(step) for step in steps], *awaited)
+        self.tasks[ref] = tuple(step.name for step in steps)
+        self.refs |= {step.name: ref for step in steps}
+
+    def _work(self, step: Step) -> Work:
+        return Work(
             step=step,
-            keys=keys,
+            keys={role: self.plan[name].key for role, name in step.needs.items()},
+            awaited=self._awaited(step),
             store=self.store,
             origin=Origin(step=step.name, run=self.run, seconds=0, made="", git_commit=self.git_commit),
             report=Reporter(self.board, step.name),
@@ -153,10 +187,16 @@ class Execution:
             task=f"{self.id}/{step.name}",
             over=self.expired.pop(step.name, None),
         )
-        return task.remote(work, *(self.refs[name] for name in step.needs.values() if name in self.refs))
+
+    def _awaited(self, step: Step) -> tuple[str, ...]:
+        """What the step needs and some task is still at."""
+        return tuple(name for name in step.needs.values() if name not in self.ready)
 
     def _pass_on_news(self) -> None:
+        self.news_read = time.monotonic()
         news: News = ray.get(self.board.read.remote())
+        # What a step wrote last may come after its end: its points are kept, its progress is no news any more.
+        news.progress = {name: news.progress[name] for name in self.open if name in news.progress}
         for name in news.progress.keys() - self.begun:
             self.watcher.started(name)
         self.begun |= news.progress.keys()
@@ -164,36 +204,67 @@ class Execution:
             metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in point.metrics.items())
             self.last_metrics[point.step] = f"at {point.done}: {metrics}"
         self.watcher.news(news)
+        for result in news.results:
+            self._settle(result)
 
-    def _ended(self) -> list[str]:
-        if not self.refs:
+    def _ended(self) -> list[Any]:
+        if not self.tasks:
             return []
-        ended, _ = ray.wait(list(self.refs.values()), num_returns=len(self.refs), timeout=0)
-        return [name for name, ref in self.refs.items() if ref in ended]
+        ended, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
+        return ended
 
-    def _end(self, name: str, ref: Any) -> None:
+    def _end(self, ref: Any) -> None:
+        """Take a task's results; what a lost task says nothing of is done again, or has failed."""
+        names = self.tasks.pop(ref)
+        lost: ray.exceptions.RayError | None = None
         try:
-            result: StepResult = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            failure = error.cause
-            if not isinstance(failure, StepFailed):
-                failure = StepFailed(name, _one_line(failure), str(error), None)
-            if failure.step != name:  # Ray hands a task the error of what it needed
-                self._skip(name, failure.step)
-            else:
-                self._fail(failure)
-        except ray.exceptions.OutOfMemoryError as error:
-            self._fail(StepFailed(name, _out_of_memory(self.plan[name].stage), str(error), None))
+            results: list[StepResult] = ray.get(ref)
         except ray.exceptions.RayError as error:
+            results, lost = [], error
+        for result in results:
+            self._settle(result)
+        for name in names:
+            if self.refs.get(name) is not ref:
+                continue
+            del self.refs[name]
+            if lost is not None and name in self.open:
+                self._lose(name, lost, alone=len(names) == 1)
+
+    def _settle(self, result: StepResult) -> None:
+        """What a task said of a step: of one that was done or failed on the board too, before the task ended."""
+        name = result.step
+        if name not in self.open:
+            return
+        if result.state == "done":
+            self._close(name)
+            self.watcher.ended(name, result)
+        elif result.failure is not None:
+            self._fail(result.failure)
+        elif result.held is not None:
+            self.held[name] = Waiter(result.held)
+            self.watcher.waiting(name, result.held.holder)
+        elif result.state == "blocked":
+            self._block(name)
+
+    def _block(self, name: str) -> None:
+        """Something that the step needs is not there: it waits for that, or is given up."""
+        missing = next((gone for gone in self.given_up if name in self.plan.following(gone)), None)
+        if missing is not None:
+            self._skip(name, missing)
+
+    def _lose(self, name: str, error: ray.exceptions.RayError, alone: bool) -> None:
+        """Ray could not do the task, try as it would."""
+        if any(needed not in self.ready for needed in self.plan[name].needs.values()):
+            self._block(name)  # Ray hands a task the error of what it waited for
+        elif not alone:
+            self.alone.add(name)  # which of several was at fault nobody knows
+        elif isinstance(error, ray.exceptions.OutOfMemoryError):
+            self._fail(StepFailed(name, _out_of_memory(self.plan[name].stage), str(error), None))
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            self._fail(StepFailed(name, _one_line(error.cause), str(error), None))
+        else:
             problem = f"its worker was lost {RETRIES + 1} times: {_one_line(error)}"
             self._fail(StepFailed(name, problem, str(error), None))
-        else:
-            if result.state == "done":
-                self._close(name)
-                self.watcher.ended(name, result)
-            elif result.held is not None:
-                self.held[name] = Waiter(result.held)
-                self.watcher.waiting(name, result.held.holder)
 
     def _close(self, name: str) -> None:
         self.open.remove(name)
@@ -206,17 +277,15 @@ class Execution:
             failure = StepFailed(failure.step, problem, failure.details, failure.rotten)
         self.failures.append(failure)
         self.open.remove(failure.step)
+        self.given_up.add(failure.step)
         self.watcher.failed(failure.step, failure.problem)
-        for name in [name for name in self.open if name not in self.refs]:
-            if self._needs(name, failure.step):
-                self._skip(name, failure.step)
-
-    def _needs(self, name: str, other: str) -> bool:
-        needs = self.plan[name].needs.values()
-        return other in needs or any(self._needs(needed, other) for needed in needs)
+        following = self.plan.following(failure.step)
+        for name in [name for name in self.open if name in following and name not in self.refs]:
+            self._skip(name, failure.step)
 
     def _skip(self, name: str, because_of: str) -> None:
         self.open.remove(name)
+        self.given_up.add(name)
         self.held.pop(name, None)
         self.watcher.skipped(name, because_of)
 
@@ -240,13 +309,17 @@ class Execution:
         if now - self.room_seen < SHORTAGE_SECONDS / 10:
             return
         self.room_seen = now
+        there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
         for name in self.refs.keys() & self.had_room.keys():
             resources = self.plan[name].resources
-            if runtime.room_for(resources):
+            wanted = runtime.shown(resources)
+            if wanted not in there_is_room:
+                there_is_room[wanted] = runtime.room_for(resources) > 0
+            if there_is_room[wanted]:
                 self.had_room[name] = now
             elif now - self.had_room[name] > SHORTAGE_SECONDS:
                 del self.had_room[name]
-                self.watcher.short(name, runtime.shown(resources))
+                self.watcher.short(name, wanted)
 
     def _stopped(self) -> bool:
         """Whether it was asked to stop and everything has come to rest, or had the time to."""
@@ -255,7 +328,7 @@ class Execution:
                 return False
             self.stopping_since = time.monotonic()
             self.board.stop.remote()
-        return not self.refs or time.monotonic() - self.stopping_since > STOP_SECONDS
+        return not self.tasks or time.monotonic() - self.stopping_since > STOP_SECONDS
 
 
 @dataclass(frozen=True)
@@ -264,6 +337,7 @@ class Work:
 
     step: Step
     keys: Mapping[str, str]  # role -> key of what fills it
+    awaited: Sequence[str]  # the steps before it that another task is doing
     store: Store
     origin: Origin
     report: Reporter
@@ -273,36 +347,52 @@ class Work:
 
 
 @ray.remote
-def _run_step(work: Work, *needed: StepResult) -> StepResult:
-    """Do a step's work and commit it, under its lease. `needed` makes Ray wait for the steps before."""
+def _run_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[StepResult]:
+    """Do steps one after another; an error in one does not touch the others. Ray waits for the tasks `before`."""
+    done = {result.step for results in before for result in results if result.state == "done"}
+    kept: dict[str, Any] = {}
+    results = []
+    for number, work in enumerate(works):
+        together = stages.Together(next=[other.step.params for other in works[number + 1 :]], kept=kept)
+        result = _run_step(work, done, together)
+        if result.state in ("done", "failed"):
+            work.report.ended(result)
+        results.append(result)
+    return results
+
+
+def _run_step(work: Work, done: Collection[str], together: stages.Together) -> StepResult:
+    """Do a step's work and commit it, under its lease."""
+    step = work.step
     try:
-        return _attempt(work, needed)
+        return _attempt(work, done, together)
     except Exception as error:
         cause = _root_cause(error)
         if isinstance(cause, stages.Stopped):
-            return StepResult(work.step.key, "stopped")
+            return StepResult(step.name, step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
-        problem = _problem(work, cause)
-        raise StepFailed(work.step.name, problem, redacted(traceback.format_exc()), rotten) from None
+        failure = StepFailed(step.name, _problem(work, cause), redacted(traceback.format_exc()), rotten)
+        return StepResult(step.name, step.key, "failed", failure=failure)
 
 
-def _attempt(work: Work, needed: Sequence[StepResult]) -> StepResult:
-    key, store = work.step.key, work.store
+def _attempt(work: Work, done: Collection[str], together: stages.Together) -> StepResult:
+    name, key, store = work.step.name, work.step.key, work.store
     if store.manifest(key) is not None:  # another driver on this store was faster
-        return StepResult(key, "done")
-    if any(result.state != "done" for result in needed):
-        return StepResult(key, "blocked")
+        return StepResult(name, key, "done")
+    if any(needed not in done for needed in work.awaited):
+        return StepResult(name, key, "blocked")
     if work.stopping.now():
-        return StepResult(key, "stopped")
+        return StepResult(name, key, "stopped")
     taken = leases.take(store, key, Holder.me(work.origin.run, work.task), over=work.over)
     if isinstance(taken, Held):
-        return StepResult(key, "held", held=taken)
+        return StepResult(name, key, "held", held=taken)
     with leases.releasing(taken):
         # It may have been committed between the first look and the lease.
-        return StepResult(key, "done", seconds=0.0 if store.manifest(key) is not None else _do(work))
+        seconds = 0.0 if store.manifest(key) is not None else _do(work, together)
+        return StepResult(name, key, "done", seconds=seconds)
 
 
-def _do(work: Work) -> float:
+def _do(work: Work, together: stages.Together) -> float:
     """The step's work, and its commit; returns the seconds that the work took."""
     step, store = work.step, work.store
     began = time.perf_counter()
@@ -318,6 +408,7 @@ def _do(work: Work) -> float:
         resources=step.resources,
         device=runtime.settle(),
         stopping=work.stopping,
+        together=together,
     )
     stages.load(step.stage)(context)
     seconds = time.perf_counter() - began

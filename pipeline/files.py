@@ -21,11 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from specs.secrets import filled
 
@@ -71,9 +69,10 @@ class Files(ABC):
     """Files named by their path below `root`. What is missing is a FileNotFoundError; all else a StoreError."""
 
     local: bool
+    fs: Any  # fsspec's file system
 
-    def __init__(self, fs: Any, root: str, url: str) -> None:
-        self.fs, self.root, self.url = fs, PurePosixPath(root), url
+    def __init__(self, root: str, url: str) -> None:
+        self.root, self.url = PurePosixPath(root), url
 
     def at(self, name: str) -> str:
         return str(self.root / name)
@@ -140,6 +139,12 @@ def open_files(url: str) -> Files:
     protocol = url.partition("://")[0] if "://" in url else ""
     place = filled(url, "store")
     try:
+        if "://" not in place and "::" not in place:
+            # A relative path means the same folder in every process of a job.
+            return LocalFiles(str(Path(place).expanduser().absolute()))
+        import fsspec  # which takes longer to load than a run on a local store that has all of its steps
+        from fsspec.implementations.local import LocalFileSystem
+
         if protocol in ("s3", "s3a"):
             fs, root = _open_s3(place)
             if not root:
@@ -147,13 +152,13 @@ def open_files(url: str) -> Files:
             return RemoteFiles(fs, root, url)
         fs, root = fsspec.core.url_to_fs(place)
         if isinstance(fs, LocalFileSystem):
-            return LocalFiles(fs, root, str(root))  # a relative path means the same folder in every process of a job
+            return LocalFiles(str(root))
         fs, root = fsspec.core.url_to_fs(place, use_listings_cache=False)
     except ImportError as missing:
         package = "graftwork[s3]" if protocol in ("s3", "s3a") else protocol
         told = f"accepted: a folder, or the URL of a library that is installed ({package!r} may want installing)"
         raise StoreError(url, f"whose library is not installed ({missing})", told) from None
-    except ValueError as unknown:
+    except (ValueError, RuntimeError) as unknown:  # of ~somebody, who is not known here
         raise StoreError(
             url, f"which cannot be understood ({unknown})", "accepted: a folder, or a URL as s3://bucket/prefix"
         ) from None
@@ -161,6 +166,8 @@ def open_files(url: str) -> Files:
 
 
 def _open_s3(url: str) -> tuple[Any, str]:
+    import fsspec
+
     once = {"mode": "standard", "total_max_attempts": REQUEST_TRIES}
     ours = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "retries": once}
     fs, root = fsspec.core.url_to_fs(
@@ -178,6 +185,15 @@ class LocalFiles(Files):
     """A folder. Files are written under `.drafts` in it, and moved to their place."""
 
     local = True
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, root)
+
+    @cached_property
+    def fs(self) -> Any:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem()
 
     def read(self, name: str) -> bytes:
         with self._problems():
@@ -302,7 +318,8 @@ class RemoteFiles(Files):
     local = False
 
     def __init__(self, fs: Any, root: str, url: str) -> None:
-        super().__init__(fs, root, url)
+        super().__init__(root, url)
+        self.fs = fs
         self.is_s3 = "s3" in fs.protocol
         self.in_parts = {"chunksize": PART_BYTES} if self.is_s3 else {}
         self.at_once = {"max_concurrency": 1} if self.is_s3 else {}  # it would ask for the size first

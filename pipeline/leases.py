@@ -99,27 +99,36 @@ class Lease:
 def take(store: Store, name: str, holder: Holder, over: Held | None = None) -> Lease | Held:
     """Take the lease, or find who has it. over: what was held and is known to have expired."""
     while True:
-        found = look(store, name)
-        if isinstance(found, Held) and not (
+        found, generation = _current(store, name)
+        if found is not None and not (
             found.holder.gone() or found.holder.task == holder.task or (over is not None and found.text == over.text)
         ):
             return found
-        generation = _last_generation(store, name) + 1
         text = Document(holder=holder, nonce=uuid.uuid4().hex).model_dump_json()
-        if store.create(_file(name, generation), text):
-            for old in range(generation):
+        if store.create(_file(name, generation + 1), text):
+            for old in range(generation + 1):
                 store.remove(_file(name, old))
-            return Lease(store, name, generation, holder)
+            return Lease(store, name, generation + 1, holder)
 
 
 def look(store: Store, name: str) -> Held | None:
     """Who has the lease, dead or alive; None where it is free."""
-    generation = _last_generation(store, name)
-    text = store.read(_file(name, generation)) if generation >= 0 else None
-    document = _parsed(text)
-    if text is None or document is None:
-        return None
-    return Held(name, text, document.holder)
+    return _current(store, name)[0]
+
+
+def _current(store: Store, name: str) -> tuple[Held | None, int]:
+    """Who has the lease, and its generation; None where it is free, and -1 where nothing is left of earlier ones.
+
+    The two are of one moment: whoever creates the next generation is not the second to take what was free.
+    """
+    while (generation := _last_generation(store, name)) >= 0:
+        text = store.read(_file(name, generation))
+        document = _parsed(text)
+        if text is not None and document is not None:
+            return Held(name, text, document.holder), generation
+        if _last_generation(store, name) == generation:  # it was not released meanwhile: it cannot be read
+            return None, generation
+    return None, -1
 
 
 def held(store: Store) -> set[str]:

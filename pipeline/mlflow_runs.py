@@ -151,10 +151,7 @@ class Desk:
             case Readings():
                 self._readings(entry)
             case Values():
-                run = self._id(entry.run)
-                held = self.client.get_run(run).data.metrics
-                new = [Metric(name, value, entry.at, 0) for name, value in entry.values.items()]
-                self._log_metrics(run, [metric for metric in new if held.get(metric.key) != metric.value])
+                self._values(entry)
             case Tags():
                 for some in _pieces([RunTag(name, value) for name, value in entry.tags.items()], FEW):
                     self.client.log_batch(self._id(entry.run), tags=some)
@@ -215,6 +212,15 @@ class Desk:
                 curves = self.curves[run]
                 curves[metric.key] = max(metric.step, curves.get(metric.key, -1))
 
+    def _values(self, entry: Values) -> None:
+        run, curves = self._id(entry.run), self.curves.get(entry.run)
+        is_new = curves is not None and not curves.keys() & entry.values.keys()
+        held = {} if is_new else self.client.get_run(run).data.metrics
+        new = [Metric(name, value, entry.at, 0) for name, value in entry.values.items()]
+        self._log_metrics(run, [metric for metric in new if held.get(metric.key) != metric.value])
+        if curves is not None:
+            curves.update({name: max(0, curves.get(name, 0)) for name in entry.values})
+
     def _curves(self, name: str) -> dict[str, int]:
         """The last point of each metric that stands in MLflow."""
         if name not in self.curves:
@@ -244,11 +250,24 @@ class Desk:
         noted = self._noted(name)
         if noted is not None and self._is_active(noted):
             return self._note(name, noted)
-        found = sorted(self._search(name), key=lambda run: (-len(run.data.metrics), run.info.run_id))
+        left = self._search(name) if name in self.doubtful else self._left.get(name, [])
+        found = sorted(left, key=lambda run: (-len(run.data.metrics), run.info.run_id))
         if not found:
             return None
         self._delete_others(found, found[0].info.run_id)
         return self._note(name, found[0].info.run_id)
+
+    @cached_property
+    def _left(self) -> dict[str, list[Run]]:
+        """What earlier starts of the run left, by name: asked for once, as most runs of a job are new."""
+        prefix, token, found = self._tag(""), None, dict[str, list[Run]]()
+        while True:
+            page = self.client.search_runs([self.experiment], f"tags.`{ID}` LIKE '{prefix}%'", page_token=token)
+            for run in page:
+                if (tag := run.data.tags[ID]).startswith(prefix):  # LIKE has _ for any character
+                    found.setdefault(tag.removeprefix(prefix), []).append(run)
+            if not (token := page.token):
+                return found
 
     def _search(self, name: str) -> list[Run]:
         return list(self.client.search_runs([self.experiment], f"tags.`{ID}` = '{self._tag(name)}'"))

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,23 @@ class Plan:
     steps: tuple[Step, ...]
 
     def __getitem__(self, name: str) -> Step:
-        return next(step for step in self.steps if step.name == name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Step]:
+        return {step.name: step for step in self.steps}
+
+    def following(self, name: str) -> set[str]:
+        """The steps that need this one, however far."""
+        found: set[str] = set()
+        for step in self.steps:
+            if any(needed == name or needed in found for needed in step.needs.values()):
+                found.add(step.name)
+        return found
 
     def states(self, store: Store) -> dict[str, State]:
-        return {step.name: store.state(step.key) for step in self.steps}
+        states = store.states([step.key for step in self.steps])
+        return {step.name: states[step.key] for step in self.steps}
 
     def key(self) -> str:
         """What the job as a whole comes to: a hash of its steps' keys."""

@@ -95,7 +95,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
         except checkpoints.UnfitCheckpoint as error:
             lines.append(f"{field}: got {error}; accepted: a checkpoint of the job's model and classes")
     reference = job.evaluate.reference
-    if "fid" in job.evaluate.metrics and reference and "evaluate" in pending and not Path(reference).is_dir():
+    if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending and not Path(reference).is_dir():
         try:
             read_statistics(reference)
         except ValueError as error:

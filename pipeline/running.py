@@ -20,10 +20,10 @@ from pipeline import leases, preflight, record, stopping
 from pipeline.files import StoreError
 from pipeline.leases import Held, Holder, Lease, Waiter
 from pipeline.outbox import kept_entries
-from pipeline.planning import Plan
+from pipeline.planning import Plan, Step
 from pipeline.record import RunRecord, StepRecord
 from pipeline.stopping import Stop
-from pipeline.store import RottenArtifact, State, Store
+from pipeline.store import Manifest, RottenArtifact, State, Store
 from pipeline.view import View
 from specs.load import SpecError
 from specs.secrets import redacted
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 REPAIRS = 3  # times that a run recomputes what it finds damaged, before it gives up
 WAIT_SECONDS = 1.0  # between looks at what another driver is doing
+SAVE_SECONDS = 0.25  # between copies of the record, while steps come and go
 
 
 class RunFailed(Exception):
@@ -62,7 +63,8 @@ class Run:
         self.store = Store(made.job.store)
         self.record, self.past = self._open_record()
         self.tracker: Tracker | None = None
-        self.unsaved = False  # whether the store refused the record
+        self.refused = False  # whether the store refused the record
+        self.changed, self.saved = False, 0.0  # since the record was last saved, and when that was
 
     def go(self) -> RunRecord:
         if self._served() and not kept_entries(self.store, self.record.run):
@@ -111,7 +113,7 @@ class Run:
 
     def _served(self) -> bool:
         """Whether there is nothing to do: all steps are in the store, and MLflow has the run."""
-        if not self._all_cached():
+        if any(step.state != "cached" for step in self.record.steps):
             return False
         try:
             self._read_results()
@@ -151,7 +153,7 @@ class Run:
         assert self.tracker is not None
         self.record.step(step).state = "running"
         self.tracker.started(self.plan[step])
-        self._save()
+        self._save_soon()
         self.view.change(step, "running")
 
     def news(self, news: News) -> None:
@@ -160,6 +162,8 @@ class Run:
         for step, (done, total) in news.progress.items():
             self.view.progress(step, done, total, latest.get(step, {}))
         self.tracker.points(news.points)
+        if self.changed:
+            self._save_soon()
 
     def ended(self, step: str, result: StepResult) -> None:
         assert self.tracker is not None
@@ -293,7 +297,9 @@ class Run:
         """This run's record, going on from the one that an earlier start of it left."""
         name = record.run_name(self.plan)
         past = record.load_or_none(self.store, name)
-        steps = [self._open_step(step.name, step.key, past) for step in self.plan.steps]
+        before = {step.name: step for step in past.steps} if past else {}
+        made = self.store.known([step.key for step in self.plan.steps])
+        steps = [_open_step(step, made.get(step.key), before.get(step.name)) for step in self.plan.steps]
         opened = RunRecord(
             run=name,
             name=self.plan.job.name,
@@ -310,16 +316,6 @@ class Run:
         )
         return opened, past
 
-    def _open_step(self, name: str, key: str, past: RunRecord | None) -> StepRecord:
-        manifest = self.store.manifest(key)
-        mlflow_run = past.step(name).mlflow_run if past else None
-        if manifest is None:
-            return StepRecord(name=name, key=key, state="pending", mlflow_run=mlflow_run)
-        origin = manifest.origin
-        return StepRecord(
-            name=name, key=key, state="cached", seconds=origin.seconds, made_by=origin.run, mlflow_run=mlflow_run
-        )
-
     def _all_cached(self) -> bool:
         return all(state == "cached" for state in self.plan.states(self.store).values())
 
@@ -329,22 +325,44 @@ class Run:
     def _note(self, step: str, state: record.StepState, seconds: float, made_by: str | None) -> None:
         entry = self.record.step(step)
         entry.state, entry.seconds, entry.made_by = state, seconds, made_by
-        self._save()
+        self._save_soon()
+
+    def _save_soon(self) -> None:
+        """Keep the record in the store now, or, where that was done a moment ago, with what else comes by then."""
+        self.changed = True
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self._save()
 
     def _save(self) -> None:
         """Keep the record in the store; where that cannot be, say so once: the run itself tells what came of it."""
+        self.changed, self.saved = False, time.monotonic()
         try:
             record.save(self.store, self.record)
         except StoreError as error:
-            if not self.unsaved:
+            if not self.refused:
                 self.view.say(f"the record of this run is not kept: {error}")
-            self.unsaved = True
+            self.refused = True
         else:
-            self.unsaved = False
+            self.refused = False
 
     def _set_aside(self, key: str, problem: str) -> None:
         aside = self.store.quarantine(key)
         self.view.say(f"damaged: {problem}; set aside in {aside} and computed again")
+
+
+def _open_step(step: Step, made: Manifest | None, past: StepRecord | None) -> StepRecord:
+    """A step as a run finds it. made: its artifact's manifest, if there is one."""
+    mlflow_run = past.mlflow_run if past else None
+    if made is None:
+        return StepRecord(name=step.name, key=step.key, state="pending", mlflow_run=mlflow_run)
+    return StepRecord(
+        name=step.name,
+        key=step.key,
+        state="cached",
+        seconds=made.origin.seconds,
+        made_by=made.origin.run,
+        mlflow_run=mlflow_run,
+    )
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
 from specs import steps as params
 from specs.data import VaeCodec
-from specs.evaluate import inception_file
+from specs.evaluate import Metric, inception_file
 from specs.fields import Spec
 from specs.graft import Edit
 from specs.job import JobSpec
@@ -60,13 +60,14 @@ def _rootstock(job: JobSpec) -> Iterator[Draft]:
 
 def _distillation(job: JobSpec) -> Iterator[Draft]:
     edits = job.edits()
+    lent = {path: weights_fingerprint("scions", path) for path in {edit.scions for edit in edits} if path}
     for edit in edits:
         within = _within(edit, edits)
         needs = ROOTSTOCK | _scions(within)
         if job.distill.loss == "auto":
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
-        outside = weights_fingerprint("scions", edit.scions) if edit.scions else {}
+        outside = lent.get(edit.scions or "", {})
         yield Draft(f"distill/{edit.name}", "distill", told, needs, outside)
 
 
@@ -121,6 +122,11 @@ def _finetuning(job: JobSpec) -> Iterator[Draft]:
 
 def _evaluation(job: JobSpec) -> Iterator[Draft]:
     asked = job.evaluate
+    metrics = tuple(sorted(set(asked.metrics)))
+    judges: Needs = {"classifier": "classifier"} if "classifier" in metrics else {}
+    weights = weights_fingerprint("inception", str(inception_file(asked.inception))) if "fid" in metrics else {}
+    yield from _references(job, metrics, judges, weights)
+
     rows: dict[params.Row, Needs] = {
         "rootstock": ROOTSTOCK,
         "stage1": _hybrid(job),
@@ -135,20 +141,35 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
             codec=job.codec,
             samples=asked.samples,
             batch=asked.batch,
+            metrics=metrics,
             sampler=asked.sampler,
             precision=asked.precision,
+            keep_samples=asked.keep_samples,
+            inception=asked.inception,
+            compile=asked.compile,
         )
-        yield Draft(f"evaluate/{row}", "evaluate", told, needs)
+        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, weights)
 
-    outside: dict[str, str] = {}
-    if "fid" in asked.metrics:
-        assert asked.reference is not None
-        outside = reference_fingerprint(asked.reference)
-        outside |= weights_fingerprint("inception", str(inception_file(asked.inception)))
     needs = {role: step for models in rows.values() for role, step in models.items()}
-    needs |= {f"rows/{row}": f"evaluate/{row}" for row in rows}
-    if "classifier" in asked.metrics:
-        needs |= {"classifier": "classifier"}
-    yield Draft(
-        "evaluate", "evaluate", params.EvaluateParams(seed=job.seed, codec=job.codec, recipe=asked), needs, outside
-    )
+    needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
+    needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
+    yield Draft("evaluate", "evaluate", params.EvaluateParams(seed=job.seed, recipe=asked), needs)
+
+
+def _references(
+    job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: Mapping[str, str]
+) -> Iterator[Draft]:
+    """What the rows are held against, and the row of real images: whatever is grafted, they stay."""
+    asked = job.evaluate
+    if "classifier" in metrics:
+        training = params.TrainingStatisticsParams(codec=job.codec)
+        yield Draft("reference/classifier", "reference", training, FEATURES | judges)
+    if "fid" in metrics:
+        assert asked.reference is not None
+        told = params.FidStatisticsParams(reference=asked.reference, inception=asked.inception)
+        outside = reference_fingerprint(asked.reference)
+        if Path(asked.reference).is_dir():  # statistics are taken as they are
+            outside |= weights
+        yield Draft("reference/fid", "reference", told, {}, outside)
+    heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
+    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, weights)

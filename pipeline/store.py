@@ -19,7 +19,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
@@ -30,6 +31,7 @@ from pipeline.files import StoreError, open_files, told_by
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes
+READERS = 16  # manifests read at once, over a network
 POINTER = ".json"  # of a save of partial work: partial/<key>/<name>.json
 DIFFERS = "is not what was committed (SHA-256 differs)"
 State = Literal["cached", "partial", "pending"]
@@ -124,7 +126,12 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.files = open_files(url)
-        self.url, self.root, self.local, self.fs = self.files.url, self.files.root, self.files.local, self.files.fs
+        self.url, self.root, self.local = self.files.url, self.files.root, self.files.local
+
+    @property
+    def fs(self) -> Any:
+        """The file system that it lies on, as fsspec knows it."""
+        return self.files.fs
 
     # -- artifacts
 
@@ -157,6 +164,21 @@ class Store:
             manifest = self.manifest(key)
             if manifest is not None:
                 yield manifest
+
+    def known(self, keys: Collection[str]) -> dict[str, Manifest]:
+        """The manifests of those keys that have one. No more is read than what one listing has."""
+        listed = set(self.keys()).intersection(keys)
+        if self.local:
+            found = [self.manifest(key) for key in listed]
+        else:
+            with ThreadPoolExecutor(READERS) as pool:
+                found = list(pool.map(self.manifest, listed))
+        return {manifest.key: manifest for manifest in found if manifest is not None}
+
+    def states(self, keys: Collection[str]) -> dict[str, State]:
+        """The state of each of many keys."""
+        known, begun = self.known(keys), set(self.names("partial"))
+        return {key: "cached" if key in known else self.state(key) if key in begun else "pending" for key in keys}
 
     def state(self, key: str) -> State:
         if self.manifest(key) is not None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from specs.costs import GraftCost
 from specs.problems import plain
 from specs.secrets import redacted
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from cluster.jobs import Submission
     from pipeline.gc import Garbage, Holding
     from pipeline.record import Expected, RunRecord
+    from specs.costs import GraftCost
 
 NAMED = 6  # steps of a list
 

@@ -33,6 +33,7 @@ class DdimSampler(Spec):
 
 
 Sampler = Annotated[AncestralSampler | DdimSampler, Field(discriminator="kind")]
+Metric = Literal["classifier", "fid"]
 
 
 class EvaluateSpec(Spec):
@@ -44,9 +45,13 @@ class EvaluateSpec(Spec):
 
     samples: int = Field(50_000, ge=2)
     batch: int = Field(64, ge=1, description="samples at a time")
-    metrics: tuple[Literal["classifier", "fid"], ...] = Field(("classifier",), min_length=1)
+    metrics: tuple[Metric, ...] = Field(("classifier",), min_length=1)
     sampler: Sampler = AncestralSampler()
     precision: Precision = Field("fp32", description="of the model's passes")
+    keep_samples: bool = Field(False, description="leave every sample in samples.npy; else the first 40, as a picture")
+    compile: Annotated[bool, Unkeyed()] = Field(
+        False, description="torch.compile the models to sample from; samples then differ in their last bits"
+    )
     # The content of both files is in the key.
     reference: Annotated[Location | None, Unkeyed()] = Field(
         None, description="for fid: an .npz with mu and sigma, or a folder of images"

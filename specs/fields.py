@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -31,11 +32,8 @@ class Spec(BaseModel):
     def _numbers_are_numbers(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        fields = cls.model_fields
-        return {
-            name: _unconverted(value, [fields[name].annotation]) if name in fields else value
-            for name, value in given.items()
-        }
+        fields = _fields(cls)
+        return {name: _unconverted(value, fields[name]) if name in fields else value for name, value in given.items()}
 
 
 class NoNumber:
@@ -65,20 +63,26 @@ def with_room(value: Any) -> Any:
     return NoNumber(value) if is_integer(value) and not -LARGEST <= value <= LARGEST else value
 
 
-def _unconverted(value: Any, types: Sequence[Any]) -> Any:
+def _unconverted(value: Any, members: Sequence[Any]) -> Any:
     """`value`, with what would be taken for a number put out of pydantic's reach: `true` is not 1, nor is '4' 4.
 
-    A string for a float stays: YAML 1.1 reads 1e-3 as one.
+    members: the types that it may be of. A string for a float stays: YAML 1.1 reads 1e-3 as one.
     """
-    members = [member for one in types for member in _members(one)]
     if isinstance(value, list | tuple):
         items = [part for member in members if get_origin(member) is tuple for part in get_args(member)]
-        return [_unconverted(item, items) for item in value] if items else value
+        of_items = [member for part in items for member in _members(part)]
+        return [_unconverted(item, of_items) for item in value] if items else value
     if isinstance(value, bool) and bool not in members and (int in members or float in members):
         return NoNumber(value)
     if isinstance(value, str) and str not in members and int in members:
         return NoNumber(value)
     return value
+
+
+@cache
+def _fields(section: type[BaseModel]) -> dict[str, list[Any]]:
+    """The types that each field may be of."""
+    return {name: _members(field.annotation) for name, field in section.model_fields.items()}
 
 
 def _members(annotation: Any) -> list[Any]:

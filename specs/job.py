@@ -46,6 +46,13 @@ class ResourcesSpec(Spec):
     select: StepResources = StepResources()
     finetune: StepResources = StepResources()
     evaluate: StepResources = StepResources()
+    reference: StepResources = Field(StepResources(), description="as `evaluate` unless given")
+
+    @model_validator(mode="after")
+    def _reference_as_evaluate(self) -> Self:
+        if "reference" not in self.model_fields_set:
+            object.__setattr__(self, "reference", self.evaluate)
+        return self
 
 
 class TrackingSpec(Spec):

@@ -70,6 +70,4 @@ class CheckpointWeights(Spec):
     path: Annotated[Location, Unkeyed()]  # its content is in the key
 
 
-Layout = Literal["graftwork", "diffusers", "published"]  # of a checkpoint for other tools
-
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

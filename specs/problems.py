@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel
-
 from specs.secrets import masked
 
 SHOWN = 80  # characters of a value
@@ -33,6 +31,8 @@ def plain(text: str) -> str:
 
 def shown(value: object) -> str:
     """A value as an error line shows it: short, on one line."""
+    from pydantic import BaseModel  # not to load it for those who have no spec to show
+
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     try:

@@ -5,11 +5,11 @@ Between the plan and a stage there is nothing but one of these; a stage sees no 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from specs.data import Codec, Data
-from specs.evaluate import EvaluateSpec, Sampler
-from specs.fields import Spec
+from specs.evaluate import EvaluateSpec, Metric, Sampler
+from specs.fields import Location, Spec, Unkeyed
 from specs.graft import Edit
 from specs.layers import Group, Layers
 from specs.model import DitModel, Weights
@@ -87,6 +87,28 @@ class FinetuneParams(Spec):
     recipe: FinetuneSpec
 
 
+class TrainingStatisticsParams(Spec):
+    """What the classifier sees in the training images."""
+
+    codec: Codec
+
+
+class FidStatisticsParams(Spec):
+    """What Inception sees in the images of `evaluate.reference`, or the statistics that it is."""
+
+    reference: Annotated[Location, Unkeyed()]  # the content of both files is in the key
+    inception: Annotated[Location | None, Unkeyed()] = None
+
+
+class HeldoutParams(Spec):
+    """The table's first row: real images that nothing was trained on."""
+
+    codec: Codec
+    samples: int
+    metrics: tuple[Metric, ...]
+    inception: Annotated[Location | None, Unkeyed()] = None
+
+
 class SampleParams(Spec):
     """Samples of one row of the table."""
 
@@ -95,13 +117,16 @@ class SampleParams(Spec):
     codec: Codec  # its weights are in the key of the features
     samples: int
     batch: int
+    metrics: tuple[Metric, ...]
     sampler: Sampler
     precision: Precision = "fp32"
+    keep_samples: bool = False
+    inception: Annotated[Location | None, Unkeyed()] = None
+    compile: Annotated[bool, Unkeyed()] = False
 
 
 class EvaluateParams(Spec):
     """The table over all rows."""
 
     seed: int
-    codec: Codec
     recipe: EvaluateSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from specs.fields import Spec, Unkeyed, refuse
 
@@ -31,6 +31,12 @@ class TrainingSpec(Spec):
         description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
     )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
+    compile: Annotated[bool, Unkeyed()] = Field(
+        False, description="torch.compile for the blocks: faster on a GPU; sums then differ in their last bits"
+    )
+    checkpointing: Annotated[bool, Unkeyed()] = Field(
+        False, description="keep no activations within a block: less memory, a forward pass more"
+    )
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
@@ -60,6 +66,12 @@ class FinetuneSpec(TrainingSpec):
     precision: Precision = "fp32"
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.deepspeed.zero == 3:
+            refuse(["compile"], True, "false where deepspeed.zero is 3, whose gathering of weights breaks the code up")
+        return self
 
 
 class SearchSpec(TrainingSpec):
@@ -104,4 +116,11 @@ class DistillSpec(Spec):
     # have 5 to 27, 10 in the median.
     heavy_tails: float = Field(12.0, description="for auto: excess kurtosis beyond which tails are heavy")
     gate_weighted: bool = Field(False, description="weight the error by the block's adaLN gate")
+    compile: Annotated[bool, Unkeyed()] = Field(False, description="torch.compile the scion: pays on a GPU")
+    activations: Annotated[ByteSize | None, Unkeyed()] = Field(
+        None,
+        gt=0,
+        description="bytes of activations that a task holds at once, also as in 40GiB: what does not fit is computed "
+        "again; by default half of the memory that is free",
+    )
     checkpoint_every: Annotated[int, Unkeyed()] = Field(10, ge=1, description="epochs")

@@ -6,8 +6,8 @@ This file is read by the planner, so it is light: the stages themselves, and tor
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,19 +23,23 @@ class Stage:
 
     version: int  # raise it when the stage's code changes what it makes: every artifact of it is then computed anew
     orchestrates: bool = False  # starts workers of its own and waits for them, so that its task takes no CPU
+    shares: bool = False  # steps that need the same artifacts do part of their work once, in one task
     memory: str = ""  # the setting to lower where its memory does not suffice
 
 
 STAGES = {
     "features": Stage(version=1, orchestrates=True),
-    "base": Stage(version=2, orchestrates=True, memory="weights.batch"),
+    "base": Stage(version=3, orchestrates=True, memory="weights.batch, or set weights.checkpointing"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),
-    "distill": Stage(version=2, memory="distill.batch, distill.samples or distill.draws"),
-    "search": Stage(version=2, orchestrates=True, memory="layers.search.batch"),
+    "distill": Stage(version=3, shares=True, memory="distill.batch, distill.samples or distill.draws"),
+    "search": Stage(version=3, orchestrates=True, memory="layers.search.batch, or set layers.search.checkpointing"),
     "select": Stage(version=2),
-    "finetune": Stage(version=2, orchestrates=True, memory="finetune.batch, or raise finetune.workers"),
-    "evaluate": Stage(version=2, orchestrates=True, memory="evaluate.batch"),
+    "finetune": Stage(
+        version=3, orchestrates=True, memory="finetune.batch, raise finetune.workers or set finetune.checkpointing"
+    ),
+    "reference": Stage(version=1),
+    "evaluate": Stage(version=3, orchestrates=True, memory="evaluate.batch"),
 }
 
 
@@ -78,6 +82,14 @@ class Report(Protocol):
 
 
 @dataclass(frozen=True)
+class Together:
+    """What a step shares with those that the same task does after it."""
+
+    next: Sequence[Any] = ()  # their parameters
+    kept: dict[str, Any] = field(default_factory=dict)  # what a step leaves for them, by name
+
+
+@dataclass(frozen=True)
 class Context:
     """All that a stage gets; what it leaves in `out` becomes its artifact."""
 
@@ -90,6 +102,7 @@ class Context:
     resources: StepResources
     device: torch.device  # of this task; workers that the stage starts are given their own
     stopping: Callable[[], bool] = never
+    together: Together = Together()
 
     def stop_if_asked(self) -> None:
         """Raise Stopped where that is wanted; to be called where nothing would be lost."""

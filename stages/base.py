@@ -15,8 +15,9 @@ from specs.graft import Edit
 from specs.model import CheckpointWeights, PretrainWeights
 from specs.steps import BaseParams
 from stages import Context
+from stages.batches import TrainingSet
 from stages.latents import read, read_meta
-from stages.training import PlainEngine, TrainingSet, final_weights, train
+from stages.training import PlainEngine, final_weights, set_up_blocks, train
 
 
 def run(context: Context) -> None:
@@ -46,6 +47,7 @@ def pretrain(context: Context, device: torch.device) -> None:
     recipe = params.weights
     latents = read(context.input("features"), "training")
     model = _new_model(context).to(device)
+    set_up_blocks(model, recipe)
     train(
         lambda state: PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state),
         TrainingSet(latents.x, latents.labels, model.config.num_classes, device),

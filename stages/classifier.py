@@ -12,8 +12,8 @@ from models.classifier import EPOCHS, LR, Classifier, augmented
 from models.streams import generator, initialising
 from specs.steps import ClassifierParams
 from stages import Context
+from stages.batches import shuffled
 from stages.latents import read, read_meta
-from stages.training import shuffled
 
 BATCH = 64
 

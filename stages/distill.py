@@ -7,9 +7,9 @@ held-out error are kept. Leaves `scion.safetensors`, `distill.json` and the loss
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,86 +17,62 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import checkpoints
-from models.dit import DiT, DiTConfig
+from models.dit import DiTConfig
 from models.precision import computing
 from models.streams import generator
-from models.surgery import alike, answer, new_scion, observe, scion_at
-from specs.graft import Edit, Site, overlapping
+from models.surgery import alike, answer, new_scion, scion_at
+from specs.graft import Edit, Site
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context, Stopped
+from stages.activations import BATCH, Pairs, Rootstock, Source, activations, shared
 from stages.evidence import Distilled, read_profile, write_distilled
 from stages.hybrid import with_scions
-from stages.latents import Noised, noised, read
 from stages.pictures import loss_curve
 from stages.training import PlainEngine, save_tensors
 
 CHECKPOINT = "distill.safetensors"
-BATCH = 64  # of the rootstock's pass, and of held-out evaluation
+CACHED = 2**20  # numbers of an operator's input that a CPU's caches have room for, with what is made of them
+Mimic = Callable[..., Tensor]  # a scion, as a function of what the operator saw
 LossFunction = Callable[..., Tensor]
 LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the operator saw and put out, and the weight of its error."""
-
-    inputs: tuple[Tensor, ...]  # each (n,..): an operator's tokens; a pair's tokens and condition
-    outputs: Tensor  # (n,N,D)
-    weights: Tensor | None  # (n,1,D), or all ones
 
 
 def run(context: Context) -> None:
     params: DistillParams = context.params
     recipe, edit, device = params.recipe, params.edit, context.device
-    model, carried = checkpoints.load(context.input("base"))
-    if overlapping(carried, [edit]):
-        raise ValueError(f"{edit.site}: one of its blocks is in a parallel block of the rootstock already")
-    model = model.to(device)
-    features = context.input("features")
-    training, heldout = read(features, "training"), read(features, "heldout")
-    if recipe.samples > len(training.x):  # known beforehand, unless broken images were left out
-        accepted = f"at most {len(training.x)}, the training images that can be read"
-        raise ValueError(f"distill.samples: got {recipe.samples}; accepted: {accepted}")
     context.report(0, recipe.epochs)
-    # The same noised latents for every site: sites of one job can share one pass of the rootstock.
-    shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")
-    unseen = noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout")
-    with computing(recipe.precision, device):
-        pairs, unseen_pairs = (record(model, edit.site, part, recipe.gate_weighted) for part in (shown, unseen))
+    rootstock = shared(context)
+    rootstock.require_free(edit)
+    shown, unseen = activations(context)
     loss, because = loss_for(recipe, edit.site, context)
-    with_scions(model, params.within, context, params.seed)
-    scion = new_scion(model, edit, params.seed).to(device)
+    scion = _new_scion(rootstock, context).to(device)
     if edit.scions is None:
         with computing(recipe.precision, device):
-            history = fit(scion, pairs, unseen_pairs, loss, context)
+            history = fit(scion, shown, unseen, loss, context)
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
-        take(scion, edit, edit.scions, model.config)
-        best_epoch, heldout_error = 0, error_on(scion, unseen_pairs, LOSSES[loss])
+        take(scion, edit, edit.scions, rootstock.model.config)
+        best_epoch, heldout_error = 0, error_on(answer(scion), unseen, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
         loss=loss,
         loss_because=because,
         heldout_error=heldout_error,
-        relative_error=relative_error(scion, unseen_pairs),
+        relative_error=relative_error(scion, unseen),
         best_epoch=int(best_epoch),
     )
     write_distilled(context.out, summary)
 
 
-def record(model: DiT, site: Site, shown: Noised, gate_weighted: bool) -> Pairs:
-    """Run the rootstock up to the site and keep the inputs and outputs of what stands there."""
-    device = next(model.parameters()).device
-    seen = [
-        observe(model, [site], *(part.to(device) for part in parts))[site]
-        for parts in zip(shown.z.split(BATCH), shown.t.split(BATCH), shown.labels.split(BATCH), strict=True)
-    ]
-    gates = [one.gate for one in seen if one.gate is not None]
-    weights = torch.cat(gates).abs()[:, None] if gate_weighted and gates else None
-    inputs = tuple(torch.cat(parts) for parts in zip(*(one.inputs for one in seen), strict=True))
-    return Pairs(inputs, torch.cat([one.output for one in seen]), weights)
+def _new_scion(rootstock: Rootstock, context: Context) -> nn.Module:
+    """As it is before it learns; a pair is made of copies of the rootstock's blocks, with the scions in them."""
+    params: DistillParams = context.params
+    model = rootstock.model
+    if params.edit.site.target == "pair":
+        model = with_scions(copy.deepcopy(model), params.within, context, params.seed)
+    return new_scion(model, params.edit, params.seed)
 
 
 def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> None:
@@ -111,26 +87,28 @@ def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> Non
     checkpoints.fill(scion, scion_at(graft, edit.site).state_dict(), f"{source}: {edit.site}")
 
 
-def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Context) -> list[tuple[float, float, float]]:
+def fit(
+    scion: nn.Module, shown: Source, unseen: Source, loss: str, context: Context
+) -> list[tuple[float, float, float]]:
     """Train to the last epoch, from the last checkpoint if there is one, and leave the best weights in `scion`.
 
-    Returns (epoch, training error, held-out error) of every epoch.
+    Returns (epoch, training error, held-out error) of every epoch. Within an epoch nothing waits for the device.
     """
     params: DistillParams = context.params
-    recipe, size = params.recipe, len(pairs.outputs)
-    loss_of = LOSSES[loss]
+    recipe, size = params.recipe, len(shown)
+    mimic, loss_of = answer(scion), LOSSES[loss]
+    if recipe.compile:
+        mimic = torch.compile(mimic)
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
-    device, stream = pairs.outputs.device, f"distill/{params.edit.site}"
+    stream = f"distill/{params.edit.site}"
     for epoch in range(len(history), recipe.epochs):
         lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
-        order = torch.randperm(size, generator=generator(params.seed, stream, "epoch", epoch)).to(device)
-        total = torch.zeros((), device=device)
-        for chosen in order.split(recipe.batch):
-            value = error(scion, pairs, chosen, loss_of)
-            engine.step(value, lr)
-            total += value.detach() * len(chosen)
-        training_error, heldout_error = total.item() / size, error_on(scion, unseen, loss_of)
+        order = torch.randperm(size, generator=generator(params.seed, stream, "epoch", epoch)).to(context.device)
+        total = torch.zeros((), device=context.device)
+        for pairs in shown.batches(recipe.batch, order):
+            total += learn(engine, mimic, pairs, loss_of, lr) * len(pairs)
+        training_error, heldout_error = total.item() / size, error_on(mimic, unseen, loss_of)
         if not math.isfinite(heldout_error):
             raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
         if heldout_error < min((point[2] for point in history), default=math.inf):
@@ -149,28 +127,51 @@ def fit(scion: nn.Module, pairs: Pairs, unseen: Pairs, loss: str, context: Conte
     return history
 
 
-def error(scion: nn.Module, pairs: Pairs, chosen: Tensor | slice, loss_of: LossFunction) -> Tensor:
-    """The scion's mean error on some of the pairs, a scalar."""
-    answers = answer(scion)(*(part[chosen] for part in pairs.inputs))
-    each = loss_of(answers.float(), pairs.outputs[chosen].float(), reduction="none")
-    return (each if pairs.weights is None else each * pairs.weights[chosen]).mean()
+def learn(engine: PlainEngine, mimic: Mimic, pairs: Pairs, loss_of: LossFunction, lr: float) -> Tensor:
+    """One step on a batch, whose gradient is summed over its parts; returns its mean error."""
+    parts = list(pairs.split(_part(pairs)))
+    total = torch.zeros((), device=pairs.outputs.device)
+    for number, part in enumerate(parts, 1):
+        value = error(mimic, part, loss_of) * (len(part) / len(pairs))
+        total += value.detach()
+        if number < len(parts):
+            value.backward()
+    engine.step(value, lr)
+    return total
+
+
+def _part(pairs: Pairs) -> int:
+    """Samples that pass through a scion together: on a CPU as many as its caches hold, which is faster there."""
+    if pairs.outputs.is_cuda:
+        return len(pairs)
+    parts = math.ceil(pairs.outputs.numel() / CACHED)
+    return math.ceil(len(pairs) / parts)
+
+
+def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
+    """The scion's mean error on the pairs, a scalar."""
+    each = loss_of(mimic(*pairs.inputs).float(), pairs.outputs.float(), reduction="none")
+    return (each if pairs.weights is None else each * pairs.weights).mean()
 
 
 @torch.no_grad()
-def error_on(scion: nn.Module, pairs: Pairs, loss_of: LossFunction) -> float:
+def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
     """Mean error over all pairs."""
-    size = len(pairs.outputs)
-    parts = [slice(start, min(start + BATCH, size)) for start in range(0, size, BATCH)]
-    return sum(error(scion, pairs, part, loss_of).item() * (part.stop - part.start) for part in parts) / size
+    parts = (part for pairs in source.batches(BATCH) for part in pairs.split(_part(pairs)))
+    return torch.stack([error(mimic, part, loss_of).double() * len(part) for part in parts]).sum().item() / len(source)
 
 
 @torch.no_grad()
-def relative_error(scion: nn.Module, pairs: Pairs) -> float:
+def relative_error(scion: nn.Module, source: Source) -> float:
     """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
-    batches = zip(*(part.split(BATCH) for part in pairs.inputs), strict=True)
-    predicted = torch.cat([answer(scion)(*batch) for batch in batches])
-    spread = (pairs.outputs - pairs.outputs.mean((0, 1))).square().sum()
-    return ((predicted - pairs.outputs).square().sum() / spread).item()
+    wrong = total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for pairs in source.batches(BATCH):
+        predicted, wanted = answer(scion)(*(value.float() for value in pairs.inputs)).double(), pairs.outputs.double()
+        wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
+        total, squares = total.to(wanted.device) + wanted.sum((0, 1)), squares.to(wanted.device) + wanted.square().sum()
+        count += wanted.shape[0] * wanted.shape[1]
+    return (wrong / (squares - total.square().sum() / count)).item()
 
 
 def loss_for(recipe: DistillSpec, site: Site, context: Context) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """`evaluate`: samples of each row (a step of its own, in `rows.py`), then the table over all rows.
 
-The table's rows: `heldout`, real images that nothing was trained on (the floor), and the models that `rows.py`
-sampled. Leaves `results.json`, a labelled grid of held-out images and the plot of quality against cost.
+The table's rows: `heldout`, real images that nothing was trained on (the floor), and the models that `rows.py` sampled.
+Each row, and what it is held against, comes as the statistics that its step left. Leaves `results.json` and the plot of
+quality against cost.
 """
 
 from __future__ import annotations
@@ -10,26 +11,23 @@ import json
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from cluster.runtime import fan_out
-from models.classifier import Classifier
 from models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
-from models.frechet import distance, gaussian
+from models.frechet import distance
 from models.precision import computing
+from specs.evaluate import Metric
 from specs.steps import EvaluateParams, Row, SampleParams
 from stages import Context
-from stages.codec import Coder, load_codec
 from stages.hybrid import row_model
-from stages.inception import inception_features, load_inception, reference_statistics
-from stages.latents import read, read_meta
-from stages.pictures import quality_against_cost, sample_grid
+from stages.latents import read_meta
+from stages.pictures import quality_against_cost
 from stages.rows import draw, sample_row
+from stages.scores import read_scores, read_statistics_of
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3
 COSTS = ("params", "flops", "ms_per_sample", "latency_ms", "peak_memory")
@@ -44,68 +42,35 @@ def run(context: Context) -> None:
 
 
 def _tabulate(context: Context) -> None:
-    params: EvaluateParams = context.params
     # One task, so that a GPU can be asked for and the rows are timed one after another.
-    ((results, heldout),) = fan_out(_measure, context, [params], context.resources)
+    (results,) = fan_out(_measure, context, [context.params], context.resources)
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
-    meta = read_meta(context.input("features"))
-    labels = [meta.classes[label] for label in read(context.input("features"), "heldout").labels[: len(heldout)]]
-    sample_grid(heldout, labels, "heldout", context.out / "heldout")
     quality_against_cost(
         results, "distance" if "distance" in results["heldout"] else "fid", context.out / "quality-cost"
     )
 
 
-def _measure(context: Context, params: EvaluateParams, device: torch.device) -> tuple[Table, NDArray[np.uint8]]:
-    """The table, and the held-out images in it."""
-    recipe = params.recipe
-    features = context.input("features")
-    codec = load_codec(params.codec, device)
-    images = {"heldout": codec.decode(read(features, "heldout").x[: recipe.samples])}
-    labels = {"heldout": read(features, "heldout").labels[: recipe.samples].numpy()}
-    for row in _rows(context):
-        folder = context.input(f"rows/{row}")
-        images[row], labels[row] = np.load(folder / "samples.npy"), np.load(folder / "labels.npy")
-    table: Table = {row: {} for row in images}
-    if "classifier" in recipe.metrics:
-        _judge(context, codec, table, images, labels)
-    if "fid" in recipe.metrics:
-        assert recipe.reference is not None
-        network = load_inception(recipe.inception, device)
-        reference = reference_statistics(recipe.reference, network, device)
-        for name, columns in table.items():
-            features_of_row = inception_features(images[name], network, device)
-            columns["fid"] = distance(gaussian(features_of_row), reference)
+def _measure(context: Context, params: EvaluateParams, device: torch.device) -> Table:
+    table: Table = {row: _quality(context, row, params.recipe.metrics) for row in ("heldout", *_rows(context))}
     _cost(context, table, device)
-    return table, images["heldout"]
+    return table
 
 
-def _judge(
-    context: Context,
-    codec: Coder,
-    table: Table,
-    images: dict[str, NDArray[np.uint8]],
-    labels: dict[str, NDArray[np.int64]],
-) -> None:
-    """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: read as their label."""
-    folder = context.input("features")
-    meta, training = read_meta(folder), codec.decode(read(folder, "training").x)
-    judge = Classifier(meta.channels, meta.side, len(meta.classes))
-    judge.load_state_dict(load_file(context.input("classifier") / "classifier.safetensors"))
-    judge.eval()
-    reference = gaussian(_features(judge, training))
-    for row, columns in table.items():
-        features = _features(judge, images[row])
-        columns["distance"] = distance(gaussian(features), reference)
-        with torch.no_grad():
-            read_as = judge.head(torch.from_numpy(features)).argmax(1).numpy()
-        columns["agreement"] = float((read_as == labels[row]).mean())
+def _quality(context: Context, row: str, metrics: tuple[Metric, ...]) -> dict[str, float]:
+    """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: the share that the
+    classifier reads as their label. `fid`: Frechet, on Inception's features, to the reference."""
+    folder, columns = context.input(f"rows/{row}"), {}
+    if "classifier" in metrics:
+        columns["distance"] = _distance(context, folder, "classifier")
+        columns["agreement"] = read_scores(folder).agreement
+    if "fid" in metrics:
+        columns["fid"] = _distance(context, folder, "fid")
+    return columns
 
 
-def _features(judge: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        parts = [judge.features((part.float() - 128) / 127.5) for part in torch.from_numpy(images).split(256)]
-    return torch.cat(parts).numpy()
+def _distance(context: Context, folder: Path, metric: Metric) -> float:
+    reference = read_statistics_of(context.input(f"reference/{metric}"), metric)
+    return distance(read_statistics_of(folder, metric), reference)
 
 
 def _cost(context: Context, table: Table, device: torch.device) -> None:

@@ -16,9 +16,10 @@ from models.dit import DiT
 from specs.graft import Edit
 from specs.steps import FinetuneParams
 from stages import Context
+from stages.batches import TrainingSet
 from stages.hybrid import with_distilled_scions, with_fresh_scions
 from stages.latents import read
-from stages.training import TrainingSet, final_weights, train
+from stages.training import final_weights, set_up_blocks, train
 
 
 def run(context: Context) -> None:
@@ -40,6 +41,7 @@ def finetune(context: Context, device: torch.device) -> None:
     params: FinetuneParams = context.params
     recipe = params.recipe
     model, _ = _start(context)
+    set_up_blocks(model, recipe)
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: ShardedEngine(model.to(device), recipe, state),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from models.frechet import Gaussian
 
@@ -50,17 +53,47 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
         pytorch_fid.inception.load_state_dict_from_url = by_url
 
 
-def reference_statistics(path: str, network: Any, device: torch.device) -> Gaussian:
-    """Of an .npz that holds mu and sigma, or of the images in a folder; ValueError for anything else."""
-    from pytorch_fid.fid_score import IMAGE_EXTENSIONS, compute_statistics_of_path
+def reference_statistics(
+    path: str, network: Callable[[], Any], device: torch.device, report: Callable[[int, int], object]
+) -> Gaussian:
+    """Of an .npz that holds mu and sigma, or of the images in a folder, looked at some at a time; ValueError for
+    anything else. `network` loads what is only needed for a folder, `report` is told the images done and their number.
+    """
+    from pytorch_fid.fid_score import IMAGE_EXTENSIONS
 
-    from models.frechet import Gaussian
+    from models.frechet import Moments
 
-    if Path(path).is_dir():
-        if not any(file.suffix[1:].lower() in IMAGE_EXTENSIONS for file in Path(path).iterdir()):
-            raise ValueError(f"{path}: no images directly in this folder")
-        return Gaussian(*compute_statistics_of_path(path, network, BATCH, DIMENSIONS, device, num_workers=0))
-    return read_statistics(path)
+    if not Path(path).is_dir():
+        return read_statistics(path)
+    files = sorted(file for file in Path(path).iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    if not files:
+        raise ValueError(f"{path}: no images directly in this folder")
+    loaded, parts = network(), [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    total: Moments | None = None
+    with ThreadPoolExecutor() as pool:
+        for number, part in enumerate(parts):
+            moments = Moments.of(inception_features(_stacked(path, list(pool.map(_pixels, part))), loaded, device))
+            total = moments if total is None else total + moments
+            report(number * BATCH + len(part), len(files))
+    assert total is not None
+    return total.gaussian()
+
+
+def _pixels(file: Path) -> NDArray[np.uint8]:
+    """(3,S,S)."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _stacked(path: str, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    import numpy as np
+
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"{path}: images of several sizes; the reference's must all be of one")
+    return np.stack(images)
 
 
 def read_statistics(path: str) -> Gaussian:
@@ -92,16 +125,15 @@ def read_statistics(path: str) -> Gaussian:
     return Gaussian(found["mu"], found["sigma"])
 
 
-def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> NDArray[np.float64]:
-    """(n,2048) of images (n,C,S,S); one channel is shown as three."""
-    import numpy as np
+def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> Tensor:
+    """(n,2048) float64, on the device, of images (n,C,S,S); one channel is shown as three."""
     import torch
 
     found = []
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            batch = torch.from_numpy(images[start : start + BATCH]).to(device).float() / 255
+        for part in torch.from_numpy(images).split(BATCH):
+            batch = part.to(device).float() / 255
             if batch.shape[1] == 1:
                 batch = batch.expand(-1, 3, -1, -1)
-            found.append(network(batch)[0][:, :, 0, 0].double().cpu().numpy())
-    return np.concatenate(found)
+            found.append(network(batch)[0][:, :, 0, 0].double())
+    return torch.cat(found)

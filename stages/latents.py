@@ -87,6 +87,9 @@ class Noised:
     t: Tensor  # (n,)
     labels: Tensor  # (n,)
 
+    def __getitem__(self, chosen: Tensor) -> Noised:
+        return Noised(self.z[chosen], self.t[chosen], self.labels[chosen])
+
 
 def noised(latents: Latents, draws: int, seed: int, stream: str) -> Noised:
     """Each latent at `draws` uniform timesteps with noise of its own; a sample's draws depend on its place alone."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stages.evidence import DISTANCES, Distance, LocalityCurves, Outputs
 
 COLUMNS, LINES = 10, 4  # of a sample grid
+CELLS = COLUMNS * LINES
 
 
 def loss_curve(curve: Sequence[tuple[float, ...]], title: str, path: Path, names: Sequence[str] = ("loss",)) -> None:
@@ -37,8 +38,8 @@ def loss_curve(curve: Sequence[tuple[float, ...]], title: str, path: Path, names
 
 
 def sample_grid(images: NDArray[np.uint8], labels: Sequence[str], title: str, path: Path) -> None:
-    """Write `path`.png: up to 40 images (n,C,S,S), each under its label."""
-    count = min(len(images), COLUMNS * LINES)
+    """Write `path`.png: up to CELLS images (n,C,S,S), each under its label."""
+    count = min(len(images), CELLS)
     lines = -(-count // COLUMNS)
     figure, axes = plt.subplots(lines, COLUMNS, figsize=(COLUMNS * 0.75, lines * 0.95 + 0.4), layout="constrained")
     figure.suptitle(title)

@@ -1,21 +1,30 @@
-"""Samples of one row of the table: fixed batches, each a Ray task with its own noise, each kept as it is done.
+"""Samples of one row of the table: fixed batches, each a task of its own with its own noise, judged where it is drawn.
 
-Leaves `samples.npy` (n,C,S,S) uint8, decoded by the codec; `labels.npy` (n,) and `grid.png`.
+What comes back of a batch are the judges' features, which the step adds to its sums in the order of the batches: its
+memory does not grow with the samples, and neither the number of workers nor a kill shows in a bit of the sums. A kill
+loses SAVE_SECONDS of work and the batches that are under way.
+
+Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; and with `evaluate.keep_samples`
+`samples.npy` (n,C,S,S) uint8, decoded by the codec, and `labels.npy` (n,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.runtime import fan_out
-from models.dit import DiT
+from models.diffusion import Network
 from models.precision import computing
 from models.sampling import sample
 from models.streams import SampleNoise
@@ -25,30 +34,98 @@ from stages import Context
 from stages.codec import Coder, load_codec
 from stages.hybrid import row_model
 from stages.latents import LatentsMeta, read_meta
+from stages.scores import Judges, Scores, Verdict
+
+SAVE_SECONDS = 10.0  # between two checkpoints
+STATE = "scores.safetensors"
+KEPT_MODELS = 4  # rows whose batches may come to one process in turn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are drawn together, and how many of them, the first ones, are wanted as images."""
+
+    samples: range
+    images: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What comes back of a batch."""
+
+    verdict: Verdict
+    images: NDArray[np.uint8]
+
+
+@dataclass
+class Progress:
+    """What is kept of the batches so far."""
+
+    batches: int
+    scores: Scores
+    shown: NDArray[np.uint8] | None = None  # the first samples
+
+    def add(self, drawn: Drawn, cells: int) -> None:
+        self.batches += 1
+        self.scores.add(drawn.verdict)
+        shown = drawn.images[:0] if self.shown is None else self.shown
+        self.shown = np.concatenate([shown, drawn.images[: cells - len(shown)]])
+
+    def save(self, context: Context) -> None:
+        state = {"batches": torch.tensor(self.batches), "shown": torch.from_numpy(self.shown), **self.scores.state()}
+        context.partial.save(STATE, partial(save_file, state))
 
 
 def sample_row(context: Context) -> None:
-    from stages.pictures import sample_grid  # matplotlib, which the workers do not need
+    from stages.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
 
     params: SampleParams = context.params
-    starts = range(0, params.samples, params.batch)
-    missing = [start for start in starts if context.partial.load(_file(start)) is None]
-    done = len(starts) - len(missing)
-    context.report(min(done * params.batch, params.samples), params.samples)
-    for start, images in fan_out(_sample_batch, context, missing, context.resources):
-        context.partial.save(_file(start), partial(_save, images))
-        done += 1
-        context.report(min(done * params.batch, params.samples), params.samples)
-        context.stop_if_asked()
-    batches = [context.partial.load(_file(start)) for start in starts]
-    if None in batches:
-        raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw it again")
-    images = np.concatenate([np.load(path) for path in batches if path is not None])
+    batches = batches_of(params, CELLS)
+    progress = _resumed(context, batches)
+    saved = time.monotonic()
+    context.report(progress.scores.count, params.samples)
+    missing = batches[progress.batches :]
+    for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
+        if params.keep_samples:
+            context.partial.save(_file(batch), partial(_save, drawn.images))
+        progress.add(drawn, CELLS)
+        context.report(progress.scores.count, params.samples)
+        stopping = context.stopping()
+        if stopping or time.monotonic() - saved > SAVE_SECONDS:
+            progress.save(context)
+            saved = time.monotonic()
+        if stopping:
+            context.stop_if_asked()
+    progress.scores.write(context.out)
     meta = read_meta(context.input("features"))
     labels = labels_of(range(params.samples), meta)
-    np.save(context.out / "samples.npy", images)
-    np.save(context.out / "labels.npy", labels.numpy())
-    sample_grid(images, [meta.classes[label] for label in labels], params.row, context.out / "grid")
+    if params.keep_samples:
+        _gather(context, batches)
+        np.save(context.out / "labels.npy", labels.numpy())
+    assert progress.shown is not None
+    sample_grid(progress.shown, [meta.classes[label] for label in labels], params.row, context.out / "grid")
+
+
+def batches_of(params: SampleParams, cells: int) -> list[Batch]:
+    starts = range(0, params.samples, params.batch)
+    samples = [range(start, min(start + params.batch, params.samples)) for start in starts]
+    return [
+        Batch(part, len(part) if params.keep_samples else min(len(part), max(0, cells - part.start)))
+        for part in samples
+    ]
+
+
+def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
+    """What the last checkpoint holds; nothing, where samples to be kept of it are damaged."""
+    params: SampleParams = context.params
+    path = context.partial.load(STATE)
+    if path is not None:
+        state = load_file(path)
+        done = int(state["batches"])
+        files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
+        if None not in files:
+            return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
+    return Progress(0, Scores())
 
 
 def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
@@ -56,36 +133,68 @@ def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
     return torch.tensor([index % len(meta.classes) for index in indices])
 
 
-def draw(model: DiT, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device) -> Tensor:
+def draw(
+    network: Network, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device
+) -> Tensor:
     """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
     labels = labels_of(indices, meta).to(device)
     noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
-    return sample(model, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
+    return sample(network, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
 
 
-def _sample_batch(context: Context, start: int, device: torch.device) -> tuple[int, NDArray[np.uint8]]:
+def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
     params: SampleParams = context.params
-    model, codec = _loaded(context, device)
-    indices = range(start, min(start + params.batch, params.samples))
+    loaded = _loaded(context, device)
     meta = read_meta(context.input("features"))
     with computing(params.precision, device):
-        latents = draw(model, meta, indices, params.sampler, params.seed, device)
-    return start, codec.decode(latents)
+        latents = draw(loaded.network, meta, batch.samples, params.sampler, params.seed, device)
+    images = loaded.codec.decode(latents)
+    verdict = loaded.judges.look(images, labels_of(batch.samples, meta))
+    return Drawn(verdict.cpu(), images[: batch.images])
 
 
-_LAST: dict[tuple[str, ...], tuple[DiT, Coder]] = {}
+@dataclass(frozen=True)
+class Loaded:
+    """All that a batch of a row needs on its device."""
+
+    network: Network
+    codec: Coder
+    judges: Judges
 
 
-def _loaded(context: Context, device: torch.device) -> tuple[DiT, Coder]:
-    """The row's model and the codec; a process that draws several of its batches loads them once."""
+_LOADED: dict[tuple[object, ...], Loaded] = {}
+
+
+def _loaded(context: Context, device: torch.device) -> Loaded:
+    """What a process that draws several batches of a row loads, and compiles, once."""
     params: SampleParams = context.params
     # The key of the features stands for the VAE's content.
-    identity = (params.row, *(context.inputs[role].key for role in sorted(context.inputs)))
-    if identity not in _LAST:
-        _LAST.clear()
+    keys = (context.inputs[role].key for role in sorted(context.inputs))
+    identity = (params.row, params.metrics, params.inception, params.compile, *keys)
+    if identity not in _LOADED:
+        if len(_LOADED) == KEPT_MODELS:
+            _LOADED.clear()
         model = row_model(context, params.row, params.seed).to(device)
-        _LAST[identity] = model, load_codec(params.codec, device)
-    return _LAST[identity]
+        network = cast(Network, torch.compile(model)) if params.compile else model
+        judges = Judges(context, params.metrics, params.inception, device)
+        _LOADED[identity] = Loaded(network, load_codec(params.codec, device), judges)
+    return _LOADED[identity]
+
+
+def _gather(context: Context, batches: Sequence[Batch]) -> None:
+    """Put the kept samples into one file, without holding them all."""
+    gathered: np.memmap[Any, np.dtype[np.uint8]] | None = None
+    for batch in batches:
+        path = context.partial.load(_file(batch))
+        if path is None:
+            raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw all again")
+        images = np.load(path)
+        if gathered is None:
+            shape = (batches[-1].samples.stop, *images.shape[1:])
+            gathered = np.lib.format.open_memmap(context.out / "samples.npy", "w+", np.uint8, shape)
+        gathered[batch.samples.start : batch.samples.stop] = images
+    assert gathered is not None
+    gathered.flush()
 
 
 def _save(images: NDArray[np.uint8], path: Path) -> None:
@@ -93,5 +202,5 @@ def _save(images: NDArray[np.uint8], path: Path) -> None:
         np.save(file, images)
 
 
-def _file(start: int) -> str:
-    return f"samples-{start:07d}.npy"
+def _file(batch: Batch) -> str:
+    return f"samples-{batch.samples.start:07d}.npy"

@@ -27,9 +27,10 @@ from specs.layers import Group
 from specs.steps import SearchParams
 from specs.training import SearchSpec
 from stages import Context
+from stages.batches import TrainingSet
 from stages.evidence import Search, SearchedGroup, SearchedSite
 from stages.latents import read
-from stages.training import POINTS, PlainEngine, TrainingSet, final_state, train
+from stages.training import POINTS, PlainEngine, final_state, set_up_blocks, train
 
 GATES = "gates.logits"  # their name among the weights
 Course = list[tuple[float, ...]]  # (step, probability of each choice, gate after gate)
@@ -94,6 +95,7 @@ def search(context: Context, device: torch.device) -> None:
     recipe = params.recipe
     gated, _ = build(context)
     gated = gated.to(device)
+    set_up_blocks(gated.model, recipe)
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: SearchEngine(gated, recipe, params.seed, state),

@@ -1,13 +1,15 @@
 """The training loop of `base`, `search` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
 
 It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `PlainEngine` below or a sharded one. Every
-random draw belongs to a step number and is made for the whole batch, of which each worker takes its slice. Training
-that goes on from a checkpoint therefore ends in the same bits as training that never stopped.
+random draw belongs to a step number (stages.batches). Training that goes on from a checkpoint therefore ends in the
+same bits as training that never stopped. The host asks a device for a number only at points of the loss curve and at
+checkpoints, so that between them the device never waits for the host.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,13 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.diffusion import STEPS, Diffusion
-from models.streams import generator
+from models.diffusion import Diffusion
+from models.dit import DiT
 from specs.training import TrainingSpec
 from stages import Partial, Report, Stopped, never
+from stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
+LAG = 2  # steps, from where all workers are known to be, to where the fastest may be
 
 
 class Engine(Protocol):
@@ -77,18 +81,18 @@ class PlainEngine:
         return self.model(*args)
 
     def step(self, loss: Tensor, lr: float) -> bool:
-        self.adam.zero_grad()
         loss.backward()
         self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
-        if not self.takes(loss.detach(), norm):
-            return False
-        for group in self.adam.param_groups:
-            group["lr"] = lr * group["rate"]
-        self.adam.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
-        return True
+        taken = self.takes(loss.detach(), norm)
+        if taken:
+            for group in self.adam.param_groups:
+                group["lr"] = lr * group["rate"]
+            self.adam.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
+        self.adam.zero_grad()
+        return taken
 
     def takes(self, loss: Tensor, norm: Tensor) -> bool:
         """Whether to make a step of this worker's loss and the gradient's norm over all workers."""
@@ -116,7 +120,7 @@ class PlainEngine:
             if "adam_steps" not in state:
                 continue
             self.adam.state[value] = {
-                "step": state["adam_steps"].clone(),
+                "step": state["adam_steps"].to(value.device, copy=True),
                 "exp_avg": state[f"exp_avg/{name}"].to(value.device),
                 "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(value.device),
             }
@@ -130,16 +134,6 @@ class PlainEngine:
         flat /= dist.get_world_size()
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Latents and labels to train on, on any device; a batch of them is moved to `device`."""
-
-    latents: Tensor  # (n,C,S,S)
-    labels: Tensor  # (n,)
-    num_classes: int
-    device: torch.device
 
 
 @dataclass
@@ -177,69 +171,54 @@ def train(
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     progress, state = _last_checkpoint(partial)
     engine = make_engine(state)
-    diffusion = Diffusion()
+    diffusion = Diffusion().on(data.device)
     every = max(1, recipe.steps // POINTS)
     loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
     together = StopTogether(stopping)
     report(progress.step, recipe.steps)
+
+    def draw(step: int) -> Batch:
+        batch = draw_batch(data, recipe, seed, stream, step, rank, workers)
+        return batch.pinned() if data.device.type == "cuda" else batch
 
     def save(done: int) -> None:
         progress.step, progress.loss_sums = done, _of_all_workers(loss_sum)
         _finite(sum(progress.loss_sums), done)
         _save_checkpoint(partial, progress, engine.state(), rank)
 
-    for step in range(progress.step, recipe.steps):
-        if together.before(step):
-            save(step)
-            if dist.is_initialized():
-                dist.barrier()  # whoever leaves first takes the others along
-            raise Stopped(f"before step {step + 1}")
-        x, t, y, noise = draw_batch(data, recipe, seed, stream, step, rank, workers)
-        loss = diffusion.loss(engine, x, t, y, noise).mean()
-        if engine.step(loss, learning_rate(recipe, step)) is not False:
-            loss_sum += loss.detach()
-            progress.losses += 1
-        done = step + 1
-        if (done % every == 0 or done == recipe.steps) and progress.losses:
-            mean = _finite(_mean_over_workers(loss_sum).item(), done) / progress.losses
-            progress.curve.append((done, mean))
-            loss_sum.zero_()
-            progress.losses = 0
-            if rank == 0:
-                report(done, recipe.steps, {"loss": mean, "lr": learning_rate(recipe, step)})
-        if done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            save(done)
+    with DrawnAhead(draw, range(progress.step, recipe.steps)) as batches:
+        for step, batch in batches:
+            if together.before(step):
+                save(step)
+                if dist.is_initialized():
+                    dist.barrier()  # whoever leaves first takes the others along
+                raise Stopped(f"before step {step + 1}")
+            x, t, y, noise = batch.to(data.device)
+            loss = diffusion.loss(engine, x, t, y, noise).mean()
+            if engine.step(loss, learning_rate(recipe, step)) is not False:
+                loss_sum += loss.detach()
+                progress.losses += 1
+            done = step + 1
+            if (done % every == 0 or done == recipe.steps) and progress.losses:
+                mean = _finite(_mean_over_workers(loss_sum).item(), done) / progress.losses
+                progress.curve.append((done, mean))
+                loss_sum.zero_()
+                progress.losses = 0
+                if rank == 0:
+                    lr = learning_rate(recipe, step)
+                    report(done, recipe.steps, {"loss": mean, "lr": lr, "data_wait": batches.share_waited()})
+            if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+                save(done)
     if dist.is_initialized():
         dist.barrier()
 
 
-def draw_batch(
-    data: TrainingSet, recipe: TrainingSpec, seed: int, stream: str, step: int, rank: int, workers: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This worker's slice of a step's batch: latents, timesteps, labels (some dropped) and noise."""
-    draws, batch = generator(seed, stream, "step", step), recipe.batch
-    t = torch.randint(STEPS, (batch,), generator=draws)
-    dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
-    noise = torch.randn((batch, *data.latents.shape[1:]), generator=draws)
-    chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
-    share = slice(rank * batch // workers, (rank + 1) * batch // workers)
-    chosen = chosen[share].to(data.latents.device)
-    y = torch.where(dropped[share].to(data.labels.device), data.num_classes, data.labels[chosen])
-    return (
-        data.latents[chosen].to(data.device),
-        t[share].to(data.device),
-        y.to(data.device),
-        noise[share].to(data.device),
-    )
-
-
-def shuffled(size: int, start: int, count: int, seed: int, stream: str) -> Tensor:
-    """Entries start .. start + count of an endless sequence of permutations of `size` items, one an epoch."""
-    picks = []
-    for epoch in range(start // size, (start + count - 1) // size + 1):
-        order = torch.randperm(size, generator=generator(seed, stream, "epoch", epoch))
-        picks.append(order[max(0, start - epoch * size) : start + count - epoch * size])
-    return torch.cat(picks)
+def set_up_blocks(model: DiT, recipe: TrainingSpec) -> None:
+    """Have the blocks compiled, or their activations not kept, where the recipe says so."""
+    model.checkpointing = recipe.checkpointing
+    if recipe.compile:
+        for block in model.blocks:  # in place: the weights keep their names; blocks of one kind share the code
+            block.compile()
 
 
 def learning_rate(recipe: TrainingSpec, step: int) -> float:
@@ -274,8 +253,9 @@ def _finite(loss: float, step: int) -> float:
 class StopTogether:
     """Has all workers of a training stop before the same step.
 
-    The first worker announces the step after its next one, before it takes part in that; the others, who cannot end
-    a step without it, find the announcement in time.
+    The first worker announces a step LAG after its next one, before it takes part in that. The others find the
+    announcement in time: none begins a step before its device has ended the one LAG earlier, which it cannot without
+    the first worker. With a GPU that is a wait, but one that leaves it work to do.
     """
 
     KEY = "graftwork/stop"
@@ -285,17 +265,29 @@ class StopTogether:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.store = None if alone else dist.distributed_c10d._get_default_store()
         self.at: int | None = None
+        self.queued: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU may not have reached
 
     def before(self, step: int) -> bool:
         if self.store is None:
             return self.stopping()
+        self._keep_pace()
         if self.at is None and dist.get_rank() == 0 and self.stopping():
-            self.at = step + 1
+            self.at = step + LAG
             self.store.set(self.KEY, str(self.at))
             self.store.get(self.KEY)  # only its answer says that the others can see it
         if self.at is None and dist.get_rank() != 0 and self.store.check([self.KEY]):
             self.at = int(self.store.get(self.KEY))
         return step == self.at
+
+    def _keep_pace(self) -> None:
+        """Wait until the step before the last one is over. On a CPU it is: its collectives wait by themselves."""
+        if not torch.cuda.is_available():
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.queued.append(event)
+        if len(self.queued) == LAG:
+            self.queued.popleft().synchronize()
 
 
 def _of_all_workers(value: Tensor) -> list[float]:

@@ -104,7 +104,7 @@ def test_a_plan_needs_none_of_the_files_and_says_which_are_not_here(tmp_path: Pa
     elsewhere = ("data={kind: image_folder, path: none, classes: 7}", "weights={kind: checkpoint, path: none.pt}")
     done = graft("plan", str(TINY), *(part for override in elsewhere for part in ("--set", override)))
     assert done.exit_code == 0
-    assert "0 cached, 0 partial, 14 pending" in done.stdout
+    assert "0 cached, 0 partial, 16 pending" in done.stdout
     assert [line.split(": ")[1] for line in done.stderr.splitlines()[1:]] == ["data.path", "weights.path"]
     (tmp_path / "none" / "only").mkdir(parents=True)
     (tmp_path / "none" / "only" / "image.png").touch()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
 
-from models.frechet import Gaussian, distance, gaussian
+from models.frechet import Gaussian, Moments, distance
 from specs.evaluate import WEIGHTS_FILE, inception_file
 from stages import inception
 from stages.inception import inception_features, load_inception, reference_statistics
@@ -60,14 +60,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return as_folder(images(0), home / "ours"), as_folder(images(1), home / "theirs")
 
 
+def statistics_of(reference: Path, network: Any) -> Gaussian:
+    return reference_statistics(str(reference), lambda: network, CPU, lambda done, total: None)
+
+
 @pytest.fixture(scope="module")
 def ours(network: Any) -> Gaussian:
-    return gaussian(inception_features(images(0), network, CPU))
+    return Moments.of(inception_features(images(0), network, CPU)).gaussian()
 
 
 @pytest.fixture(scope="module")
 def theirs(folders: tuple[Path, Path], network: Any) -> Gaussian:
-    return reference_statistics(str(folders[1]), network, CPU)
+    return statistics_of(folders[1], network)
 
 
 def within_their_span(first: Gaussian, second: Gaussian) -> tuple[Gaussian, Gaussian]:
@@ -131,7 +135,7 @@ def test_statistics_of_a_folder_are_those_of_pytorch_fid(theirs: Gaussian, offic
 def test_the_distance_of_images_to_their_own_folder_is_nothing(
     ours: Gaussian, folders: tuple[Path, Path], network: Any, official: Official
 ) -> None:
-    itself = reference_statistics(str(folders[0]), network, CPU)
+    itself = statistics_of(folders[0], network)
     assert distance(*within_their_span(ours, itself)) == pytest.approx(0, abs=1e-4 * official.fid)
 
 
@@ -141,15 +145,16 @@ def test_the_distance_to_another_folder_is_that_of_pytorch_fid(
     assert distance(*within_their_span(ours, theirs)) == pytest.approx(official.fid, rel=1e-4)
 
 
-def test_a_reference_from_an_npz_is_that_of_its_folder(theirs: Gaussian, network: Any, tmp_path: Path) -> None:
+def test_a_reference_from_an_npz_is_that_of_its_folder(theirs: Gaussian, tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=theirs.mu, sigma=theirs.sigma)
-    found = reference_statistics(str(tmp_path / "reference.npz"), network, CPU)
+    found = statistics_of(tmp_path / "reference.npz", None)
     assert np.array_equal(found.mu, theirs.mu) and np.array_equal(found.sigma, theirs.sigma)
 
 
 def test_one_channel_is_seen_as_three_equal_ones(network: Any) -> None:
     grey = images(0, channels=1)[:2]
-    assert np.array_equal(inception_features(grey, network, CPU), inception_features(grey.repeat(3, 1), network, CPU))
+    colour = grey.repeat(3, 1)
+    assert torch.equal(inception_features(grey, network, CPU), inception_features(colour, network, CPU))
 
 
 def test_any_split_into_batches_gives_the_same_features(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +162,17 @@ def test_any_split_into_batches_gives_the_same_features(network: Any, monkeypatc
     monkeypatch.setattr(inception, "BATCH", 2)
     split = inception_features(images(0)[:3], network, CPU)
     assert whole.shape == (3, 2048)
-    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
+def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
+    theirs: Gaussian, folders: tuple[Path, Path], network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "BATCH", 3)
+    told: list[tuple[int, int]] = []
+    found = reference_statistics(str(folders[1]), lambda: network, CPU, lambda *progress: told.append(progress))
+    assert told == [(3, COUNT), (COUNT, COUNT)]
+    assert np.abs(found.sigma - theirs.sigma).max() < 1e-5 * np.abs(theirs.sigma).max()
 
 
 # -- the weights
@@ -268,6 +283,10 @@ def wrong_reference(how: str, folder: Path) -> Path:
         case "a folder of class folders":
             (path / "cat").mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(path / "cat" / "0.png")
+        case "images of two sizes":
+            path.mkdir()
+            for side in (8, 9):
+                Image.new("RGB", (side, side)).save(path / f"{side}.png")
         case "an npz without mu":
             path = folder / "reference.npz"
             np.savez(path, arr_0=np.zeros(3))
@@ -285,6 +304,7 @@ def wrong_reference(how: str, folder: Path) -> Path:
         "an empty folder",
         "a folder of text",
         "a folder of class folders",
+        "images of two sizes",
         "an npz without mu",
         "an npz that is none",
         "another file",
@@ -295,6 +315,6 @@ def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_na
 ) -> None:
     path = wrong_reference(how, tmp_path)
     with pytest.raises(ValueError) as caught:
-        reference_statistics(str(path), network, CPU)
+        statistics_of(path, network)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message

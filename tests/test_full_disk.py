@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pipeline import api
 from pipeline.api import Run
 from pipeline.files import StoreError, told_by
 from pipeline.view import SilentView
-from tests.conftest import ROOT, TINY
+from tests.conftest import GRAFT, ROOT, TINY, Finished
 
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"', "sh"]
 
@@ -159,3 +160,51 @@ def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(tmp_path: Pa
     run.store.remove("runs")
     run._note("features", "done", 1.0, None)
     assert run.store.runs() == [run.record.run]
+
+
+JOB = """
+import hashlib, json, os, shutil, subprocess, sys
+from pathlib import Path
+
+disk, graft, job, distilled, free = Path(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5])
+store = disk / ".graftwork"
+shutil.copytree(distilled, store)
+room = os.statvfs(disk)
+(disk / "filler").write_bytes(b"x" * (room.f_bavail * room.f_frsize - free))
+
+def call(*command):
+    done = subprocess.run([graft, *command], cwd=disk, capture_output=True, text=True, check=False)
+    return {"code": done.returncode, "out": done.stdout, "told": done.stderr}
+
+full = call("run", job)
+(disk / "filler").unlink()
+verified = call("verify")
+resumed = call("run", job, "--json")
+weights = {}
+for path in sorted((store / "artifacts").glob("*/model.safetensors")):
+    weights[path.parent.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+print(json.dumps({"full": full, "verified": verified, "resumed": resumed, "weights": weights}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [400_000, 2_500_000], ids=["before its first step", "in the midst"])
+def test_a_job_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    disk: Path, tiny: Finished, distilled: Path, free: int
+) -> None:
+    given = [GRAFT, str(TINY), str(distilled), str(free)]
+    command = [*ON_A_SMALL_DISK, "64m", str(disk), sys.executable, "-c", JOB, str(disk), *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    full = found["full"]
+    assert full["code"] == 1 and "Traceback" not in full["told"], full["told"]
+    told = [line for line in full["told"].splitlines() if line.startswith("graft: ")]
+    assert any("there is no room" in line and "free room there, then resume" in line for line in told), full["told"]
+    assert found["verified"]["code"] == 0, found["verified"]
+    assert found["resumed"]["code"] == 0, found["resumed"]["told"]
+    wanted = {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (tiny.store / "artifacts").glob("*/model.safetensors")
+    }
+    assert found["weights"] == wanted

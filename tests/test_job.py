@@ -30,11 +30,11 @@ def test_the_outcome_names_every_step_and_row(tiny: Finished) -> None:
 
 def test_every_row_and_every_site_leaves_a_picture(tiny: Finished) -> None:
     found = keys(tiny.outcome)
-    for row in ROWS[1:]:
-        assert (tiny.store / "artifacts" / found[f"evaluate/{row}"] / "grid.png").stat().st_size > 0
+    for step in ("reference/heldout", *(f"evaluate/{row}" for row in ROWS[1:])):
+        assert (tiny.store / "artifacts" / found[step] / "grid.png").stat().st_size > 0
     for step in ("base", "finetune", "finetune/random_init", "distill/01.mha", "distill/03.mha"):
         assert (tiny.store / "artifacts" / found[step] / "loss.png").stat().st_size > 0
-    assert (tiny.store / "artifacts" / found["evaluate"] / "heldout.png").stat().st_size > 0
+    assert (tiny.store / "artifacts" / found["evaluate"] / "quality-cost.png").stat().st_size > 0
 
 
 def test_the_graft_costs_fewer_flops_than_the_rootstock(tiny: Finished) -> None:
@@ -95,7 +95,7 @@ def test_a_renamed_job_that_is_all_cached_still_stands_in_mlflow(tiny_copy: Fini
 def test_a_flipped_byte_is_found_set_aside_and_recomputed(tiny_copy: Finished, graft: Graft) -> None:
     found = keys(tiny_copy.outcome)
     artifacts = tiny_copy.store / "artifacts"
-    for step, file in (("classifier", "classifier.safetensors"), ("evaluate", "results.json")):
+    for step, file in (("evaluate/stage2", "classifier.npz"), ("evaluate", "results.json")):
         path = artifacts / found[step] / file
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -103,8 +103,8 @@ def test_a_flipped_byte_is_found_set_aside_and_recomputed(tiny_copy: Finished, g
     done = graft("run", str(TINY), "--json")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    assert {name for name, state in states(outcome).items() if state == "done"} == {"classifier", "evaluate"}
-    assert "classifier.safetensors" in done.stderr and "results.json" in done.stderr
+    assert {name for name, state in states(outcome).items() if state == "done"} == {"evaluate/stage2", "evaluate"}
+    assert "classifier.npz" in done.stderr and "results.json" in done.stderr
     assert len(list((tiny_copy.store / "rotten").iterdir())) == 2
     quality = {row: (c["distance"], c["agreement"]) for row, c in outcome["results"].items()}
     assert quality == {row: (c["distance"], c["agreement"]) for row, c in tiny_copy.outcome["results"].items()}

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,49 @@ def test_a_lease_has_one_holder_until_it_is_released(store: Store) -> None:
     ours.release()
     assert look(store, "a") is None and leases.held(store) == set() and store.names("leases") == []
     taken(store, "theirs").release()
+
+
+class Interrupted(Store):
+    """A store on which others do something before one of its operations."""
+
+    def __init__(self, url: str, moment: int, others: Callable[[], object]) -> None:
+        super().__init__(url)
+        self.before, self.others = moment, others
+
+    def names(self, folder: str) -> list[str]:
+        self._count()
+        return super().names(folder)
+
+    def read(self, name: str) -> str | None:
+        self._count()
+        return super().read(name)
+
+    def create(self, name: str, text: str) -> bool:
+        self._count()
+        return super().create(name, text)
+
+    def _count(self) -> None:
+        self.before -= 1
+        if self.before == -1:
+            self.others()
+
+
+@pytest.mark.parametrize("was_held", [False, True])
+@pytest.mark.parametrize("moment", range(4))
+def test_a_lease_that_changes_hands_while_it_is_taken_has_one_holder(store: Store, moment: int, was_held: bool) -> None:
+    holders: list[Lease | Held] = []
+    earlier = [taken(store, "lost"), taken(store, "found", over=look(store, "a"))] if was_held else []
+
+    def others() -> None:
+        for lease in earlier:
+            lease.release()
+        holders.append(take(store, "a", me("theirs")))
+
+    holders.append(take(Interrupted(store.url, moment, others), "a", me("ours")))
+    having = [one for one in holders if isinstance(one, Lease)]
+    assert len(having) == (1 if len(holders) == 2 or not was_held else 0)
+    for lease in having:
+        lease.release()
 
 
 def test_leases_of_other_names_are_free(store: Store) -> None:

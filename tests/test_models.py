@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import add
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor, nn
 
 from models.costs import forward_flops, num_parameters
 from models.diffusion import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
 from models.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
-from models.frechet import Gaussian, distance, gaussian
+from models.frechet import Gaussian, Moments, distance
 from models.sampling import guided, sample
 from models.streams import SampleNoise, generator, initialising, seed_of
 from specs.evaluate import AncestralSampler, DdimSampler
@@ -492,7 +496,58 @@ def test_the_frechet_distance_of_diagonal_gaussians_has_its_closed_form() -> Non
 
 
 def test_a_gaussian_is_fitted_with_the_unbiased_covariance() -> None:
-    features = np.array([[0.0, 1.0], [2.0, 5.0]], dtype=np.float32)
-    fitted = gaussian(features)
+    fitted = Moments.of(torch.tensor([[0.0, 1.0], [2.0, 5.0]])).gaussian()
     np.testing.assert_array_equal(fitted.mu, [1.0, 3.0])
     np.testing.assert_array_equal(fitted.sigma, [[2.0, 4.0], [4.0, 8.0]])
+
+
+def added(features: Tensor, *sizes: int) -> Moments:
+    """The moments of the features, in batches of these sizes."""
+    return reduce(add, map(Moments.of, features.split(sizes)))
+
+
+@pytest.mark.parametrize("far", [0.0, 1e6])
+@pytest.mark.parametrize("sizes", [(300,), (128, 128, 44), (1, 299), (7,) * 42 + (6,)], ids=str)
+def test_moments_added_batch_by_batch_are_those_of_all_features_at_once(sizes: tuple[int, ...], far: float) -> None:
+    """Also where the features lie so far from 0 that sums of their squares would have lost the variance."""
+    features = torch.from_numpy(far + np.random.default_rng(0).normal(size=(300, 5)) * [1, 2, 3, 0.1, 1e-3])
+    found = added(features, *sizes).gaussian()
+    np.testing.assert_allclose(found.mu, features.numpy().mean(0), rtol=1e-12, atol=1e-12)
+    expected = np.cov(features.numpy(), rowvar=False)
+    spread = np.sqrt(np.diag(expected))
+    assert (np.abs(found.sigma - expected) / np.outer(spread, spread)).max() < 1e-6
+
+
+def test_the_distance_of_moments_is_that_of_all_features_at_once() -> None:
+    draws = np.random.default_rng(1)
+    ours, theirs = draws.exponential(size=(400, 16)), draws.normal(size=(500, 16)) @ draws.normal(size=(16, 16))
+    found = distance(
+        added(torch.from_numpy(ours), *(50,) * 8).gaussian(), Moments.of(torch.from_numpy(theirs)).gaussian()
+    )
+    expected = calculate_frechet_distance(
+        ours.mean(0), np.cov(ours, rowvar=False), theirs.mean(0), np.cov(theirs, rowvar=False)
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_gaussian_is_read_as_it_was_written(tmp_path: Path) -> None:
+    fitted = added(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), 4, 5).gaussian()
+    fitted.write(tmp_path / "one.npz")
+    fitted.write(tmp_path / "other.npz")
+    found = Gaussian.read(tmp_path / "one.npz")
+    assert np.array_equal(found.mu, fitted.mu) and np.array_equal(found.sigma, fitted.sigma)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
+
+
+# -- compiled
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same_samples_up_to_rounding() -> None:
+    config = DiTConfig(input_size=4, in_channels=3, patch=2, depth=1, width=16, heads=2, num_classes=5)
+    model: Any = lively(DiT(config)).eval()
+    eager, compiled = (
+        drawn(network, DdimSampler(steps=3), (2, 3, 4, 4), bounded=True) for network in (model, torch.compile(model))
+    )
+    assert eager.abs().min() < 0.9  # not all of it is clamped
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)

@@ -24,6 +24,7 @@ from stages import STAGES
 from stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, training_size
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
+REFERENCES = {"reference/classifier", "reference/heldout"}
 SITES = "graft.0.layers={kind: explicit, blocks: [%s]}"
 
 
@@ -68,6 +69,8 @@ def test_the_steps_of_the_example_are_these() -> None:
         "select",
         "finetune",
         "finetune/random_init",
+        "reference/classifier",
+        "reference/heldout",
         "evaluate/rootstock",
         "evaluate/stage1",
         "evaluate/stage2",
@@ -124,7 +127,7 @@ def test_the_finetune_recipe_reaches_finetune_and_evaluate_only(override: str) -
 @pytest.mark.parametrize("override", ["graft.0.operator.kernel=3", "graft.0.operator.kind=swa"])
 def test_the_operator_reaches_distill_and_what_follows(override: str) -> None:
     kept = set(keys(planned())) - changed(planned(), planned(override))
-    assert kept == {"features", "base", "classifier", "profile", "evaluate/rootstock"}
+    assert kept == {"features", "base", "classifier", "profile", *REFERENCES, "evaluate/rootstock"}
 
 
 def test_the_distillation_recipe_reaches_distill_and_what_needs_it() -> None:
@@ -134,12 +137,42 @@ def test_the_distillation_recipe_reaches_distill_and_what_needs_it() -> None:
 
 def test_the_rootstock_recipe_reaches_all_but_the_data_and_the_judge() -> None:
     kept = set(keys(planned())) - changed(planned(), planned("weights.steps=21"))
-    assert kept == {"features", "classifier"}
+    assert kept == {"features", "classifier", *REFERENCES}
 
 
-@pytest.mark.parametrize("override", ["evaluate.samples=41", "evaluate.sampler.guidance=2.0"])
+@pytest.mark.parametrize("override", ["evaluate.batch=10", "evaluate.sampler.guidance=2.0"])
 def test_the_sampler_reaches_evaluate_only(override: str) -> None:
     assert {name.partition("/")[0] for name in changed(planned(), planned(override))} == {"evaluate"}
+
+
+def test_the_number_of_samples_reaches_every_row_but_not_the_reference() -> None:
+    reached = changed(planned(), planned("evaluate.samples=41"))
+    rows = {name for name in keys(planned()) if name.startswith("evaluate")}
+    assert reached == rows | {"reference/heldout"}
+
+
+def test_samples_that_are_kept_are_drawn_anew_and_the_real_images_are_not() -> None:
+    reached = changed(planned(), planned("evaluate.keep_samples=true"))
+    assert reached == {name for name in keys(planned()) if name.startswith("evaluate")}
+
+
+def test_each_metric_has_a_reference_of_its_own_that_does_not_depend_on_the_graft(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").touch()
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    both = f"evaluate={{metrics: [fid, classifier], reference: {tmp_path}/photos, inception: {tmp_path}/weights.pth}}"
+    plan = planned(both)
+    references = [name for name in keys(plan) if name.startswith("reference")]
+    assert references == ["reference/classifier", "reference/fid", "reference/heldout"]
+    assert not changed(plan, planned(both, "graft.0.operator.kind=swa", "weights.steps=21")) & set(references)
+    (tmp_path / "weights.pth").write_bytes(b"others")
+    assert {"reference/fid", "reference/heldout"} == changed(plan, planned(both)) & set(references)
+
+
+def test_the_order_of_the_metrics_draws_nothing_anew(files: Path) -> None:
+    named = [f"evaluate.{name}={files / 'reference.npz'}" for name in ("reference", "inception")]
+    one, other = (planned(f"evaluate.metrics={given}", *named) for given in ("[fid, classifier]", "[classifier, fid]"))
+    assert changed(one, other) <= {"evaluate"}
 
 
 def test_the_data_reach_every_step() -> None:
@@ -162,6 +195,13 @@ def test_the_seed_reaches_all_but_the_features() -> None:
         "weights.checkpoint_every=7",
         "distill.checkpoint_every=7",
         "finetune.checkpoint_every=7",
+        "weights.compile=true",
+        "finetune.compile=true",
+        "weights.checkpointing=true",
+        "finetune.checkpointing=true",
+        "distill.compile=true",
+        "distill.activations=1GiB",
+        "evaluate.compile=true",
     ],
 )
 def test_what_cannot_change_a_result_changes_no_key(override: str) -> None:
@@ -212,10 +252,11 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ROWS = [f"evaluate/{row}" for row in ("rootstock", "stage1", "stage2", "random_init")]
 OUTSIDE = {
-    "base.pt": ("base", "weights={{kind: checkpoint, path: {}}}"),
-    "reference.npz": ("evaluate", "evaluate={{metrics: [fid], inception: x.pth, reference: {}}}"),
-    "inception.pth": ("evaluate", "evaluate={{metrics: [fid], reference: x.npz, inception: {}}}"),
+    "base.pt": (("base",), "weights={{kind: checkpoint, path: {}}}"),
+    "reference.npz": (("reference/fid",), "evaluate={{metrics: [fid], inception: x.pth, reference: {}}}"),
+    "inception.pth": (("reference/heldout", *ROWS), "evaluate={{metrics: [fid], reference: x.npz, inception: {}}}"),
 }
 
 
@@ -228,10 +269,10 @@ class TestOutsideFiles:
             Path(name).write_bytes(b"the other one")
 
     def test_other_content_reaches_its_step_and_what_follows(self, files: Path, name: str) -> None:
-        step, override = OUTSIDE[name]
+        steps, override = OUTSIDE[name]
         before = planned(override.format(files / name))
         (files / name).write_bytes(b"another")
-        assert changed(before, planned(override.format(files / name))) == following(before, step)
+        assert changed(before, planned(override.format(files / name))) == following(before, *steps)
 
     def test_the_same_content_in_another_place_changes_no_key(self, files: Path, name: str) -> None:
         _, override = OUTSIDE[name]
@@ -255,6 +296,13 @@ def test_a_changed_image_folder_reaches_every_step(files: Path, change: str) -> 
         case "renamed class":
             (images / "cat").rename(images / "bird")
     assert changed(before, planned(override)) == set(keys(before))
+
+
+def test_references_take_what_rows_take_unless_told_otherwise() -> None:
+    found = {step.name: step.resources.gpu for step in planned("resources.evaluate.gpu=0.5").steps}
+    assert found["reference/heldout"] == found["evaluate"] == 0.5 and found["classifier"] == 0
+    told = planned("resources={evaluate: {gpu: 0.5}, reference: {gpu: 0.25}}")
+    assert told["reference/heldout"].resources.gpu == 0.25
 
 
 # -- keys as such

@@ -53,7 +53,7 @@ def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(
         ("distill/03.mha", "scion.safetensors"),
         ("finetune", "model.safetensors"),
         ("finetune/random_init", "model.safetensors"),
-        ("evaluate/stage2", "samples.npy"),
+        ("evaluate/stage2", "classifier.npz"),
     ):
         ours, theirs = (place / "artifacts" / found[step] / file for place in (store, tiny.store))
         assert ours.read_bytes() == theirs.read_bytes(), f"{step} differs"

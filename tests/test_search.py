@@ -41,10 +41,11 @@ from specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
 from specs.steps import SearchParams
 from specs.training import SearchSpec, TrainingSpec
 from stages import Context, search, training
+from stages.batches import TrainingSet, draw_batch, shuffled
 from stages.evidence import read_search
 from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
-from stages.training import PlainEngine, TrainingSet, final_state, train
+from stages.training import PlainEngine, final_state, set_up_blocks, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
@@ -398,6 +399,31 @@ def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
     assert straight["counts"][1] > 0 and straight["course"].shape == (5, 1 + sum(make(0).gates.sizes))
 
 
+def set_up(**settings: bool) -> GatedDiT:
+    gated = make_gated()
+    set_up_blocks(gated.model, RECIPE.model_copy(update=settings))
+    return gated
+
+
+def test_gated_blocks_that_keep_no_activations_end_in_the_same_bits(store: Store) -> None:
+    run_search(store.partial("kept"))
+    run_search(store.partial("again"), make=lambda _: set_up(checkpointing=True))
+    assert_same_bits(state_of(store.partial("again")), state_of(store.partial("kept")))
+
+
+def test_gated_blocks_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nn.Module.compile  # without a C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+    outcomes = []
+    for gated in (make_gated(), set_up(compile=True)):
+        engine = SearchEngine(gated, RECIPE, 0, None)
+        x, t, y, _ = draw_batch(make_data(), RECIPE, 0, "search", 0, rank=0, workers=1)
+        outcomes.append(engine(x, t, y))
+        outcomes[-1].square().mean().backward()
+        outcomes.append(gated.gates.logits.grad)
+    torch.testing.assert_close(outcomes[2:], outcomes[:2], rtol=1e-4, atol=1e-6)
+
+
 def test_the_gates_of_a_step_are_drawn_for_the_step_at_its_temperature_and_scale(store: Store) -> None:
     seen: list[tuple[Tensor, float, float]] = []
 
@@ -463,7 +489,7 @@ def test_the_course_tells_what_the_averaged_gates_find_from_the_start_to_the_end
 
 def first_seen(data: TrainingSet, steps: int) -> list[list[int]]:
     """The samples of each step's batch."""
-    return [training.shuffled(30, step * RECIPE.batch, RECIPE.batch, 0, "search").tolist() for step in range(steps)]
+    return [shuffled(30, step * RECIPE.batch, RECIPE.batch, 0, "search").tolist() for step in range(steps)]
 
 
 def test_steps_that_are_no_numbers_are_skipped_and_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ import pytest
 WORKER = """
 import json, os, sys
 import torch, torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 from cluster.sharded import ShardedEngine
 from models.dit import DiT, DiTConfig, initialise
 from models.streams import generator, initialising
 from specs.training import FinetuneSpec
-from stages.training import PlainEngine
+from stages.training import PlainEngine, set_up_blocks
 
 def model():
     with initialising(0, "test"):
@@ -29,13 +30,26 @@ def model():
         torch.nn.init.normal_(made.final_layer.linear.weight, std=0.1)
     return made
 
-def steps(engine, first, last):
+def steps(engine, first, last, state=True):
     for step in range(first, last):
         draws = generator(0, "step", step)
         x, t, y = torch.randn(4, 1, 8, 8, generator=draws), torch.tensor([1, 9, 99, 999]), torch.tensor([0, 1, 2, 3])
         mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         engine.step(engine(x[mine], t[mine], y[mine]).float().square().mean(), 1e-3)
-    return engine.state()
+    return engine.state() if state else None
+
+class Asked(TorchDispatchMode):  # counts how often the host asks for a tensor's value
+    times = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.times += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+def asked(engine):
+    steps(engine, 0, 2, state=False)
+    with Asked() as mode:
+        steps(engine, 2, 4, state=False)
+    return mode.times / 2
 
 def furthest(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
@@ -49,7 +63,11 @@ for zero in (1, 2, 3):
         straight = steps(ShardedEngine(model(), recipe, None), 0, 6)
         half = steps(ShardedEngine(model(), recipe, None), 0, 3)
         resumed = steps(ShardedEngine(model(), recipe, half), 3, 6)
+        saving = FinetuneSpec(**recipe.model_dump() | {"checkpointing": True})
+        sparing = model()
+        set_up_blocks(sparing, saving)
         found[f"zero{zero} {precision}"] = {
+            "to_sparing": furthest(straight, steps(ShardedEngine(sparing, saving, None), 0, 6)),
             "names": sorted(straight) == sorted(plain),
             "to_plain": furthest(straight, plain),
             "to_resumed": furthest(straight, resumed),
@@ -57,6 +75,7 @@ for zero in (1, 2, 3):
                 (value != value.bfloat16().float()).any().item()
                 for name, value in straight.items() if name.startswith("weights/")
             ),
+            "asked": asked(ShardedEngine(model(), recipe, None)),
             "moved": furthest(straight, half),
         }
 if dist.get_rank() == 0:
@@ -102,6 +121,11 @@ def test_a_resumed_engine_ends_in_the_same_bits(found: Found, engine: str) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_blocks_that_keep_no_activations_end_in_the_same_bits(found: Found, engine: str) -> None:
+    assert found[engine]["to_sparing"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_its_state_has_the_names_of_the_plain_engine(found: Found, engine: str) -> None:
     assert found[engine]["names"]
 
@@ -114,3 +138,8 @@ def test_in_fp32_it_does_what_the_plain_engine_does(found: Found, zero: int) -> 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_in_bf16_the_weights_it_keeps_are_full_precision(found: Found, zero: int) -> None:
     assert found[f"zero{zero} bf16"]["fp32_weights"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_asks_the_device_for_nothing_but_what_zero_3_insists_on(found: Found, engine: str) -> None:
+    assert found[engine]["asked"] == (1 if "zero3" in engine else 0)

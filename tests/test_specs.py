@@ -376,6 +376,12 @@ def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]
             "at most 1",
         ),
         ({"weights.workers": 3}, "weights.batch", "16", "multiple of workers, 3"),
+        (
+            {"finetune.compile": True, "finetune.deepspeed": {"zero": 3}},
+            "finetune.compile",
+            "True",
+            "false where deepspeed.zero is 3",
+        ),
         ({"evaluate.metrics": ["fid"]}, "evaluate.reference", "nothing", "mu and sigma"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -174,7 +174,7 @@ def all_runs(client: MlflowClient, name: str = "graftwork") -> dict[str, Run]:
 
 def test_the_database_holds_a_child_a_step_nested_by_site(tiny: Finished) -> None:
     runs = all_runs(MlflowClient(f"sqlite:///{tiny.store}/mlflow.db"))
-    assert set(runs) == {tiny.run, "distill", *keys(tiny.outcome)}
+    assert set(runs) == {tiny.run, "distill", "reference", *keys(tiny.outcome)}
     parent_of = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
     assert parent_of["finetune"] == parent_of["distill"] == runs[tiny.run].info.run_id
     assert parent_of["distill/01.mha"] == runs["distill"].info.run_id

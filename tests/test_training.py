@@ -7,8 +7,11 @@ import itertools
 import json
 import math
 import pickletools
+import queue
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +24,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import checkpoints
 from models.diffusion import STEPS, Diffusion
-from models.dit import DiT, DiTConfig
+from models.dit import Block, DiT, DiTConfig
+from models.precision import computing
+from models.streams import generator
 from models.surgery import GATE, graft, modulations, new_scion, observe, scion_at
 from pipeline.store import Partial, Store
 from specs.graft import Edit, Parallel, Site
@@ -32,10 +38,12 @@ from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec, TrainingSpec
-from stages import Context, Stopped, distill, hybrid, never, training
+from stages import Context, Stopped, Together, activations, batches, distill, hybrid, never, training
+from stages.activations import Kept, Pairs, Rootstock
+from stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from stages.training import PlainEngine, TrainingSet, draw_batch, final_weights, learning_rate, shuffled, train
+from stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -216,7 +224,7 @@ def test_training_lowers_the_loss(store: Store, data: TrainingSet) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(store: Store, data: TrainingSet) -> None:
     spoilt = 17
-    order = torch.cat([torch.randperm(30, generator=training.generator(0, "base", "epoch", e)) for e in range(4)])
+    order = torch.cat([torch.randperm(30, generator=generator(0, "base", "epoch", e)) for e in range(4)])
     first_seen = order.tolist().index(spoilt) // RECIPE.batch + 1
     data.latents[spoilt] = math.nan
     with pytest.raises(FloatingPointError, match=rf"nan at step {first_seen};"):
@@ -276,13 +284,94 @@ def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: Tra
     assert workers.wait(timeout=300) == 0
     one, two, stopped = (state_of(store.partial(key)) for key in ("one", "two", "stopped"))
     assert_same_bits(stopped, two)
-    for state in (one, two):
+    assert_near(two, one)
+
+
+class Asked(TorchDispatchMode):
+    """Notes after which reported step the host asked for a tensor's value, or moved a constant of the diffusion."""
+
+    def __init__(self, report: Reports) -> None:
+        super().__init__()
+        self.report, self.steps = report, list[int]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = operation is torch.ops.aten._local_scalar_dense.default
+        moves = operation is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        if self.report.seen and (asks or moves):
+            self.steps.append(self.report.seen[-1][0])
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_for_no_value_and_moves_no_constant_but_at_points_and_checkpoints(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "POINTS", 2)  # points of the curve at 6 and 12
+    report = Reports()
+    with Asked(report) as asked:
+        run_training(store.partial("a"), data, RECIPE.model_copy(update={"checkpoint_every": 12}), report)
+    assert asked.steps == [0, 6, 12]  # for the point at 6; for that at 12, and the checkpoint
+
+
+# -- what may be set without another result
+
+
+@pytest.fixture
+def ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code is traced and differentiated as ever, but runs operation by operation: no C++ is compiled."""
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+
+
+def run_set_up(store: Store, key: str, data: TrainingSet, **settings: bool) -> dict[str, Tensor]:
+    recipe = RECIPE.model_copy(update=settings)
+
+    def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
+        model = lively(DiT(TINY))
+        training.set_up_blocks(model, recipe)
+        return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
+
+    train(make_engine, data, recipe, seed=0, stream="base", partial=store.partial(key), report=Reports())
+    return state_of(store.partial(key))
+
+
+def test_blocks_that_keep_no_activations_end_in_the_same_bits(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, c: (passes.append("block"), forward(self, x, c))[1])
+    kept = run_set_up(store, "kept", data)
+    assert len(passes) == TINY.depth * RECIPE.steps
+    again = run_set_up(store, "again", data, checkpointing=True)
+    assert len(passes) == 3 * TINY.depth * RECIPE.steps  # each block's pass once more
+    assert_same_bits(again, kept)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_compiled_blocks_end_where_the_others_do_up_to_rounding(
+    store: Store, data: TrainingSet, ahead_of_time: None, checkpointing: bool
+) -> None:
+    assert_near(
+        run_set_up(store, "compiled", data, compile=True, checkpointing=checkpointing), run_set_up(store, "plain", data)
+    )
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_end_where_the_others_do_up_to_rounding(
+    store: Store, data: TrainingSet
+) -> None:
+    assert_near(run_set_up(store, "compiled", data, compile=True), run_set_up(store, "plain", data))
+
+
+def assert_near(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Of states of one training, up to rounding."""
+    for state in (first, second):
         state["progress"] = small.progress(state["progress"])
         for name, value in state.items():
             if name.endswith("attn.qkv.bias"):
                 # A key's bias cancels in the softmax: its gradient is rounding alone, which Adam scales up.
                 value[TINY.width : 2 * TINY.width] = 0
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
 # -- batches and learning rates
@@ -332,6 +421,75 @@ def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:
     _, t, _, _ = draw_batch(data, RECIPE.model_copy(update={"batch": 20_000}), 0, "base", 0, rank=0, workers=1)
     assert (t.min().item(), t.max().item()) == (0, STEPS - 1)
     assert t.float().mean().item() == pytest.approx((STEPS - 1) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_a_worker_draws_its_own_noise_only(data: TrainingSet, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    places: list[Any] = []
+    named = batches.generator
+    monkeypatch.setattr(batches, "generator", lambda *name: (places.append(name), named(*name))[1])
+    draw_batch(data, RECIPE, 0, "base", 5, workers - 1, workers)
+    share = RECIPE.batch // workers
+    assert [name[-1] for name in places if "noise" in name] == list(range(RECIPE.batch - share, RECIPE.batch))
+
+
+def test_noise_is_unit_gaussian_and_no_two_samples_share_it(data: TrainingSet) -> None:
+    recipe = RECIPE.model_copy(update={"batch": 400})
+    noise = torch.cat([draw_batch(data, recipe, 0, "base", step, rank=0, workers=1).noise for step in (0, 1)])
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len(noise.flatten(1).unique(dim=0)) == 800
+
+
+def threads_of_batches() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_batches_are_drawn_while_a_step_runs_and_come_in_order() -> None:
+    drawn: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def draw(step: int) -> Any:
+        drawn.put(step)
+        return f"batch {step}"
+
+    with DrawnAhead(draw, range(3, 9)) as ahead:
+        for step, batch in ahead:
+            assert batch == f"batch {step}"
+            if step == 3:  # while this step runs, the next ones are drawn, and no more
+                assert [drawn.get(timeout=30) for _ in range(1 + batches.DEPTH)] == [3, 4, 5]
+                assert drawn.empty()
+        assert step == 8
+    assert threads_of_batches() == []
+
+
+def test_what_a_draw_raises_is_raised_at_its_step_and_leaves_no_thread() -> None:
+    def draw(step: int) -> Any:
+        if step == 4:
+            raise OSError("no such file")
+
+    done = []
+    with pytest.raises(OSError, match="no such file"), DrawnAhead(draw, range(9)) as ahead:
+        for step, _ in ahead:
+            done.append(step)
+    assert done == [0, 1, 2, 3]
+    assert threads_of_batches() == []
+
+
+@pytest.mark.parametrize("end", [Killed, Stopped], ids=["an error", "a stop"])
+def test_training_leaves_no_thread_behind(store: Store, data: TrainingSet, end: type[BaseException]) -> None:
+    report = Reports(dies_at=5 if end is Killed else None)
+    with pytest.raises(end):
+        run_training(store.partial("a"), data, report=report, stopping=report.past(5))
+    assert threads_of_batches() == []
+
+
+def test_the_share_of_the_time_that_was_waited_for_data_is_reported(store: Store, data: TrainingSet) -> None:
+    report = Reports()
+    run_training(store.partial("a"), data, report=report)
+    shares = [metrics["data_wait"] for _, _, metrics in report.seen if metrics]
+    assert len(shares) == RECIPE.steps and all(0 <= share <= 1 for share in shares)
+    with DrawnAhead(lambda step: time.sleep(0.05), range(4)) as slow:  # type: ignore[arg-type,return-value]
+        list(slow)
+        assert slow.share_waited() > 0.5
 
 
 def rates(**recipe: Any) -> list[float]:
@@ -407,27 +565,32 @@ def shown(data: TrainingSet) -> Noised:
 
 
 @pytest.fixture
-def pairs(rootstock: DiT, shown: Noised) -> distill.Pairs:
-    return distill.record(rootstock, MHA_SITE, shown, gate_weighted=False)
+def source(rootstock: DiT, shown: Noised) -> Kept:
+    return recorded(rootstock, MHA_SITE, shown)
 
 
 @pytest.fixture
-def unseen(rootstock: DiT, data: TrainingSet) -> distill.Pairs:
+def unseen(rootstock: DiT, data: TrainingSet) -> Kept:
     kept = Latents(data.latents[24:], data.labels[24:])
-    return distill.record(rootstock, MHA_SITE, noised(kept, 1, 0, "distill/heldout"), gate_weighted=False)
+    return recorded(rootstock, MHA_SITE, noised(kept, 1, 0, "distill/heldout"))
+
+
+def recorded(rootstock: DiT, site: Site, shown: Noised, gate_weighted: bool = False) -> Kept:
+    whole = Rootstock(rootstock, (), shown, shown, DistillSpec(gate_weighted=gate_weighted), CPU)
+    return Kept(whole.record([site], shown, CPU)[site], CPU)
 
 
 @pytest.mark.parametrize("deaths", [(1,), (3,), (4,), (7,), (3, 5, 6)], ids=str)
 def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
-    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path, deaths: tuple[int, ...]
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path, deaths: tuple[int, ...]
 ) -> None:
     def distilled(key: str, deaths: tuple[int, ...]) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
         for death in deaths:
             scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
             with pytest.raises(Killed):
-                distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
+                distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
         scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
-        history = distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path))
+        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
         return scion.state_dict(), history
 
     straight, killed = distilled("straight", ()), distilled("killed", deaths)
@@ -436,7 +599,7 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
 
 
 def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
-    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
 ) -> None:
     ends = []
     for key, asked in (("straight", False), ("stopped", True)):
@@ -444,53 +607,51 @@ def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
         context = replace(make_context(store, key, tmp_path, report), stopping=report.past(3))
         if asked:
             with pytest.raises(Stopped, match="after epoch 3"):
-                distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, unseen, "l1", context)
+                distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
         scion = new_scion(rootstock, MHA_EDIT, 99 if asked else 0)
-        history = distill.fit(scion, pairs, unseen, "l1", make_context(store, key, tmp_path))
+        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
         ends.append((scion.state_dict(), history))
     assert ends[0][1] == ends[1][1]
     assert_same_bits(ends[0][0], ends[1][0])
 
 
 def test_distilling_brings_the_scion_nearer(
-    rootstock: DiT, pairs: distill.Pairs, unseen: distill.Pairs, store: Store, tmp_path: Path
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
 ) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
     before = distill.relative_error(scion, unseen)
-    distill.fit(scion, pairs, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
+    distill.fit(scion, source, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
     assert distill.relative_error(scion, unseen) < 0.7 * before
 
 
-def test_the_weights_of_the_best_epoch_are_kept(
-    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path
-) -> None:
+def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, store: Store, tmp_path: Path) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
-        contrary = distill.Pairs(pairs.inputs, scion(*pairs.inputs), None)
-    history = distill.fit(scion, pairs, contrary, "l1", make_context(store, "a", tmp_path))
+        contrary = Kept(Pairs(source.pairs.inputs, scion(*source.pairs.inputs), None), CPU)
+    history = distill.fit(scion, source, contrary, "l1", make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
     assert distill.error_on(scion, contrary, distill.LOSSES["l1"]) == errors[0]
 
 
 def test_the_rate_halves_at_each_milestone(
-    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rootstock: DiT, source: Kept, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
     step = PlainEngine.step
     monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
     scion = new_scion(rootstock, MHA_EDIT, 0)
     context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
-    distill.fit(scion, pairs, pairs, "l1", context)
+    distill.fit(scion, source, source, "l1", context)
     assert rates == [0.08, 0.04, 0.04, 0.02, 0.02]
 
 
 def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_epoch(
-    rootstock: DiT, pairs: distill.Pairs, store: Store, tmp_path: Path
+    rootstock: DiT, source: Kept, store: Store, tmp_path: Path
 ) -> None:
-    broken = distill.Pairs(pairs.inputs, pairs.outputs * math.nan, None)
+    broken = Kept(Pairs(source.pairs.inputs, source.pairs.outputs * math.nan, None), CPU)
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        distill.fit(new_scion(rootstock, MHA_EDIT, 0), pairs, broken, "l1", make_context(store, "a", tmp_path))
+        distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, broken, "l1", make_context(store, "a", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -534,57 +695,57 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
     draws = torch.Generator().manual_seed(0)
     inputs, outputs = 2 * torch.randn(2, 5, 4, 3, generator=draws)
     weights = torch.rand(5, 1, 3, generator=draws)
-    pairs = distill.Pairs((inputs,), outputs, weights if weighted else None)
+    pairs = Pairs((inputs[1:4],), outputs[1:4], weights[1:4] if weighted else None)
     expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
-    found = distill.error(nn.Identity(), pairs, slice(1, 4), distill.LOSSES[kind])
+    found = distill.error(nn.Identity(), pairs, distill.LOSSES[kind])
     torch.testing.assert_close(found, expected.mean())
 
 
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
 def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, shown: Noised, site: Site) -> None:
-    pairs = distill.record(rootstock, site, shown, gate_weighted=True)
+    pairs = recorded(rootstock, site, shown, gate_weighted=True).pairs
     _, c = rootstock.embed(shown.z, shown.t, shown.labels)
     gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
 
 
-def test_unweighted_pairs_have_no_weights(pairs: distill.Pairs) -> None:
-    assert pairs.weights is None
+def test_unweighted_pairs_have_no_weights(source: Kept) -> None:
+    assert source.pairs.weights is None
 
 
 def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
     rootstock: DiT, shown: Noised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "BATCH", 7)
-    pairs = distill.record(rootstock, MHA_SITE, shown, gate_weighted=False)
+    monkeypatch.setattr(activations, "BATCH", 7)
+    pairs = recorded(rootstock, MHA_SITE, shown).pairs
     seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
     torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.inputs, seen.output))
 
 
 def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
-    pairs: distill.Pairs, monkeypatch: pytest.MonkeyPatch
+    source: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = (pairs.inputs[0] - pairs.outputs).abs().mean().item()
+    whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
     monkeypatch.setattr(distill, "BATCH", 7)
-    assert distill.error_on(nn.Identity(), pairs, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+    assert distill.error_on(nn.Identity(), source, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
 def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site: Site, operator: Any) -> None:
     scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
     scion.load_state_dict(scion_at(rootstock, site).state_dict())
-    pairs = distill.record(rootstock, site, shown, gate_weighted=False)
-    assert distill.error_on(scion, pairs, distill.LOSSES["l1"]) == 0
-    assert distill.relative_error(scion, pairs) == 0
+    same = recorded(rootstock, site, shown)
+    assert distill.error_on(scion, same, distill.LOSSES["l1"]) == 0
+    assert distill.relative_error(scion, same) == 0
 
 
-def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(pairs: distill.Pairs) -> None:
+def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept) -> None:
     class Mean(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return pairs.outputs.mean((0, 1)).expand_as(x)
+            return source.pairs.outputs.mean((0, 1)).expand_as(x)
 
-    assert distill.relative_error(Mean(), pairs) == pytest.approx(1, rel=1e-5)
+    assert distill.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
 
 
 # -- the whole step, and what it leaves
@@ -625,12 +786,12 @@ def run_distill(
     store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
 ) -> None:
     out.mkdir(exist_ok=True)
-    made = make_context(store, key, out, report, **changes)
-    distill.run(Context(**{**made.__dict__, "inputs": inputs}))
+    together = changes.pop("together", Together())
+    distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, together=together))
 
 
 def test_a_distill_step_leaves_the_best_scion_and_its_figures(
-    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, unseen: distill.Pairs
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, unseen: Kept
 ) -> None:
     report = Reports()
     run_distill(store, "a", inputs, tmp_path / "out", report)
@@ -673,11 +834,126 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
     model = hybrid.with_scions(rootstock, (MHA_EDIT,), make_bare(inputs), 0)
     start = new_scion(model, PAIR, 0)
     latents = read(inputs["features"].place, "heldout").first(24)
-    unseen = distill.record(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"), gate_weighted=False)
+    unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"))
     summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
     assert summary["relative_error"] < 0.9 * distill.relative_error(start, unseen)
     start.load_state_dict(pair)
     assert summary["relative_error"] == pytest.approx(distill.relative_error(start, unseen), rel=1e-5)
+
+
+# -- sites that share a task
+
+
+MLP_EDIT = Edit(site=MLP_SITE, operator=Mlp(ratio=2))
+A_SITE = (24 + 6) * 2 * 16 * 16 * 4  # bytes: samples, what goes in and out, tokens, width, fp32
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Site, ...]]:
+    """The sites that each batch of the rootstock's pass looked at."""
+    found: list[tuple[Site, ...]] = []
+
+    def counted(model: DiT, sites: Any, *args: Tensor) -> Any:
+        found.append(tuple(sites))
+        return observe(model, sites, *args)
+
+    monkeypatch.setattr(activations, "observe", counted)
+    return found
+
+
+def distilled_together(store: Store, inputs: dict[str, Folder], folder: Path, **changes: Any) -> dict[str, bytes]:
+    """Two sites in one task: the files that they leave."""
+    kept: dict[str, Any] = {}
+    for name, edit, ahead in (("mha", MHA_EDIT, [MLP_EDIT]), ("mlp", MLP_EDIT, [])):
+        following = [make_context(store, "", folder, edit=other, **changes).params for other in ahead]
+        together = Together(next=following, kept=kept)
+        folder.mkdir(exist_ok=True)
+        run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, together=together, **changes)
+    return {
+        f"{name}/{file}": (folder / name / file).read_bytes()
+        for name in ("mha", "mlp")
+        for file in ("scion.safetensors", "distill.json")
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (2 * A_SITE, [(MHA_SITE, MLP_SITE)] * 2),  # the training samples, then the held-out ones
+        (2 * A_SITE - 1, [(MHA_SITE,)] * 2 + [(MLP_SITE,)] * 2),
+    ],
+    ids=["room for both", "room for one"],
+)
+def test_sites_of_one_task_share_passes_as_far_as_memory_goes_and_end_in_the_bits_of_sites_alone(
+    store: Store,
+    inputs: dict[str, Folder],
+    tmp_path: Path,
+    passes: list[tuple[Site, ...]],
+    room: int,
+    expected: list[tuple[Site, ...]],
+) -> None:
+    found = distilled_together(store, inputs, tmp_path / "together", activations=room)
+    assert passes == expected
+    for name, edit in (("mha", MHA_EDIT), ("mlp", MLP_EDIT)):
+        run_distill(store, f"alone/{name}", inputs, tmp_path / f"alone-{name}", edit=edit)
+        for file in ("scion.safetensors", "distill.json"):
+            assert found[f"{name}/{file}"] == (tmp_path / f"alone-{name}" / file).read_bytes()
+
+
+def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_result(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    record = Rootstock.record
+    monkeypatch.setattr(
+        Rootstock,
+        "record",
+        lambda self, sites, shown, place: (sizes.append(len(shown.t)), record(self, sites, shown, place))[1],
+    )
+    run_distill(store, "fits", inputs, tmp_path / "fits")
+    assert sizes == [24, 6]
+    sizes.clear()
+    room = 12 * A_SITE // 30  # 12 samples of 24, of which whole batches of 10 are taken
+    run_distill(store, "streamed", inputs, tmp_path / "streamed", activations=room)
+    assert sizes[:4] == [10, 10, 4, 6] and len(sizes) == 4 * 7 + 1
+    scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("fits", "streamed")]
+    for name, value in scions[0].items():
+        torch.testing.assert_close(scions[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(rootstock: DiT, shown: Noised) -> None:
+    recipe = DistillSpec(precision="bf16")
+    found = Rootstock(rootstock, (), shown, shown, recipe, CPU).record([MHA_SITE, PAIR.site], shown, CPU)
+    assert {value.dtype for value in found[MHA_SITE].tensors()} == {torch.bfloat16}
+    assert {value.dtype for value in found[PAIR.site].tensors()} == {torch.float32}
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    with computing("bf16", CPU), torch.no_grad():
+        seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+        exact = distill.error(scion, Pairs(seen.inputs, seen.output, None), distill.LOSSES["l1"])
+        assert distill.error(scion, found[MHA_SITE], distill.LOSSES["l1"]) == exact
+
+
+def test_the_gradient_is_that_of_the_whole_batch_whatever_the_parts(
+    rootstock: DiT, source: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for cached in (2**20, 7 * 16 * 16):
+        monkeypatch.setattr(distill, "CACHED", cached)
+        scion = new_scion(rootstock, MHA_EDIT, 0)
+        engine = PlainEngine(scion, clip=10.0, state=None)
+        for _ in range(3):
+            mean = distill.learn(engine, scion, source.pairs, distill.LOSSES["l2"], 0.01)
+        ends.append((mean, *scion.parameters()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_scion_learns_the_same(store: Store, inputs: dict[str, Folder], tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run_distill(store, name, inputs, tmp_path / name, compile=compiled, epochs=2)
+    scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("eager", "compiled")]
+    for name, value in scions[0].items():
+        torch.testing.assert_close(scions[1][name], value, rtol=1e-3, atol=1e-5)
 
 
 def make_bare(inputs: dict[str, Folder]) -> Context:

@@ -9,7 +9,7 @@ from models.checkpoints import diffusers, native, published
 from models.checkpoints.card import Card, write_card
 from models.checkpoints.fit import UnfitCheckpoint
 from models.checkpoints.reading import located, read
-from specs.model import Layout
+from specs.export import Layout
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -24,7 +24,8 @@ SEED = int(os.environ.get("GRAFT_CHAOS_SEED", str(time.time_ns() % 2**31)))
 SECONDS_BETWEEN = (1.0, 20.0)
 SECONDS_TO_A_TARGET = (0.2, 3.0)  # between two looks whether there is anything to hit
 SECONDS_A_KILL, SECONDS_A_ROUND = 90, 900  # in which all must be over, on a slow machine
-FILES = {"scion.safetensors", "model.safetensors", "samples.npy", "classifier.safetensors", "plan.json"}
+FILES = {"scion.safetensors", "model.safetensors", "classifier.safetensors", "plan.json"}
+FILES |= {"classifier.npz", "grid.png"}  # sums over all samples, and the first of them
 TRAININGS = ("base", "finetune", "finetune/random_init")
 
 

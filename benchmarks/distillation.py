@@ -1,0 +1,306 @@
+"""Distillation straight from memory, against the public way through the disk.
+
+    python -m benchmarks.distillation [--json FILE]                        on a CPU: width 384, 12 blocks, 6 sites
+    python -m benchmarks.distillation --width 1152 --depth 28 --heads 16 --samples 8000 --compile       on a GPU
+
+The public way (REFERENCE: arXiv 2506.05340's code): one pass of the whole rootstock writes a file a sample and site,
+and then, one site after another, every epoch reads the files back through a DataLoader; the loss is asked for at each
+step. Ours is the stage itself: `distill.run` for packs of sites, on a CPU one process a core, as Ray runs them. Both
+start from the same scions, see the same batches at the same rates, and compute in the same precision; their held-out
+errors must agree. The floor is the FLOPs of the scions' training and of one pass of the rootstock up to the last site,
+over the measured peak of a matrix product on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.report import limits, parser, show, timed
+from models import checkpoints
+from models.dit import DiT, DiTConfig, initialise
+from models.precision import computing
+from models.streams import generator
+from models.surgery import new_scion, observe
+from pipeline.packing import Item, pack
+from pipeline.store import Store
+from specs.costs import operator_cost, rootstock_cost
+from specs.graft import Edit, OperatorEdits, Site
+from specs.job import StepResources
+from specs.steps import DistillParams
+from specs.training import DistillSpec
+from stages import Context, Together, distill
+from stages.latents import LatentsMeta, noised, read, write_meta
+
+CLASSES = 10
+EXTRACTED = 64  # samples of the public pass
+LOADERS = 1  # processes that read files back, beside the one that trains
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An artifact as a stage reads it."""
+
+    key: str
+    place: Path
+
+    def path(self) -> Path:
+        return self.place
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both ways are to do."""
+
+    inputs: Mapping[str, Folder]
+    edits: tuple[Edit, ...]
+    recipe: DistillSpec
+    place: Path
+    device: torch.device
+
+    def params(self, edit: Edit) -> DistillParams:
+        return DistillParams(seed=0, edit=edit, recipe=self.recipe)
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        work = prepared(options, Path(folder), device)
+        peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+        public, public_errors, written = public_way(work)
+        ours, our_errors = our_way(work, options.processes)
+    worst = max(abs(our_errors[site] / public_errors[site] - 1) for site in our_errors)
+    assert worst < 0.02, f"the two ways came to other held-out errors: {public_errors} and {our_errors}"
+    flops = floor_flops(options, work)
+    rows = [
+        {"way": "public, through files", "s": public["all"], "of which extracting": public["extracting"],
+         "of peak": flops / peak.flops / public["all"], "GB of activations written": written / 1e9, "ratio": 1.0},
+        {"way": "ours, in memory", "s": ours, "of peak": flops / peak.flops / ours,
+         "GB of activations written": 0.0, "ratio": public["all"] / ours},
+        {"way": "floor", "s": flops / peak.flops, "of peak": 1.0},
+    ]  # fmt: skip
+    facts = {
+        "operator": options.operator,
+        "precision": options.precision,
+        "sites x samples x epochs": f"{len(work.edits)} x {options.samples} x {options.epochs}",
+        "processes of ours": options.processes,
+        "threads of the public way": torch.get_num_threads(),
+        "peak, TFLOP/s": peak.flops / 1e12,
+        "held-out errors agree to": worst,
+    }
+    show("Distillation", rows, facts, options.json)
+
+
+def arguments() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--width", type=int, default=384)
+    made.add_argument("--depth", type=int, default=12)
+    made.add_argument("--heads", type=int, default=6)
+    made.add_argument("--side", type=int, default=32, help="of the latents; patches of 2")
+    made.add_argument("--sites", type=int, default=6)
+    made.add_argument("--samples", type=int, default=512, help="to train on, and as many held out")
+    made.add_argument("--epochs", type=int, default=20)
+    made.add_argument("--batch", type=int, default=64)
+    made.add_argument("--operator", default="hyena_y")
+    made.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    made.add_argument("--compile", action="store_true", help="ours: torch.compile each scion")
+    made.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
+    made.add_argument("--folder", type=Path, help="where files are written; by default the system's")
+    return made.parse_args()
+
+
+def prepared(options: argparse.Namespace, folder: Path, device: torch.device) -> Work:
+    """A rootstock with random weights, and latents of noise: what is computed does not depend on them."""
+    features, base = folder / "features", folder / "base"
+    features.mkdir()
+    base.mkdir()
+    draws = np.random.default_rng(0)
+    for split in ("training", "heldout"):
+        shape = (options.samples, 4, options.side, options.side)
+        np.save(features / f"{split}_latents.npy", draws.standard_normal(shape, dtype=np.float32))
+        np.save(features / f"{split}_labels.npy", np.arange(options.samples) % CLASSES)
+    sizes = {"num_training": options.samples, "num_heldout": options.samples}
+    write_meta(features, LatentsMeta(codec="vae", channels=4, side=options.side, classes=("c",) * CLASSES, **sizes))
+    config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
+    torch.manual_seed(0)
+    model = DiT(config)
+    initialise(model)
+    for block in model.blocks:
+        nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # zero at the start, operators would see no latents
+    checkpoints.save(model, (), base)
+    chosen = OperatorEdits.model_validate(
+        {"target": "mha", "operator": {"kind": options.operator}, "layers": {"kind": "first", "count": options.depth}}
+    ).edits(options.depth)
+    every = options.depth // options.sites
+    recipe = DistillSpec(
+        samples=options.samples, epochs=options.epochs, batch=options.batch, loss="l1", precision=options.precision,
+        compile=options.compile, checkpoint_every=options.epochs,
+    )  # fmt: skip
+    inputs = {"features": Folder("f", features), "base": Folder("b", base)}
+    return Work(inputs, tuple(chosen[every - 1 :: every][: options.sites]), recipe, folder, device)
+
+
+# -- the public way
+
+
+class Files(Dataset[tuple[Tensor, Tensor]]):
+    """A file a sample: what went in, what came out."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.load(self.folder / f"{index:06d}.pt", weights_only=True)
+
+
+def public_way(work: Work) -> tuple[dict[str, float], dict[Site, float], int]:
+    """Seconds in all and of the extraction, each site's best held-out error, bytes written."""
+    model, _ = checkpoints.load(work.inputs["base"].path())
+    model = model.to(work.device)
+    start = time.perf_counter()
+    written = sum(extract(work, model, split) for split in ("training", "heldout"))
+    extracting = time.perf_counter() - start
+    errors = {edit.site: train_from_files(work, model, edit) for edit in work.edits}
+    return {"all": time.perf_counter() - start, "extracting": extracting}, errors, written
+
+
+def extract(work: Work, model: DiT, split: str) -> int:
+    """The rootstock's own forward pass, whole; what passes the sites goes to files in bf16 or fp32."""
+    latents = read(work.inputs["features"].path(), split).first(work.recipe.samples)
+    shown = noised(latents, 1, 0, "distill" if split == "training" else "distill/heldout")
+    kept = torch.bfloat16 if work.recipe.precision == "bf16" else torch.float32
+    sites = [edit.site for edit in work.edits]
+    written = 0
+    for site in sites:
+        (work.place / split / str(site)).mkdir(parents=True)
+    for start in range(0, len(shown.t), EXTRACTED):
+        part = slice(start, start + EXTRACTED)
+        with computing(work.recipe.precision, work.device), torch.no_grad():
+            inputs = [value[part].to(work.device) for value in (shown.z, shown.t, shown.labels)]
+            # To the last block, as a forward pass goes; one more site says so to `observe`.
+            seen = observe(model, [*sites, Site(block=model.config.depth - 1, target="mlp")], *inputs)
+        for site in sites:
+            pairs = zip(seen[site].inputs[0].to(kept).cpu(), seen[site].output.to(kept).cpu(), strict=True)
+            for offset, (given, put_out) in enumerate(pairs):
+                path = work.place / split / str(site) / f"{start + offset:06d}.pt"
+                torch.save((given.clone(), put_out.clone()), path)
+                written += path.stat().st_size
+    return written
+
+
+def train_from_files(work: Work, model: DiT, edit: Edit) -> float:
+    """One site, epoch by epoch; the lowest held-out error."""
+    recipe = work.recipe
+    scion = new_scion(model, edit, 0).to(work.device)
+    optimizer = torch.optim.AdamW(scion.parameters(), lr=recipe.lr, weight_decay=0.0)
+    sets = {split: Files(work.place / split / str(edit.site), recipe.samples) for split in ("training", "heldout")}
+    errors = []
+    for epoch in range(recipe.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
+        # The shuffling of ours, so that both end in the same scion.
+        order = torch.randperm(recipe.samples, generator=generator(0, f"distill/{edit.site}", "epoch", epoch)).tolist()
+        for given, put_out in batches(sets["training"], order, recipe.batch):
+            loss = step_loss(scion, given, put_out, work)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(scion.parameters(), recipe.clip)
+            optimizer.step()
+            loss.item()
+        total = 0.0
+        with torch.no_grad():
+            for given, put_out in batches(sets["heldout"], range(recipe.samples), recipe.batch):
+                total += step_loss(scion, given, put_out, work).item() * len(given)
+        errors.append(total / recipe.samples)
+    return min(errors)
+
+
+def batches(files: Files, order: Sequence[int], batch: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(files, batch, sampler=order, num_workers=LOADERS, pin_memory=torch.cuda.is_available())
+
+
+def step_loss(scion: nn.Module, given: Tensor, put_out: Tensor, work: Work) -> Tensor:
+    given, put_out = (value.to(work.device, non_blocking=True) for value in (given, put_out))
+    with computing(work.recipe.precision, work.device):
+        answer = scion(given)
+    return nn.functional.l1_loss(answer.float(), put_out.float())
+
+
+# -- ours
+
+
+def our_way(work: Work, processes: int) -> tuple[float, dict[Site, float]]:
+    """Seconds, and each site's best held-out error. Starting the processes is Ray's part, and not counted."""
+    by_name = {edit.name: edit for edit in work.edits}
+    packs = pack([Item(name, 1.0) for name in by_name], processes)
+    jobs = [[by_name[item.name] for item in items] for items in packs]
+    if processes == 1:
+        seconds = timed(lambda: [distil(work, edits) for edits in jobs], work.device)
+    else:
+        context = torch.multiprocessing.get_context("spawn")
+        with context.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            pool.map(warm, range(4 * processes), chunksize=1)
+            seconds = timed(lambda: pool.starmap(distil, [(work, edits) for edits in jobs], chunksize=1))
+    summaries = {edit.site: json.loads((out_of(work, edit) / "distill.json").read_text()) for edit in work.edits}
+    return seconds, {site: summary["heldout_error"] for site, summary in summaries.items()}
+
+
+def warm(_: int) -> None:
+    torch.ones(64, 64).mm(torch.ones(64, 64))
+    time.sleep(0.2)
+
+
+def out_of(work: Work, edit: Edit) -> Path:
+    return work.place / "ours" / edit.name
+
+
+def distil(work: Work, edits: Sequence[Edit]) -> None:
+    """The sites of one task."""
+    kept: dict[str, Any] = {}
+    for number, edit in enumerate(edits):
+        out = out_of(work, edit)
+        out.mkdir(parents=True)
+        following = [work.params(other) for other in edits[number + 1 :]]
+        distill.run(
+            Context(
+                step=f"distill/{edit.name}",
+                params=work.params(edit),
+                inputs=work.inputs,
+                out=out,
+                partial=Store(str(work.place / "store")).partial(edit.name),
+                report=lambda done, total, metrics=None: None,
+                resources=StepResources(),
+                device=work.device,
+                together=Together(next=following, kept=kept),
+            )
+        )
+
+
+def floor_flops(options: argparse.Namespace, work: Work) -> float:
+    """Three passes of the scions over the samples an epoch, one over the held-out ones, one pass of the rootstock."""
+    config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
+    scion = operator_cost(work.edits[0].operator, config.place).flops
+    rootstock = rootstock_cost(config, config.place, 4, CLASSES).flops
+    depth = (1 + max(edit.site.block for edit in work.edits)) / options.depth
+    learning = len(work.edits) * options.samples * options.epochs * (3 + 1) * scion
+    return float(learning + 2 * options.samples * rootstock * depth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Jobs without work: a stage that only leaves a number, a plan of it, and stores in which all of a plan is done.
+
+Whatever process reads a step of such a plan imports this module, for the class of its parameters; that makes the stage
+known there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from pipeline import record
+from pipeline.planning import Plan, Step
+from pipeline.running import Run
+from pipeline.store import Origin, Store, canonical
+from pipeline.view import SilentView
+from specs.fields import Spec, keyed
+from specs.job import JobSpec, StepResources
+from stages import STAGES, Context, Stage
+
+NAME = "trivial"
+
+
+class TrivialParams(Spec):
+    """What the stage is told."""
+
+    round: int  # for keys of its own
+    seconds: float = 0.0  # that it holds its worker
+
+
+def run(context: Context) -> None:
+    params: TrivialParams = context.params
+    time.sleep(params.seconds)
+    name = "results.json" if context.step == "evaluate" else "figures.bin"
+    (context.out / name).write_text(json.dumps({"trivial": {"round": float(params.round)}}))
+
+
+STAGES[NAME] = Stage(version=1)
+sys.modules[f"stages.{NAME}"] = sys.modules[__name__]
+
+
+def chain_and_fan(job: JobSpec, each: int, warm: int, number: int) -> Plan:
+    """`warm` steps that have all workers load what they need; a chain of `each` steps; as many side by side; the end.
+
+    number: that of the round. Steps are named `warm/0000`, `chain/0000`, `fan/0000` and `evaluate`.
+    """
+    here, busy = TrivialParams(round=number), TrivialParams(round=number, seconds=1)
+    first = [_step(f"warm/{index:04d}", busy, ()) for index in range(warm)]
+    chain: list[Step] = []
+    for index in range(each):
+        chain.append(_step(f"chain/{index:04d}", here, chain[-1:] or first))
+    fan = [_step(f"fan/{index:04d}", here, chain[-1:]) for index in range(each)]
+    return Plan(job=job, steps=(*first, *chain, *fan, _step("evaluate", here, fan)))
+
+
+def finish(plan: Plan) -> None:
+    """Leave a store as a finished run leaves it, with artifacts of one small file."""
+    store = Store(plan.job.store)
+    for step in plan.steps:
+        folder = store.workplace(step.key)
+        (folder / "results.json").write_text('{"rootstock": {"distance": 1.0}}')
+        origin = Origin(step=step.name, run="benchmark", seconds=1.0, made="")
+        store.commit(step.key, folder, dict(step.identity), origin)
+    run = Run(plan, SilentView())
+    run.record.status, run.record.mlflow_uri = "finished", run.tracking_uri()
+    run.record.results = {"rootstock": {"distance": 1.0}}
+    record.save(store, run.record)
+
+
+def _step(name: str, params: TrivialParams, needs: Sequence[Step]) -> Step:
+    identity = {
+        "stage": NAME,
+        "name": name,
+        "params": keyed(params),
+        "needs": {needed.name: needed.key for needed in needs},
+    }
+    return Step(
+        name=name,
+        stage=NAME,
+        params=params,
+        needs={needed.name: needed.name for needed in needs},
+        resources=StepResources(),
+        identity=identity,
+        key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
+    )

@@ -1,0 +1,257 @@
+"""Activations: what operators of the rootstock saw and put out. They go straight into memory, never to a disk.
+
+The sites that one task distils share a pass of the rootstock: the first of them has it record those after it too, as
+many as fit the memory, and a site's activations go when the site is through. Those of a site that does not fit by
+itself are kept on the host, or else computed anew in each epoch, chunk by chunk of its order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from models import checkpoints
+from models.dit import DiT
+from models.precision import computing
+from models.surgery import observe
+from specs.graft import Edit, Site, overlapping
+from specs.steps import DistillParams
+from specs.training import DistillSpec
+from stages import Context
+from stages.latents import Noised, noised, read
+
+BATCH = 64  # samples that pass through the rootstock together
+SHARE = 0.5  # of the memory that is free
+KEPT = "activations"  # under which name a task keeps them from step to step
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What an operator saw and put out, and the weight of its error."""
+
+    inputs: tuple[Tensor, ...]  # each (n,..): an operator's tokens; a pair's tokens and condition
+    outputs: Tensor  # (n,N,D)
+    weights: Tensor | None  # (n,1,D), or all ones
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.inputs, self.outputs, *([] if self.weights is None else [self.weights])]
+
+    def of(self, tensors: Sequence[Tensor]) -> Pairs:
+        """Others in the place of its tensors."""
+        inputs = tuple(tensors[: len(self.inputs)])
+        return Pairs(inputs, tensors[len(inputs)], None if self.weights is None else tensors[len(inputs) + 1])
+
+    def split(self, size: int) -> Iterator[Pairs]:
+        """Views of `size` samples each."""
+        return map(self.of, zip(*(value.split(size) for value in self.tensors()), strict=True))
+
+
+class Source(Protocol):
+    """Where batches of pairs come from."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        """All pairs on the device, `size` at a time; order: (n,) indices, else as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pairs in memory: the device's, or the host's, from where batches are moved."""
+
+    pairs: Pairs
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        if order is None:
+            found = self.pairs.split(size)
+        else:
+            chosen = order.to(self.pairs.outputs.device).split(size)
+            found = (self.pairs.of([value[part] for value in self.pairs.tensors()]) for part in chosen)
+        for batch in found:
+            yield batch.of([value.to(self.device, non_blocking=True) for value in batch.tensors()])
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Pairs that are nowhere: the rootstock runs again for each chunk of what is asked for."""
+
+    rootstock: Rootstock
+    site: Site
+    shown: Noised
+    chunk: int  # samples whose activations are held at once
+
+    def __len__(self) -> int:
+        return len(self.shown.t)
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        whole = torch.arange(len(self)) if order is None else order.cpu()
+        for part in whole.split(max(self.chunk // size, 1) * size):
+            found = self.rootstock.record([self.site], self.shown[part], self.rootstock.device)
+            yield from Kept(found[self.site], self.rootstock.device).batches(size)
+
+
+@dataclass(frozen=True)
+class Rootstock:
+    """The pretrained model, and the noised latents that it is shown: the same ones for every site."""
+
+    model: DiT
+    carried: tuple[Edit, ...]
+    shown: Noised
+    unseen: Noised  # held-out
+    recipe: DistillSpec
+    device: torch.device
+
+    def require_free(self, edit: Edit) -> None:
+        if overlapping(self.carried, [edit]):
+            raise ValueError(f"{edit.site}: one of its blocks is in a parallel block of the rootstock already")
+
+    def bytes_a_sample(self, site: Site) -> int:
+        """What one sample's pair at a site takes."""
+        place = self.model.config.place
+        return 2 * place.num_tokens * place.width * kept_as(site, self.recipe).itemsize
+
+    def record(self, sites: Sequence[Site], shown: Noised, place: torch.device) -> dict[Site, Pairs]:
+        """One pass, no further than the last site's block; what is seen is kept at `place`."""
+        found: dict[Site, Pairs] = {}
+        for start in range(0, len(shown.t), BATCH):
+            part = slice(start, start + BATCH)
+            with computing(self.recipe.precision, self.device):
+                seen = observe(
+                    self.model, sites, *(one[part].to(self.device) for one in (shown.z, shown.t, shown.labels))
+                )
+            for site, one in seen.items():
+                kept = kept_as(site, self.recipe)
+                weighted = self.recipe.gate_weighted and one.gate is not None
+                weights = one.gate.abs()[:, None] if weighted and one.gate is not None else None
+                batch = Pairs(tuple(value.to(kept) for value in one.inputs), one.output.to(kept), weights)
+                if site not in found:
+                    found[site] = batch.of([_room_for(len(shown.t), value, place) for value in batch.tensors()])
+                for whole, value in zip(found[site].tensors(), batch.tensors(), strict=True):
+                    whole[part].copy_(value, non_blocking=True)
+        if place != self.device:
+            torch.cuda.synchronize()
+        return found
+
+
+def read_rootstock(context: Context) -> Rootstock:
+    params: DistillParams = context.params
+    recipe, features = params.recipe, context.input("features")
+    model, carried = checkpoints.load(context.input("base"))
+    training, heldout = read(features, "training"), read(features, "heldout")
+    if recipe.samples > len(training.x):  # known beforehand, unless broken images were left out
+        accepted = f"at most {len(training.x)}, the training images that can be read"
+        raise ValueError(f"distill.samples: got {recipe.samples}; accepted: {accepted}")
+    return Rootstock(
+        model.to(context.device),
+        tuple(carried),
+        noised(training.first(recipe.samples), recipe.draws, params.seed, "distill"),
+        noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout"),
+        recipe,
+        context.device,
+    )
+
+
+def _room_for(count: int, like: Tensor, place: torch.device) -> Tensor:
+    pinned = like.is_cuda and place.type == "cpu"
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=place, pin_memory=pinned)
+
+
+def kept_as(site: Site, recipe: DistillSpec) -> torch.dtype:
+    """Operators begin with a product of matrices, which in bf16 sees no more of its input; a pair adds to its own."""
+    return torch.bfloat16 if recipe.precision == "bf16" and site.target != "pair" else torch.float32
+
+
+@dataclass
+class Shared:
+    """What the task keeps: the rootstock, and the pairs of sites whose turn has not come, by site."""
+
+    identity: tuple[object, ...]
+    rootstock: Rootstock
+    pairs: dict[Site, tuple[Kept, Kept]]
+
+
+def shared(context: Context) -> Rootstock:
+    """The rootstock of the step, loaded by the first step of the task."""
+    return _shared(context).rootstock
+
+
+def activations(context: Context) -> tuple[Source, Source]:
+    """The pairs of the step's site: those to learn from, and the held-out ones."""
+    params: DistillParams = context.params
+    task, site = _shared(context), params.edit.site
+    if site not in task.pairs:
+        found = _recorded(task.rootstock, _sites_ahead(context), context)
+        if not found:
+            return _streamed(task.rootstock, site, context)
+        task.pairs |= found
+    return task.pairs.pop(site)
+
+
+def _shared(context: Context) -> Shared:
+    kept = context.together.kept.get(KEPT)
+    if kept is None or kept.identity != _identity(context, context.params):
+        kept = Shared(_identity(context, context.params), read_rootstock(context), {})
+        context.together.kept[KEPT] = kept
+    return kept
+
+
+def _identity(context: Context, params: DistillParams) -> tuple[object, ...]:
+    return (context.inputs["base"].key, context.inputs["features"].key, params.seed, params.recipe)
+
+
+def _sites_ahead(context: Context) -> list[Site]:
+    """The step's own site and those that come after it in the task, of the same job."""
+    mine: DistillParams = context.params
+    ahead = [
+        mine,
+        *(other for other in context.together.next if (other.seed, other.recipe) == (mine.seed, mine.recipe)),
+    ]
+    return [params.edit.site for params in ahead]
+
+
+def _recorded(rootstock: Rootstock, sites: Sequence[Site], context: Context) -> dict[Site, tuple[Kept, Kept]]:
+    """One pass for as many of the sites, in their order, as fit the device, or else the first on the host."""
+    samples, device = len(rootstock.shown.t) + len(rootstock.unseen.t), rootstock.device
+    needed = [samples * rootstock.bytes_a_sample(site) for site in sites]
+    room, place = _room(context, device), device
+    if needed[0] > room and device.type != "cpu":
+        room, place = _room(context, torch.device("cpu")), torch.device("cpu")
+    fitting = [site for number, site in enumerate(sites) if sum(needed[: number + 1]) <= room]
+    if not fitting:
+        return {}
+    shown, unseen = (rootstock.record(fitting, part, place) for part in (rootstock.shown, rootstock.unseen))
+    return {site: (Kept(shown[site], device), Kept(unseen[site], device)) for site in fitting}
+
+
+def _streamed(rootstock: Rootstock, site: Site, context: Context) -> tuple[Source, Source]:
+    chunk = max(_room(context, rootstock.device) // rootstock.bytes_a_sample(site), 1)
+    shown, unseen = (Recomputed(rootstock, site, part, chunk) for part in (rootstock.shown, rootstock.unseen))
+    return shown, unseen
+
+
+def _room(context: Context, place: torch.device) -> int:
+    """Bytes of activations that this task may hold there."""
+    params: DistillParams = context.params
+    if params.recipe.activations is not None:
+        return int(params.recipe.activations)
+    if place.type == "cuda":
+        share = min(context.resources.gpu or 1.0, 1.0)  # tasks that share a GPU begin at about the same time
+        return int(SHARE * share * torch.cuda.mem_get_info(place)[0])
+    if context.resources.memory is not None:
+        return int(SHARE * context.resources.memory)
+    neighbours = (os.cpu_count() or 1) / max(context.resources.cpu, 1.0)
+    return int(SHARE * psutil.virtual_memory().available / neighbours)

@@ -1,0 +1,210 @@
+"""A task that does several steps: each has its own lease, artifact and end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import stages
+from cluster import runtime
+from pipeline import execute, leases
+from pipeline.execute import Execution, StepResult, Work
+from pipeline.leases import Holder, Lease
+from pipeline.planning import Step, make_plan
+from pipeline.store import Origin, Store
+from specs.job import StepResources
+from specs.load import load
+from specs.steps import ClassifierParams
+from stages import Context, Stopped
+from tests.conftest import TINY
+
+
+@dataclass
+class Pen:
+    """What a task would write on the board."""
+
+    ended_with: list[StepResult] = field(default_factory=list)
+
+    def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None: ...
+
+    def ended(self, result: StepResult) -> None:
+        self.ended_with.append(result)
+
+
+@dataclass
+class Signal:
+    """Whether the work is to stop."""
+
+    on: bool = False
+
+    def __call__(self) -> bool:
+        return self.on
+
+    now = __call__
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def doing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Context], None]], None]:
+    """Have every step do this."""
+    monkeypatch.setattr(runtime, "settle", lambda: torch.device("cpu"))
+    return lambda work: monkeypatch.setattr(stages, "load", lambda stage: work)
+
+
+def works(store: Store, *names: str, pen: Pen | None = None, stop: Signal | None = None, **changes: Any) -> list[Work]:
+    def work(number: int, name: str) -> Work:
+        key = hashlib.sha256(name.encode()).hexdigest()
+        told = ClassifierParams(seed=number)
+        step = Step(name, "classifier", told, {}, StepResources(), {"name": name, "params": {}, "outside": {}}, key)
+        origin = Origin(step=name, run="run", seconds=0, made="", git_commit=None)
+        given: dict[str, Any] = {"keys": {}, "awaited": (), "over": None, "task": f"task/{name}", **changes}
+        return Work(step=step, store=store, origin=origin, report=pen or Pen(), stopping=stop or Signal(), **given)
+
+    return [work(number, name) for number, name in enumerate(names)]
+
+
+def run(made: list[Work], *before: list[StepResult]) -> list[StepResult]:
+    return execute._run_steps._function(made, *before)
+
+
+def leave_a_file(context: Context) -> None:
+    (context.out / "figures.json").write_text(context.step)
+
+
+def test_steps_of_one_task_see_who_comes_after_them_and_what_was_left_for_them(store: Store, doing: Any) -> None:
+    seen = []
+
+    def work(context: Context) -> None:
+        seen.append(([params.seed for params in context.together.next], dict(context.together.kept)))
+        context.together.kept[context.step] = context.params.seed
+        leave_a_file(context)
+
+    doing(work)
+    results = run(works(store, "a", "b", "c"))
+    assert [result.state for result in results] == ["done"] * 3
+    assert seen == [([1, 2], {}), ([2], {"a": 0}), ([], {"a": 0, "b": 1})]
+    for result in results:
+        assert store.artifact(result.key).read("figures.json") == result.step.encode()
+
+
+def test_an_error_in_one_step_leaves_the_others_of_its_task_done(store: Store, doing: Any) -> None:
+    def work(context: Context) -> None:
+        if context.step == "b":
+            raise FloatingPointError("the held-out error is nan in epoch 3")
+        leave_a_file(context)
+
+    doing(work)
+    pen = Pen()
+    results = run(works(store, "a", "b", "c", pen=pen))
+    assert [result.state for result in results] == ["done", "failed", "done"]
+    assert pen.ended_with == results  # each as soon as it had ended
+    failure = results[1].failure
+    assert failure is not None
+    assert str(failure) == "step b failed: FloatingPointError: the held-out error is nan in epoch 3"
+    assert "in work" in failure.details
+    assert store.manifest(results[1].key) is None
+    assert store.names("leases") == []
+
+
+def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(store: Store, doing: Any) -> None:
+    doing(leave_a_file)
+    made = works(store, "a", "b", "c")
+    lease = leases.take(store, made[1].step.key, Holder.me("another", "task"))
+    assert isinstance(lease, Lease)
+    with leases.releasing(lease):
+        results = run(made)
+    assert [result.state for result in results] == ["done", "held", "done"]
+    assert results[1].held is not None and results[1].held.holder.run == "another"
+
+
+def test_asked_to_stop_a_task_begins_no_other_step(store: Store, doing: Any) -> None:
+    stop = Signal()
+
+    def work(context: Context) -> None:
+        if context.step == "b":
+            stop.on = True
+            raise Stopped("b")
+        leave_a_file(context)
+
+    doing(work)
+    results = run(works(store, "a", "b", "c", stop=stop))
+    assert [result.state for result in results] == ["done", "stopped", "stopped"]
+
+
+@pytest.mark.parametrize(("state", "expected"), [("done", "done"), ("failed", "blocked"), ("held", "blocked")])
+def test_a_step_is_done_only_after_what_it_needs(store: Store, doing: Any, state: Any, expected: str) -> None:
+    doing(leave_a_file)
+    before = [StepResult("base", "0" * 64, state)]
+    assert [result.state for result in run(works(store, "a", awaited=("base",)), before)] == [expected]
+
+
+# -- tasks that are lost
+
+
+@dataclass
+class Told:
+    """A watcher that keeps what it is told."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def failed(self, step: str, problem: str) -> None:
+        self.lines.append(f"{step} failed: {problem}")
+
+    def skipped(self, step: str, because_of: str) -> None:
+        self.lines.append(f"{step} skipped: {because_of}")
+
+
+SITES = ("distill/01.mha", "distill/03.mha")
+
+
+@pytest.fixture
+def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
+    """All before the sites is done; whatever task ends now was lost."""
+    nothing = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(execute.ray, "remote", lambda **_: lambda _: nothing)
+
+    def lost(ref: str) -> None:
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(execute.ray, "get", lost)
+    plan = make_plan(load(TINY, (f"store={store.root}",)))
+    found = Execution(plan, store, "run", None, Told())
+    for name in ("features", "base", "classifier", "profile"):
+        found._close(name)
+    return found
+
+
+def lose(execution: Execution, *names: str) -> None:
+    execution.tasks = {"ref": names}
+    execution.refs |= dict.fromkeys(names, "ref")
+    execution._end("ref")
+    assert not execution.tasks and not execution.refs.keys() & set(names)
+
+
+def test_steps_that_are_lost_together_are_tried_one_by_one_and_only_the_culprit_fails(losing: Execution) -> None:
+    lose(losing, *SITES)
+    assert losing.alone == set(SITES) and set(SITES) <= set(losing.open) and losing.failures == []
+    lose(losing, SITES[0])
+    assert [failure.step for failure in losing.failures] == [SITES[0]]
+    assert SITES[1] in losing.open
+    told = losing.watcher.lines
+    assert told[0].startswith(f"{SITES[0]} failed: its worker was lost 4 times: ")
+    assert f"select skipped: {SITES[0]}" in told and "evaluate skipped: distill/01.mha" in told
+
+
+def test_a_step_is_not_blamed_for_what_it_waited_for(losing: Execution) -> None:
+    losing.refs |= dict.fromkeys(SITES, "other")
+    lose(losing, "select")
+    assert "select" in losing.open and losing.failures == []

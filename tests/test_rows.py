@@ -1,0 +1,254 @@
+"""A row of the table: its samples are judged as they are drawn, and only sums are kept. Also of real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from models import checkpoints
+from models.classifier import Classifier
+from models.dit import DiT, DiTConfig
+from models.frechet import Gaussian, distance
+from models.streams import generator
+from pipeline.store import Store
+from specs.data import PixelCodec
+from specs.evaluate import DdimSampler
+from specs.job import StepResources
+from specs.steps import HeldoutParams, SampleParams, TrainingStatisticsParams
+from stages import Context, Stopped, pictures, reference, rows
+from stages.latents import LatentsMeta, write_meta
+from tests.small import lively
+from tests.stores import KEY
+
+CPU = torch.device("cpu")
+SIDE, CLASSES = 8, ("a", "b", "c")
+SAMPLES, BATCH = 50, 8
+
+
+class Made:
+    """An artifact that a step needs."""
+
+    def __init__(self, place: Path) -> None:
+        self.key, self.place = place.name, place
+
+    def path(self) -> Path:
+        return self.place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    rows._LOADED.clear()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    """Latents that are pixels, a rootstock and a classifier."""
+    home = tmp_path_factory.mktemp("inputs")
+    made = {name: Made(home / name) for name in ("features", "base", "classifier")}
+    for one in made.values():
+        one.place.mkdir()
+    meta = LatentsMeta(codec="pixel", channels=1, side=SIDE, classes=CLASSES, num_training=600, num_heldout=300)
+    write_meta(made["features"].place, meta)
+    for split, count in (("training", 600), ("heldout", 300)):
+        pixels = torch.rand(count, 1, SIDE, SIDE, generator=generator(0, split)) * 2 - 1
+        np.save(made["features"].place / f"{split}_latents.npy", pixels.numpy())
+        np.save(made["features"].place / f"{split}_labels.npy", np.arange(count) % len(CLASSES))
+    config = DiTConfig(input_size=SIDE, in_channels=1, patch=4, depth=1, width=16, heads=2, num_classes=len(CLASSES))
+    checkpoints.save(lively(DiT(config)), (), made["base"].place)
+    save_file(
+        lively(Classifier(1, SIDE, len(CLASSES))).state_dict(), made["classifier"].place / "classifier.safetensors"
+    )
+    return made
+
+
+@pytest.fixture
+def context(inputs: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """A step that draws the rootstock's row in this process."""
+
+    def here(work: Callable[..., Any], shared: Any, items: Iterable[Any], _: StepResources) -> Iterator[Any]:
+        return (work(shared, item, CPU) for item in items)
+
+    def drawn(images: NDArray[np.uint8], labels: list[str], title: str, path: Path) -> None:
+        path.with_suffix(".png").write_bytes(images.tobytes())  # a second less than a picture takes
+
+    monkeypatch.setattr(rows, "fan_out", here)
+    monkeypatch.setattr(pictures, "sample_grid", drawn)
+    return Context(
+        step="evaluate/rootstock",
+        params=SampleParams(
+            seed=0,
+            row="rootstock",
+            codec=PixelCodec(),
+            samples=SAMPLES,
+            batch=BATCH,
+            metrics=("classifier",),
+            sampler=DdimSampler(steps=2),
+        ),
+        inputs=inputs,
+        out=folder(tmp_path / "out"),
+        partial=Store(str(tmp_path / "store")).partial(KEY),
+        report=lambda done, total, metrics=None: None,
+        resources=StepResources(),
+        device=CPU,
+    )
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def keeping(context: Context) -> Context:
+    return replace(context, params=context.params.model_copy(update={"keep_samples": True}))
+
+
+def stopped_at(context: Context, batch: int) -> None:
+    """Have the step stop, with what it has saved, after so many batches."""
+    asked = iter([False] * (batch - 1) + [True] * 2)
+    with pytest.raises(Stopped):
+        rows.sample_row(replace(context, stopping=lambda: next(asked)))
+
+
+def files(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
+
+
+def judge(context: Context) -> Classifier:
+    return reference.Judges(context, ("classifier",), None, CPU).classifier  # type: ignore[return-value]
+
+
+def at_once(context: Context, images: NDArray[np.uint8]) -> tuple[Gaussian, NDArray[np.int64]]:
+    """The statistics of all images' features in one pass, and the labels that the classifier reads."""
+    with torch.no_grad():
+        features = judge(context).features((torch.from_numpy(images).float() - 128) / 127.5)
+        read = judge(context).head(features).argmax(1).numpy()
+    seen = features.double().numpy()
+    return Gaussian(seen.mean(0), np.cov(seen, rowvar=False)), read
+
+
+def assert_equal_to_1e6(found: Gaussian, expected: Gaussian) -> None:
+    assert np.abs(found.mu - expected.mu).max() <= 1e-6 * np.abs(expected.mu).max()
+    assert np.abs(found.sigma - expected.sigma).max() <= 1e-6 * np.abs(expected.sigma).max()
+
+
+def test_the_figures_of_a_row_are_those_of_all_its_samples_at_once(context: Context) -> None:
+    context = keeping(context)
+    rows.sample_row(context)
+    samples, labels = (np.load(context.out / f"{name}.npy") for name in ("samples", "labels"))
+    assert samples.shape == (SAMPLES, 1, SIDE, SIDE) and labels.tolist() == [i % 3 for i in range(SAMPLES)]
+    found, (expected, read) = Gaussian.read(context.out / "classifier.npz"), at_once(context, samples)
+    assert_equal_to_1e6(found, expected)
+    held_against, _ = at_once(context, np.random.default_rng(0).integers(0, 256, samples.shape).astype(np.uint8))
+    assert distance(found, held_against) == pytest.approx(distance(expected, held_against), rel=1e-6)
+    scores = json.loads((context.out / "scores.json").read_text())
+    assert scores == {"samples": SAMPLES, "agreement": (read == labels).mean()}
+
+
+def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came_back = []
+    add = rows.Progress.add
+    monkeypatch.setattr(
+        rows.Progress, "add", lambda self, drawn, cells: (came_back.append(len(drawn.images)), add(self, drawn, cells))
+    )
+    rows.sample_row(context)
+    assert set(files(context.out)) == {"classifier.npz", "scores.json", "grid.png"}
+    assert came_back == [8, 8, 8, 8, 8, 0, 0]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["sums", "samples too"])
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_row_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
+    context: Context, tmp_path: Path, batch: int, keep: bool
+) -> None:
+    context = keeping(context) if keep else context
+    rows.sample_row(context)
+    again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
+    stopped_at(again, batch)
+    begun: list[int] = []
+    rows.sample_row(replace(again, report=lambda done, total, metrics=None: begun.append(done)))
+    assert begun[0] == batch * BATCH  # it went on from there
+    assert files(again.out) == files(context.out)
+
+
+def test_a_kill_between_two_checkpoints_goes_back_to_the_first(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "SAVE_SECONDS", 0.0)
+    rows.sample_row(context)
+    again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
+    stopped_at(again, 2)
+    monkeypatch.setattr(rows, "SAVE_SECONDS", 1e9)
+
+    class Killed(BaseException):
+        pass
+
+    def die(done: int, total: int, metrics: object = None) -> None:
+        if done > 4 * BATCH:
+            raise Killed
+
+    with pytest.raises(Killed):
+        rows.sample_row(replace(again, report=die))
+    begun: list[int] = []
+    rows.sample_row(replace(again, report=lambda done, total, metrics=None: begun.append(done)))
+    assert begun[0] == 2 * BATCH
+    assert files(again.out) == files(context.out)
+
+
+def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_path: Path) -> None:
+    context = keeping(context)
+    rows.sample_row(context)
+    again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
+    stopped_at(again, 3)
+    path = again.partial.load("samples-0000008.npy")
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    begun: list[int] = []
+    rows.sample_row(replace(again, report=lambda done, total, metrics=None: begun.append(done)))
+    assert begun[0] == 0
+    assert files(again.out) == files(context.out)
+
+
+def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows._LOADED.clear()
+    loads: list[str] = []
+    row_model = rows.row_model
+    monkeypatch.setattr(rows, "row_model", lambda *given: (loads.append(given[1]), row_model(*given))[1])
+    rows.sample_row(context)
+    assert loads == ["rootstock"]
+
+
+def as_images(context: Context, split: str, count: int) -> NDArray[np.uint8]:
+    pixels = torch.from_numpy(np.load(context.input("features") / f"{split}_latents.npy"))[:count]
+    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).numpy()
+
+
+def test_the_reference_is_the_training_images_at_once(context: Context) -> None:
+    reference.run(replace(context, params=TrainingStatisticsParams(codec=PixelCodec())))
+    assert set(files(context.out)) == {"classifier.npz"}
+    expected, _ = at_once(context, as_images(context, "training", 600))
+    assert_equal_to_1e6(Gaussian.read(context.out / "classifier.npz"), expected)
+
+
+@pytest.mark.parametrize("samples", [270, 1000])
+def test_the_row_of_real_images_has_as_many_as_are_sampled_or_all_there_are(context: Context, samples: int) -> None:
+    params = HeldoutParams(codec=PixelCodec(), samples=samples, metrics=("classifier",), inception=None)
+    reference.run(replace(context, params=params))
+    count = min(samples, 300)
+    expected, read = at_once(context, as_images(context, "heldout", count))
+    assert_equal_to_1e6(Gaussian.read(context.out / "classifier.npz"), expected)
+    scores = json.loads((context.out / "scores.json").read_text())
+    assert scores == {"samples": count, "agreement": (read == np.arange(count) % 3).mean()}
+    assert (context.out / "grid.png").stat().st_size > 0
