@@ -162,6 +162,7 @@ def test_what_was_most_alike_counts(store: Store) -> None:
     stored(store, planned(), 10.0)
     stored(store, planned("finetune.steps=4000"), 107.0)
     assert math.isclose(seconds(store, planned("finetune.steps=2000"), "finetune"), LOAD_SECONDS + 50.0)
+    assert math.isclose(seconds(store, planned("finetune.steps=80"), "finetune"), 5.0 + 2 * 5.0)
 
 
 def test_of_steps_that_waited_for_one_another_the_least_disturbed_counts(store: Store) -> None:
@@ -259,7 +260,17 @@ def test_steps_that_do_not_need_each_other_run_side_by_side(store: Store) -> Non
 
 def test_steps_that_need_each_other_run_one_after_another(store: Store) -> None:
     stored(store, planned(), 10.0)
-    assert math.isclose(seconds(store, planned(), "finetune", "evaluate"), 20.0)
+    assert math.isclose(seconds(store, planned(), "finetune", "evaluate", machine=Machine(8, 0)), 20.0)
+
+
+@pytest.mark.parametrize(("share", "gpus"), [(0.5, 1), (1.0, 2)])
+def test_sites_on_shares_of_a_gpu_or_on_several_run_side_by_side(store: Store, share: float, gpus: int) -> None:
+    plan = planned(f"resources.distill.gpu={share}")
+    stored(store, plan, 107.0, gpu=share)
+    sites = ("distill/01.mha", "distill/03.mha")
+    assert math.isclose(seconds(store, plan, *sites, machine=Machine(2, gpus)), 107.0, rel_tol=0.1)
+    hours = expected(store, plan, *sites, machine=Machine(2, gpus)).gpu_hours
+    assert math.isclose(hours, 2 * share * 107 / 3600, rel_tol=0.1)
 
 
 def test_gpu_hours_count_shares_for_as_long_as_they_are_taken(store: Store) -> None:

@@ -67,6 +67,11 @@ def test_sites_share_a_pass_where_slots_are_few() -> None:
     assert [len(one) for one in packs] == [MOST, MOST]
 
 
+def test_no_slot_is_left_idle_for_the_sake_of_full_packs() -> None:
+    packs = pack([Item(str(number), 1.0) for number in range(9)], slots=4)
+    assert sorted(len(one) for one in packs) == [2, 2, 2, 3]
+
+
 def test_of_the_packs_the_longest_start_first() -> None:
     draws = random.Random(0)
     items = [Item(str(number), draws.lognormvariate(0, 1)) for number in range(50)]
@@ -90,7 +95,7 @@ def test_the_makespan_is_that_of_slots_which_take_the_next_pack_when_they_fall_f
 
 @pytest.mark.parametrize("memory", ["DiT-XL/2", "mixed"])
 @pytest.mark.parametrize("costs", COSTS)
-@pytest.mark.parametrize(("gpus", "share", "sites"), [(1, 1.0, 28), (8, 1.0, 28), (8, 0.5, 56), (32, 0.25, 300)])
+@pytest.mark.parametrize(("gpus", "share", "sites"), [(1, 1.0, 28), (8, 0.5, 56), (13, 1.0, 56), (32, 0.25, 300)])
 def test_the_makespan_is_within_a_tenth_of_the_lower_bound(
     costs: str, memory: str, gpus: int, share: float, sites: int
 ) -> None:
