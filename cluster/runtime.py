@@ -86,10 +86,16 @@ def room_for(resources: StepResources) -> int:
     """How many such tasks the nodes of the cluster could hold at once, if they had nothing else to do."""
 
     def held_by(node: Mapping[str, float]) -> int:
-        each = taken(resources).items()
-        return min((int(node.get(name, 0.0) / amount) for name, amount in each if amount), default=1)
+        counts = [_fit(name, node.get(name, 0.0), amount) for name, amount in taken(resources).items() if amount]
+        return min(counts, default=1)
 
     return sum(held_by(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+def _fit(name: str, there: float, amount: float) -> int:
+    """How often an amount can be had of what is there; a share of a GPU is never made up of what is left of two."""
+    shares = name == "GPU" and amount < 1
+    return int(there) * int(1 / amount) if shares else int(there / amount)
 
 
 def settle() -> torch.device:

@@ -1,0 +1,38 @@
+"""What Ray is asked and told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster import runtime
+from specs.job import StepResources
+
+NODES = [
+    {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "fast": 1.0}},
+    {"Alive": True, "Resources": {"CPU": 4.0}},
+    {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, 12),
+        ({"cpu": 3}, 3),
+        ({"gpu": 1}, 2),
+        ({"gpu": 2}, 1),
+        ({"gpu": 0.5, "cpu": 0}, 4),
+        ({"gpu": 0.6}, 2),  # no task has what is left of two
+        ({"gpu": 0.3, "cpu": 0}, 6),
+        ({"custom": {"fast": 0.5}}, 2),
+        ({"custom": {"slow": 1}}, 0),
+    ],
+    ids=str,
+)
+def test_room_is_how_many_tasks_living_nodes_hold(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr(runtime.ray, "nodes", lambda: NODES)
+    assert runtime.room_for(StepResources(**asked)) == expected
