@@ -78,22 +78,21 @@ class Lease:
     def __init__(self, store: Store, name: str, generation: int, holder: Holder) -> None:
         self.store, self.name, self.generation = store, name, generation
         self._document = Document(holder=holder, nonce=uuid.uuid4().hex)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
+        self._ended, self._writing = threading.Event(), threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
         """Leave no trace of it. A store that is full or away may keep one, which then expires by itself."""
         self._ended.set()
-        self._thread.join()
-        with suppress(OSError):
+        with self._writing, suppress(OSError):  # a beat that is being written ends first; there is none after it
             self.store.remove(_file(self.name, self.generation))
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             self._document = self._document.model_copy(update={"beat": self._document.beat + 1})
-            with suppress(OSError):  # a store that is away for long costs the lease, never the work
-                self.store.write(_file(self.name, self.generation), self._document.model_dump_json())
+            with self._writing, suppress(OSError):  # a store that is away for long costs the lease, never the work
+                if not self._ended.is_set():
+                    self.store.write(_file(self.name, self.generation), self._document.model_dump_json())
 
 
 def take(store: Store, name: str, holder: Holder, over: Held | None = None) -> Lease | Held:

@@ -31,7 +31,7 @@ from pipeline.files import StoreError, open_files, told_by
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes
-READERS = 16  # manifests read at once, over a network
+READERS = 16  # manifests asked for at once, over a network
 POINTER = ".json"  # of a save of partial work: partial/<key>/<name>.json
 DIFFERS = "is not what was committed (SHA-256 differs)"
 State = Literal["cached", "partial", "pending"]
@@ -166,13 +166,12 @@ class Store:
                 yield manifest
 
     def known(self, keys: Collection[str]) -> dict[str, Manifest]:
-        """The manifests of those keys that have one. No more is read than what one listing has."""
-        listed = set(self.keys()).intersection(keys)
+        """The manifests of those keys that have one; over a network, many are asked for at once."""
         if self.local:
-            found = [self.manifest(key) for key in listed]
+            found = [self.manifest(key) for key in keys]
         else:
             with ThreadPoolExecutor(READERS) as pool:
-                found = list(pool.map(self.manifest, listed))
+                found = list(pool.map(self.manifest, keys))
         return {manifest.key: manifest for manifest in found if manifest is not None}
 
     def states(self, keys: Collection[str]) -> dict[str, State]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,25 @@ def test_every_call_for_python_is_there() -> None:
         _ = pipeline.nonsense
 
 
-def test_a_cached_step_is_read_once_for_a_plan_and_a_pending_one_never(job: JobSpec, asked: Counter[str]) -> None:
+def test_a_plan_asks_the_store_for_each_step_once_and_lists_once(job: JobSpec, asked: Counter[str]) -> None:
     plan = make_plan(job)
-    assert set(plan.states(Store(job.store)).values()) == {"pending"} and asked["read"] == 0
-    finish(plan)
-    asked.clear()
-    assert set(plan.states(Store(job.store)).values()) == {"cached"}
-    assert asked == {"read": len(plan.steps), "names": 2}
+    for state in ("pending", "cached"):
+        asked.clear()
+        assert set(plan.states(Store(job.store)).values()) == {state}
+        assert asked == {"read": len(plan.steps), "names": 1}
+        finish(plan)
+
+
+def test_over_a_network_many_steps_are_asked_for_at_once(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, together = make_plan(job), threading.Barrier(4)
+
+    def slow(*_: object) -> None:
+        together.wait(20)  # until four are here
+
+    store = Store(job.store)
+    monkeypatch.setattr(store, "manifest", slow)
+    monkeypatch.setattr(store, "local", False)
+    assert store.known([step.key for step in plan.steps[:12]]) == {}
 
 
 def test_a_run_that_finds_all_done_reads_each_manifest_once(job: JobSpec, asked: Counter[str]) -> None:

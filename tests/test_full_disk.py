@@ -152,13 +152,13 @@ def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(tmp_path: Pa
     run = Run(api.plan(TINY, [f"store={tmp_path / 'store'}"]), view)
     run.store.write("runs", "a file is in the way")
     for _ in range(2):
-        run._note("features", "done", 1.0, None)
+        run._save()
     (line,) = said
     assert line.startswith(
         f"the record of this run is not kept: store: got '{tmp_path}/store', which cannot be written"
     )
     run.store.remove("runs")
-    run._note("features", "done", 1.0, None)
+    run._save()
     assert run.store.runs() == [run.record.run]
 
 

@@ -113,6 +113,16 @@ def test_a_lease_that_changes_hands_while_it_is_taken_has_one_holder(store: Stor
         lease.release()
 
 
+def test_no_sign_of_life_is_written_after_a_lease_is_released(store: Store, quick: None) -> None:
+    for number in range(40):
+        lease = taken(store, "ours")
+        time.sleep(0.045 + number / 4000)  # about when it beats
+        lease.release()
+        assert store.names("leases") == []
+    time.sleep(0.1)
+    assert store.names("leases") == []
+
+
 def test_leases_of_other_names_are_free(store: Store) -> None:
     ours = taken(store, "ours")
     other = take(store, "b", me("theirs"))
