@@ -18,6 +18,7 @@ which no file is given have random weights, which changes no time.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -340,9 +341,10 @@ def main() -> None:
         limits = report.limits(device, dtype)
     flops = passes(params) * network_flops(setting)
     floor = limits.floor_seconds(flops)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = [
-        {"way": name, "s": min(times), "samples/s": params.samples / min(times), "floor/s": floor / min(times)}
-        for name, times in seconds.items()
+        {"way": name, "s": median, "samples/s": params.samples / median, "of the floor's speed": floor / median}
+        for name, median in medians.items()
     ]
     facts = {
         "samples": params.samples,
