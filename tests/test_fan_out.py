@@ -16,6 +16,9 @@ from specs.job import StepResources
 
 ON_CPU, ON_GPU = StepResources(cpu=1), StepResources(cpu=0, gpu=1)
 BOTH = pytest.mark.parametrize("resources", [ON_CPU, ON_GPU], ids=["tasks", "staff"])
+BOTH_SLOWLY = pytest.mark.parametrize(
+    "resources", [ON_CPU, pytest.param(ON_GPU, marks=pytest.mark.slow)], ids=["tasks", "staff"]
+)
 SECONDS = 120
 
 
@@ -59,7 +62,7 @@ def test_results_come_in_the_order_of_the_items_and_what_a_lost_worker_was_at_is
     assert (tmp_path / "1").exists()
 
 
-@BOTH
+@BOTH_SLOWLY
 @pytest.mark.usefixtures("cluster")
 def test_an_error_in_the_work_is_raised_at_once(resources: StepResources) -> None:
     def work(shared: None, item: int, device: object) -> int:
@@ -71,18 +74,17 @@ def test_an_error_in_the_work_is_raised_at_once(resources: StepResources) -> Non
         list(fan_out(work, None, range(3), resources))
 
 
-@BOTH
+@BOTH_SLOWLY
 @pytest.mark.usefixtures("cluster")
 def test_no_more_is_begun_than_is_taken(resources: StepResources, tmp_path: Path) -> None:
     def work(shared: Path, item: int, device: object) -> int:
         (shared / str(item)).touch()
         return item
 
-    begun: Callable[[], int] = lambda: len(list(tmp_path.iterdir()))  # noqa: E731
     results = fan_out(work, tmp_path, range(100), resources)
     assert next(results) == 0
     time.sleep(3)
-    assert begun() <= AHEAD * 2 + 1
+    assert len(list(tmp_path.iterdir())) <= AHEAD * 2 + 1
     assert list(results) == list(range(1, 100))
 
 
@@ -112,6 +114,7 @@ def test_whoever_has_nothing_left_to_do_gives_its_gpu_back_before_the_others_are
     assert list(fan_out(work, None, range(2), ON_GPU)) == [True, True]
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_is_given_work(cluster: Cluster) -> None:
     def work(shared: Path, item: int, device: object) -> str:
         import time

@@ -230,6 +230,18 @@ def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: 
     assert loads == ["rootstock"]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_network_is_compiled_where_that_is_asked_for(
+    context: Context, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    rows._LOADED.clear()
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
+    rows.sample_row(replace(context, params=context.params.model_copy(update={"compile": asked})))
+    assert [type(model) for model in compiled] == [DiT] * asked
+    rows._LOADED.clear()
+
+
 def as_images(context: Context, split: str, count: int) -> NDArray[np.uint8]:
     pixels = torch.from_numpy(np.load(context.input("features") / f"{split}_latents.npy"))[:count]
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).numpy()
