@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -451,6 +452,4 @@ def options(on_gpu: bool) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from benchmarks import finetuning  # by its name, under which Ray's workers find it
-
-    finetuning.main()
+    import_module("benchmarks.finetuning").main()  # by its name, under which Ray's workers find its functions
