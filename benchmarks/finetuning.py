@@ -9,6 +9,8 @@ noise; the plain one is given its noise on the device, for nothing. Its weights 
 `apart` is the distance between the two over how far the plain loop's weights moved (without the keys' biases: they
 cancel in the softmax, so their gradient is rounding alone, which Adam scales up).
 
+`times_faster` is the median over rounds, `ms_a_step` the best of them. `cpu_ms_a_step` is the time that the loop's own
+process spent on a core, all threads, without the DataLoader's processes: what other work on the machine blurs least.
 `floor_ms` is the FLOPs of a step (three forward passes) over those of a large matrix product, `of_peak` that over what
 was measured, `data_wait` the share of the time in which the loop waited for a batch. On a GPU the model is DiT-XL/2 at
 256 px with a worker's part of the published batch, in bf16; on a CPU a small one on one thread. One more row is
@@ -30,6 +32,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -106,8 +109,9 @@ class Clock:
     work: Work
     device: torch.device
     asked: int = 0
-    began: float = 0.0
+    began: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process, all threads
 
     def __call__(self) -> bool:
         done = self.asked
@@ -115,7 +119,9 @@ class Clock:
         if done in (self.work.warmup, self.work.warmup + self.work.steps):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.began, self.seconds = time.perf_counter(), time.perf_counter() - self.began
+            now = time.perf_counter(), time.process_time()
+            self.seconds, self.cpu_seconds = (end - start for start, end in zip(self.began, now, strict=True))
+            self.began = now
         return done == self.work.warmup + self.work.steps
 
 
@@ -150,6 +156,7 @@ class Outcome:
     """What a loop came to."""
 
     seconds: float
+    cpu_seconds: float
     data_wait: float
     weights: dict[str, Tensor]
 
@@ -205,7 +212,7 @@ def plain_loop(
                 mean.mul_(recipe.ema).add_(value, alpha=1 - recipe.ema)
         losses += loss.item()
     clock()
-    return Outcome(clock.seconds, waited / clock.seconds, dict(model.cpu().named_parameters()))
+    return Outcome(clock.seconds, clock.cpu_seconds, waited / clock.seconds, dict(model.cpu().named_parameters()))
 
 
 # -- ours
@@ -228,7 +235,7 @@ def our_loop(
         train(make_engine, data, recipe, seed=SEED, stream=STREAM, partial=NothingKept(), report=waits, stopping=clock)
     state = engines[0].state()
     weights = {name.removeprefix("weights/"): state[name] for name in state if name.startswith("weights/")}
-    return Outcome(clock.seconds, waits.share, weights)
+    return Outcome(clock.seconds, clock.cpu_seconds, waits.share, weights)
 
 
 def plain_engine(work: Work, device: torch.device) -> Callable[[DiT, FinetuneSpec], PlainEngine]:
@@ -291,9 +298,11 @@ def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, fol
         alone(device, folder)
         loops[f"ours, DeepSpeed, ZeRO {work.zero}"] = partial(our_loop, work, data, sharded_engine, chosen.compile)
     outcomes: dict[str, Outcome] = {}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in loops}
 
     def run(name: str) -> float:
         outcomes[name] = loops[name]()
+        cpu_seconds[name].append(outcomes[name].cpu_seconds)
         return outcomes[name].seconds
 
     seconds = report.in_turn({name: partial(run, name) for name in loops}, chosen.rounds)
@@ -310,6 +319,7 @@ def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, fol
                 "loop": name,
                 "ms_a_step": 1e3 * step,
                 "times_faster": report.ratio(seconds["plain loop"], seconds[name]),
+                "cpu_ms_a_step": 1e3 * min(cpu_seconds[name]) / work.steps,
                 "floor_ms": 1e3 * floor,
                 "of_peak": floor / step,
                 "data_wait": outcome.data_wait,
@@ -426,9 +436,9 @@ def options(on_gpu: bool) -> argparse.ArgumentParser:
         "classes": (1000, 10, "labels"),
         "samples": (4096, 1024, "latents to train on"),
         "batch": (32, 32, "samples a step"),
-        "warmup": (10, 3, "steps before the clock starts"),
-        "points": (5, 4, "times as many steps as those are timed"),
-        "rounds": (3, 3, "of all loops in turn"),
+        "warmup": (10, 2, "steps before the clock starts"),
+        "points": (5, 3, "times as many steps as those are timed"),
+        "rounds": (3, 7, "of all loops in turn"),
         "loader-workers": (4, 1, "processes of the plain loop's DataLoader"),
     }
     for name, (large, small, meaning) in sizes.items():
@@ -442,4 +452,4 @@ def options(on_gpu: bool) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    import_module("benchmarks.finetuning").main()  # by its name, under which Ray's workers find its functions

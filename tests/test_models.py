@@ -190,6 +190,16 @@ def test_noising_has_the_right_mean_and_spread(t: int) -> None:
     assert z.std().item() == pytest.approx(spread, rel=0.02)
 
 
+def test_a_chain_on_a_device_has_its_constants_there_and_computes_the_same() -> None:
+    assert {values.device.type for values in vars(Diffusion().on(torch.device("meta"))).values()} == {"meta"}
+    (x, noise), t, y = torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 9, 300, 999]), torch.zeros(4).long()
+    losses = [
+        chain.loss(lambda x, t, y: torch.cat([x, x], dim=1), x, t, y, noise)
+        for chain in (Diffusion(), Diffusion().on(x.device))
+    ]
+    assert torch.equal(*losses)
+
+
 def test_removing_the_noise_gives_back_the_image() -> None:
     chain, x0, noise, t = Diffusion(), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 300, 600])
     torch.testing.assert_close(chain.x0_from_noise(chain.add_noise(x0, t, noise), t, noise), x0, atol=1e-4, rtol=1e-4)
