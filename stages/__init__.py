@@ -27,7 +27,7 @@ class Stage:
 
 
 STAGES = {
-    "features": Stage(version=1, orchestrates=True),
+    "features": Stage(version=2, orchestrates=True, memory="codec.batch"),
     "base": Stage(version=2, orchestrates=True, memory="weights.batch"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),

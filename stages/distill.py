@@ -27,7 +27,7 @@ from specs.training import DistillSpec
 from stages import Context, Stopped
 from stages.evidence import Distilled, read_profile, write_distilled
 from stages.hybrid import with_scions
-from stages.latents import Noised, noised, read
+from stages.latents import Noised, noised, read, require_enough
 from stages.pictures import loss_curve
 from stages.training import PlainEngine, save_tensors
 
@@ -55,9 +55,8 @@ def run(context: Context) -> None:
     model = model.to(device)
     features = context.input("features")
     training, heldout = read(features, "training"), read(features, "heldout")
-    if recipe.samples > len(training.x):  # known beforehand, unless broken images were left out
-        accepted = f"at most {len(training.x)}, the training images that can be read"
-        raise ValueError(f"distill.samples: got {recipe.samples}; accepted: {accepted}")
+    require_enough("distill.samples", recipe.samples, len(training.x), "training")
+    require_enough("distill.heldout", recipe.heldout or 0, len(heldout.x), "held-out")
     context.report(0, recipe.epochs)
     # The same noised latents for every site: sites of one job can share one pass of the rootstock.
     shown = noised(training.first(recipe.samples), recipe.draws, params.seed, "distill")

@@ -61,7 +61,7 @@ def _measure(context: Context, params: EvaluateParams, device: torch.device) -> 
     recipe = params.recipe
     features = context.input("features")
     codec = load_codec(params.codec, device)
-    images = {"heldout": codec.decode(read(features, "heldout").x[: recipe.samples])}
+    images = {"heldout": codec.decode(read(features, "heldout").first(recipe.samples).tensor())}
     labels = {"heldout": read(features, "heldout").labels[: recipe.samples].numpy()}
     for row in _rows(context):
         folder = context.input(f"rows/{row}")
@@ -89,7 +89,7 @@ def _judge(
 ) -> None:
     """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: read as their label."""
     folder = context.input("features")
-    meta, training = read_meta(folder), codec.decode(read(folder, "training").x)
+    meta, training = read_meta(folder), codec.decode(read(folder, "training").tensor())
     judge = Classifier(meta.channels, meta.side, len(meta.classes))
     judge.load_state_dict(load_file(context.input("classifier") / "classifier.safetensors"))
     judge.eval()

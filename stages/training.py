@@ -21,6 +21,7 @@ from models.diffusion import STEPS, Diffusion
 from models.streams import generator
 from specs.training import TrainingSpec
 from stages import Partial, Report, Stopped, never
+from stages.latents import Shards, either
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
@@ -136,10 +137,17 @@ class PlainEngine:
 class TrainingSet:
     """Latents and labels to train on, on any device; a batch of them is moved to `device`."""
 
-    latents: Tensor  # (n,C,S,S)
+    latents: Tensor | Shards  # (n,C,S,S)
     labels: Tensor  # (n,)
     num_classes: int
     device: torch.device
+    mirrored: Tensor | Shards | None = None  # like latents, of each image's mirror image
+
+    def pick(self, chosen: Tensor, mirror: Tensor) -> Tensor:
+        """The chosen latents (B,C,S,S); where there are mirror images, `mirror` (B,) says which of the two each is."""
+        if self.mirrored is None:
+            return self.latents[chosen].to(self.device)
+        return either(self.latents, self.mirrored, chosen, mirror.to(chosen.device)).to(self.device)
 
 
 @dataclass
@@ -221,12 +229,14 @@ def draw_batch(
     t = torch.randint(STEPS, (batch,), generator=draws)
     dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
     noise = torch.randn((batch, *data.latents.shape[1:]), generator=draws)
+    # From a stream of its own, so that all else is drawn the same where there are no mirror images.
+    mirror = torch.rand(batch, generator=generator(seed, stream, "mirror", step)) < 0.5
     chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
     share = slice(rank * batch // workers, (rank + 1) * batch // workers)
     chosen = chosen[share].to(data.latents.device)
     y = torch.where(dropped[share].to(data.labels.device), data.num_classes, data.labels[chosen])
     return (
-        data.latents[chosen].to(data.device),
+        data.pick(chosen, mirror[share]),
         t[share].to(data.device),
         y.to(data.device),
         noise[share].to(data.device),
