@@ -20,7 +20,7 @@ from specs.model import CheckpointWeights
 from specs.problems import shown
 from specs.secrets import filled
 from stages.codec import misfits
-from stages.sources import class_folders, class_sizes, text, training_size
+from stages.sources import class_folders, class_sizes, scarce, split_sizes, text
 
 # What MLflow keeps runs in; without any, a folder.
 TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
@@ -182,13 +182,14 @@ def _data_shortages(job: JobSpec) -> list[str]:
 
 
 def _sizes(job: JobSpec) -> list[str]:
-    total = training_size(job.data)
+    if line := scarce(job.data, class_sizes(job.data)):
+        return [line]
+    total, kept = split_sizes(job.data)
     lines = []
     if job.distill.samples > total:
         lines.append(
             f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are"
         )
-    kept = sum(class_sizes(job.data)) - total
     if job.distill.heldout is not None and job.distill.heldout > kept:
         lines.append(
             f"distill.heldout: got {job.distill.heldout}; accepted: at most {kept}, the held-out images there are"

@@ -8,15 +8,20 @@ from pydantic import Field
 
 from specs.fields import Location, Spec, Unkeyed
 
+PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
+
 
 class DigitsData(Spec):
     """scikit-learn's 1,797 handwritten digits: 8x8, one channel, 10 classes, enlarged bilinearly."""
 
     channels: ClassVar[int] = 1
     classes: ClassVar[int] = 10
+    flip: ClassVar[bool] = False  # a digit's mirror image is none
+    skip_broken: ClassVar[bool] = False
     kind: Literal["digits"] = "digits"
     image_size: int = Field(16, ge=8, le=64, multiple_of=8, description="pixels a side")
     heldout: float = Field(0.5, gt=0, lt=1, description="share of each class kept from training")
+    per_class: int | None = Field(None, ge=1, description=PER_CLASS)
 
 
 class ImageFolderData(Spec):
@@ -32,6 +37,10 @@ class ImageFolderData(Spec):
         256, ge=8, le=8192, description="pixels a side, after scaling the short side and a centre crop"
     )
     heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
+    per_class: int | None = Field(None, ge=1, description=PER_CLASS)
+    flip: bool = Field(
+        False, description="also encode each training image's mirror image; training draws which of the two it sees"
+    )
     skip_broken: bool = Field(
         False, description="leave out, and count, the images that cannot be read; they are an error otherwise"
     )
@@ -61,6 +70,9 @@ class VaeCodec(Spec):
     factor: int = Field(8, ge=1, description="pixels along a latent's side")
     channels: int = Field(4, ge=1, description="channels of a latent")
     precision: Literal["fp32", "bf16"] = "fp32"
+    batch: int | None = Field(
+        None, ge=1, description="images that pass through it together; left out: 16 on a CPU, 64 of 256 pixels on a GPU"
+    )
 
     def latent_channels(self, data: Data) -> int:
         return self.channels

@@ -28,7 +28,7 @@ class Stage:
 
 
 STAGES = {
-    "features": Stage(version=1, orchestrates=True),
+    "features": Stage(version=2, orchestrates=True, memory="codec.batch"),
     "base": Stage(version=3, orchestrates=True, memory="weights.batch, or set weights.checkpointing"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),

@@ -24,7 +24,7 @@ from specs.graft import Edit, Site, overlapping
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context
-from stages.latents import Noised, noised, read
+from stages.latents import Noised, noised, read, require_enough
 
 BATCH = 64  # samples that pass through the rootstock together
 SHARE = 0.5  # of the memory that is free
@@ -152,9 +152,8 @@ def read_rootstock(context: Context) -> Rootstock:
     recipe, features = params.recipe, context.input("features")
     model, carried = checkpoints.load(context.input("base"))
     training, heldout = read(features, "training"), read(features, "heldout")
-    if recipe.samples > len(training.x):  # known beforehand, unless broken images were left out
-        accepted = f"at most {len(training.x)}, the training images that can be read"
-        raise ValueError(f"distill.samples: got {recipe.samples}; accepted: {accepted}")
+    require_enough("distill.samples", recipe.samples, len(training.x), "training")
+    require_enough("distill.heldout", recipe.heldout or 0, len(heldout.x), "held-out")
     return Rootstock(
         model.to(context.device),
         tuple(carried),

@@ -50,7 +50,7 @@ def pretrain(context: Context, device: torch.device) -> None:
     set_up_blocks(model, recipe)
     train(
         lambda state: PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state),
-        TrainingSet(latents.x, latents.labels, model.config.num_classes, device),
+        TrainingSet(latents.x, latents.labels, model.config.num_classes, device, latents.mirrored),
         recipe,
         seed=params.seed,
         stream="base",

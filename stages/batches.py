@@ -20,6 +20,7 @@ from torch import Tensor
 from models.diffusion import STEPS
 from models.streams import generator
 from specs.training import TrainingSpec
+from stages.latents import Shards, either
 
 DEPTH = 2  # batches that are drawn ahead
 
@@ -28,10 +29,17 @@ DEPTH = 2  # batches that are drawn ahead
 class TrainingSet:
     """Latents and labels to train on, mapped from a file or in memory; a batch of them is moved to `device`."""
 
-    latents: Tensor  # (n,C,S,S)
+    latents: Tensor | Shards  # (n,C,S,S)
     labels: Tensor  # (n,)
     num_classes: int
     device: torch.device
+    mirrored: Tensor | Shards | None = None  # like latents, of each image's mirror image
+
+    def pick(self, chosen: Tensor, mirror: Tensor) -> Tensor:
+        """The chosen latents (B,C,S,S); where there are mirror images, `mirror` (B,) says which of the two each is."""
+        if self.mirrored is None:
+            return self.latents[chosen]
+        return either(self.latents, self.mirrored, chosen, mirror)
 
 
 class Batch(NamedTuple):
@@ -63,8 +71,10 @@ def draw_batch(
     noise = torch.empty((len(places), *data.latents.shape[1:]))
     for row, place in zip(noise, places, strict=True):
         row.normal_(generator=generator(seed, stream, "noise", step, place))
+    # From a stream of its own, so that all else is drawn the same where there are no mirror images.
+    mirror = torch.rand(batch, generator=generator(seed, stream, "mirror", step)) < 0.5
     y = data.labels[chosen[share]].masked_fill(dropped[share], data.num_classes)
-    return Batch(data.latents[chosen[share]], t[share], y, noise)
+    return Batch(data.pick(chosen[share], mirror[share]), t[share], y, noise)
 
 
 class DrawnAhead:

@@ -40,7 +40,7 @@ def run(context: Context) -> None:
             context.stop_if_asked()
     model.eval()
     with torch.no_grad():
-        accuracy = (model(heldout.x).argmax(1) == heldout.labels).float().mean().item()
+        accuracy = (model(heldout.tensor()).argmax(1) == heldout.labels).float().mean().item()
     context.report(steps, steps, {"heldout_accuracy": accuracy})
     save_file(model.state_dict(), context.out / "classifier.safetensors")
     (context.out / "classifier.json").write_text(json.dumps({"heldout_accuracy": accuracy}))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-BATCH = 16  # images that pass through the VAE together
+BATCH = 16  # images that pass through the VAE together on a CPU
+GPU_BATCH, GPU_PIXELS = 256, 64 * 256**2  # on a GPU: at most so many images, and pixels of images
 SHOWN = 10  # tensors that an error names at most
 ACCEPTED = "a folder that diffusers saved an AutoencoderKL to, or the hub id of one"
 
@@ -34,7 +35,7 @@ class Coder(Protocol):
     """A codec, loaded. Pixels are (B,C,S,S); latents (B,C',S',S') with S' = S / factor."""
 
     def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        """Images in [-1, 1] -> float32 latents; `names` are the images' own within their source."""
+        """Images, uint8 or in [-1, 1] -> float32 latents; `names` are the images' own within their source."""
         ...
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
@@ -51,7 +52,7 @@ class Pixels:
     """Latents are the pixels."""
 
     def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        return images
+        return in_range(images)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         return to_images(latents)
@@ -63,7 +64,7 @@ class Vae:
     def __init__(self, codec: VaeCodec, device: torch.device) -> None:
         import torch
 
-        self.scale, self.device = codec.scale, device
+        self.codec, self.scale, self.device = codec, codec.scale, device
         self.dtype = torch.bfloat16 if codec.precision == "bf16" else torch.float32
         self.vae = _read(codec, self.dtype).to(device, memory_format=torch.channels_last).eval()
 
@@ -71,30 +72,52 @@ class Vae:
         """scale * a sample of the posterior; an image's noise comes from its name alone."""
         import torch
 
+        batch = together(self.codec, images.shape[-1], self.device.type == "cuda")
+        runs = [slice(start, start + batch) for start in range(0, len(images), batch)]
+        with torch.no_grad():
+            return torch.cat([self._sampled(images[run], names[run]) for run in runs]).contiguous()
+
+    def _sampled(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Of images that pass together; on a GPU it returns before that is done."""
+        import torch
+
         from models.streams import generator
 
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(images), BATCH):
-                posterior = self.vae.encode(self._placed(images[start : start + BATCH])).latent_dist
-                mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar.float())
-                draws = [generator(0, "posterior", name) for name in names[start : start + BATCH]]
-                noise = torch.stack([torch.randn(mean.shape[1:], generator=draw) for draw in draws])
-                found.append(self.scale * (mean + std * noise.to(self.device)))
-        return torch.cat(found).contiguous()
+        posterior = self.vae.encode(self._placed(images)).latent_dist
+        mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar.float())
+        noise = [torch.randn(mean.shape[1:], generator=generator(0, "posterior", name)) for name in names]
+        return self.scale * (mean + std * self._sent(torch.stack(noise)))
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         import numpy as np
         import torch
 
+        batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.device.type == "cuda")
         with torch.no_grad():
-            parts = (self._placed(part / self.scale) for part in latents.split(BATCH))
+            parts = (self._placed(part / self.scale) for part in latents.split(batch))
             return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
 
     def _placed(self, batch: Tensor) -> Tensor:
         import torch
 
-        return batch.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return in_range(self._sent(batch)).to(self.dtype, memory_format=torch.channels_last)
+
+    def _sent(self, batch: Tensor) -> Tensor:
+        """On the device; the host does not wait until a GPU has it."""
+        upload = self.device.type == "cuda" and batch.device.type == "cpu"
+        return (batch.pin_memory() if upload else batch).to(self.device, non_blocking=upload)
+
+
+def together(codec: VaeCodec, side: int, on_gpu: bool) -> int:
+    """How many images, of so many pixels a side, pass through the VAE together: a setting, or what suits the device."""
+    if codec.batch is not None:
+        return codec.batch
+    return min(GPU_BATCH, max(1, GPU_PIXELS // side**2)) if on_gpu else BATCH
+
+
+def in_range(images: Tensor) -> Tensor:
+    """Images as the codec takes them: float32 in [-1, 1]; uint8 are 0 .. 255."""
+    return images if images.is_floating_point() else images.float().div(127.5).sub(1)
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:

@@ -1,137 +1,270 @@
 """`features`: images to latents, streamed through Ray Data; training and held-out, class by class in turn.
 
-Leaves `{training,heldout}_latents.npy` (n,C,S,S) float32, `{training,heldout}_labels.npy` (n,) and `meta.json`; and
+Which images are encoded is settled before any is read. They are encoded in shards: a shard that is whole is kept, and
+not encoded again after a kill or a stop. Leaves the shards, of training images also those of the mirror images where
+the spec asks for them (`stages.latents` says how they lie), `{training,heldout}_labels.npy` (n,) and `meta.json`; and
 `broken.json`, the images that were left out, where the spec allows that.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
-from functools import cached_property
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
 import torch
+from numpy.typing import NDArray
 
-from cluster.runtime import options, settle
-from specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
+from cluster.runtime import options, room_for, settle
+from specs.data import Data, PixelCodec, VaeCodec
 from specs.job import StepResources
 from specs.problems import plain
 from specs.steps import FeaturesParams
 from stages import Context
-from stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit
-from stages.latents import SPLITS, LatentsMeta, write_meta
-from stages.sources import BrokenImage, Item, broken_images, class_folders, items, read_image, split, text, told
+from stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
+from stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
+from stages.sources import (
+    BrokenImage,
+    Item,
+    broken_images,
+    class_names,
+    read_pixels,
+    scaled,
+    split,
+    text,
+    told,
+)
 
-BATCHES_A_TASK = 8
+SHARD = 2048  # images
+BATCHES_A_TASK = 4
 BROKEN = "broken.json"
 ACCEPTED = "accepted: images that can be read, or data.skip_broken: true, which leaves the others out and counts them"
-Batch = dict[str, Any]  # a row of Ray's data set: `split`, `start`, `names`, and `images`, encoded in the end
+Row = dict[str, Any]  # of Ray's data set: a piece of a shard, `shard`, `start`, `names`; later `images`; then `latents`
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images that follow each other in a split; each of its views is a file."""
+
+    split: str
+    number: int
+    items: Sequence[Item]
+    views: tuple[str, ...]  # latents, and perhaps mirrored
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(f"{self.split}_{view}-{self.number:05d}.npy" for view in self.views)
 
 
 def run(context: Context) -> None:
     params: FeaturesParams = context.params
     data, codec = params.data, params.codec
     require_fit(codec, data)
-    broken = _survey(data) if getattr(data, "skip_broken", False) else {}
-    splits = dict(zip(SPLITS, split(data, without=broken), strict=True))
+    splits, broken = _chosen(data)
     _require_every_class(data, splits)
-    channels, side = codec.latent_channels(data), data.image_size // codec.factor
-    latents = {}
+    encode(context, shards(splits, data.flip))
     for name, members in splits.items():
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in members], dtype=np.int64))
-        path, shape = context.out / f"{name}_latents.npy", (len(members), channels, side, side)
-        latents[name] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    total, done = sum(map(len, splits.values())), 0
-    context.report(0, total)
-    try:
-        for batch in _as_raised(_encoded(params, splits, context.resources)):
-            start, count = batch["start"], len(batch["images"])
-            latents[batch["split"]][start : start + count] = batch["images"]
-            done += count
-            context.report(done, total)
-            context.stop_if_asked()
-    except BrokenImage:
-        raise ValueError(f"data.path: {told(_survey(data).values(), total)}; {ACCEPTED}") from None
-    for part in latents.values():
-        part.flush()
     meta = LatentsMeta(
         codec=codec.kind,
         scale=codec.scale if isinstance(codec, VaeCodec) else 1.0,
-        channels=channels,
-        side=side,
-        classes=_class_names(data),
+        channels=codec.latent_channels(data),
+        side=data.image_size // codec.factor,
+        classes=class_names(data),
         num_training=len(splits["training"]),
         num_heldout=len(splits["heldout"]),
     )
     write_meta(context.out, meta)
-    if getattr(data, "skip_broken", False):
-        listed = {"count": len(broken), "of": total + len(broken), "broken": sorted(map(text, broken))}
+    if data.skip_broken:
+        read = sum(map(len, splits.values())) + len(broken)
+        listed = {"count": len(broken), "of": read, "broken": sorted(map(text, broken))}
         (context.out / BROKEN).write_text(json.dumps(listed, indent=1))
 
 
-def _survey(data: Data) -> dict[str, str]:
-    """The images that cannot be read, by name, with what is said of each: every image is read, on every CPU."""
+def _chosen(data: Data) -> tuple[dict[str, list[Item]], dict[str, str]]:
+    """The images to encode, split by split; and of those that are left out as broken, by name, what is wrong.
 
-    def survey(batch: Batch) -> Batch:
-        found = broken_images(data, map(os.fsdecode, batch["names"]))
+    Where an image is left out, the next of its class takes its place, and is read, too.
+    """
+    broken: dict[str, str] = {}
+    sound: set[str] = set()
+    while True:
+        splits = dict(zip(SPLITS, split(data, without=broken), strict=True))
+        names = [item.name for members in splits.values() for item in members if item.name not in sound]
+        if not data.skip_broken or not names:
+            return splits, broken
+        broken |= _survey(data, names)
+        sound.update(names)
+
+
+def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
+    """Which of the images cannot be read, by name, with what is said of each: all are read, on every CPU."""
+
+    def survey(row: Row) -> Row:
+        found = broken_images(data, map(os.fsdecode, row["names"]))
         return {"names": [os.fsencode(name) for name in found], "problems": list(found.values())}
 
-    names = [item.name for item in items(data)]
-    found = _rows({"": names}).map(survey, num_cpus=1).iter_rows()
+    count = BATCHES_A_TASK * BATCH
+    rows = [{"names": _sent(names[start : start + count])} for start in range(0, len(names), count)]
+    found = _rows(rows).map(survey, num_cpus=1).iter_rows()
     return {os.fsdecode(name): said for row in found for name, said in zip(row["names"], row["problems"], strict=True)}
 
 
-def _require_every_class(data: Data, splits: dict[str, list[Item]]) -> None:
-    """Where images were left out: that each class still has some."""
-    there = {item.label for members in splits.values() for item in members}
-    for label, name in enumerate(_class_names(data)):
-        if label not in there:
+def _require_every_class(data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
+    """Where images were left out: that each class still has some, and as many to train on as the spec wants."""
+    training, heldout = (Counter(item.label for item in splits[name]) for name in SPLITS)
+    for label, name in enumerate(class_names(data)):
+        if not training[label] + heldout[label]:
             raise ValueError(
                 f"data.path: no image of the class {plain(name)} can be read; accepted: classes with images"
             )
+        if data.per_class is not None and training[label] < data.per_class:
+            accepted = f"at most {training[label]}, the training images of the class {plain(name)} that can be read"
+            raise ValueError(f"data.per_class: got {data.per_class}; accepted: {accepted}")
 
 
-def _encoded(params: FeaturesParams, splits: dict[str, list[Item]], resources: StepResources) -> Iterator[Batch]:
-    """The batches, encoded, in whatever order they are ready.
+def shards(splits: Mapping[str, Sequence[Item]], flip: bool) -> list[Shard]:
+    """Each split in runs of SHARD images; at least one, so that an empty split has a file as well."""
+    return [
+        Shard(
+            name, number, members[start : start + SHARD], ("latents", "mirrored")[: 1 + (flip and name == "training")]
+        )
+        for name, members in splits.items()
+        for number, start in enumerate(range(0, max(1, len(members)), SHARD))
+    ]
+
+
+def encode(context: Context, wanted: Sequence[Shard]) -> None:
+    """Have each shard's files in the step's folder: as they were kept, or encoded now and kept when they are whole."""
+    params: FeaturesParams = context.params
+    side = params.data.image_size // params.codec.factor
+    shape = (params.codec.latent_channels(params.data), side, side)
+    missing = [shard for shard in wanted if not _take(shard, context)]
+    drafts = [Draft(shard, context.out, shape) for shard in missing]
+    total, left = (sum(len(shard.items) for shard in some) for some in (wanted, missing))
+    context.report(total - left, total)
+    for draft in drafts:
+        if not draft.left:  # an empty split
+            draft.keep(context)
+    try:
+        for row in _as_raised(_encoded(params, missing, context.resources)):
+            draft = drafts[row["shard"]]
+            draft.write(row["start"], row["latents"])
+            left -= row["latents"].shape[1]
+            if not draft.left:
+                draft.keep(context)
+            context.report(total - left, total)
+            context.stop_if_asked()
+    except BrokenImage:
+        names = [item.name for shard in wanted for item in shard.items]
+        raise ValueError(f"data.path: {told(_survey(params.data, names).values(), total)}; {ACCEPTED}") from None
+
+
+class Draft:
+    """A shard that is being filled."""
+
+    def __init__(self, shard: Shard, folder: Path, shape: tuple[int, ...]) -> None:
+        self.shard, self.left = shard, len(shard.items)
+        self.writers = [ShardWriter(folder / file, (len(shard.items), *shape)) for file in shard.files]
+
+    def write(self, start: int, latents: NDArray[np.float32]) -> None:
+        """Latents (views,n,C,S,S) of the items from `start` on."""
+        for writer, part in zip(self.writers, latents, strict=True):
+            writer.write(start, part)
+        self.left -= latents.shape[1]
+
+    def keep(self, context: Context) -> None:
+        """Publish it; its files stay in the step's folder, too, on the same bytes of the disk where they can."""
+        for file in self.shard.files:
+            context.partial.save(file, partial(_link, context.out / file))
+
+
+def _take(shard: Shard, context: Context) -> bool:
+    """Have a shard that was kept in the step's folder; False where it has to be encoded."""
+    kept = [path for file in shard.files if (path := context.partial.load(file)) is not None]
+    if len(kept) < len(shard.files):
+        return False
+    for file, path in zip(shard.files, kept, strict=True):
+        _link(path, context.out / file)
+    return True
+
+
+def _link(path: Path, to: Path) -> None:
+    """A second name for a file that nobody changes any more; a copy where the file system has no such thing."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
+def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepResources) -> Iterator[Row]:
+    """The pieces of the shards, encoded, in whatever order they are ready.
 
     Which images pass through the VAE together is settled here, and not by how Ray cuts the data for the workers that
     it happens to have: so not even the last bits depend on those.
     """
 
-    def read(batch: Batch) -> Batch:  # in here, so that a worker that only reads need not load torch with this module
-        return {**batch, "images": np.stack([read_image(data, os.fsdecode(name)) for name in batch["names"]])}
+    def read(row: Row) -> Row:  # in here, so that a worker that only reads need not load torch with this module
+        return {**row, "images": np.stack([read_pixels(data, os.fsdecode(name)) for name in row["names"]])}
 
-    data, encode = params.data, {name: value for name, value in options(resources).items() if value}
-    rows = _rows({name: [item.name for item in members] for name, members in splits.items()})
-    if isinstance(params.codec, PixelCodec):
-        return iter(rows.map(read, **encode).iter_rows())
+    def as_latents(row: Row) -> Row:
+        images = scaled(row["images"])
+        views = [images, images[..., ::-1]][: row["views"]]
+        return {"shard": row["shard"], "start": row["start"], "latents": np.stack(views)}
+
+    data, codec = params.data, params.codec
+    batch = together(codec, data.image_size, resources.gpu > 0) if isinstance(codec, VaeCodec) else BATCH
+    pieces = _pieces(missing, BATCHES_A_TASK * batch)
+    told_ray = {name: value for name, value in options(resources).items() if value}
+    if not pieces:
+        return iter(())
+    if isinstance(codec, PixelCodec):
+        return iter(_rows(pieces).map(lambda row: as_latents(read(row)), **told_ray).iter_rows())
     # Without a GPU Ray fuses the two, so that a worker reads what it encodes and one CPU is enough.
-    images = rows.map(read, num_cpus=1 if resources.gpu else resources.cpu)
-    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=rows.num_blocks())
-    return iter(images.map(Encoder, fn_constructor_args=(params.codec,), compute=workers, **encode).iter_rows())
+    images = _rows(pieces).map(read, num_cpus=1 if resources.gpu else resources.cpu)
+    at_once = min(len(pieces), max(1, room_for(resources)))
+    workers = ray.data.ActorPoolStrategy(min_size=1, initial_size=at_once, max_size=len(pieces))
+    return iter(images.map(Encoder, fn_constructor_args=(codec,), compute=workers, **told_ray).iter_rows())
 
 
-def _rows(names: dict[str, list[str]]) -> ray.data.Dataset:
-    """Batches of images by name, split by split; names go as bytes, since they need not be text."""
+def _pieces(missing: Sequence[Shard], count: int) -> list[Row]:
+    """Rows of at most `count` images, none of more than one shard."""
+    return [
+        {
+            "shard": number,
+            "start": start,
+            "views": len(shard.views),
+            "names": _sent(item.name for item in shard.items[start : start + count]),
+        }
+        for number, shard in enumerate(missing)
+        for start in range(0, len(shard.items), count)
+    ]
+
+
+def _sent(names: Iterable[str]) -> list[bytes]:
+    """Names as they go to workers: they need not be text."""
+    return [os.fsencode(name) for name in names]
+
+
+def _rows(rows: list[Row]) -> ray.data.Dataset:
+    """A data set in which each row is a task."""
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars, settings.raise_original_map_exception = False, True
-    batches = [
-        {"split": split, "start": start, "names": [os.fsencode(name) for name in members[start : start + BATCH]]}
-        for split, members in names.items()
-        for start in range(0, len(members), BATCH)
-    ]
-    return ray.data.from_items(batches, override_num_blocks=math.ceil(len(batches) / BATCHES_A_TASK))
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
-def _as_raised(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _as_raised(rows: Iterator[Row]) -> Iterator[Row]:
     """What a worker says of an image or of the VAE, without the advice on retries that Ray puts below it."""
     try:
-        yield from batches
+        yield from rows
     except ray.exceptions.RayTaskError as error:
         if type(error.cause) in (BrokenImage, UnfitCodec):
             raise type(error.cause)(str(error.cause).splitlines()[0]) from None
@@ -144,19 +277,15 @@ class Encoder:
     def __init__(self, codec: VaeCodec) -> None:
         self.codec = codec
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, row: Row) -> Row:
         settle()
-        names = [text(os.fsdecode(name)) for name in batch["names"]]
-        latents = self._vae.encode(torch.from_numpy(np.array(batch["images"])), names)
-        return {**batch, "images": latents.cpu().numpy()}
+        images, names = torch.from_numpy(np.array(row["images"])), [text(os.fsdecode(name)) for name in row["names"]]
+        views = [self._vae.encode(images, names)]
+        if row["views"] > 1:  # no image's name ends so: it would be a folder's
+            views.append(self._vae.encode(images.flip(-1), [f"{name}/mirrored" for name in names]))
+        return {"shard": row["shard"], "start": row["start"], "latents": torch.stack(views).cpu().numpy()}
 
     @cached_property
     def _vae(self) -> Coder:
-        """Loaded with the first batch: of an error before that, Ray says only that a worker died."""
+        """Loaded with the first images: of an error before that, Ray says only that a worker died."""
         return load_codec(self.codec, settle())
-
-
-def _class_names(data: Data) -> tuple[str, ...]:
-    if isinstance(data, ImageFolderData):
-        return tuple(map(text, class_folders(data)))
-    return tuple(str(digit) for digit in range(10))

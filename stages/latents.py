@@ -1,13 +1,21 @@
-"""The artifact of `features`, as the other stages read it."""
+"""The artifact of `features`: what its files are, how they are written, and how the other stages read them.
+
+A split's latents lie in shards, each a .npy file of (n,C,S,S) float32: `training_latents-00000.npy` and so on, in the
+order of their names. They are memory-mapped, so that a split may be larger than the memory.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -50,19 +58,90 @@ class LatentsMeta(BaseModel):
         )
 
 
+class Shards:
+    """Latents (n,C,S,S) in several memory-mapped files, read as a tensor is.
+
+    A slice is a view, which reads nothing; a tensor of indices gives a tensor, for which those latents alone are read.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self.parts[0].shape[1:]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, chosen: slice) -> Shards: ...
+
+    @overload
+    def __getitem__(self, chosen: Tensor) -> Tensor: ...
+
+    def __getitem__(self, chosen: slice | Tensor) -> Shards | Tensor:
+        return self._run(chosen) if isinstance(chosen, slice) else self._picked(chosen)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Tensors of `size` latents, one after another; the last may be smaller."""
+        return (self[start : start + size].tensor() for start in range(0, len(self), size))
+
+    def tensor(self) -> Tensor:
+        """All of it, which is read where it lies in more than one file."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    def _run(self, chosen: slice) -> Shards:
+        start, stop, step = chosen.indices(len(self))
+        assert step == 1
+        begins = [0, *self.ends.tolist()[:-1]]
+        parts = [
+            part[max(0, start - begin) : max(0, stop - begin)] for part, begin in zip(self.parts, begins, strict=True)
+        ]
+        return Shards([part for part in parts if len(part)] or parts[:1])
+
+    def _picked(self, chosen: Tensor) -> Tensor:
+        found = self.parts[0].new_empty((len(chosen), *self.shape[1:]))
+        shard = torch.bucketize(chosen, self.ends, right=True)
+        for number in shard.unique().tolist():
+            here = (shard == number).nonzero().flatten()
+            part = self.parts[number]
+            found[here] = part.index_select(0, chosen[here] - (self.ends[number] - len(part)))
+        return found
+
+
 @dataclass(frozen=True)
 class Latents:
     """One split, in an order in which every prefix is class-stratified."""
 
-    x: Tensor  # (n,C,S,S) float32
+    x: Tensor | Shards  # (n,C,S,S) float32
     labels: Tensor  # (n,)
+    mirrored: Tensor | Shards | None = None  # like x, of each image's mirror image
 
     def first(self, count: int) -> Latents:
-        return Latents(self.x[:count], self.labels[:count])
+        mirrored = None if self.mirrored is None else self.mirrored[:count]
+        return Latents(self.x[:count], self.labels[:count], mirrored)
 
     def share(self, fraction: float) -> Latents:
         """The same share of each class; at least one latent."""
         return self.first(max(1, round(len(self.x) * fraction)))
+
+    def tensor(self) -> Tensor:
+        """All of x, in memory where it lies in more than one file: for splits that are known to be small."""
+        return self.x if isinstance(self.x, Tensor) else self.x.tensor()
+
+
+def either(x: Tensor | Shards, mirrored: Tensor | Shards, chosen: Tensor, mirror: Tensor) -> Tensor:
+    """The chosen latents, each of its image or, where `mirror` (n,) is true, of the mirror image."""
+    found = torch.empty((len(chosen), *x.shape[1:]), device=x.device)
+    found[~mirror] = x[chosen[~mirror]]
+    found[mirror] = mirrored[chosen[mirror]]
+    return found
 
 
 def read_meta(folder: Path) -> LatentsMeta:
@@ -75,8 +154,37 @@ def write_meta(folder: Path, meta: LatentsMeta) -> None:
 
 def read(folder: Path, split: str) -> Latents:
     """A split, memory-mapped."""
-    x = np.load(folder / f"{split}_latents.npy", mmap_mode="c")
-    return Latents(torch.from_numpy(x), torch.from_numpy(np.load(folder / f"{split}_labels.npy")))
+    labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy"))
+    mirrored = _shards(folder, f"{split}_mirrored")
+    return Latents(Shards(_shards(folder, f"{split}_latents")), labels, Shards(mirrored) if mirrored else None)
+
+
+def require_enough(field: str, asked: int, found: int, kind: str) -> None:
+    """Raise ValueError where a split is too small: known beforehand, unless broken images were left out."""
+    if asked > found:
+        raise ValueError(f"{field}: got {asked}; accepted: at most {found}, the {kind} images that can be read")
+
+
+def _shards(folder: Path, name: str) -> list[Tensor]:
+    return [torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob(f"{name}*.npy"))]
+
+
+class ShardWriter:
+    """A shard that is filled in any order. Nothing of it stays in memory; a full disk is an OSError."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self.path, self.item_bytes = path, 4 * math.prod(shape[1:])
+        described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with path.open("xb") as file:
+            np.lib.format.write_array_header_1_0(file, described)
+            self.begin = file.tell()
+            file.truncate(self.begin + shape[0] * self.item_bytes)
+
+    def write(self, start: int, latents: NDArray[np.float32]) -> None:
+        """Latents (n,C,S,S) from item `start` on; raises OSError."""
+        with self.path.open("r+b") as file:
+            file.seek(self.begin + start * self.item_bytes)
+            file.write(np.ascontiguousarray(latents).data)
 
 
 @dataclass(frozen=True)
@@ -98,5 +206,5 @@ def noised(latents: Latents, draws: int, seed: int, stream: str) -> Noised:
         source = generator(seed, stream, index)
         t.append(torch.randint(STEPS, (draws,), generator=source))
         noise.append(torch.randn((draws, *latents.x.shape[1:]), generator=source))
-    x, times = latents.x.repeat_interleave(draws, 0), torch.cat(t)
+    x, times = latents.tensor().repeat_interleave(draws, 0), torch.cat(t)
     return Noised(Diffusion().add_noise(x, times, torch.cat(noise)), times, latents.labels.repeat_interleave(draws, 0))

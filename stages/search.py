@@ -99,7 +99,7 @@ def search(context: Context, device: torch.device) -> None:
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: SearchEngine(gated, recipe, params.seed, state),
-        TrainingSet(latents.x, latents.labels, gated.model.config.num_classes, device),
+        TrainingSet(latents.x, latents.labels, gated.model.config.num_classes, device, latents.mirrored),
         recipe,
         seed=params.seed,
         stream="search",

@@ -74,9 +74,32 @@ def class_sizes(data: Data) -> tuple[int, ...]:
     return tuple(len(names) for names in class_folders(data).values())
 
 
-def training_size(data: Data) -> int:
-    """Images that are not held out."""
-    return sum(size - heldout_of(size, data.heldout) for size in class_sizes(data))
+def class_names(data: Data) -> tuple[str, ...]:
+    """What the classes are called, in the order of their numbers."""
+    if isinstance(data, DigitsData):
+        return tuple(map(str, range(data.classes)))
+    return tuple(map(text, class_folders(data)))
+
+
+def split_sizes(data: Data) -> tuple[int, int]:
+    """How many images `split` finds to train on and to hold out, before any is read."""
+    sizes = class_sizes(data)
+    heldout = [heldout_of(size, data.heldout) for size in sizes]
+    training = [size - held for size, held in zip(sizes, heldout, strict=True)]
+    return sum(min(size, data.per_class or size) for size in training), sum(heldout)
+
+
+def scarce(data: Data, sizes: Sequence[int]) -> str | None:
+    """A line about the class of the fewest images, where `data.per_class` asks for more of each.
+
+    sizes: of each class, the images that are there, held out or not.
+    """
+    training = [size - heldout_of(size, data.heldout) for size in sizes]
+    if data.per_class is None or not training or data.per_class <= min(training):
+        return None
+    name = class_names(data)[training.index(min(training))]
+    accepted = f"at most {min(training)}, the training images of the class {plain(name)}"
+    return f"data.per_class: got {data.per_class}; accepted: {accepted}"
 
 
 def heldout_of(size: int, share: float) -> int:
@@ -95,6 +118,8 @@ def items(data: Data) -> list[Item]:
 def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[Item]]:
     """Training and held-out images, each in an order in which every prefix is a stratified subset.
 
+    Of a class, `data.per_class` images are kept to train on; that is known before any image is read.
+
     without: names of images that are left out, as if they were not there.
     """
     training, heldout = [], []
@@ -106,7 +131,7 @@ def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[I
         members.sort(key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
         cut = heldout_of(len(members), data.heldout)
         heldout.append(members[:cut])
-        training.append(members[cut:])
+        training.append(members[cut:][: data.per_class])
     return interleave(training), interleave(heldout)
 
 
@@ -122,6 +147,16 @@ def interleave(classes: Sequence[Sequence[Item]]) -> list[Item]:
 
 def read_image(data: Data, name: str) -> np.ndarray:
     """(C,S,S) float32 in [-1, 1]; raises BrokenImage."""
+    return scaled(read_pixels(data, name))
+
+
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """What `read_pixels` gives, as float32 in [-1, 1]."""
+    return pixels.astype("float32") / 127.5 - 1 if pixels.dtype == "uint8" else pixels
+
+
+def read_pixels(data: Data, name: str) -> np.ndarray:
+    """(C,S,S) as it is cheap to send: uint8, 0 .. 255, or (digits) float32 in [-1, 1]; raises BrokenImage."""
     import numpy as np
     from PIL import Image
 
@@ -141,8 +176,7 @@ def read_image(data: Data, name: str) -> np.ndarray:
         reason = plain(str(error)).replace(repr(str(path)), "it") or type(error).__name__
         raise BrokenImage(f"{plain(text(str(path)))}: cannot be read as an image: {reason}") from None
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    pixels = np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float32)
-    return (pixels / 127.5 - 1).transpose(2, 0, 1)
+    return np.asarray(picture.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
 def _opened(path: Path) -> Image.Image:

@@ -24,6 +24,7 @@ from models.dit import DiT, DiTConfig, initialise
 from models.streams import generator, initialising
 from pipeline import preflight
 from pipeline.planning import Plan, make_plan
+from pipeline.store import Store
 from specs.data import Codec, DigitsData, ImageFolderData, PixelCodec, VaeCodec
 from specs.evaluate import DdimSampler
 from specs.job import JobSpec, StepResources
@@ -31,8 +32,8 @@ from specs.load import SpecError, job_from
 from specs.steps import FeaturesParams, SampleParams
 from stages import Context, codec, features, rows
 from stages.codec import UnfitCodec, load_codec, misfits
-from stages.latents import read_meta
-from stages.sources import read_image, split
+from stages.latents import read, read_meta
+from stages.sources import read_image, scaled, split
 from tests.conftest import Graft
 from tests.small import Payload
 
@@ -134,6 +135,19 @@ def test_any_split_into_batches_gives_the_same_up_to_rounding(
     monkeypatch.setattr(codec, "BATCH", size)
     torch.testing.assert_close(vae.encode(images, NAMES), latents, rtol=0, atol=1e-6)
     assert np.abs(vae.decode(latents).astype(int) - whole).max() <= 1
+
+
+def test_the_batch_is_the_specs_or_suits_the_device(folder: Path) -> None:
+    assert [codec.together(spec(folder), side, on_gpu=False) for side in (64, 256, 512)] == [16, 16, 16]
+    assert [codec.together(spec(folder), side, on_gpu=True) for side in (64, 256, 512, 8192)] == [256, 64, 16, 1]
+    assert codec.together(spec(folder, batch=5), 256, on_gpu=True) == 5
+
+
+def test_images_as_bytes_are_those_in_range(folder: Path) -> None:
+    data = torch.randint(256, (COUNT, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator(0, "bytes"))
+    floats = torch.from_numpy(scaled(data.numpy()))
+    assert floats.min() == -1 and floats.max() == 1
+    assert torch.equal(loaded(folder).encode(data, NAMES), loaded(folder).encode(floats, NAMES))
 
 
 def test_the_same_batch_gives_the_same_bits(folder: Path, images: Tensor, latents: Tensor) -> None:
@@ -326,9 +340,9 @@ def test_a_pipelines_key_is_that_of_its_vae(photos: Path, folder: Path, tmp_path
     assert keys(make_plan(job(photos, tmp_path))) == keys(make_plan(job(photos, folder)))
 
 
-@pytest.mark.parametrize("field", ["scale", "precision"])
+@pytest.mark.parametrize("field", ["scale", "precision", "batch"])
 def test_how_the_vae_is_used_is_in_every_key(photos: Path, folder: Path, field: str) -> None:
-    changed = {"scale": 0.13, "precision": "bf16"}
+    changed = {"scale": 0.13, "precision": "bf16", "batch": 8}
     before, after = (keys(make_plan(job(photos, folder, codec=part))) for part in ({}, {field: changed[field]}))
     assert not before.items() & after.items()
 
@@ -361,16 +375,16 @@ def two_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
-def encode_photos(photos: Path, codec: Codec, out: Path, cpu: float = 1) -> Path:
+def encode_photos(photos: Path, codec: Codec, out: Path, cpu: float = 1, **settings: Any) -> Path:
     out.mkdir()
-    data = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25)
+    data = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25, **settings)
     features.run(
         Context(
             step="features",
             params=FeaturesParams(data=data, codec=codec),
             inputs={},
             out=out,
-            partial=None,  # type: ignore[arg-type]
+            partial=Store(f"{out}-store").partial("features"),
             report=lambda done, total, metrics=None: None,
             resources=StepResources(cpu=cpu),
             device=CPU,
@@ -390,8 +404,9 @@ def test_features_are_the_vaes_latents_in_the_order_of_the_split(photos: Path, f
     for name, items in zip(("training", "heldout"), split(data), strict=True):
         pictures = torch.from_numpy(np.stack([read_image(data, item.name) for item in items]))
         expected = vae.encode(pictures, [item.name for item in items])
-        assert np.array_equal(np.load(encoded / f"{name}_latents.npy"), expected.numpy())
-        assert np.load(encoded / f"{name}_labels.npy").tolist() == [item.label for item in items]
+        found = read(encoded, name)
+        assert torch.equal(found.tensor(), expected)
+        assert found.labels.tolist() == [item.label for item in items]
 
 
 def test_what_the_latents_are_is_written_beside_them(encoded: Path) -> None:
@@ -402,15 +417,22 @@ def test_what_the_latents_are_is_written_beside_them(encoded: Path) -> None:
     assert not meta.bounded
 
 
-def test_two_workers_and_other_tasks_make_the_same_bits(
+def test_two_workers_other_tasks_and_mirror_images_beside_them_make_the_same_bits(
     photos: Path, folder: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = ray.data.ActorPoolStrategy
     monkeypatch.setattr(features, "BATCHES_A_TASK", 1)
-    monkeypatch.setattr(ray.data, "ActorPoolStrategy", lambda min_size, max_size: pool(size=2))
-    made = encode_photos(photos, spec(folder), tmp_path / "two")
-    for name in ("training_latents.npy", "heldout_latents.npy"):
+    monkeypatch.setattr(ray.data, "ActorPoolStrategy", lambda **_: pool(size=2))
+    made = encode_photos(photos, spec(folder), tmp_path / "two", flip=True)
+    for name in ("training_latents-00000.npy", "heldout_latents-00000.npy"):
         assert (made / name).read_bytes() == (encoded / name).read_bytes()
+
+    data, vae = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25), loaded(folder)
+    names = [item.name for item in split(data)[0]]
+    pictures = torch.from_numpy(np.stack([read_image(data, name) for name in names])).flip(-1)
+    mirrored = read(made, "training").mirrored
+    assert mirrored is not None and read(made, "heldout").mirrored is None
+    assert torch.equal(mirrored[: len(names)].tensor(), vae.encode(pictures, [f"{name}/mirrored" for name in names]))
 
 
 @pytest.mark.usefixtures("two_cpus")

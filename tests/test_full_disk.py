@@ -89,6 +89,22 @@ store.artifact(OTHER).verify()
 """
 
 
+SHARD = """
+import sys
+from pathlib import Path
+import numpy as np
+from stages.latents import ShardWriter
+
+disk = Path(sys.argv[1])
+writer = ShardWriter(disk / "training_latents-00000.npy", (2048, 4, 32, 32))
+try:
+    for start in range(0, 2048, 64):
+        writer.write(start, np.ones((64, 4, 32, 32), np.float32))
+except OSError as error:
+    print(start, error.strerror)
+"""
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """Where a small disk can be mounted."""
@@ -115,6 +131,11 @@ def test_a_disk_that_fills_up_is_told_and_nothing_is_lost(disk: Path) -> None:
     assert found["states"] == ["cached", "partial"]  # nothing of the commit is visible, and nothing of the save
     assert found["kept"] == "first"
     assert found["drafts"] == []
+
+
+def test_latents_that_find_no_room_are_an_error_and_no_dead_worker(disk: Path) -> None:
+    """Of a mapped file the system would take the pages back with a signal."""
+    assert on_a_disk(disk, "4m", SHARD).split(" ", 1) == ["192", "No space left on device\n"]
 
 
 def test_a_store_that_cannot_be_written_is_told_and_can_be_read(disk: Path) -> None:

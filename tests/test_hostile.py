@@ -685,7 +685,7 @@ def encode(home: Path, out: Path, **settings: Any) -> Path:
             params=FeaturesParams(data=data, codec=PixelCodec()),
             inputs={},
             out=out,
-            partial=None,  # type: ignore[arg-type]
+            partial=Store(f"{out}-store").partial("features"),
             report=lambda done, total, metrics=None: None,
             resources=StepResources(),
             device=CPU,
@@ -719,7 +719,7 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
         path = home / "class-1" / name
         path.rmdir() if path.is_dir() else path.unlink()
     clean = encode(home, tmp_path / "clean")
-    for name in ("training_latents.npy", "training_labels.npy", "heldout_latents.npy"):
+    for name in ("training_latents-00000.npy", "training_labels.npy", "heldout_latents-00000.npy"):
         assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
 
 

@@ -21,7 +21,7 @@ from specs.data import DigitsData, ImageFolderData
 from specs.job import JobSpec
 from specs.load import SpecError, load
 from stages import STAGES
-from stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, training_size
+from stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
 REFERENCES = {"reference/classifier", "reference/heldout"}
@@ -597,7 +597,7 @@ def test_each_class_gives_its_share(share: float) -> None:
     training, heldout = split(DigitsData(heldout=share))
     held, all_of = Counter(item.label for item in heldout), dict(enumerate(DIGITS_PER_CLASS))
     assert all(abs(held[label] - share * size) <= 0.5 for label, size in all_of.items())
-    assert len(training) == training_size(DigitsData(heldout=share))
+    assert len(training) == split_sizes(DigitsData(heldout=share))[0]
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["training", "heldout"])
