@@ -209,7 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         compared = Benchmark(Path(folder), asked)
         cpus = (os.cpu_count() or 1) if compared.on_gpu else compared.workers
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         threads = [1] if compared.on_gpu else sorted({1, os.cpu_count() or 1})
         ways = {f"public, {count} thread{'s' * (count > 1)}": partial(compared.public, count) for count in threads}
         seconds = in_turn(ways | {"bare loop": compared.bare, "features": compared.stage}, asked.rounds)
