@@ -201,7 +201,7 @@ def main() -> None:
     made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the stage and the bare loop")
     made.add_argument("--batch", type=int, default=None, help="images; by default what the stage takes by itself")
     made.add_argument("--flip", action="store_true", help="have the stage and the bare loop encode mirror images too")
-    made.add_argument("--images", type=int, default=2048, help="for the stage and the bare loop")
+    made.add_argument("--images", type=int, default=6144, help="for the stage and the bare loop")
     made.add_argument("--public-images", type=int, default=256)
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="on a CPU, each on one thread")
     made.add_argument("--rounds", type=int, default=3)
