@@ -201,7 +201,7 @@ def main() -> None:
     made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the stage and the bare loop")
     made.add_argument("--batch", type=int, default=None, help="images; by default what the stage takes by itself")
     made.add_argument("--flip", action="store_true", help="have the stage and the bare loop encode mirror images too")
-    made.add_argument("--images", type=int, default=2048, help="for the stage and the bare loop")
+    made.add_argument("--images", type=int, default=6144, help="for the stage and the bare loop")
     made.add_argument("--public-images", type=int, default=256)
     made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="on a CPU, each on one thread")
     made.add_argument("--rounds", type=int, default=3)
@@ -209,7 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         compared = Benchmark(Path(folder), asked)
         cpus = (os.cpu_count() or 1) if compared.on_gpu else compared.workers
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         threads = [1] if compared.on_gpu else sorted({1, os.cpu_count() or 1})
         ways = {f"public, {count} thread{'s' * (count > 1)}": partial(compared.public, count) for count in threads}
         seconds = in_turn(ways | {"bare loop": compared.bare, "features": compared.stage}, asked.rounds)
