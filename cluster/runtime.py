@@ -42,7 +42,9 @@ def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
     cpus = max(os.cpu_count() or 1, together, *(math.ceil(demand.cpu) for demand in demands))
     # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
-    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cpus, "include_dashboard": False}
+    # By itself, Ray would join whatever cluster it finds on this machine.
+    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    local = {} if "RAY_ADDRESS" in os.environ else own
     # A Ray of our own listens on loopback only; by itself, Ray does so where it knows that no other machine can join.
     reachable = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = reachable and not local

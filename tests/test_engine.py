@@ -156,7 +156,7 @@ def test_the_record_is_kept_now_and_then_and_has_all_in_the_end(job: JobSpec, mo
     monkeypatch.setattr(running, "SAVE_SECONDS", 3600.0)
     run.saved = float("-inf")
     for step in plan.steps:
-        run.ended(step.name, StepResult(step.key, "done", seconds=1.0))
+        run.ended(step.name, StepResult(step.name, step.key, "done", seconds=1.0))
     assert len(saves) == 1
     monkeypatch.setattr(running, "SAVE_SECONDS", 0.0)
     run.news(News())

@@ -240,7 +240,7 @@ def test_fewer_held_out_images_than_were_asked_for_are_an_error_where_broken_one
 
 @pytest.fixture(scope="module")
 def a_cpu() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

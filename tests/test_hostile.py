@@ -378,7 +378,7 @@ def test_a_checkpoint_of_another_model_or_of_fewer_classes_is_known_before_anyth
 STATISTICS: dict[str, dict[str, Any]] = {
     "another network": {"mu": np.zeros(64), "sigma": np.zeros((64, 64))},
     "NaN": {"mu": np.full(2048, np.nan), "sigma": np.zeros((2048, 2048))},
-    "code": {"mu": np.array([print], dtype=object), "sigma": np.zeros(1)},
+    "code": {"mu": np.array([len], dtype=object), "sigma": np.zeros(1)},
     "no sigma": {"mu": np.zeros(2048)},
 }
 
@@ -671,7 +671,7 @@ def test_what_is_shown_is_short_and_plain() -> None:
 
 @pytest.fixture(scope="module")
 def a_cpu() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -958,6 +958,7 @@ def test_the_gradient_is_that_of_the_whole_batch_whatever_the_parts(
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_scion_learns_the_same(store: Store, inputs: dict[str, Folder], tmp_path: Path) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
