@@ -75,6 +75,7 @@ def _step(name: str, params: TrivialParams, needs: Sequence[Step]) -> Step:
         "stage": NAME,
         "name": name,
         "params": keyed(params),
+        "outside": {},
         "needs": {needed.name: needed.key for needed in needs},
     }
     return Step(
