@@ -16,7 +16,7 @@ from typing import cast, get_args
 
 import torch
 
-from cluster.runtime import fan_out
+from cluster.fan_out import fan_out
 from models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
 from models.frechet import distance
 from models.precision import computing

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.runtime import fan_out
+from cluster.fan_out import fan_out
 from models.diffusion import Network
 from models.precision import computing
 from models.sampling import sample

@@ -35,7 +35,7 @@ from stages.codec import UnfitCodec, load_codec, misfits
 from stages.latents import read, read_meta
 from stages.sources import read_image, scaled, split
 from tests.conftest import Graft
-from tests.small import Payload
+from tests.small import Folder, Payload
 
 CPU = torch.device("cpu")
 SIDE, COUNT = 16, 6
@@ -460,16 +460,6 @@ def test_a_photograph_that_a_worker_cannot_read_is_one_line(tmp_path: Path) -> N
     assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
 
 
-class Folder:
-    """An artifact that a step needs."""
-
-    def __init__(self, place: Path) -> None:
-        self.key, self.place = str(place), place
-
-    def path(self) -> Path:
-        return self.place
-
-
 def test_samples_are_decoded_and_their_latents_know_no_bounds(
     folder: Path, official: Any, encoded: Path, tmp_path: Path
 ) -> None:
@@ -483,7 +473,7 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
         params=SampleParams(
             seed=0, row="rootstock", codec=spec(folder), samples=5, batch=3, metrics=(), sampler=sampler
         ),
-        inputs={"features": Folder(encoded), "base": Folder(tmp_path)},
+        inputs={"features": Folder("f", encoded), "base": Folder("b", tmp_path)},
         out=tmp_path,
         partial=None,  # type: ignore[arg-type]
         report=lambda done, total, metrics=None: None,

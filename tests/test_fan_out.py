@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.runtime import AHEAD, fan_out
+from cluster.fan_out import AHEAD, fan_out
 from specs.job import StepResources
 
 ON_CPU, ON_GPU = StepResources(cpu=1), StepResources(cpu=0, gpu=1)

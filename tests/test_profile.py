@@ -7,7 +7,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from specs.steps import ProfileParams
 from stages import Context, profile
 from stages.evidence import Profile, read_profile
 from stages.latents import LatentsMeta, noised, read, write_meta
-from tests.small import lively
+from tests.small import Folder, lively
 
 CPU = torch.device("cpu")
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -234,15 +233,6 @@ def test_an_output_that_is_not_finite_is_complained_of_by_its_site(wrong: float)
 
 
 # -- the whole step, and what it leaves
-
-
-@dataclass(frozen=True)
-class Folder:
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
 
 
 def make_inputs(folder: Path, model: DiT, edits: tuple[Edit, ...] = ()) -> dict[str, Folder]:

@@ -47,6 +47,7 @@ from stages.latents import LatentsMeta, write_meta
 from stages.search import SearchEngine
 from stages.training import PlainEngine, final_state, set_up_blocks, train
 from tests import small
+from tests.small import Folder
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
@@ -590,17 +591,6 @@ def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip
 
 
 # -- the step as a whole
-
-
-@dataclass
-class Folder:
-    """An artifact that the step needs."""
-
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
 
 
 CARRIED = Edit(site=Site(block=3, target="mlp"), operator=Mlp(ratio=2))

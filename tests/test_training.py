@@ -45,6 +45,7 @@ from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, wri
 from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
+from tests.small import Folder
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
@@ -749,17 +750,6 @@ def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept
 
 
 # -- the whole step, and what it leaves
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An artifact that a step needs."""
-
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
 
 
 @pytest.fixture
