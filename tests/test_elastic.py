@@ -17,14 +17,16 @@ from specs.training import TrainingSpec
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys
 from tests.loopback import LoopbackCluster, free_port
 
-# Ray's own stand-in for a cloud: its nodes are processes on this machine.
+# Ray's own stand-in for a cloud: its nodes are processes on this machine. It takes the head for a node of this type; by
+# any other name the autoscaler misses its head, and starts and ends nodes of that type for ever.
+HEAD = "ray.head.default"
 NODES = {
     "cluster_name": "growing",
     "max_workers": 2,
     "provider": {"type": "fake_multinode"},
-    "head_node_type": "head",
+    "head_node_type": HEAD,
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "judge": {"resources": {"CPU": 1, "judge": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1},
     },
     "upscaling_speed": 1.0,
