@@ -248,7 +248,7 @@ def step_loss(scion: nn.Module, given: Tensor, put_out: Tensor, work: Work) -> T
 def our_way(work: Work, processes: int) -> tuple[float, dict[Site, float]]:
     """Seconds, and each site's best held-out error. Starting the processes is Ray's part, and not counted."""
     by_name = {edit.name: edit for edit in work.edits}
-    packs = pack([Item(name, 1.0) for name in by_name], processes)
+    packs = pack([Item(name, 1.0, depth=edit.site.block) for name, edit in by_name.items()], processes)
     jobs = [[by_name[item.name] for item in items] for items in packs]
     if processes == 1:
         seconds = timed(lambda: [distil(work, edits) for edits in jobs], work.device)

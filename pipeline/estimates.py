@@ -543,7 +543,7 @@ def _tasks(
     if sites:
         pool, amount = machine.takes(known[sites[0].key], sites[0].resources)
         slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
-        items = [Item(step.name, times[step.name].own) for step in sites]
+        items = [Item(step.name, times[step.name].own, depth=_block(step)) for step in sites]
         shared = max(times[step.name].shared for step in sites)
         for one in pack(items, slots, shared):
             tasks.append(_Task(tuple(item.name for item in one), duration(one, shared), pool, amount))
@@ -559,6 +559,12 @@ def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     for name in names:
         work = formulas.work(keys[name])
         assert work is not None, name
-        items.append(Item(name, work.own, formulas.activations(known[keys[name]])))
+        items.append(Item(name, work.own, formulas.activations(known[keys[name]]), _block(plan[name])))
         shared = max(shared, work.shared)
     return items, shared
+
+
+def _block(step: Step) -> int:
+    """Up to which the rootstock runs for a site."""
+    assert isinstance(step.params, params.DistillParams)
+    return step.params.edit.site.block

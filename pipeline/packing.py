@@ -30,6 +30,7 @@ class Item:
     name: str
     seconds: float  # of its own work, without the shared pass; only ratios matter; positive
     memory: float = 0.0  # bytes of the device that it holds from the shared pass to its end
+    depth: int = 0  # how far the shared pass has to go for it; only the order matters
 
 
 Pack = list[Item]
@@ -52,7 +53,7 @@ def pack(
     room = math.inf if memory is None else memory
     schedules = [schedule(items, slots, shared_seconds, room, most) for schedule in (_spread, _fill)]
     orders = [_in_order(schedule, shared_seconds) for schedule in schedules]
-    return min(orders, key=lambda order: makespan(order, slots, shared_seconds))
+    return _side_by_side(min(orders, key=lambda order: makespan(order, slots, shared_seconds)))
 
 
 def makespan(packs: Iterable[Pack], slots: int, shared_seconds: float = 0.0) -> float:
@@ -147,6 +148,15 @@ def _in_order(schedule: Schedule, shared: float) -> list[Pack]:
             starts.append((start, -duration(one), one))
             start += duration(one, shared)
     return [one for _, _, one in sorted(starts, key=lambda entry: entry[:2])]
+
+
+def _side_by_side(order: Sequence[Pack]) -> list[Pack]:
+    """The same packs, with items that take as much exchanged so that a pack has those of one depth: its pass ends with
+    the deepest of them."""
+    alike: dict[tuple[float, float], list[Item]] = {}
+    for item in sorted((item for one in order for item in one), key=attrgetter("depth"), reverse=True):
+        alike.setdefault((item.seconds, item.memory), []).append(item)
+    return [[alike[item.seconds, item.memory].pop() for item in one] for one in order]
 
 
 def _longest_first(items: Iterable[Item]) -> list[Item]:

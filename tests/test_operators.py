@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.operators import REGISTRY, attention, build_operator, kernels, recognise
+from models.operators.convolution import CausalConv1d
 from models.operators.kernels import CAUSAL_CONVOLUTION, FLASH_ATTENTION, STATE_SPACE_SCAN, Kernel, KernelUnavailable
 from models.operators.mamba import scan
 from specs.operators import (
@@ -430,6 +431,23 @@ def test_a_hyena_is_its_definition_token_by_token(
     gated = convolved([k * v for _, k, v in parts], operator.inner_filter)
     y = torch.stack([q * inner for (q, _, _), inner in zip(parts, gated, strict=True)], dim=1)
     torch.testing.assert_close(operator(x), y @ operator.out_proj.weight.T + operator.out_proj.bias)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("length", "kernel"), [(9, 4), (9, 1), (2, 4)])
+def test_the_convolutions_gradients_are_those_of_pytorch(length: int, kernel: int, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    taps = CausalConv1d(5, kernel, HyenaY()).double()
+    x = torch.randn(3, length, 5).double().transpose(1, 2)
+    x = (x if channels_last else x.contiguous()).requires_grad_()
+    expected = F.conv1d(F.pad(x, (kernel - 1, 0)), taps.weight, taps.bias, groups=5)
+    found = taps(x)
+    torch.testing.assert_close(found, expected)
+    wanted, gradient = (x, taps.weight, taps.bias), torch.randn_like(x)
+    pairs = (torch.autograd.grad(y, wanted, gradient) for y in (found, expected))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert (found.stride(1) == 1) == channels_last  # what comes after it finds the layout that it had
 
 
 def test_the_mlp_has_a_tanh_gelu_between_its_layers() -> None:

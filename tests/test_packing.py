@@ -72,6 +72,12 @@ def test_no_slot_is_left_idle_for_the_sake_of_full_packs() -> None:
     assert sorted(len(one) for one in packs) == [2, 2, 2, 3]
 
 
+def test_sites_that_take_as_long_are_put_with_their_neighbours() -> None:
+    blocks = [7, 1, 5, 11, 3, 9]
+    packs = pack([Item(str(block), 1.0, depth=block) for block in blocks], slots=2, shared_seconds=0.2)
+    assert [sorted(item.depth for item in one) for one in packs] == [[1, 3, 5], [7, 9, 11]]
+
+
 def test_of_the_packs_the_longest_start_first() -> None:
     draws = random.Random(0)
     items = [Item(str(number), draws.lognormvariate(0, 1)) for number in range(50)]

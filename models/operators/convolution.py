@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +29,10 @@ class CausalConv1d(nn.Conv1d):
         fused = choose(CAUSAL_CONVOLUTION, self.spec, x, taps)
         if fused is not None:
             return fused(laid_out(x), self.weight[:, 0], self.bias, activation="silu" if self.silu else None)
-        y = super().forward(F.pad(x, (taps - 1, 0)))
+        if x.device.type == "cpu":
+            y = CausalOnCpu.apply(x, self.weight, self.bias)
+        else:
+            y = super().forward(F.pad(x, (taps - 1, 0)))
         return F.silu(y) if self.silu else y
 
 
@@ -34,3 +40,34 @@ def laid_out(x: Tensor) -> Tensor:
     """(B,C,L) as the kernel takes it: L contiguous, or C contiguous and all strides multiples of 8."""
     channels_last = x.stride(1) == 1 and not any(n % 8 for n in (x.shape[1], x.stride(0), x.stride(2)))
     return x if channels_last else x.contiguous()
+
+
+class CausalOnCpu(torch.autograd.Function):
+    """The same convolution where C may be contiguous as well as L, and comes out as it went in.
+
+    PyTorch's own gradient of the taps takes several times as long on a CPU as all the rest (benchmarks/operators.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _slid(x, weight, bias, x.shape[2], 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        length, taps = x.shape[2], weight.shape[2]
+        of_x = _slid(gradient, weight.to(gradient.dtype).flip(2), None, length, taps - 1)
+        seen = x.to(gradient.dtype)
+        back = [min(taps - 1 - tap, length) for tap in range(taps)]  # how far before the present a tap looks
+        of_taps = [(seen[..., : length - far] * gradient[..., far:]).sum((0, 2)) for far in back]
+        of_weight = torch.stack(of_taps, dim=1)[:, None]
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), gradient.sum((0, 2)).to(weight.dtype)
+
+
+def _slid(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, start: int) -> Tensor:
+    """`length` outputs from the `start`-th, of all those that see any of x (B,C,L). In two dimensions, where PyTorch
+    knows a layout in which C is contiguous."""
+    taps = weight.shape[2]
+    y = F.conv2d(x[:, :, None], weight[:, :, None], bias, padding=(0, taps - 1), groups=x.shape[1])
+    return y[:, :, 0, start : start + length]

@@ -38,14 +38,14 @@ class Hyena(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.in_proj(x).transpose(1, 2)  # (B,3D,N)
-        if self.short_filter is not None:
-            qkv = self.short_filter(qkv)
-        q, k, v = qkv.chunk(3, dim=1)
-        v = k * v
-        if self.inner_filter is not None:
-            v = self.inner_filter(v)
-        return self.out_proj((q * v).transpose(1, 2))
+        qkv = along_tokens(self.short_filter, self.in_proj(x))  # (B,N,3D)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return self.out_proj(q * along_tokens(self.inner_filter, k * v))
+
+
+def along_tokens(taps: CausalConv1d | None, x: Tensor) -> Tensor:
+    """(B,N,C) -> (B,N,C), if there are taps; channels stay contiguous."""
+    return x if taps is None else taps(x.transpose(1, 2)).transpose(1, 2)
 
 
 @torch.no_grad()
