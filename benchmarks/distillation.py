@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import limits, parser, show, timed
+from cluster.memory import keep_freed
 from models import checkpoints
 from models.dit import DiT, DiTConfig, initialise
 from models.precision import computing
@@ -254,11 +255,17 @@ def our_way(work: Work, processes: int) -> tuple[float, dict[Site, float]]:
         seconds = timed(lambda: [distil(work, edits) for edits in jobs], work.device)
     else:
         context = torch.multiprocessing.get_context("spawn")
-        with context.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with context.Pool(processes, initializer=settle) as pool:
             pool.map(warm, range(4 * processes), chunksize=1)
             seconds = timed(lambda: pool.starmap(distil, [(work, edits) for edits in jobs], chunksize=1))
     summaries = {edit.site: json.loads((out_of(work, edit) / "distill.json").read_text()) for edit in work.edits}
     return seconds, {site: summary["heldout_error"] for site, summary in summaries.items()}
+
+
+def settle() -> None:
+    """As a step's process is set up."""
+    torch.set_num_threads(1)
+    keep_freed()
 
 
 def warm(_: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def launch(
 
 def _train(loop: Callable[[], None], workers: int, resources: StepResources) -> None:
     """One attempt; what is done about a failure is for the caller to say."""
+    # Steps see to being preempted themselves; a process less to start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     TorchTrainer(
         loop,
         scaling_config=ray.train.ScalingConfig(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray._private import ray_constants
 
+from cluster.memory import keep_freed
 from specs.job import StepResources
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def settle() -> torch.device:
     on_gpu = bool(ray.get_gpu_ids())
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed()
     import torch
 
     torch.set_num_threads(1)

@@ -32,7 +32,6 @@ from stages.pictures import loss_curve
 from stages.training import PlainEngine, save_tensors
 
 CHECKPOINT = "distill.safetensors"
-CACHED = 2**20  # numbers of an operator's input that a CPU's caches have room for, with what is made of them
 Mimic = Callable[..., Tensor]  # a scion, as a function of what the operator saw
 LossFunction = Callable[..., Tensor]
 LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
@@ -138,24 +137,10 @@ def mimic_of(scion: nn.Module, recipe: DistillSpec, device: torch.device) -> Mim
 
 
 def learn(engine: PlainEngine, mimic: Mimic, pairs: Pairs, loss_of: LossFunction, lr: float) -> Tensor:
-    """One step on a batch, whose gradient is summed over its parts; returns its mean error."""
-    parts = list(pairs.split(_part(pairs)))
-    total = torch.zeros((), device=pairs.outputs.device)
-    for number, part in enumerate(parts, 1):
-        value = error(mimic, part, loss_of) * (len(part) / len(pairs))
-        total += value.detach()
-        if number < len(parts):
-            value.backward()
+    """One step on a batch; returns its mean error."""
+    value = error(mimic, pairs, loss_of)
     engine.step(value, lr)
-    return total
-
-
-def _part(pairs: Pairs) -> int:
-    """Samples that pass through a scion together: on a CPU as many as its caches hold, which is faster there."""
-    if pairs.outputs.is_cuda:
-        return len(pairs)
-    parts = math.ceil(pairs.outputs.numel() / CACHED)
-    return math.ceil(len(pairs) / parts)
+    return value.detach()
 
 
 def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
@@ -167,8 +152,8 @@ def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
 @torch.no_grad()
 def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
     """Mean error over all pairs."""
-    parts = (part for pairs in source.batches(BATCH) for part in pairs.split(_part(pairs)))
-    return torch.stack([error(mimic, part, loss_of).double() * len(part) for part in parts]).sum().item() / len(source)
+    errors = [error(mimic, pairs, loss_of).double() * len(pairs) for pairs in source.batches(BATCH)]
+    return torch.stack(errors).sum().item() / len(source)
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -50,3 +53,26 @@ def test_a_run_starts_a_ray_of_its_own_unless_it_is_told_of_a_cluster(
     monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
     with runtime.session([], together=1):
         assert asked.get("address") == expected
+
+
+FAULTS = """
+import resource
+import sys
+import torch
+from cluster.memory import keep_freed
+
+if sys.argv[1:]:
+    keep_freed()
+for _ in range(100):
+    torch.zeros(2**20)  # 4 MiB, 1024 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not the GNU C library")
+def test_the_memory_of_a_tensor_serves_the_next_one() -> None:
+    usual, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, text=True, check=True).stdout)
+        for how in ([], ["keep"])
+    )
+    assert usual - kept > 50 * 1024

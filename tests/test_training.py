@@ -934,20 +934,6 @@ def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
     assert histories["bf16"] == [pytest.approx(point, rel=0.02) for point in histories["fp32"]]
 
 
-def test_the_gradient_is_that_of_the_whole_batch_whatever_the_parts(
-    rootstock: DiT, source: Kept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ends = []
-    for cached in (2**20, 7 * 16 * 16):
-        monkeypatch.setattr(distill, "CACHED", cached)
-        scion = new_scion(rootstock, MHA_EDIT, 0)
-        engine = PlainEngine(scion, clip=10.0, state=None)
-        for _ in range(3):
-            mean = distill.learn(engine, scion, source.pairs, distill.LOSSES["l2"], 0.01)
-        ends.append((mean, *scion.parameters()))
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_scion_learns_the_same(store: Store, inputs: dict[str, Folder], tmp_path: Path) -> None:
