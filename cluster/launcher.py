@@ -51,19 +51,21 @@ def _train(loop: Callable[[], None], workers: int, resources: StepResources) -> 
     """One attempt; what is done about a failure is for the caller to say."""
     # Steps see to being preempted themselves; a process less to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    TorchTrainer(
-        loop,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
-        ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
-        run_config=ray.train.RunConfig(
-            storage_path=tempfile.mkdtemp(prefix="graftwork-train-"),
-            failure_config=ray.train.FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+    # Ray Train insists on a place of its own; nothing of ours goes there.
+    with tempfile.TemporaryDirectory(prefix="graftwork-train-", ignore_cleanup_errors=True) as folder:
+        TorchTrainer(
+            loop,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
             ),
-        ),
-    ).fit()
+            torch_config=TorchConfig(backend="nccl" if resources.gpu > 0 else "gloo"),
+            run_config=ray.train.RunConfig(
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+            ),
+        ).fit()
 
 
 def _raise_own(error: Exception) -> None:

@@ -26,7 +26,7 @@ from stages.latents import Latents, Shards, ShardWriter, read, read_meta, requir
 from stages.sources import Item, interleave, split, split_sizes
 from stages.training import TrainingSet, draw_batch
 from tests.conftest import ROOT
-from tests.test_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of
+from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of
 
 CPU = torch.device("cpu")
 MIB = 2**20

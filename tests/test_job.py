@@ -132,6 +132,7 @@ def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Fi
     )
 
 
+@pytest.mark.slow
 def test_a_finetune_that_diverges_fails_at_once_and_says_so(tiny_copy: Finished, graft: Graft) -> None:
     wild = ("--set", "finetune.lr=1e30", "--set", "finetune.control=false")
     done = graft("run", str(TINY), *wild)
@@ -183,6 +184,7 @@ EVERY_EDIT = """
 """
 
 
+@pytest.mark.slow
 def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
     """All operators in different blocks, at both targets, and pairs that take some of them in."""
     document = yaml.safe_load(TINY.read_text())

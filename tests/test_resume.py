@@ -18,6 +18,7 @@ SECONDS_TO_BEGIN = 180
 SECONDS_TO_DIE = 2  # of Ray's processes, once their driver is gone
 
 
+@pytest.mark.slow
 def test_a_job_killed_in_distill_and_again_in_finetune_ends_in_the_same_bits(
     tiny: Finished, graft: Graft, tmp_path: Path
 ) -> None:

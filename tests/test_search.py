@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from stages.search import SearchEngine
 from stages.training import PlainEngine, final_state, set_up_blocks, train
 from tests import small
 from tests.small import Folder
+from tests.tiny_training import Killed, Reports
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
@@ -56,21 +56,6 @@ SITES = tuple(Site(block=block, target="mha") for block in (0, 1, 2))
 RECIPE = SearchSpec(
     steps=12, batch=8, lr=3e-3, ema=0.7, clip=3.0, lora_rank=2, lora_alpha=4.0, checkpoint_every=4, nan_patience=3
 )
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
-
-
-@dataclass
-class Reports:
-    """A report that dies at `dies_at`."""
-
-    dies_at: int | None = None
-
-    def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        if done == self.dies_at:
-            raise Killed
 
 
 @pytest.fixture(autouse=True)

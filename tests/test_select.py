@@ -24,7 +24,7 @@ from stages.evidence import (
     write_profile,
 )
 from tests.small import Folder
-from tests.test_training import Reports
+from tests.tiny_training import Reports
 
 DEPTH = 4
 MASS = (0.5, 0.9, 0.1, 0.9)  # of each block's attention, within a band of 1 token; patches see it the other way round

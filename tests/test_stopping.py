@@ -67,6 +67,7 @@ def test_a_second_ctrl_c_stops_at_once(distilled: Path, tmp_path: Path) -> None:
     assert alive(processes) == []
 
 
+@pytest.mark.slow
 def test_graft_stop_reaches_a_run_through_its_store(distilled: Path, graft: Graft, tmp_path: Path) -> None:
     driver = Driver("run", *JOB, cwd=tmp_path)
     driver.wait_for(lambda: "] finetune: running" in driver.log.read_text(), "finetune")

@@ -208,6 +208,7 @@ def test_compare_shows_the_numbers_that_mlflow_holds(tiny: Finished, graft: Graf
     assert {name: value for name, value in row.items() if "." in name} == held
 
 
+@pytest.mark.slow
 def test_a_server_gets_the_same_as_the_database(tiny_copy: Finished, server: MlflowServer, graft: Graft) -> None:
     place = f"tracking.uri={server.address}"
     done = graft("run", str(TINY), "--json", "--set", place, "--set", "evaluate.sampler.guidance=1.25")

@@ -1,0 +1,541 @@
+"""Distilling: killed, resumed, beside others in its task, kept or computed anew, a site ends in the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickletools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import checkpoints
+from models.dit import DiT
+from models.precision import computing
+from models.surgery import GATE, graft, modulations, new_scion, observe, scion_at
+from pipeline.store import Store
+from specs.graft import Edit, Parallel, Site
+from specs.job import StepResources
+from specs.operators import HyenaY, Mha, Mlp
+from specs.steps import DistillParams
+from specs.training import DistillSpec
+from stages import Context, Stopped, Together, activations, distill, hybrid
+from stages.activations import Kept, Pairs, Rootstock
+from stages.batches import TrainingSet
+from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
+from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
+from stages.training import PlainEngine
+from tests.small import Folder
+from tests.tiny_training import (
+    CPU,
+    TINY,
+    Killed,
+    Reports,
+    assert_same_bits,
+    lively,
+    make_data,
+    run_training,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture
+def data() -> TrainingSet:
+    return make_data()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+# -- latents as distillation sees them
+
+
+def test_a_samples_noise_depends_on_its_place_alone(data: TrainingSet) -> None:
+    latents = Latents(data.latents, data.labels)
+    few, many = (noised(latents.first(count), 2, 0, "distill") for count in (4, 9))
+    assert (
+        torch.equal(few.z, many.z[:8]) and torch.equal(few.t, many.t[:8]) and torch.equal(few.labels, many.labels[:8])
+    )
+
+
+def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: TrainingSet) -> None:
+    shown = noised(Latents(data.latents[:1], data.labels[:1]), 3, 0, "distill")
+    assert len(set(shown.t.tolist())) == 3
+    assert shown.labels.tolist() == [0, 0, 0]
+
+
+# -- distillation
+
+
+MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
+MHA_EDIT = Edit(site=MHA_SITE, operator=HyenaY())
+
+
+def make_context(store: Store, key: str, out: Path, report: Reports | None = None, **changes: Any) -> Context:
+    edit, within = changes.pop("edit", MHA_EDIT), changes.pop("within", ())
+    recipe = {"samples": 24, "epochs": 7, "batch": 10, "lr": 0.01, "milestones": (3,), "checkpoint_every": 2}
+    return Context(
+        step=f"distill/{edit.site}",
+        params=DistillParams(seed=0, edit=edit, within=within, recipe=DistillSpec(**{**recipe, **changes})),
+        inputs={},
+        out=out,
+        partial=store.partial(key),
+        report=report or Reports(),
+        resources=StepResources(),
+        device=CPU,
+    )
+
+
+@pytest.fixture
+def rootstock() -> DiT:
+    return lively(DiT(TINY))
+
+
+@pytest.fixture
+def shown(data: TrainingSet) -> Noised:
+    return noised(Latents(data.latents[:24], data.labels[:24]), 1, 0, "distill")
+
+
+@pytest.fixture
+def source(rootstock: DiT, shown: Noised) -> Kept:
+    return recorded(rootstock, MHA_SITE, shown)
+
+
+@pytest.fixture
+def unseen(rootstock: DiT, data: TrainingSet) -> Kept:
+    kept = Latents(data.latents[24:], data.labels[24:])
+    return recorded(rootstock, MHA_SITE, noised(kept, 1, 0, "distill/heldout"))
+
+
+def recorded(rootstock: DiT, site: Site, shown: Noised, gate_weighted: bool = False) -> Kept:
+    whole = Rootstock(rootstock, (), shown, shown, DistillSpec(gate_weighted=gate_weighted), CPU)
+    return Kept(whole.record([site], shown, CPU)[site], CPU)
+
+
+@pytest.mark.parametrize("deaths", [(1,), (3,), (4,), (7,), (3, 5, 6)], ids=str)
+def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path, deaths: tuple[int, ...]
+) -> None:
+    def distilled(key: str, deaths: tuple[int, ...]) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
+        for death in deaths:
+            scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
+            with pytest.raises(Killed):
+                distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
+        scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
+        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
+        return scion.state_dict(), history
+
+    straight, killed = distilled("straight", ()), distilled("killed", deaths)
+    assert killed[1] == straight[1]
+    assert_same_bits(killed[0], straight[0])
+
+
+def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+) -> None:
+    ends = []
+    for key, asked in (("straight", False), ("stopped", True)):
+        report = Reports()
+        context = replace(make_context(store, key, tmp_path, report), stopping=report.past(3))
+        if asked:
+            with pytest.raises(Stopped, match="after epoch 3"):
+                distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
+        scion = new_scion(rootstock, MHA_EDIT, 99 if asked else 0)
+        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
+        ends.append((scion.state_dict(), history))
+    assert ends[0][1] == ends[1][1]
+    assert_same_bits(ends[0][0], ends[1][0])
+
+
+def test_distilling_brings_the_scion_nearer(
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+) -> None:
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    before = distill.relative_error(scion, unseen)
+    distill.fit(scion, source, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
+    assert distill.relative_error(scion, unseen) < 0.7 * before
+
+
+def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, store: Store, tmp_path: Path) -> None:
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
+        contrary = Kept(Pairs(source.pairs.inputs, scion(*source.pairs.inputs), None), CPU)
+    history = distill.fit(scion, source, contrary, "l1", make_context(store, "a", tmp_path))
+    errors = [heldout for _, _, heldout in history]
+    assert errors.index(min(errors)) == 0
+    assert distill.error_on(scion, contrary, distill.LOSSES["l1"]) == errors[0]
+
+
+def test_the_rate_halves_at_each_milestone(
+    rootstock: DiT, source: Kept, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = PlainEngine.step
+    monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
+    distill.fit(scion, source, source, "l1", context)
+    assert rates == [0.08, 0.04, 0.04, 0.02, 0.02]
+
+
+def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_epoch(
+    rootstock: DiT, source: Kept, store: Store, tmp_path: Path
+) -> None:
+    broken = Kept(Pairs(source.pairs.inputs, source.pairs.outputs * math.nan, None), CPU)
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, broken, "l1", make_context(store, "a", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("site", "loss", "kind", "because"),
+    [
+        (MHA_SITE, "auto", "l1", "the outputs' excess kurtosis is 30, above 12"),
+        (MLP_SITE, "auto", "l2", "the outputs' excess kurtosis is 12, at most 12"),
+        (MHA_SITE, "l2", "l2", "set in the spec"),
+        (MLP_SITE, "huber", "huber", "set in the spec"),
+        (Site(block=0, target="pair"), "auto", "l1", "a pair adds what its attention puts out"),
+    ],
+    ids=str,
+)
+def test_auto_goes_by_the_tails_of_what_the_operator_puts_out(
+    tmp_path: Path, site: Site, loss: Any, kind: str, because: str
+) -> None:
+    keep_profile(tmp_path, {MHA_SITE: 30.0, MLP_SITE: 12.0})
+    context = make_bare({"profile": Folder("p", tmp_path)})
+    assert distill.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
+
+
+def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
+    """A profile in which only the outputs' kurtosis says something."""
+    rest: dict[str, Any] = {"mean": 0, "std": 1, "largest": 5, "largest_magnitudes": (5,), "quantiles": {}}
+    outputs = {str(site): Outputs(excess_kurtosis=value, **rest) for site, value in kurtosis.items()}
+    nothing: dict[str, Any] = {"tokens": {}, "patches": {}}
+    curves = LocalityCurves(**nothing, by_quarter=QuarterCurves(**nothing))
+    write_profile(folder, Profile(outputs=outputs, locality=curves))
+
+
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": torch.abs,
+    "l2": torch.square,
+    "huber": lambda e: torch.where(e.abs() < 1, 0.5 * e.square(), e.abs() - 0.5),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gate weighted"])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted: bool) -> None:
+    draws = torch.Generator().manual_seed(0)
+    inputs, outputs = 2 * torch.randn(2, 5, 4, 3, generator=draws)
+    weights = torch.rand(5, 1, 3, generator=draws)
+    pairs = Pairs((inputs[1:4],), outputs[1:4], weights[1:4] if weighted else None)
+    expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
+    found = distill.error(nn.Identity(), pairs, distill.LOSSES[kind])
+    torch.testing.assert_close(found, expected.mean())
+
+
+@pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
+def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, shown: Noised, site: Site) -> None:
+    pairs = recorded(rootstock, site, shown, gate_weighted=True).pairs
+    _, c = rootstock.embed(shown.z, shown.t, shown.labels)
+    gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
+    assert pairs.weights is not None
+    torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
+
+
+def test_unweighted_pairs_have_no_weights(source: Kept) -> None:
+    assert source.pairs.weights is None
+
+
+def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
+    rootstock: DiT, shown: Noised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "BATCH", 7)
+    pairs = recorded(rootstock, MHA_SITE, shown).pairs
+    seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+    torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.inputs, seen.output))
+
+
+def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
+    source: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
+    monkeypatch.setattr(distill, "BATCH", 7)
+    assert distill.error_on(nn.Identity(), source, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
+def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site: Site, operator: Any) -> None:
+    scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
+    scion.load_state_dict(scion_at(rootstock, site).state_dict())
+    same = recorded(rootstock, site, shown)
+    assert distill.error_on(scion, same, distill.LOSSES["l1"]) == 0
+    assert distill.relative_error(scion, same) == 0
+
+
+def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return source.pairs.outputs.mean((0, 1)).expand_as(x)
+
+    assert distill.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
+
+
+# -- the whole step, and what it leaves
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folder]:
+    features, base = tmp_path / "features", tmp_path / "base"
+    features.mkdir()
+    base.mkdir()
+    for name, part in (("training", slice(0, 24)), ("heldout", slice(24, 30))):
+        np.save(features / f"{name}_latents.npy", data.latents[part].numpy())
+        np.save(features / f"{name}_labels.npy", data.labels[part].numpy())
+    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=24, num_heldout=6)
+    write_meta(features, meta)
+    checkpoints.save(rootstock, (), base)
+    (tmp_path / "profile").mkdir()
+    keep_profile(tmp_path / "profile", {MHA_SITE: 30.0, MLP_SITE: 12.0})
+    return {
+        "features": Folder("f", features),
+        "base": Folder("b", base),
+        "profile": Folder("p", tmp_path / "profile"),
+    }
+
+
+def run_distill(
+    store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
+) -> None:
+    out.mkdir(exist_ok=True)
+    together = changes.pop("together", Together())
+    distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, together=together))
+
+
+def test_a_distill_step_leaves_the_best_scion_and_its_figures(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, unseen: Kept
+) -> None:
+    report = Reports()
+    run_distill(store, "a", inputs, tmp_path / "out", report)
+    summary = json.loads((tmp_path / "out" / "distill.json").read_text())
+    best_done, _, best = min((seen for seen in report.seen if seen[2]), key=lambda seen: seen[2]["heldout_error"])
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    scion.load_state_dict(load_file(tmp_path / "out" / "scion.safetensors"))
+    assert summary == {
+        "loss": "l1",
+        "loss_because": "the outputs' excess kurtosis is 30, above 12",
+        "heldout_error": best["heldout_error"],
+        "best_epoch": best_done,
+        "relative_error": pytest.approx(distill.relative_error(scion, unseen)),
+    }
+
+
+def test_a_distill_step_that_was_killed_and_resumed_leaves_the_same_files(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path
+) -> None:
+    run_distill(store, "straight", inputs, tmp_path / "straight")
+    with pytest.raises(Killed):
+        run_distill(store, "killed", inputs, tmp_path / "killed", Reports(dies_at=5))
+    run_distill(store, "killed", inputs, tmp_path / "killed")
+    for name in ("scion.safetensors", "distill.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+PAIR = Edit(site=Site(block=0, target="pair"), operator=Parallel())
+
+
+def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstocks_pair(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
+) -> None:
+    run_distill(store, "scion", inputs, tmp_path / "scion")
+    inputs |= {f"scions/{MHA_SITE}": Folder("s", tmp_path / "scion")}
+    run_distill(store, "pair", inputs, tmp_path / "pair", edit=PAIR, within=(MHA_EDIT,), epochs=20, lr=3e-3)
+    pair = load_file(tmp_path / "pair" / "scion.safetensors")
+    assert "second.attn.inner_filter.weight" in pair and "first.attn.qkv.weight" in pair and "merge.weight" in pair
+    # What it started from: the rootstock's blocks, the distilled scion, and the sum of both.
+    model = hybrid.with_scions(rootstock, (MHA_EDIT,), make_bare(inputs), 0)
+    start = new_scion(model, PAIR, 0)
+    latents = read(inputs["features"].place, "heldout").first(24)
+    unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"))
+    summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
+    assert summary["relative_error"] < 0.9 * distill.relative_error(start, unseen)
+    start.load_state_dict(pair)
+    assert summary["relative_error"] == pytest.approx(distill.relative_error(start, unseen), rel=1e-5)
+
+
+# -- sites that share a task
+
+
+MLP_EDIT = Edit(site=MLP_SITE, operator=Mlp(ratio=2))
+A_SITE = (24 + 6) * 2 * 16 * 16 * 4  # bytes: samples, what goes in and out, tokens, width, fp32
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Site, ...]]:
+    """The sites that each batch of the rootstock's pass looked at."""
+    found: list[tuple[Site, ...]] = []
+
+    def counted(model: DiT, sites: Any, *args: Tensor) -> Any:
+        found.append(tuple(sites))
+        return observe(model, sites, *args)
+
+    monkeypatch.setattr(activations, "observe", counted)
+    return found
+
+
+def distilled_together(store: Store, inputs: dict[str, Folder], folder: Path, **changes: Any) -> dict[str, bytes]:
+    """Two sites in one task: the files that they leave."""
+    kept: dict[str, Any] = {}
+    for name, edit, ahead in (("mha", MHA_EDIT, [MLP_EDIT]), ("mlp", MLP_EDIT, [])):
+        following = [make_context(store, "", folder, edit=other, **changes).params for other in ahead]
+        together = Together(next=following, kept=kept)
+        folder.mkdir(exist_ok=True)
+        run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, together=together, **changes)
+    return {
+        f"{name}/{file}": (folder / name / file).read_bytes()
+        for name in ("mha", "mlp")
+        for file in ("scion.safetensors", "distill.json")
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (2 * A_SITE, [(MHA_SITE, MLP_SITE)] * 2),  # the training samples, then the held-out ones
+        (2 * A_SITE - 1, [(MHA_SITE,)] * 2 + [(MLP_SITE,)] * 2),
+    ],
+    ids=["room for both", "room for one"],
+)
+def test_sites_of_one_task_share_passes_as_far_as_memory_goes_and_end_in_the_bits_of_sites_alone(
+    store: Store,
+    inputs: dict[str, Folder],
+    tmp_path: Path,
+    passes: list[tuple[Site, ...]],
+    room: int,
+    expected: list[tuple[Site, ...]],
+) -> None:
+    found = distilled_together(store, inputs, tmp_path / "together", activations=room)
+    assert passes == expected
+    for name, edit in (("mha", MHA_EDIT), ("mlp", MLP_EDIT)):
+        run_distill(store, f"alone/{name}", inputs, tmp_path / f"alone-{name}", edit=edit)
+        for file in ("scion.safetensors", "distill.json"):
+            assert found[f"{name}/{file}"] == (tmp_path / f"alone-{name}" / file).read_bytes()
+
+
+def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_result(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    record = Rootstock.record
+    monkeypatch.setattr(
+        Rootstock,
+        "record",
+        lambda self, sites, shown, place: (sizes.append(len(shown.t)), record(self, sites, shown, place))[1],
+    )
+    run_distill(store, "fits", inputs, tmp_path / "fits")
+    assert sizes == [24, 6]
+    sizes.clear()
+    room = 12 * A_SITE // 30  # 12 samples of 24, of which whole batches of 10 are taken
+    run_distill(store, "streamed", inputs, tmp_path / "streamed", activations=room)
+    assert sizes[:4] == [10, 10, 4, 6] and len(sizes) == 4 * 7 + 1
+    scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("fits", "streamed")]
+    for name, value in scions[0].items():
+        torch.testing.assert_close(scions[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(rootstock: DiT, shown: Noised) -> None:
+    recipe = DistillSpec(precision="bf16")
+    found = Rootstock(rootstock, (), shown, shown, recipe, CPU).record([MHA_SITE, PAIR.site], shown, CPU)
+    assert {value.dtype for value in found[MHA_SITE].tensors()} == {torch.bfloat16}
+    assert {value.dtype for value in found[PAIR.site].tensors()} == {torch.float32}
+    scion = new_scion(rootstock, MHA_EDIT, 0)
+    with computing("bf16", CPU), torch.no_grad():
+        seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+        exact = distill.error(scion, Pairs(seen.inputs, seen.output, None), distill.LOSSES["l1"])
+        assert distill.error(scion, found[MHA_SITE], distill.LOSSES["l1"]) == exact
+
+
+def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
+    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+) -> None:
+    histories = {}
+    for precision in ("fp32", "bf16"):
+        context = make_context(store, precision, tmp_path, precision=precision)
+        histories[precision] = distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
+    assert histories["fp32"][-1][2] < 0.9 * histories["fp32"][0][2]
+    assert histories["bf16"] == [pytest.approx(point, rel=0.02) for point in histories["fp32"]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_scion_learns_the_same(store: Store, inputs: dict[str, Folder], tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run_distill(store, name, inputs, tmp_path / name, compile=compiled, epochs=2)
+    scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("eager", "compiled")]
+    for name, value in scions[0].items():
+        torch.testing.assert_close(scions[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def make_bare(inputs: dict[str, Folder]) -> Context:
+    """A context of which only the inputs are read."""
+    nothing: Any = None
+    return Context("", nothing, inputs, nothing, nothing, nothing, nothing, CPU)
+
+
+def test_scions_of_another_graft_are_taken_as_they_are(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
+) -> None:
+    donor = lively(graft(DiT(TINY), [MHA_EDIT], 0), seed=5)
+    (tmp_path / "donor").mkdir()
+    checkpoints.save(donor, (MHA_EDIT,), tmp_path / "donor")
+    edit = MHA_EDIT.model_copy(update={"scions": str(tmp_path / "donor")})
+    run_distill(store, "a", inputs, tmp_path / "out", edit=edit)
+    assert_same_bits(load_file(tmp_path / "out" / "scion.safetensors"), scion_at(donor, MHA_SITE).state_dict())
+    summary = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert summary["best_epoch"] == 0 and summary["heldout_error"] > 0
+    other = Edit(site=MHA_SITE, operator=HyenaY(kernel=2), scions=edit.scions)
+    with pytest.raises(checkpoints.UnfitCheckpoint, match=r"donor: 01.mha: got .*'kernel': 4.*accepted: .*'kernel': 2"):
+        run_distill(store, "b", inputs, tmp_path / "out", edit=other)
+
+
+def is_pickle(path: Path) -> bool:
+    content = path.read_bytes()
+    if content.startswith(b"PK"):
+        return True  # torch.save's archive
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r").dtype.hasobject
+    try:
+        return len(list(pickletools.genops(content))) > 1
+    except Exception:
+        return False
+
+
+def test_nothing_that_a_step_leaves_or_keeps_is_a_pickle(
+    store: Store, data: TrainingSet, inputs: dict[str, Folder], tmp_path: Path
+) -> None:
+    run_training(store.partial("base"), data)
+    run_distill(store, "distill", inputs, tmp_path / "out")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".npy", ".json"}
+    assert [path.name for path in files if is_pickle(path)] == []
+
+
+def test_latents_of_a_spec_become_the_models_shape(inputs: dict[str, Folder]) -> None:
+    from specs.model import DitModel
+
+    model = DitModel(depth=2, width=16, heads=2, patch=2)
+    assert read_meta(inputs["features"].path()).dit_config(model) == copy.deepcopy(TINY)

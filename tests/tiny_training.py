@@ -1,0 +1,105 @@
+"""The smallest training there is, which tests kill, stop and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.dit import DiT, DiTConfig
+from pipeline.store import Partial, Store
+from specs.training import TrainingSpec
+from stages import never, training
+from stages.batches import TrainingSet
+from stages.training import PlainEngine, train
+from tests import small
+
+TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
+CPU = torch.device("cpu")
+# Of the gradients, some are longer than `clip` and some are not.
+RECIPE = TrainingSpec(steps=12, batch=8, lr=3e-3, warmup=3, clip=3.0, ema=0.7, schedule="cosine", checkpoint_every=4)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+@dataclass
+class Reports:
+    """A report that notes all it is told, and dies at `dies_at`."""
+
+    dies_at: int | None = None
+
+    def __post_init__(self) -> None:
+        self.seen: list[tuple[int, int, Mapping[str, float]]] = []
+
+    def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        self.seen.append((done, total, metrics or {}))
+        if done == self.dies_at:
+            raise Killed
+
+    def past(self, step: int) -> Callable[[], bool]:
+        """Asks to stop from that step on."""
+        return lambda: any(done >= step for done, _, _ in self.seen)
+
+
+def lively(module: nn.Module, seed: int = 0) -> Any:
+    """Small enough for training to go well."""
+    return small.lively(module, seed, scale=0.2)
+
+
+def make_data() -> TrainingSet:
+    draws = torch.Generator().manual_seed(1)
+    return TrainingSet(torch.randn(30, 1, 8, 8, generator=draws), torch.arange(30) % 3, num_classes=3, device=CPU)
+
+
+def run_training(
+    partial: Partial,
+    data: TrainingSet,
+    recipe: TrainingSpec = RECIPE,
+    report: Reports | None = None,
+    seed: int = 0,
+    weights: int = 0,
+    stopping: Callable[[], bool] = never,
+) -> None:
+    """Train from the weights of that number, or from the checkpoint."""
+
+    def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
+        model = lively(DiT(TINY), weights)
+        return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
+
+    train(
+        make_engine,
+        data,
+        recipe,
+        seed=seed,
+        stream="base",
+        partial=partial,
+        report=report or Reports(),
+        stopping=stopping,
+    )
+
+
+def run_until_done(store: Store, key: str, data: TrainingSet, deaths: tuple[int, ...]) -> None:
+    """Start again after each death, from other weights than at first: all must come from the checkpoint."""
+    for death in (*deaths, None):
+        weights = 99 if store.state(key) == "partial" else 0
+        try:
+            run_training(store.partial(key), data, report=Reports(dies_at=death), weights=weights)
+        except Killed:
+            assert death is not None
+
+
+def state_of(partial: Partial, name: str = training.CHECKPOINT) -> dict[str, Tensor]:
+    path = partial.load(name)
+    assert path is not None
+    return load_file(path)
+
+
+def assert_same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
