@@ -6,7 +6,7 @@ import ctypes
 
 # As malloc.h of the GNU C library numbers them.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-KEPT = 2**28  # bytes that are free and yet not given back
+KEPT = 2**30  # bytes that are free and yet not given back
 LARGEST = 2**25  # of a block that is kept at all; more the library does not allow
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +146,29 @@ def learn(engine: PlainEngine, mimic: Mimic, pairs: Pairs, loss_of: LossFunction
 
 def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
     """The scion's mean error on the pairs, a scalar."""
-    each = loss_of(mimic(*pairs.inputs).float(), pairs.outputs.float(), reduction="none")
+    predicted = mimic(*pairs.inputs)
+    if loss_of is F.l1_loss and pairs.weights is None:
+        return MeanAbsolute.apply(predicted, pairs.outputs)
+    each = loss_of(predicted.float(), pairs.outputs.float(), reduction="none")
     return (each if pairs.weights is None else each * pairs.weights).mean()
+
+
+class MeanAbsolute(torch.autograd.Function):
+    """The mean of |predicted - wanted| in fp32, to the bit that of F.l1_loss and of its gradient. That gradient is all
+    signs: they are kept in the precision of the scion, and fewer passes over memory make them, which beside a small
+    scion are much of a step's time."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, wanted: Tensor) -> Tensor:
+        difference = predicted.float() - wanted
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(difference.to(predicted.dtype, copy=True).sign_())
+        return difference.abs_().mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (signs,) = ctx.saved_tensors
+        return signs * (gradient / signs.numel()), None
 
 
 @torch.no_grad()

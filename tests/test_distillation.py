@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -234,6 +235,20 @@ ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": torch.square,
     "huber": lambda e: torch.where(e.abs() < 1, 0.5 * e.square(), e.abs() - 0.5),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_absolute_error_is_pytorchs_to_the_bit(dtype: torch.dtype) -> None:
+    draws = torch.Generator().manual_seed(0)
+    predicted, wanted = (torch.randn(7, 16, 16, generator=draws).to(dtype) for _ in range(2))
+    predicted[0] = wanted[0]  # where the gradient is 0
+    found = []
+    for mean in (distill.MeanAbsolute.apply, lambda one, other: F.l1_loss(one.float(), other.float())):
+        one = predicted.clone().requires_grad_()
+        value = mean(one, wanted)
+        found.append((value, *torch.autograd.grad(3.0 * value, one)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gate weighted"])
