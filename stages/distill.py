@@ -59,7 +59,7 @@ def run(context: Context) -> None:
         loss=loss,
         loss_because=because,
         heldout_error=heldout_error,
-        relative_error=relative_error(scion, unseen),
+        relative_error=relative_error(mimic_of(scion, recipe, device), unseen),
         best_epoch=int(best_epoch),
     )
     write_distilled(context.out, summary)
@@ -179,12 +179,12 @@ def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
 
 
 @torch.no_grad()
-def relative_error(scion: nn.Module, source: Source) -> float:
+def relative_error(mimic: Mimic, source: Source) -> float:
     """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
     wrong = total = squares = torch.zeros((), dtype=torch.float64)
     count = 0
     for pairs in source.batches(BATCH):
-        predicted, wanted = answer(scion)(*(value.float() for value in pairs.inputs)).double(), pairs.outputs.double()
+        predicted, wanted = mimic(*pairs.inputs).double(), pairs.outputs.double()
         wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
         total, squares = total.to(wanted.device) + wanted.sum((0, 1)), squares.to(wanted.device) + wanted.square().sum()
         count += wanted.shape[0] * wanted.shape[1]
