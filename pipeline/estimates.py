@@ -323,7 +323,7 @@ class History:
 
     def _of_kind(self, kind: type[Spec]) -> list[Done]:
         """Steps of a kind, the latest first."""
-        stage = next(stage for stage, kinds in PARAMS.items() if kind in kinds)
+        stage = next((stage for stage, kinds in PARAMS.items() if kind in kinds), None)
         of_stage = (one for one in self.manifests.values() if one.identity.get("stage") == stage)
         return list(islice((done for one in of_stage if (done := self._done(one, kind)) is not None), LATEST))
 
