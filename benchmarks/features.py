@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import in_turn, limits, parser, ratio, show
+from cluster.memory import keep_freed
 from models.streams import generator, initialising
 from pipeline.store import Store
 from specs.data import ImageFolderData, VaeCodec
@@ -168,6 +169,7 @@ class Photographs(Dataset[tuple[torch.Tensor, int]]):
 def bare_loop(codec: VaeCodec, data: ImageFolderData, names: list[str], count: int, ready: Any, found: Any) -> None:
     """One process's part: `count` batches through the encoder; puts the seconds into `found`."""
     torch.set_num_threads(1)
+    keep_freed()  # as the stage's workers do
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     coder = load_codec(codec, device)
     assert isinstance(coder, Vae)
