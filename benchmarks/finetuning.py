@@ -17,7 +17,8 @@ was measured, `data_wait` the share of the time in which the loop waited for a b
 DeepSpeed's engine, where it can be imported; in bf16 it keeps the weights of the passes in bf16, where the others cast.
 
 --scaling launches the finetune's own path (Ray Train, DeepSpeed, gloo) on one and on two CPU workers, and one worker
-with half of the batch: what two take longer than that is communication and what they take from each other.
+with half of the batch, also while another one trains beside it: what two take longer than that is communication. It
+wants more steps than the default: --warmup 5 --points 30.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -353,28 +355,40 @@ def scaling(work: Work, folder: Path, path: Path | None) -> None:
     from cluster.runtime import session
 
     half = replace(work, batch=work.batch // 2)
-    with session([StepResources()], together=2):
+    with session([StepResources()], together=3):
         one, two, part = (
             launched(one_work, workers, folder) for one_work, workers in ((work, 1), (work, 2), (half, 1))
         )
+        with ThreadPoolExecutor(2) as pool:
+            beside = list(pool.map(lambda name: launched(half, 1, folder, name), ("left", "right")))
+    crowded = fmean(found["ms"] for found in beside)
     rows = [
-        {"workers": workers, "batch": batch, "ms_a_step": found["ms"], "times_faster": one["ms"] / found["ms"]}
-        for workers, batch, found in ((1, work.batch, one), (2, work.batch, two), (1, half.batch, part))
+        {"workers": workers, "batch": batch, "ms_a_step": ms, "times_faster": one["ms"] / ms}
+        for workers, batch, ms in (
+            ("1", work.batch, one["ms"]),
+            ("2", work.batch, two["ms"]),
+            ("1", half.batch, part["ms"]),
+            ("1 beside 1 of another training", half.batch, crowded),
+        )
     ]
     facts = {
+        "steps": work.steps,
+        "parameters": num_parameters(work.model(torch.device("cpu"))),
         "efficiency": one["ms"] / two["ms"] / 2,
-        "compute": part["ms"] / two["ms"],
-        "collectives_alone": two["collectives_ms"] / two["ms"],
+        "of two workers' step: half of the batch alone": part["ms"] / two["ms"],
+        "what two take from each other": (crowded - part["ms"]) / two["ms"],
+        "the rest: communication, and waiting for each other": 1 - crowded / two["ms"],
+        "collectives of a step, alone": two["collectives_ms"] / two["ms"],
         "data_wait": two["data_wait"],
     }
     report.show("Strong scaling of the launched finetune, CPU workers", rows, facts, path)
 
 
-def launched(work: Work, workers: int, folder: Path) -> dict[str, float]:
+def launched(work: Work, workers: int, folder: Path, name: str = "") -> dict[str, float]:
     """What the first of so many workers measured."""
     from cluster.launcher import launch
 
-    found = folder / f"{workers}-{work.batch}.json"
+    found = folder / f"{workers}-{work.batch}{name}.json"
     launch(partial(one_worker, work, found), None, work.recipe(workers=workers), StepResources())
     return json.loads(found.read_text())
 
