@@ -37,6 +37,15 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
 
+class Values(Document):
+    """Single figures."""
+
+    kind: Literal["values"] = "values"
+    run: str
+    at: int
+    values: dict[str, float]
+
+
 class Begin(Document):
     """A run begins or goes on; made where MLflow has none."""
 
@@ -46,6 +55,7 @@ class Begin(Document):
     at: int
     tags: dict[str, str] = {}
     params: dict[str, str] = {}
+    values: Values | None = None  # that were known before MLflow heard of the run
 
 
 class Reading(Document):
@@ -62,15 +72,6 @@ class Readings(Document):
 
     kind: Literal["readings"] = "readings"
     readings: tuple[Reading, ...]
-
-
-class Values(Document):
-    """Single figures."""
-
-    kind: Literal["values"] = "values"
-    run: str
-    at: int
-    values: dict[str, float]
 
 
 class Tags(Document):
@@ -117,7 +118,9 @@ ENTRY: TypeAdapter[AnyEntry] = TypeAdapter(Annotated[AnyEntry, Field(discriminat
 
 
 def merged(first: AnyEntry, second: AnyEntry) -> AnyEntry | None:
-    """Points that follow each other as one entry, while one request holds them."""
+    """Two entries that one request can hold as one: points that follow each other, a run and its figures."""
+    if isinstance(first, Begin) and isinstance(second, Values) and first.run == second.run and first.values is None:
+        return first.model_copy(update={"values": second})
     if not (isinstance(first, Readings) and isinstance(second, Readings)):
         return None
     both = first.readings + second.readings
@@ -151,7 +154,7 @@ class Desk:
             case Readings():
                 self._readings(entry)
             case Values():
-                self._values(entry)
+                self._log_metrics(self._id(entry.run), self._unknown(entry))
             case Tags():
                 for some in _pieces([RunTag(name, value) for name, value in entry.tags.items()], FEW):
                     self.client.log_batch(self._id(entry.run), tags=some)
@@ -182,8 +185,11 @@ class Desk:
         else:
             run = self._create(entry)
         missing = [Param(name, value) for name, value in entry.params.items() if name not in params]
+        metrics = self._unknown(entry.values) if entry.values else []
         for some in _pieces(missing, FEW):
-            self.client.log_batch(run, params=some)
+            self.client.log_batch(run, metrics=metrics, params=some)
+            metrics = []
+        self._log_metrics(run, metrics)
 
     def _create(self, entry: Begin) -> str:
         tags = entry.tags | {ID: self._tag(entry.run)}
@@ -212,14 +218,14 @@ class Desk:
                 curves = self.curves[run]
                 curves[metric.key] = max(metric.step, curves.get(metric.key, -1))
 
-    def _values(self, entry: Values) -> None:
+    def _unknown(self, entry: Values) -> list[Metric]:
+        """Those of the figures that MLflow does not have."""
         run, curves = self._id(entry.run), self.curves.get(entry.run)
         is_new = curves is not None and not curves.keys() & entry.values.keys()
         held = {} if is_new else self.client.get_run(run).data.metrics
-        new = [Metric(name, value, entry.at, 0) for name, value in entry.values.items()]
-        self._log_metrics(run, [metric for metric in new if held.get(metric.key) != metric.value])
         if curves is not None:
             curves.update({name: max(0, curves.get(name, 0)) for name in entry.values})
+        return [Metric(name, value, entry.at, 0) for name, value in entry.values.items() if held.get(name) != value]
 
     def _curves(self, name: str) -> dict[str, int]:
         """The last point of each metric that stands in MLflow."""

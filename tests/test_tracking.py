@@ -311,6 +311,27 @@ def test_points_whose_answer_was_lost_are_there_once(job: Job, line: Line) -> No
     assert points(client, all_runs(client, job.experiment)["finetune"]) == list(range(1, 21))
 
 
+def test_what_a_run_came_to_before_mlflow_heard_of_it_comes_with_its_beginning_and_stands_once(
+    job: Job, line: Line
+) -> None:
+    job.uri = line.address
+    tracker = job.opened()
+    until(lambda: not tracker.outbox.entries)
+    line.is_cut = True
+    for name in ("base", "finetune"):
+        tracker.started(job.step(name))
+        job.end(tracker, name)
+    assert sum(isinstance(entry, mlflow_runs.Values) for entry in tracker.outbox.entries) == 1  # the first is under way
+    line.lose, line.is_cut = b'"seconds"', False
+    job.finish(tracker)
+    assert line.lost == 1
+    client = MlflowClient(line.address)
+    runs = all_runs(client, job.experiment)
+    for name in ("base", "finetune"):
+        assert runs[name].info.status == "FINISHED" and points(client, runs[name], "seconds") == [0]
+    assert runs["finetune"].data.params["recipe.lr"] == "0.0005"
+
+
 DRIVER = """
 import sys, time
 from pathlib import Path
