@@ -45,7 +45,7 @@ def laid_out(x: Tensor) -> Tensor:
 class CausalOnCpu(torch.autograd.Function):
     """The same convolution where C may be contiguous as well as L, and comes out as it went in.
 
-    PyTorch's own gradient of the taps takes several times as long on a CPU as all the rest (benchmarks/operators.py).
+    PyTorch's own gradient of the taps takes many times as long on a CPU as the convolution (benchmarks/operators.py).
     """
 
     @staticmethod
