@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.state import state
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.memory import keep_freed
 from specs.job import StepResources
@@ -95,6 +98,25 @@ def _fit(name: str, there: float, amount: float) -> int:
     """How often an amount can be had of what is there; a share of a GPU is never made up of what is left of two."""
     shares = name == "GPU" and amount < 1
     return int(there) * int(1 / amount) if shares else int(there / amount)
+
+
+def free_orphaned_groups() -> int:
+    """Give back what this job's lost trainings still hold; returns how many groups that was.
+
+    A placement group lives until its actor and its job are both gone. Ray Train has a helper that gives back the group
+    of a lost controller, but tells it of the group only once all workers have started, and where there is no dashboard
+    it cannot see who is alive. The controller is what makes the group here, and no other actor of a job makes any.
+    """
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    orphaned = 0
+    for entry in state._connect_and_get_accessor().get_placement_group_table():  # who made it is in no public answer
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()  # one that is not counts as dead
+        orphan = group.creator_job_id == job and made_by_actor and group.creator_actor_dead
+        if orphan and group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            orphaned += 1
+    return orphaned
 
 
 def settle() -> torch.device:

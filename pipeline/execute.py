@@ -35,6 +35,7 @@ from specs.secrets import redacted
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
+CLUSTER_POLL_SECONDS = 3.0
 RETRIES = 3  # of a task whose worker is lost
 SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
 STOP_SECONDS = 30.0  # that tasks are given to save what they have
@@ -116,7 +117,7 @@ class Execution:
         self.news_read = 0.0
         self.leases_seen = 0.0
         self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
-        self.room_seen = 0.0
+        self.cluster_seen = 0.0
 
     def go(self) -> list[StepFailed]:
         """Until every step has come to its end; returns the failures. Asked to stop, it leaves steps open."""
@@ -132,7 +133,7 @@ class Execution:
             for ref in ended:
                 self._end(ref)
             self._look_at_leases()
-            self._look_for_room()
+            self._look_at_cluster()
         self._pass_on_news()
         return self.failures
 
@@ -303,12 +304,17 @@ class Execution:
                 del self.held[name]
                 self.expired[name] = waiter.last
 
-    def _look_for_room(self) -> None:
-        """Tell, once a step, that it waits for a node which is not there; an autoscaler may bring one."""
+    def _look_at_cluster(self) -> None:
+        """Free what lost tasks left taken, and tell whose node is missing."""
         now = time.monotonic()
-        if now - self.room_seen < SHORTAGE_SECONDS / 10:
+        if now - self.cluster_seen < CLUSTER_POLL_SECONDS:
             return
-        self.room_seen = now
+        self.cluster_seen = now
+        runtime.free_orphaned_groups()
+        self._look_for_room(now)
+
+    def _look_for_room(self, now: float) -> None:
+        """Tell, once a step, that it waits for a node which is not there; an autoscaler may bring one."""
         there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
         for name in self.refs.keys() & self.had_room.keys():
             resources = self.plan[name].resources

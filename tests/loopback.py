@@ -187,6 +187,17 @@ class LoopbackCluster:
         listed = self.ray("list", "nodes", "--address", self.address, "--filter", "state=ALIVE", "--format", "json")
         return listed.stdout.count('"node_id"')
 
+    def running(self) -> dict[psutil.Process, str]:
+        """Ray's workers, each with what it runs by Ray's title of it: `IDLE`, an actor's class, a task's name."""
+        found = {}
+        for node in self.nodes.values():
+            for process in node.processes():
+                with contextlib.suppress(psutil.Error, IndexError):
+                    kind, _, title = process.cmdline()[0].partition("::")
+                    if kind == "ray":
+                        found[process] = title.partition(".")[0].partition("(")[0]
+        return found
+
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Ray's own command line, with the token."""
         return subprocess.run(

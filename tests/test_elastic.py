@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,11 +116,31 @@ def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Pat
     assert "world1-rank0-1" in names(seen)
 
 
+@pytest.mark.slow
+def test_a_training_goes_on_when_its_controller_is_lost_while_its_workers_start(tiny: Finished, tmp_path: Path) -> None:
+    store, found = tmp_path / ".graftwork", keys(tiny.outcome)
+    for step, key in found.items():
+        if step != "finetune":
+            shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
+    environment = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+    with LoopbackCluster(workers=1, worker_cpus=2, environment=environment) as cluster:
+        driver = subprocess.Popen(
+            [GRAFT, "run", str(TINY)], cwd=tmp_path, env=cluster.driver_environment, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(lambda: "RayTrainWorker" in cluster.running().values(), driver)  # they import for seconds yet
+        (controller,) = [process for process, title in cluster.running().items() if title == "TrainController"]
+        controller.kill()
+        _, told = driver.communicate(timeout=300)
+        assert driver.returncode == 0, told
+    path = f"artifacts/{found['finetune']}/model.safetensors"
+    assert (store / path).read_bytes() == (tiny.store / path).read_bytes()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 200) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline

@@ -56,6 +56,39 @@ def test_a_run_starts_a_ray_of_its_own_unless_it_is_told_of_a_cluster(
         assert asked.get("address") == expected
 
 
+ORPHANS = """
+import os
+import time
+import ray
+from ray.util import placement_group
+from cluster import runtime
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def hold(self):
+        assert placement_group([{"CPU": 1}]).wait(60)
+        return os.getpid()
+
+ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+lost, alive = Controller.remote(), Controller.remote()
+process, _ = ray.get([lost.hold.remote(), alive.hold.remote()])
+assert placement_group([{"CPU": 1}]).wait(60)  # the driver's own
+assert runtime.free_orphaned_groups() == 0
+os.kill(process, 9)
+deadline = time.monotonic() + 60
+while not runtime.free_orphaned_groups() and time.monotonic() < deadline:
+    time.sleep(0.1)
+while not ray.available_resources().get("CPU") and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(ray.available_resources().get("CPU"), runtime.free_orphaned_groups())
+"""
+
+
+def test_what_a_lost_controller_held_is_freed_and_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1.0 0"  # Ray tells of the lost one before
+
+
 FAULTS = """
 import resource
 import torch

@@ -123,13 +123,7 @@ class Rack:
         return f"process {self.driver.pid}"
 
     def _kill_worker(self, wanted: Callable[[str], bool]) -> str | None:
-        found = []
-        for node in self.cluster.nodes.values():
-            for process in node.processes():
-                with suppress(psutil.Error, IndexError):
-                    kind, _, title = process.cmdline()[0].partition("::")
-                    if kind == "ray" and wanted(title.partition(".")[0].partition("(")[0]):
-                        found.append((process, title))
+        found = [(process, title) for process, title in self.cluster.running().items() if wanted(title)]
         if not found:
             return None
         process, title = self.draws.choice(found)
