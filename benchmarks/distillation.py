@@ -5,11 +5,11 @@
 
 The public way (REFERENCE: arXiv 2506.05340's code): one pass of the whole rootstock writes a file a sample and site,
 and then, one site after another, every epoch reads the files back through a DataLoader; the loss is asked for at each
-step. Ours is the stage itself: `distill.run` for packs of sites, on a CPU one process a core, as Ray runs them. Both
-start from the same scions, see the same batches at the same rates, and compute in the same precision: after the first
-epoch their held-out errors must agree site by site, and at the end, when rounding has had the time to grow, in the mean
-over sites. The floor is the FLOPs of the scions' training and of one pass of the rootstock up to the last site,
-over the measured peak of a matrix product on the same cores.
+step. Ours on a CPU are the steps of a job, run as any job's are; on a GPU it is the stage itself, all sites in one
+task. Both start from the same scions, see the same batches at the same rates, and compute in the same precision: after
+the first epoch their held-out errors must agree site by site, and at the end, when rounding has had the time to grow,
+in the mean over sites. The floor is the FLOPs of the scions' training and of one pass of the rootstock up to the last
+site, over the measured peak of a matrix product on the same cores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,13 +32,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import limits, parser, show, timed
-from cluster.memory import keep_freed
 from models import checkpoints
 from models.dit import DiT, DiTConfig, initialise
 from models.precision import computing
 from models.streams import generator
 from models.surgery import new_scion, observe
-from pipeline.packing import Item, pack
 from pipeline.store import Store
 from specs.costs import operator_cost, rootstock_cost
 from specs.graft import Edit, OperatorEdits, Site
@@ -47,6 +46,7 @@ from specs.training import DistillSpec
 from stages import Context, Together, distill
 from stages.latents import LatentsMeta, noised, read, write_meta
 
+JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 CLASSES = 10
 EXTRACTED = 64  # samples of the public pass
 LOADERS = 1  # processes that read files back, beside the one that trains
@@ -84,7 +84,7 @@ def main() -> None:
         work = prepared(options, Path(folder), device)
         peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
         public, public_errors, written = public_way(work)
-        ours, our_errors = our_way(work, options.processes)
+        ours, our_errors = (one_task if options.one_task else whole_job)(work)
     pairs = [zip(our_errors[site], public_errors[site], strict=True) for site in our_errors]
     apart = [max(abs(one / other - 1) for one, other in epoch) for epoch in zip(*pairs, strict=True)]
     best = fmean(min(our_errors[site]) / min(public_errors[site]) for site in our_errors) - 1
@@ -100,7 +100,7 @@ def main() -> None:
         "operator": options.operator,
         "precision": options.precision,
         "sites x samples x epochs": f"{len(work.edits)} x {options.samples} x {options.epochs}",
-        "processes of ours": options.processes,
+        "ours": "one task" if options.one_task else f"a job, on {os.cpu_count()} cores",
         "threads of the public way": torch.get_num_threads(),
         "peak, TFLOP/s": peak.flops / 1e12,
         "held-out errors apart, the worst site, by epoch": " ".join(f"{one:.2g}" for one in apart),
@@ -124,7 +124,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--operator", default="hyena_y")
     made.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     made.add_argument("--compile", action="store_true", help="ours: torch.compile each scion")
-    made.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
+    made.add_argument("--one-task", action="store_true", default=torch.cuda.is_available(), help="ours: without Ray")
     made.add_argument("--folder", type=Path, help="where files are written; by default the system's")
     return made.parse_args()
 
@@ -252,35 +252,64 @@ def step_loss(scion: nn.Module, given: Tensor, put_out: Tensor, work: Work) -> T
 # -- ours
 
 
-def our_way(work: Work, processes: int) -> tuple[float, dict[Site, list[float]]]:
-    """Seconds, and each site's held-out errors by epoch. Starting the processes is Ray's part, and not counted."""
-    by_name = {edit.name: edit for edit in work.edits}
-    packs = pack([Item(name, 1.0, depth=edit.site.block) for name, edit in by_name.items()], processes)
-    jobs = [[by_name[item.name] for item in items] for items in packs]
-    if processes == 1:
-        seconds = timed(lambda: [distil(work, edits) for edits in jobs], work.device)
-    else:
-        context = torch.multiprocessing.get_context("spawn")
-        with context.Pool(processes, initializer=settle) as pool:
-            pool.map(warm, range(4 * processes), chunksize=1)
-            seconds = timed(lambda: pool.starmap(distil, [(work, edits) for edits in jobs], chunksize=1))
+def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
+    """The steps of a job. Seconds, and each site's held-out errors by epoch. Starting processes is not counted."""
+    import ray
+
+    from benchmarks.watching import Unwatched
+    from cluster import runtime
+    from pipeline.execute import Execution
+    from pipeline.planning import Plan, make_plan
+    from pipeline.store import Origin
+    from specs.load import load
+
+    shape = checkpoints.load(work.inputs["base"].path())[0].config
+    blocks = [edit.site.block for edit in work.edits]
+    operator, recipe = work.edits[0].operator.model_dump_json(), work.recipe.model_dump_json()
+    settings = [
+        f"store={work.place / 'job'}",
+        f"data={{kind: digits, image_size: {shape.input_size}}}",
+        f"model={{kind: dit, depth: {shape.depth}, width: {shape.width}, heads: {shape.heads}, patch: {shape.patch}}}",
+        f"graft=[{{target: mha, operator: {operator}, layers: {{kind: explicit, blocks: {blocks}}}}}]",
+        f"distill={recipe}",
+    ]
+    job = load(JOB, settings)
+    whole = make_plan(job)
+    plan = Plan(job, tuple(step for step in whole.steps if step.stage in ("features", "base", "distill")))
+    store = Store(job.store)
+    for role, folder in work.inputs.items():
+        out = store.workplace(plan[role].key)
+        shutil.copytree(folder.path(), out, dirs_exist_ok=True)
+        origin = Origin(step=role, run="benchmark", seconds=0.0, made="")
+        store.commit(plan[role].key, out, dict(plan[role].identity), origin)
+    with runtime.session([step.resources for step in plan.steps], together=1):
+        execution = Execution(plan, store, "benchmark", None, Unwatched())
+        ray.get([ray.remote(warm).remote() for _ in range(os.cpu_count() or 1)])
+        failures: list[Exception] = []
+        seconds = timed(lambda: failures.extend(execution.go()))
+    if failures:
+        raise failures[0]
+    curves = {edit.site: store.artifact(plan[f"distill/{edit.name}"].key).path() / "loss.csv" for edit in work.edits}
+    return seconds, {site: heldout_errors(curve) for site, curve in curves.items()}
+
+
+def warm() -> None:
+    """Load what a step of distillation loads; long enough for each core to have one."""
+    import stages
+
+    stages.load("distill")
+    time.sleep(5)
+
+
+def one_task(work: Work) -> tuple[float, dict[Site, list[float]]]:
+    """The stage, for all sites in one task and in this process."""
+    seconds = timed(lambda: distil(work, work.edits), work.device)
     return seconds, {edit.site: heldout_errors(out_of(work, edit) / "loss.csv") for edit in work.edits}
 
 
 def heldout_errors(curve: Path) -> list[float]:
     with curve.open(newline="") as file:
         return [float(row["heldout"]) for row in csv.DictReader(file)]
-
-
-def settle() -> None:
-    """As a step's process is set up."""
-    torch.set_num_threads(1)
-    keep_freed()
-
-
-def warm(_: int) -> None:
-    torch.ones(64, 64).mm(torch.ones(64, 64))
-    time.sleep(0.2)
 
 
 def out_of(work: Work, edit: Edit) -> Path:

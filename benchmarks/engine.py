@@ -27,8 +27,8 @@ import ray
 
 from benchmarks import report
 from benchmarks.trivial import chain_and_fan, finish
+from benchmarks.watching import Unwatched
 from cluster import runtime
-from cluster.board import News
 from pipeline import leases, planning, preflight
 from pipeline.execute import Execution, StepResult
 from pipeline.leases import Holder, Lease
@@ -148,7 +148,7 @@ def spent_by(work: Callable[[], object]) -> Spent:
 # -- a step beside its work
 
 
-class Marks(SilentView):
+class Marks(Unwatched, SilentView):
     """Notes when the last of a plan's warm steps, of its chain and of all its steps ended."""
 
     def __init__(self, each: int) -> None:
@@ -169,16 +169,6 @@ class Marks(SilentView):
 
     def ended(self, step: str, result: StepResult) -> None:
         self.change(step, "done")
-
-    def started(self, step: str) -> None: ...
-    def news(self, news: News) -> None: ...
-    def failed(self, step: str, problem: str) -> None: ...
-    def skipped(self, step: str, because_of: str) -> None: ...
-    def waiting(self, step: str, holder: Holder) -> None: ...
-    def taken(self, step: str) -> None: ...
-    def short(self, step: str, wanted: str) -> None: ...
-    def stop_wanted(self) -> bool:
-        return False
 
 
 @ray.remote

@@ -39,6 +39,7 @@ TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU
 START_SECONDS = 6.0  # that Ray takes to start
 LOAD_SECONDS = 7.0  # of a step, that its process takes to load torch
+WORTH_A_TASK = 256  # samples to learn from, in the pass of the rootstock
 UNHEARD_OF = 1e30  # FLOPs and seconds of an artifact that nobody made
 LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
@@ -545,8 +546,11 @@ def _tasks(
         slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
         items = [Item(step.name, times[step.name].own, depth=_block(step)) for step in sites]
         shared = max(times[step.name].shared for step in sites)
-        for one in pack(items, slots, shared):
-            tasks.append(_Task(tuple(item.name for item in one), duration(one, shared), pool, amount))
+        parts = parts_of_pass(sites, slots)
+        before, within = (shared / parts, 0.0) if parts else (0.0, shared)
+        for number, one in enumerate(pack(items, slots, within)):
+            waited = before if number < slots else 0.0  # by those that begin first
+            tasks.append(_Task(tuple(item.name for item in one), waited + duration(one, within), pool, amount))
     return tasks
 
 
@@ -562,6 +566,17 @@ def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
         items.append(Item(name, work.own, formulas.activations(known[keys[name]]), _block(plan[name])))
         shared = max(shared, work.shared)
     return items, shared
+
+
+def parts_of_pass(sites: Sequence[Step], slots: int) -> int:
+    """In how many tasks of their own the pass of these sites is recorded before theirs; 0 where each task of theirs
+    has a pass: on GPUs, where it is short, with a budget for activations, and where it is little or all in one task."""
+    first = sites[0].params
+    assert isinstance(first, params.DistillParams)
+    if sites[0].resources.gpu or first.recipe.activations is not None or len(sites) < 2:
+        return 0
+    parts = min(slots, first.recipe.samples * first.recipe.draws // WORTH_A_TASK)
+    return parts if parts > 1 else 0
 
 
 def _block(step: Step) -> int:

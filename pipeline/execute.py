@@ -1,10 +1,10 @@
 """Execution: the steps that the store lacks become Ray tasks, chained by object refs. That is the job's DAG.
 
 A task does one step, or a pack of steps that share work, such as the rootstock's pass in distillation. It returns a
-small `StepResult` a step, never data: artifacts go through the store. Each step is done under its own lease; where
-another driver on the store has it, the task goes on and the step is tried again when that driver is done, or gone. A
-lost worker is retried by Ray; an error in the work fails its step at once, the steps that need it are skipped, and all
-others finish and are kept. Asked to stop, tasks save a checkpoint and end.
+small `StepResult` a step, never data: artifacts go through the store, and only what sites share stays with Ray. Each
+step is done under its own lease; where another driver on the store has it, the task goes on and the step is tried again
+when that driver is done, or gone. A lost worker is retried by Ray; an error in the work fails its step at once, the
+steps that need it are skipped, and all others finish and are kept. Asked to stop, tasks save a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import ray
@@ -24,11 +25,12 @@ import ray
 import stages
 from cluster import runtime
 from cluster.board import Board, News, Reporter, StopSignal
-from pipeline import leases
-from pipeline.estimates import site_items
+from pipeline import leases, recording
+from pipeline.estimates import parts_of_pass, site_items
 from pipeline.leases import Held, Holder, Waiter
 from pipeline.packing import pack
 from pipeline.planning import Plan, Step
+from pipeline.recording import Recordings
 from pipeline.store import Origin, RottenArtifact, Store
 from specs.problems import plain
 from specs.secrets import redacted
@@ -107,6 +109,7 @@ class Execution:
         self.given_up: set[str] = set()
         self.tasks: dict[Any, tuple[str, ...]] = {}  # ref -> the steps that the task does
         self.refs: dict[str, Any] = {}  # step -> the ref of its task
+        self.helped: set[Any] = set()  # refs of tasks that others recorded for
         self.alone: set[str] = set()  # were lost together with others
         self.held: dict[str, Waiter] = {}
         self.expired: dict[str, Held] = {}
@@ -150,20 +153,25 @@ class Execution:
                 if all(needed in self.ready for needed in step.needs.values()):
                     sharing.append(step)
             elif all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
-                self._start([step])
-        for steps in self._packs(sharing):
-            self._start(steps)
+                self._start([step], (), {})
+        if sharing:
+            self._start_sharing(sharing)
 
-    def _packs(self, sites: Sequence[Step]) -> list[list[Step]]:
-        """Sites put together for the room that there is now, in the order to start them."""
-        if not sites:
-            return []
+    def _start_sharing(self, sites: Sequence[Step]) -> None:
+        """Sites put together for the room that there is now; before them, where it pays, the pass that all share."""
         items, shared = site_items(self.plan, [step.name for step in sites])
-        packs = pack(items, runtime.room_for(sites[0].resources), shared)
-        return [[self.plan[item.name] for item in items] for items in packs]
+        slots = runtime.room_for(sites[0].resources)
+        parts = parts_of_pass(sites, slots) if recording.fits(items) else 0
+        packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if parts else shared)]
+        waited, recorded = list[Any](), dict[str, Recordings]()
+        if parts:
+            asked = recording.Pass(sites, self._keys(sites[0]), self.store, StopSignal(self.board))
+            waited, recorded = asked.start(parts, [Reporter(self.board, steps[0].name) for steps in packs])
+        for steps in packs:
+            self._start(steps, waited, recorded)
 
-    def _start(self, steps: Sequence[Step]) -> None:
-        """One task for these steps."""
+    def _start(self, steps: Sequence[Step], waited: Sequence[Any], recorded: Mapping[str, Recordings]) -> None:
+        """One task for these steps, to begin when the tasks `waited` for have left what they recorded."""
         first, *others = steps
         task = _run_steps.options(
             name=first.name + (f" and {len(others)} more" if others else ""),
@@ -172,14 +180,19 @@ class Execution:
             **runtime.options(first.resources, idle=stages.STAGES[first.stage].orchestrates),
         )
         awaited = {self.refs[name]: None for step in steps for name in self._awaited(step)}
-        ref = task.remote([self._work(step) for step in steps], *awaited)
+        ref = task.remote([self._work(step, recorded.get(step.name, ())) for step in steps], *waited, *awaited)
         self.tasks[ref] = tuple(step.name for step in steps)
+        if recorded:
+            self.helped.add(ref)
         self.refs |= {step.name: ref for step in steps}
 
-    def _work(self, step: Step) -> Work:
+    def _keys(self, step: Step) -> dict[str, str]:
+        return {role: self.plan[name].key for role, name in step.needs.items()}
+
+    def _work(self, step: Step, recorded: Recordings) -> Work:
         return Work(
             step=step,
-            keys={role: self.plan[name].key for role, name in step.needs.items()},
+            keys=self._keys(step),
             awaited=self._awaited(step),
             store=self.store,
             origin=Origin(step=step.name, run=self.run, seconds=0, made="", git_commit=self.git_commit),
@@ -187,6 +200,7 @@ class Execution:
             stopping=StopSignal(self.board),
             task=f"{self.id}/{step.name}",
             over=self.expired.pop(step.name, None),
+            recorded=recorded,
         )
 
     def _awaited(self, step: Step) -> tuple[str, ...]:
@@ -229,7 +243,7 @@ class Execution:
                 continue
             del self.refs[name]
             if lost is not None and name in self.open:
-                self._lose(name, lost, alone=len(names) == 1)
+                self._lose(name, lost, alone=len(names) == 1 and ref not in self.helped)
 
     def _settle(self, result: StepResult) -> None:
         """What a task said of a step: of one that was done or failed on the board too, before the task ended."""
@@ -350,6 +364,7 @@ class Work:
     stopping: StopSignal
     task: str
     over: Held | None  # a lease that has expired
+    recorded: Recordings = ()  # what tasks before left for it
 
 
 @ray.remote
@@ -359,7 +374,11 @@ def _run_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Ste
     kept: dict[str, Any] = {}
     results = []
     for number, work in enumerate(works):
-        together = stages.Together(next=[other.step.params for other in works[number + 1 :]], kept=kept)
+        together = stages.Together(
+            next=[other.step.params for other in works[number + 1 :]],
+            kept=kept,
+            recorded=partial(recording.fetch, work.recorded) if work.recorded else None,
+        )
         result = _run_step(work, done, together)
         if result.state in ("done", "failed"):
             work.report.ended(result)

@@ -23,7 +23,7 @@ class Stage:
 
     version: int  # raise it when the stage's code changes what it makes: every artifact of it is then computed anew
     orchestrates: bool = False  # starts workers of its own and waits for them, so that its task takes no CPU
-    shares: bool = False  # steps that need the same artifacts do part of their work once, in one task
+    shares: bool = False  # steps have part of their work in common: a task with several, or tasks before, do it once
     memory: str = ""  # the setting to lower where its memory does not suffice
 
 
@@ -83,10 +83,11 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Together:
-    """What a step shares with those that the same task does after it."""
+    """What a step shares with others."""
 
-    next: Sequence[Any] = ()  # their parameters
+    next: Sequence[Any] = ()  # the parameters of those that the same task does after it
     kept: dict[str, Any] = field(default_factory=dict)  # what a step leaves for them, by name
+    recorded: Callable[[], Sequence[Any]] | None = None  # fetches what tasks before left for it: one a part, or None
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,23 @@ def load(stage: str) -> Callable[[Context], None]:
     """The function that does a stage's work."""
     run: Callable[[Context], None] = importlib.import_module(f"stages.{stage}").run
     return run
+
+
+class Recorder(Protocol):
+    """What the steps of a stage have in common: one of `parts` equal parts of it; returns what each step gets."""
+
+    def __call__(
+        self,
+        steps: Sequence[Any],
+        inputs: Mapping[str, Input],
+        device: torch.device,
+        stopping: Callable[[], bool],
+        part: int,
+        parts: int,
+    ) -> list[Any]: ...
+
+
+def recorder(stage: str) -> Recorder:
+    """That of a stage that `shares`."""
+    record: Recorder = importlib.import_module(f"stages.{stage}").record
+    return record

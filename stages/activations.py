@@ -1,19 +1,23 @@
 """Activations: what operators of the rootstock saw and put out. They go straight into memory, never to a disk.
 
-The sites that one task distils share a pass of the rootstock: the first of them has it record those after it too, as
-many as fit the memory, and a site's activations go when the site is through. Those of a site that does not fit by
-itself are kept on the host, or else computed anew in each epoch, chunk by chunk of its order.
+Sites share passes of the rootstock. Where tasks made one for all of them together, each of some samples (`record`), a
+site puts its parts together. Else the first site of a task has its pass record those after it too, as many as fit the
+memory, and a site's activations go when the site is through. Those of a site that does not fit by itself are kept on
+the host, or else computed anew in each epoch, chunk by chunk of its order.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models import checkpoints
@@ -23,7 +27,7 @@ from models.surgery import observe
 from specs.graft import Edit, Site, overlapping
 from specs.steps import DistillParams
 from specs.training import DistillSpec
-from stages import Context
+from stages import Context, Input, Stopped, never
 from stages.latents import Noised, noised, read, require_enough
 
 BATCH = 64  # samples that pass through the rootstock together
@@ -53,6 +57,23 @@ class Pairs:
     def split(self, size: int) -> Iterator[Pairs]:
         """Views of `size` samples each."""
         return map(self.of, zip(*(value.split(size) for value in self.tensors()), strict=True))
+
+    def __reduce__(self) -> tuple[Callable[..., Pairs], tuple[Any, ...]]:
+        """As arrays, which Ray hands from process to process without a copy; they are read-only there."""
+        values = [(value.dtype, value.cpu().view(torch.uint8).numpy()) for value in self.tensors()]
+        return _unpickled, (len(self.inputs), self.weights is not None, values)
+
+
+def _unpickled(inputs: int, weighted: bool, values: Sequence[tuple[torch.dtype, NDArray[Any]]]) -> Pairs:
+    with warnings.catch_warnings(action="ignore"):  # of their being read-only
+        tensors = [torch.from_numpy(value).view(dtype) for dtype, value in values]
+    return Pairs(tuple(tensors[:inputs]), tensors[inputs], tensors[inputs + 1] if weighted else None)
+
+
+def joined(found: Sequence[Pairs | None]) -> Pairs:
+    """The pairs of all parts that have any, in their order, as tensors of their own."""
+    parts = [part for part in found if part is not None]
+    return parts[0].of([torch.cat(values) for values in zip(*(part.tensors() for part in parts), strict=True)])
 
 
 class Source(Protocol):
@@ -114,6 +135,7 @@ class Rootstock:
     unseen: Noised  # held-out
     recipe: DistillSpec
     device: torch.device
+    stopping: Callable[[], bool] = never
 
     def require_free(self, edit: Edit) -> None:
         if overlapping(self.carried, [edit]):
@@ -125,9 +147,11 @@ class Rootstock:
         return 2 * place.num_tokens * place.width * kept_as(site, self.recipe).itemsize
 
     def record(self, sites: Sequence[Site], shown: Noised, place: torch.device) -> dict[Site, Pairs]:
-        """One pass, no further than the last site's block; what is seen is kept at `place`."""
+        """One pass, no further than the last site's block; what is seen is kept at `place`. Raises Stopped."""
         found: dict[Site, Pairs] = {}
         for start in range(0, len(shown.t), BATCH):
+            if self.stopping():
+                raise Stopped(f"after {start} samples of the rootstock's pass")
             part = slice(start, start + BATCH)
             with computing(self.recipe.precision, self.device):
                 seen = observe(
@@ -147,21 +171,54 @@ class Rootstock:
         return found
 
 
-def read_rootstock(context: Context) -> Rootstock:
-    params: DistillParams = context.params
-    recipe, features = params.recipe, context.input("features")
-    model, carried = checkpoints.load(context.input("base"))
+def read_rootstock(
+    params: DistillParams, inputs: Mapping[str, Input], device: torch.device, stopping: Callable[[], bool]
+) -> Rootstock:
+    recipe, features = params.recipe, inputs["features"].path()
+    model, carried = checkpoints.load(inputs["base"].path())
     training, heldout = read(features, "training"), read(features, "heldout")
     require_enough("distill.samples", recipe.samples, len(training.x), "training")
     require_enough("distill.heldout", recipe.heldout or 0, len(heldout.x), "held-out")
     return Rootstock(
-        model.to(context.device),
+        model.to(device),
         tuple(carried),
         noised(training.first(recipe.samples), recipe.draws, params.seed, "distill"),
         noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout"),
         recipe,
-        context.device,
+        device,
+        stopping,
     )
+
+
+# Of a site: what it saw of some samples to learn from, and of some held-out ones; None where a part has none of them.
+Recording = tuple[Pairs | None, Pairs | None]
+
+
+def record(
+    steps: Sequence[DistillParams],
+    inputs: Mapping[str, Input],
+    device: torch.device,
+    stopping: Callable[[], bool],
+    part: int,
+    parts: int,
+) -> list[Recording]:
+    """What the steps' sites see of one of `parts` equal parts of the samples. Raises Stopped."""
+    rootstock = read_rootstock(steps[0], inputs, device, stopping)
+    sites = [step.edit.site for step in steps]
+
+    def of(samples: Noised) -> dict[Site, Pairs]:
+        chosen = _part_of(len(samples.t), part, parts)
+        return rootstock.record(sites, samples[chosen], device)
+
+    shown, unseen = of(rootstock.shown), of(rootstock.unseen)
+    return [(shown.get(site), unseen.get(site)) for site in sites]
+
+
+def _part_of(count: int, part: int, parts: int) -> slice:
+    """Whole batches, so that a sample passes with the same others whatever the number of parts."""
+    batches = math.ceil(count / BATCH)
+    begin, end = (BATCH * (batches * number // parts) for number in (part, part + 1))
+    return slice(begin, min(end, count))
 
 
 def _room_for(count: int, like: Tensor, place: torch.device) -> Tensor:
@@ -193,7 +250,7 @@ def activations(context: Context) -> tuple[Source, Source]:
     params: DistillParams = context.params
     task, site = _shared(context), params.edit.site
     if site not in task.pairs:
-        found = _recorded(task.rootstock, _sites_ahead(context), context)
+        found = _handed_over(task.rootstock, site, context) or _recorded(task.rootstock, _sites_ahead(context), context)
         if not found:
             return _streamed(task.rootstock, site, context)
         task.pairs |= found
@@ -203,9 +260,13 @@ def activations(context: Context) -> tuple[Source, Source]:
 def _shared(context: Context) -> Shared:
     kept = context.together.kept.get(KEPT)
     if kept is None or kept.identity != _identity(context, context.params):
-        kept = Shared(_identity(context, context.params), read_rootstock(context), {})
+        kept = Shared(_identity(context, context.params), _read(context), {})
         context.together.kept[KEPT] = kept
     return kept
+
+
+def _read(context: Context) -> Rootstock:
+    return read_rootstock(context.params, context.inputs, context.device, context.stopping)
 
 
 def _identity(context: Context, params: DistillParams) -> tuple[object, ...]:
@@ -222,10 +283,22 @@ def _sites_ahead(context: Context) -> list[Site]:
     return [params.edit.site for params in ahead]
 
 
+def _handed_over(rootstock: Rootstock, site: Site, context: Context) -> dict[Site, tuple[Kept, Kept]]:
+    """What other tasks recorded for the site, where that was asked of them, they could, and it fits."""
+    needed = _samples(rootstock) * rootstock.bytes_a_sample(site)
+    if context.together.recorded is None or needed > _room(context, rootstock.device):
+        return {}
+    parts: Sequence[Recording | None] = context.together.recorded()
+    if not parts or any(part is None for part in parts):
+        return {}
+    shown, unseen = (joined([part[half] for part in parts if part is not None]) for half in (0, 1))
+    return {site: (Kept(shown, rootstock.device), Kept(unseen, rootstock.device))}
+
+
 def _recorded(rootstock: Rootstock, sites: Sequence[Site], context: Context) -> dict[Site, tuple[Kept, Kept]]:
     """One pass for as many of the sites, in their order, as fit the device, or else the first on the host."""
-    samples, device = len(rootstock.shown.t) + len(rootstock.unseen.t), rootstock.device
-    needed = [samples * rootstock.bytes_a_sample(site) for site in sites]
+    device = rootstock.device
+    needed = [_samples(rootstock) * rootstock.bytes_a_sample(site) for site in sites]
     room, place = _room(context, device), device
     if needed[0] > room and device.type != "cpu":
         room, place = _room(context, torch.device("cpu")), torch.device("cpu")
@@ -234,6 +307,10 @@ def _recorded(rootstock: Rootstock, sites: Sequence[Site], context: Context) -> 
         return {}
     shown, unseen = (rootstock.record(fitting, part, place) for part in (rootstock.shown, rootstock.unseen))
     return {site: (Kept(shown[site], device), Kept(unseen[site], device)) for site in fitting}
+
+
+def _samples(rootstock: Rootstock) -> int:
+    return len(rootstock.shown.t) + len(rootstock.unseen.t)
 
 
 def _streamed(rootstock: Rootstock, site: Site, context: Context) -> tuple[Source, Source]:

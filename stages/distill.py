@@ -26,11 +26,13 @@ from specs.graft import Edit, Site
 from specs.steps import DistillParams
 from specs.training import DistillSpec
 from stages import Context, Stopped
-from stages.activations import BATCH, Pairs, Rootstock, Source, activations, shared
+from stages.activations import BATCH, Pairs, Rootstock, Source, activations, record, shared
 from stages.evidence import Distilled, read_profile, write_distilled
 from stages.hybrid import with_scions
 from stages.pictures import loss_curve
 from stages.training import PlainEngine, save_tensors
+
+__all__ = ["record", "run"]  # what the sites of a job have in common is their activations
 
 CHECKPOINT = "distill.safetensors"
 Mimic = Callable[..., Tensor]  # a scion, as a function of what the operator saw

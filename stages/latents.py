@@ -195,7 +195,7 @@ class Noised:
     t: Tensor  # (n,)
     labels: Tensor  # (n,)
 
-    def __getitem__(self, chosen: Tensor) -> Noised:
+    def __getitem__(self, chosen: Tensor | slice) -> Noised:
         return Noised(self.z[chosen], self.t[chosen], self.labels[chosen])
 
 
