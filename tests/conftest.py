@@ -123,6 +123,31 @@ def distilled(tiny: Finished, tmp_path: Path) -> Path:
     return store
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def data() -> Any:
+    """30 random latents of 3 classes: tests.tiny_training.make_data."""
+    from tests.tiny_training import make_data
+
+    return make_data()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Bits depend on how sums are split over threads; steps have one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The URL of an S3 server on loopback, a process of its own."""

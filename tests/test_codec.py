@@ -37,16 +37,12 @@ from stages.sources import read_image, scaled, split
 from tests.conftest import Graft
 from tests.small import Folder, Payload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SIDE, COUNT = 16, 6
 NAMES = [f"cat/{number}.png" for number in range(COUNT)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
 
 
 def make_vae(folder: Path, *, seed: int = 0, safe: bool = True, **changes: Any) -> Path:

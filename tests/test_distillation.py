@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec
-from stages import Context, Stopped, Together, activations, distill, hybrid
+from stages import Context, Stopped, Together, activations, distill, hybrid, never
 from stages.activations import Kept, Pairs, Rootstock
 from stages.batches import TrainingSet
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
@@ -42,25 +43,10 @@ from tests.tiny_training import (
     Reports,
     assert_same_bits,
     lively,
-    make_data,
     run_training,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-
-
-@pytest.fixture
-def data() -> TrainingSet:
-    return make_data()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- latents as distillation sees them
@@ -470,6 +456,82 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
     scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("fits", "streamed")]
     for name, value in scions[0].items():
         torch.testing.assert_close(scions[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+# -- sites whose pass other tasks made
+
+
+def recorded_in(parts: int, inputs: dict[str, Folder], *edits: Edit, **changes: Any) -> list[list[Any]]:
+    """For each site, its parts, as they come out of another process."""
+    steps = [make_context(Store("unused"), "", Path(), edit=edit, **changes).params for edit in edits]
+    found = [activations.record(steps, inputs, CPU, never, part, parts) for part in range(parts)]
+    return [list(site) for site in zip(*pickle.loads(pickle.dumps(found)), strict=True)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])  # batches of 5: five to learn from, two held-out ones
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_its_own(
+    store: Store,
+    inputs: dict[str, Folder],
+    tmp_path: Path,
+    passes: list[tuple[Site, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    parts: int,
+    precision: str,
+) -> None:
+    monkeypatch.setattr(activations, "BATCH", 5)
+    edits = (MHA_EDIT, MLP_EDIT, PAIR)
+    changes = {"precision": precision, "gate_weighted": True}
+    found = dict(zip(edits, recorded_in(parts, inputs, *edits, **changes), strict=True))
+    assert passes == [(MHA_SITE, MLP_SITE, PAIR.site)] * 7
+    passes.clear()
+    for edit in (MHA_EDIT, MLP_EDIT):
+        together = Together(recorded=lambda edit=edit: found[edit])
+        run_distill(store, f"g/{edit}", inputs, tmp_path / "given", edit=edit, together=together, **changes)
+        assert passes == []
+        run_distill(store, f"o/{edit}", inputs, tmp_path / "own", edit=edit, **changes)
+        assert len(passes) == 7
+        passes.clear()
+        for file in ("scion.safetensors", "distill.json"):
+            assert (tmp_path / "given" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
+
+
+def test_every_sample_is_in_one_part() -> None:
+    for count, parts in ((1, 4), (64, 2), (65, 2), (640, 3), (1000, 7)):
+        found = [activations._part_of(count, part, parts) for part in range(parts)]
+        assert [index for one in found for index in range(one.start, one.stop)] == list(range(count))
+        assert all(one.start % activations.BATCH == 0 for one in found if one.start < one.stop)
+
+
+@pytest.mark.parametrize("lost", ["one part", "all parts"])
+def test_a_site_of_whose_pass_something_was_lost_makes_its_own(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, passes: list[tuple[Site, ...]], lost: str
+) -> None:
+    ((first, _),) = recorded_in(2, inputs, MHA_EDIT)
+    passes.clear()
+    left = [first, None] if lost == "one part" else []
+    run_distill(store, "own", inputs, tmp_path / "own", together=Together(recorded=lambda: left))
+    assert passes == [(MHA_SITE,)] * 2
+
+
+def test_what_does_not_fit_a_task_is_not_fetched(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, passes: list[tuple[Site, ...]]
+) -> None:
+    def fetch() -> list[Any]:
+        raise AssertionError("fetched")
+
+    run_distill(store, "a", inputs, tmp_path / "a", activations=A_SITE - 1, together=Together(recorded=fetch))
+    assert len(passes) > 2
+
+
+def test_a_pass_that_is_asked_to_stop_stops_between_batches(
+    inputs: dict[str, Folder], passes: list[tuple[Site, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "BATCH", 5)
+    params = make_context(Store("unused"), "", Path()).params
+    with pytest.raises(Stopped):
+        activations.record([params], inputs, CPU, lambda: len(passes) == 2, 0, 1)
+    assert len(passes) == 2
 
 
 def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(rootstock: DiT, shown: Noised) -> None:

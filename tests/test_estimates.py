@@ -20,6 +20,7 @@ from pipeline.estimates import (
     estimate,
     known_steps,
     machine_for,
+    parts_of_pass,
     site_items,
 )
 from pipeline.planning import Plan, make_plan
@@ -106,6 +107,29 @@ def test_sites_are_packed_by_their_flops_and_by_the_bytes_that_they_keep() -> No
     assert sites[0].memory == 2 * (64 + 64) * N * D * 2
 
 
+@pytest.mark.parametrize(
+    ("overrides", "slots", "parts"),
+    [
+        ((), 4, 0),  # 64 samples: not worth it
+        (("distill.samples=800",), 4, 3),
+        (("distill.samples=800",), 2, 2),
+        (("distill.samples=800",), 1, 0),
+        (("distill.samples=800",), 0, 0),
+        (("distill.draws=8",), 4, 2),
+        (("distill.samples=800", "distill.activations=1GiB"), 4, 0),
+        (("distill.samples=800", "resources.distill.gpu=0.25"), 4, 0),
+    ],
+    ids=str,
+)
+def test_the_pass_of_sites_on_cpus_is_made_by_tasks_of_its_own_where_that_pays(
+    overrides: tuple[str, ...], slots: int, parts: int
+) -> None:
+    plan = planned(*overrides)
+    sites = [plan["distill/01.mha"], plan["distill/03.mha"]]
+    assert parts_of_pass(sites, slots) == parts
+    assert parts_of_pass(sites[:1], slots) == 0
+
+
 # -- speed
 
 
@@ -139,11 +163,6 @@ def expected(store: Store, plan: Plan, *undone: str, machine: Machine = MACHINE)
 
 def seconds(store: Store, plan: Plan, *undone: str, machine: Machine = MACHINE) -> float:
     return expected(store, plan, *undone, machine=machine).seconds - START_SECONDS
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
 
 
 def test_a_step_should_take_as_long_as_the_like_one_did_in_proportion_to_its_flops(store: Store) -> None:
@@ -256,6 +275,14 @@ def test_steps_that_do_not_need_each_other_run_side_by_side(store: Store) -> Non
     assert 9 < apart < 11
     one_core = seconds(store, planned(), *sites, machine=Machine(1, 0))
     assert 1.5 * apart < one_core < 2 * apart  # they share a pass
+
+
+def test_a_pass_of_all_sites_takes_its_share_of_each_core(store: Store) -> None:
+    plan = planned("distill.samples=800", "distill.epochs=1")
+    stored(store, plan, 100.0)
+    own, shared = work(plan, "distill/03.mha")
+    took = seconds(store, plan, "distill/01.mha", "distill/03.mha", machine=Machine(2, 0))
+    assert math.isclose(took, 100.0 * (own + shared / 2) / (own + shared), rel_tol=0.02)
 
 
 def test_steps_that_need_each_other_run_one_after_another(store: Store) -> None:

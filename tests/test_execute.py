@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +15,18 @@ import ray
 import torch
 
 import stages
+from benchmarks.watching import Unwatched
 from cluster import runtime
-from pipeline import execute, leases
+from pipeline import estimates, execute, leases, recording
 from pipeline.execute import Execution, StepResult, Work
 from pipeline.leases import Holder, Lease
-from pipeline.planning import Step, make_plan
+from pipeline.planning import Plan, Step, make_plan
 from pipeline.store import Origin, Store
 from specs.job import StepResources
 from specs.load import load
 from specs.steps import ClassifierParams
 from stages import Context, Stopped
-from tests.conftest import TINY
+from tests.conftest import TINY, Finished, keys
 
 
 @dataclass
@@ -49,11 +51,6 @@ class Signal:
         return self.on
 
     now = __call__
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
 
 
 @pytest.fixture
@@ -208,3 +205,40 @@ def test_a_step_is_not_blamed_for_what_it_waited_for(losing: Execution) -> None:
     losing.refs |= dict.fromkeys(SITES, "other")
     lose(losing, "select")
     assert "select" in losing.open and losing.failures == []
+
+
+def test_a_step_that_was_lost_with_what_others_recorded_for_it_is_tried_by_itself(losing: Execution) -> None:
+    losing.helped.add("ref")
+    lose(losing, SITES[0])
+    assert losing.alone == {SITES[0]} and losing.failures == []
+    losing.helped.clear()
+    lose(losing, SITES[0])
+    assert [failure.step for failure in losing.failures] == [SITES[0]]
+
+
+# -- sites whose pass is made before
+
+
+def test_sites_end_in_the_same_bits_where_tasks_before_theirs_made_the_pass(
+    tiny: Finished, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, plan = keys(tiny.outcome), make_plan(load(TINY, (f"store={store.root}",)))
+    for step in ("features", "base", "profile"):
+        shutil.copytree(tiny.store / "artifacts" / found[step], Path(store.root) / "artifacts" / found[step])
+    monkeypatch.setattr(estimates, "WORTH_A_TASK", 32)
+    fetched: list[Any] = []
+    start = recording.Pass.start
+
+    def started(asked: recording.Pass, parts: int, reports: Any) -> Any:
+        waited, recorded = start(asked, parts, reports)
+        fetched.extend(recording.fetch(refs) for refs in recorded.values())
+        return waited, recorded
+
+    monkeypatch.setattr(recording.Pass, "start", started)
+    sites = Plan(plan.job, tuple(plan[name] for name in ("features", "base", "profile", *SITES)))
+    with execute.session(sites):
+        assert Execution(sites, store, "run", None, Unwatched()).go() == []
+    assert [len(parts) for parts in fetched] == [2, 2] and all(part for parts in fetched for part in parts)
+    for site in SITES:
+        path = Path("artifacts") / found[site] / "scion.safetensors"
+        assert (Path(store.root) / path).read_bytes() == (tiny.store / path).read_bytes()

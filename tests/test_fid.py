@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,10 @@ CPU = torch.device("cpu")
 COUNT, SIDE = 4, 16
 
 # Fewer images than features leave the covariances singular; pytorch-fid's square root says so.
-pytestmark = pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import csv
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,11 @@ from stages.evidence import Profile, read_profile
 from stages.latents import LatentsMeta, noised, read, write_meta
 from tests.small import Folder, lively
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
 ONE_ROW = 1  # bytes of a chunk: less than a row of queries, of which one is taken in any case
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
 
 
 # -- locality

@@ -29,6 +29,8 @@ from stages.latents import LatentsMeta, write_meta
 from tests.small import lively
 from tests.stores import KEY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SIDE, CLASSES = 8, ("a", "b", "c")
 SAMPLES, BATCH = 50, 8
@@ -45,8 +47,7 @@ class Made:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
+def _nothing_stays_loaded() -> Iterator[None]:
     yield
     rows._LOADED.clear()
 

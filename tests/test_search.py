@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ from tests import small
 from tests.small import Folder
 from tests.tiny_training import Killed, Reports
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=4, width=16, heads=2, num_classes=3)
 CPU = torch.device("cpu")
 GROUPS = (Group(blocks=(0, 1, 2), keep=1, pinned=()), Group(blocks=(3,), keep=1, pinned=()))
@@ -56,17 +58,6 @@ SITES = tuple(Site(block=block, target="mha") for block in (0, 1, 2))
 RECIPE = SearchSpec(
     steps=12, batch=8, lr=3e-3, ema=0.7, clip=3.0, lora_rank=2, lora_alpha=4.0, checkpoint_every=4, nan_patience=3
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
 
 
 def lively(module: nn.Module, seed: int = 0) -> Any:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,7 @@ from tests.tiny_training import (
     state_of,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-
-
-@pytest.fixture
-def data() -> TrainingSet:
-    return make_data()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- training
