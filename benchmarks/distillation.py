@@ -5,11 +5,12 @@
 
 The public way (REFERENCE: arXiv 2506.05340's code): one pass of the whole rootstock writes a file a sample and site,
 and then, one site after another, every epoch reads the files back through a DataLoader; the loss is asked for at each
-step. Ours on a CPU are the steps of a job, run as any job's are; on a GPU it is the stage itself, all sites in one
-task. Both start from the same scions, see the same batches at the same rates, and compute in the same precision: after
-the first epoch their held-out errors must agree site by site, and at the end, when rounding has had the time to grow,
-in the mean over sites. The floor is the FLOPs of the scions' training and of one pass of the rootstock up to the last
-site, over the measured peak of a matrix product on the same cores.
+step. Its scions are of PyTorch's own layers, unless it is given ours. Ours on a CPU are the steps of a job, run as any
+job's are; on a GPU it is the stage itself, all sites in one task. Both start from the same scions, see the same batches
+at the same rates, and compute in the same precision: after the first epoch their held-out errors must agree site by
+site, and at the end, when rounding has had the time to grow, in the mean over sites. The floor is the FLOPs of the
+scions' training, as they are counted in a step, and of one pass of the rootstock up to the last site, over the measured
+peak of a matrix product on the same cores.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.operators import with_public_layers
 from benchmarks.report import limits, parser, show, timed
 from models import checkpoints
 from models.dit import DiT, DiTConfig, initialise
@@ -38,7 +41,7 @@ from models.precision import computing
 from models.streams import generator
 from models.surgery import new_scion, observe
 from pipeline.store import Store
-from specs.costs import operator_cost, rootstock_cost
+from specs.costs import rootstock_cost
 from specs.graft import Edit, OperatorEdits, Site
 from specs.job import StepResources
 from specs.steps import DistillParams
@@ -72,6 +75,7 @@ class Work:
     recipe: DistillSpec
     place: Path
     device: torch.device
+    our_operators: bool  # in the public way, too
 
     def params(self, edit: Edit) -> DistillParams:
         return DistillParams(seed=0, edit=edit, recipe=self.recipe)
@@ -102,6 +106,7 @@ def main() -> None:
         "sites x samples x epochs": f"{len(work.edits)} x {options.samples} x {options.epochs}",
         "ours": "one task" if options.one_task else f"a job, on {os.cpu_count()} cores",
         "threads of the public way": torch.get_num_threads(),
+        "layers of the public way": "ours" if options.our_operators else "PyTorch's",
         "peak, TFLOP/s": peak.flops / 1e12,
         "held-out errors apart, the worst site, by epoch": " ".join(f"{one:.2g}" for one in apart),
         "best held-out errors apart, mean over sites": best,
@@ -125,6 +130,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     made.add_argument("--compile", action="store_true", help="ours: torch.compile each scion")
     made.add_argument("--one-task", action="store_true", default=torch.cuda.is_available(), help="ours: without Ray")
+    made.add_argument("--our-operators", action="store_true", help="the public way with our layers, not PyTorch's own")
     made.add_argument("--folder", type=Path, help="where files are written; by default the system's")
     return made.parse_args()
 
@@ -157,7 +163,8 @@ def prepared(options: argparse.Namespace, folder: Path, device: torch.device) ->
         compile=options.compile, checkpoint_every=options.epochs,
     )  # fmt: skip
     inputs = {"features": Folder("f", features), "base": Folder("b", base)}
-    return Work(inputs, tuple(chosen[every - 1 :: every][: options.sites]), recipe, folder, device)
+    edits = tuple(chosen[every - 1 :: every][: options.sites])
+    return Work(inputs, edits, recipe, folder, device, options.our_operators)
 
 
 # -- the public way
@@ -215,6 +222,8 @@ def train_from_files(work: Work, model: DiT, edit: Edit) -> list[float]:
     """One site's held-out error, epoch by epoch."""
     recipe = work.recipe
     scion = new_scion(model, edit, 0).to(work.device)
+    if not work.our_operators:
+        scion = with_public_layers(scion)
     optimizer = torch.optim.AdamW(scion.parameters(), lr=recipe.lr, weight_decay=0.0)
     sets = {split: Files(work.place / split / str(edit.site), recipe.samples) for split in ("training", "heldout")}
     errors = []
@@ -298,6 +307,9 @@ def warm() -> None:
     import stages
 
     stages.load("distill")
+    weight = torch.ones(1, requires_grad=True)
+    weight.square().sum().backward()
+    torch.optim.AdamW([weight], fused=True).step()  # loads the compiler
     time.sleep(5)
 
 
@@ -339,13 +351,18 @@ def distil(work: Work, edits: Sequence[Edit]) -> None:
 
 
 def floor_flops(options: argparse.Namespace, work: Work) -> float:
-    """Three passes of the scions over the samples an epoch, one over the held-out ones, one pass of the rootstock."""
+    """The samples are learned from and the held-out ones looked at in each epoch; one pass of the rootstock over all."""
     config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
-    scion = operator_cost(work.edits[0].operator, config.place).flops
+    scion = new_scion(checkpoints.load(work.inputs["base"].path())[0], work.edits[0], 0)
+    sample = torch.randn(1, config.place.num_tokens, options.width)
+    with FlopCounterMode(display=False) as looking, torch.no_grad():
+        scion(sample)
+    with FlopCounterMode(display=False) as learning:  # no gradient of what goes in
+        scion(sample).sum().backward()
     rootstock = rootstock_cost(config, config.place, 4, CLASSES).flops
     depth = (1 + max(edit.site.block for edit in work.edits)) / options.depth
-    learning = len(work.edits) * options.samples * options.epochs * (3 + 1) * scion
-    return float(learning + 2 * options.samples * rootstock * depth)
+    an_epoch = len(work.edits) * options.samples * (learning.get_total_flops() + looking.get_total_flops())
+    return float(options.epochs * an_epoch + 2 * options.samples * rootstock * depth)
 
 
 if __name__ == "__main__":

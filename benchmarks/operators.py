@@ -4,8 +4,8 @@
 
 `ms a sample` is a forward pass and its gradients, `floor ms` three times the FLOPs of a forward pass over those of a
 large matrix product in the same precision, `of peak` one over the other. On a CPU, on one thread, the operators with a
-short convolution run a second time with PyTorch's own gradient of it: `times faster` is the median over rounds of that
-over ours. Both ways' gradients must agree.
+short convolution run a second time with PyTorch's own layers, as public code has them: `times faster` is the median
+over rounds of that over ours. Both ways' gradients must agree.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from models.operators import build_operator
 from models.operators.convolution import CausalConv1d
+from models.operators.hyena import Projections
 from models.precision import computing
 from specs.costs import operator_cost
 from specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Place, Swa
@@ -48,12 +49,29 @@ class PublicConvolution(nn.Module):
         return F.silu(y) if self.silu else y
 
 
-def with_public_convolutions(operator: nn.Module) -> nn.Module:
-    """A copy."""
+class PublicProjections(nn.Module):
+    """The same layer as one product."""
+
+    def __init__(self, ours: Projections) -> None:
+        super().__init__()
+        self.weight, self.bias = ours.weight, ours.bias
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
+
+
+PUBLIC: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    CausalConv1d: PublicConvolution,
+    Projections: PublicProjections,
+}
+
+
+def with_public_layers(operator: nn.Module) -> nn.Module:
+    """A copy, with PyTorch's layers where we have our own."""
     made = copy.deepcopy(operator)
     for name, child in operator.named_children():
-        if isinstance(child, CausalConv1d):
-            setattr(made, name, PublicConvolution(child))
+        if type(child) in PUBLIC:
+            setattr(made, name, PUBLIC[type(child)](child))
     return made
 
 
@@ -78,7 +96,7 @@ def measured(spec: OperatorSpec, options: argparse.Namespace, device: torch.devi
     x.requires_grad_()
     ways = {"ours": pass_of(operator, x, gradient, options.precision)}
     if device.type == "cpu" and any(isinstance(child, CausalConv1d) for child in operator.children()):
-        ways["public"] = pass_of(with_public_convolutions(operator), x, gradient, options.precision)
+        ways["public"] = pass_of(with_public_layers(operator), x, gradient, options.precision)
     answers = {name: way() for name, way in ways.items()}
     seconds = report.in_turn({name: partial(report.timed, way, device) for name, way in ways.items()}, options.rounds)
     best, floor = min(seconds["ours"]) / options.batch, TRAINING * operator_cost(spec, place).flops / peak

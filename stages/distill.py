@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import checkpoints
+from models.cache import in_parts
 from models.dit import DiTConfig
 from models.precision import computing
 from models.streams import generator
@@ -156,16 +157,22 @@ def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
 
 
 class MeanAbsolute(torch.autograd.Function):
-    """The mean of |predicted - wanted| in fp32, to the bit that of F.l1_loss and of its gradient. That gradient is all
-    signs: they are kept in the precision of the scion, and fewer passes over memory make them, which beside a small
-    scion are much of a step's time."""
+    """The mean of |predicted - wanted| in fp32, as F.l1_loss, with its gradient to the bit. That is all signs: they are
+    kept in the precision of the scion, and fewer passes over memory make them, which beside a small scion are much of a
+    step's time."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, wanted: Tensor) -> Tensor:
-        difference = predicted.float() - wanted
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(difference.to(predicted.dtype, copy=True).sign_())
-        return difference.abs_().mean()
+        learning = ctx.needs_input_grad[0]
+        signs = torch.empty_like(predicted) if learning else predicted
+        total = torch.zeros((), device=predicted.device)
+        for given, other, sign in in_parts(predicted, wanted, signs):
+            difference = given.float() - other
+            if learning:
+                sign.copy_(difference).sign_()
+            total += difference.abs_().sum()
+        ctx.save_for_backward(signs)
+        return total / predicted.numel()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -186,10 +193,12 @@ def relative_error(mimic: Mimic, source: Source) -> float:
     wrong = total = squares = torch.zeros((), dtype=torch.float64)
     count = 0
     for pairs in source.batches(BATCH):
-        predicted, wanted = mimic(*pairs.inputs).double(), pairs.outputs.double()
-        wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
-        total, squares = total.to(wanted.device) + wanted.sum((0, 1)), squares.to(wanted.device) + wanted.square().sum()
-        count += wanted.shape[0] * wanted.shape[1]
+        for given, outputs in in_parts(mimic(*pairs.inputs), pairs.outputs):
+            predicted, wanted = given.double(), outputs.double()
+            wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
+            total = total.to(wanted.device) + wanted.sum((0, 1))
+            squares = squares.to(wanted.device) + wanted.square().sum()
+            count += wanted.shape[0] * wanted.shape[1]
     return (wrong / (squares - total.square().sum() / count)).item()
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cache import in_parts
 from models.operators.kernels import CAUSAL_CONVOLUTION, choose
 from specs.operators import Accelerated
 
@@ -58,11 +59,14 @@ class CausalOnCpu(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         length, taps = x.shape[2], weight.shape[2]
         of_x = _slid(gradient, weight.to(gradient.dtype).flip(2), None, length, taps - 1)
-        seen = x.to(gradient.dtype)
         back = [min(taps - 1 - tap, length) for tap in range(taps)]  # how far before the present a tap looks
-        of_taps = [(seen[..., : length - far] * gradient[..., far:]).sum((0, 2)) for far in back]
-        of_weight = torch.stack(of_taps, dim=1)[:, None]
-        return of_x.to(x.dtype), of_weight.to(weight.dtype), gradient.sum((0, 2)).to(weight.dtype)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        of_weight, of_bias = weight.new_zeros(weight.shape, dtype=exact), weight.new_zeros(len(weight), dtype=exact)
+        for seen, part in in_parts(x.to(gradient.dtype), gradient):
+            of_taps = [(seen[..., : length - far] * part[..., far:]).sum((0, 2)) for far in back]
+            of_weight += torch.stack(of_taps, dim=1)[:, None]
+            of_bias += part.sum((0, 2))
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
 def _slid(x: Tensor, weight: Tensor, bias: Tensor | None, length: int, start: int) -> Tensor:
