@@ -87,12 +87,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = prepared(options, Path(folder), device)
         peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+        flops = floor_flops(options, work)
         public, public_errors, written = public_way(work)
         ours, our_errors = (one_task if options.one_task else whole_job)(work)
     pairs = [zip(our_errors[site], public_errors[site], strict=True) for site in our_errors]
     apart = [max(abs(one / other - 1) for one, other in epoch) for epoch in zip(*pairs, strict=True)]
     best = fmean(min(our_errors[site]) / min(public_errors[site]) for site in our_errors) - 1
-    flops = floor_flops(options, work)
     rows = [
         {"way": "public, through files", "s": public["all"], "of which extracting": public["extracting"],
          "of peak": flops / peak.flops / public["all"], "GB of activations written": written / 1e9, "ratio": 1.0},
@@ -351,7 +351,7 @@ def distil(work: Work, edits: Sequence[Edit]) -> None:
 
 
 def floor_flops(options: argparse.Namespace, work: Work) -> float:
-    """The samples are learned from and the held-out ones looked at in each epoch; one pass of the rootstock over all."""
+    """In each epoch samples are learned from and held-out ones looked at; one pass of the rootstock over all."""
     config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
     scion = new_scion(checkpoints.load(work.inputs["base"].path())[0], work.edits[0], 0)
     sample = torch.randn(1, config.place.num_tokens, options.width)

@@ -160,8 +160,11 @@ class Execution:
     def _start_sharing(self, sites: Sequence[Step]) -> None:
         """Sites put together for the room that there is now; before them, where it pays, the pass that all share."""
         items, shared = site_items(self.plan, [step.name for step in sites])
-        slots = runtime.room_for(sites[0].resources)
-        parts = parts_of_pass(sites, slots) if recording.fits(items) else 0
+        resources = sites[0].resources
+        slots = runtime.room_for(resources)
+        parts = parts_of_pass(sites, slots)
+        if parts and not recording.fits(items, parts, resources):
+            parts = 0
         packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if parts else shared)]
         waited, recorded = list[Any](), dict[str, Recordings]()
         if parts:

@@ -19,15 +19,18 @@ from cluster.board import Reporter
 from pipeline.packing import Item
 from pipeline.planning import Step
 from pipeline.store import Store
+from specs.job import StepResources
 
-SHARE = 0.5  # of the cluster's object store
+SHARE = 0.5  # of the cluster's object store, and of a task's memory
 RETRIES = 3  # of a task whose worker is lost
 Recordings = Sequence[Any]  # refs, one a part
 
 
-def fits(items: Sequence[Item]) -> bool:
-    """Whether the object store has room for what all of them need."""
-    return sum(item.memory for item in items) <= SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
+def fits(items: Sequence[Item], parts: int, resources: StepResources) -> bool:
+    """Whether the object store has room for what all of them need, and a task for its part, if that is limited."""
+    needed = sum(item.memory for item in items)
+    in_task = needed / parts <= SHARE * resources.memory if resources.memory else True
+    return in_task and needed <= SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
 
 
 @dataclass(frozen=True)

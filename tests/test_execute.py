@@ -20,6 +20,7 @@ from cluster import runtime
 from pipeline import estimates, execute, leases, recording
 from pipeline.execute import Execution, StepResult, Work
 from pipeline.leases import Holder, Lease
+from pipeline.packing import Item
 from pipeline.planning import Plan, Step, make_plan
 from pipeline.store import Origin, Store
 from specs.job import StepResources
@@ -217,6 +218,17 @@ def test_a_step_that_was_lost_with_what_others_recorded_for_it_is_tried_by_itsel
 
 
 # -- sites whose pass is made before
+
+
+@pytest.mark.parametrize(
+    ("each", "memory", "expected"), [(50, None, True), (51, None, False), (50, 100, True), (50, 99, False)]
+)
+def test_a_pass_is_made_before_where_ray_has_room_for_it(
+    monkeypatch: pytest.MonkeyPatch, each: int, memory: int | None, expected: bool
+) -> None:
+    monkeypatch.setattr(recording.ray, "cluster_resources", lambda: {"object_store_memory": 200.0})
+    items = [Item(name, 1.0, memory=float(each)) for name in ("a", "b")]
+    assert recording.fits(items, 2, StepResources(memory=memory)) == expected
 
 
 def test_sites_end_in_the_same_bits_where_tasks_before_theirs_made_the_pass(

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import cache
 from models.operators import REGISTRY, attention, build_operator, kernels, recognise
 from models.operators.convolution import CausalConv1d
+from models.operators.hyena import Projections
 from models.operators.kernels import CAUSAL_CONVOLUTION, FLASH_ATTENTION, STATE_SPACE_SCAN, Kernel, KernelUnavailable
 from models.operators.mamba import scan
 from specs.operators import (
@@ -433,9 +435,13 @@ def test_a_hyena_is_its_definition_token_by_token(
     torch.testing.assert_close(operator(x), y @ operator.out_proj.weight.T + operator.out_proj.bias)
 
 
+@pytest.mark.parametrize("part", [cache.PART, 1], ids=["whole", "in parts"])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(("length", "kernel"), [(9, 4), (9, 1), (2, 4)])
-def test_the_convolutions_gradients_are_those_of_pytorch(length: int, kernel: int, channels_last: bool) -> None:
+def test_the_convolutions_gradients_are_those_of_pytorch(
+    monkeypatch: pytest.MonkeyPatch, length: int, kernel: int, channels_last: bool, part: int
+) -> None:
+    monkeypatch.setattr(cache, "PART", part)
     torch.manual_seed(0)
     taps = CausalConv1d(5, kernel, HyenaY()).double()
     x = torch.randn(3, length, 5).double().transpose(1, 2)
@@ -448,6 +454,28 @@ def test_the_convolutions_gradients_are_those_of_pytorch(length: int, kernel: in
     for ours, theirs in zip(*pairs, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert (found.stride(1) == 1) == channels_last  # what comes after it finds the layout that it had
+
+
+def test_three_projections_are_the_parts_of_one_matrix() -> None:
+    torch.manual_seed(0)
+    three = Projections(8, 24)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    whole = F.linear(x, three.weight, three.bias).chunk(3, dim=-1)
+    wanted, gradients = (x, three.weight, three.bias), [torch.randn_like(one) for one in whole]
+    pairs = ([*y, *torch.autograd.grad(y, wanted, gradients)] for y in (three(x), whole))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("part", "sizes"), [(30, [5]), (29, [4, 1]), (12, [2, 2, 1]), (1, [1] * 5)], ids=str)
+def test_what_is_too_much_for_the_cache_comes_in_parts(
+    monkeypatch: pytest.MonkeyPatch, part: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(cache, "PART", part)
+    one, other = torch.arange(30).view(5, 6), torch.arange(30, 60).view(5, 6)
+    first, second = zip(*cache.in_parts(one, other), strict=True)
+    assert [len(value) for value in first] == sizes
+    assert torch.equal(torch.cat(first), one) and torch.equal(torch.cat(second), other)
 
 
 def test_the_mlp_has_a_tanh_gelu_between_its_layers() -> None:
