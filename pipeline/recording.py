@@ -68,12 +68,16 @@ def _record(asked: Pass, part: int, parts: int, report: Reporter | None = None) 
     """Nothing for each site where there is an error: its own step comes to it too, and tells."""
     if report is not None:
         report(0, 0)
-    stage, device = asked.sites[0].stage, runtime.settle()
-    inputs = {role: asked.store.artifact(key) for role, key in asked.keys.items()}
+    portion = stages.Portion(
+        steps=[site.params for site in asked.sites],
+        inputs={role: asked.store.artifact(key) for role, key in asked.keys.items()},
+        device=runtime.settle(),
+        part=part,
+        parts=parts,
+        stopping=asked.stopping,
+    )
     try:
-        found = stages.recorder(stage)(
-            [site.params for site in asked.sites], inputs, device, asked.stopping, part, parts
-        )
+        found = stages.recorder(asked.sites[0].stage)(portion)
     except Exception:
         found = [None] * len(asked.sites)
     return [[], *found]

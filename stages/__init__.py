@@ -121,21 +121,19 @@ def load(stage: str) -> Callable[[Context], None]:
     return run
 
 
-class Recorder(Protocol):
-    """What the steps of a stage have in common: one of `parts` equal parts of it; returns what each step gets."""
+@dataclass(frozen=True)
+class Portion:
+    """What a stage's `record` gets: one of `parts` equal parts of what its steps have in common."""
 
-    def __call__(
-        self,
-        steps: Sequence[Any],
-        inputs: Mapping[str, Input],
-        device: torch.device,
-        stopping: Callable[[], bool],
-        part: int,
-        parts: int,
-    ) -> list[Any]: ...
+    steps: Sequence[Any]  # their parameters; `record` returns something for each
+    inputs: Mapping[str, Input]
+    device: torch.device
+    part: int
+    parts: int
+    stopping: Callable[[], bool] = never
 
 
-def recorder(stage: str) -> Recorder:
+def recorder(stage: str) -> Callable[[Portion], list[Any]]:
     """That of a stage that `shares`."""
-    record: Recorder = importlib.import_module(f"stages.{stage}").record
+    record: Callable[[Portion], list[Any]] = importlib.import_module(f"stages.{stage}").record
     return record

@@ -27,7 +27,7 @@ from models.surgery import observe
 from specs.graft import Edit, Site, overlapping
 from specs.steps import DistillParams
 from specs.training import DistillSpec
-from stages import Context, Input, Stopped, never
+from stages import Context, Input, Portion, Stopped, never
 from stages.latents import Noised, noised, read, require_enough
 
 BATCH = 64  # samples that pass through the rootstock together
@@ -194,21 +194,15 @@ def read_rootstock(
 Recording = tuple[Pairs | None, Pairs | None]
 
 
-def record(
-    steps: Sequence[DistillParams],
-    inputs: Mapping[str, Input],
-    device: torch.device,
-    stopping: Callable[[], bool],
-    part: int,
-    parts: int,
-) -> list[Recording]:
-    """What the steps' sites see of one of `parts` equal parts of the samples. Raises Stopped."""
-    rootstock = read_rootstock(steps[0], inputs, device, stopping)
+def record(portion: Portion) -> list[Recording]:
+    """What the sites of distillations see of a part of the samples. Raises Stopped."""
+    steps: Sequence[DistillParams] = portion.steps
+    rootstock = read_rootstock(steps[0], portion.inputs, portion.device, portion.stopping)
     sites = [step.edit.site for step in steps]
 
     def of(samples: Noised) -> dict[Site, Pairs]:
-        chosen = _part_of(len(samples.t), part, parts)
-        return rootstock.record(sites, samples[chosen], device)
+        chosen = _part_of(len(samples.t), portion.part, portion.parts)
+        return rootstock.record(sites, samples[chosen], portion.device)
 
     shown, unseen = of(rootstock.shown), of(rootstock.unseen)
     return [(shown.get(site), unseen.get(site)) for site in sites]

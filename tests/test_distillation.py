@@ -29,7 +29,7 @@ from specs.job import StepResources
 from specs.operators import HyenaY, Mha, Mlp
 from specs.steps import DistillParams
 from specs.training import DistillSpec
-from stages import Context, Stopped, Together, activations, distill, hybrid, never
+from stages import Context, Portion, Stopped, Together, activations, distill, hybrid
 from stages.activations import Kept, Pairs, Rootstock
 from stages.batches import TrainingSet
 from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
@@ -469,7 +469,7 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
 def recorded_in(parts: int, inputs: dict[str, Folder], *edits: Edit, **changes: Any) -> list[list[Any]]:
     """For each site, its parts, as they come out of another process."""
     steps = [make_context(Store("unused"), "", Path(), edit=edit, **changes).params for edit in edits]
-    found = [activations.record(steps, inputs, CPU, never, part, parts) for part in range(parts)]
+    found = [activations.record(Portion(steps, inputs, CPU, part, parts)) for part in range(parts)]
     return [list(site) for site in zip(*pickle.loads(pickle.dumps(found)), strict=True)]
 
 
@@ -535,7 +535,7 @@ def test_a_pass_that_is_asked_to_stop_stops_between_batches(
     monkeypatch.setattr(activations, "BATCH", 5)
     params = make_context(Store("unused"), "", Path()).params
     with pytest.raises(Stopped):
-        activations.record([params], inputs, CPU, lambda: len(passes) == 2, 0, 1)
+        activations.record(Portion([params], inputs, CPU, 0, 1, stopping=lambda: len(passes) == 2))
     assert len(passes) == 2
 
 

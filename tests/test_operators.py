@@ -462,9 +462,10 @@ def test_three_projections_are_the_parts_of_one_matrix() -> None:
     x = torch.randn(3, 5, 8, requires_grad=True)
     whole = F.linear(x, three.weight, three.bias).chunk(3, dim=-1)
     wanted, gradients = (x, three.weight, three.bias), [torch.randn_like(one) for one in whole]
-    pairs = ([*y, *torch.autograd.grad(y, wanted, gradients)] for y in (three(x), whole))
+    pairs = ([*y, *torch.autograd.grad(y, wanted, gradients)] for y in (three(x, apart=True), whole))
     for ours, theirs in zip(*pairs, strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert torch.equal(three(x), F.linear(x, three.weight, three.bias))  # as any linear layer, unless asked
 
 
 @pytest.mark.parametrize(("part", "sizes"), [(30, [5]), (29, [4, 1]), (12, [2, 2, 1]), (1, [1] * 5)], ids=str)

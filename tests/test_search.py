@@ -29,6 +29,7 @@ from models.costs import forward_flops
 from models.diffusion import Diffusion
 from models.dit import DiT, DiTConfig, initialise
 from models.gates import Gate, GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
+from models.operators import REGISTRY
 from models.streams import initialising
 from models.surgery import graft, new_scion, scion_at
 from pipeline.store import Partial, Store
@@ -305,6 +306,25 @@ def test_lora_changes_nothing_at_the_start_and_adds_alpha_over_rank_times_its_fa
     merge_lora(linear)
     assert type(linear[0]) is nn.Linear
     torch.testing.assert_close(linear(x), after)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REGISTRY if "mha" in kind.targets], ids=lambda kind: kind.__name__)
+def test_whatever_the_rootstock_carries_has_lora_too(kind: Any) -> None:
+    edit = Edit(site=Site(block=0, target="mha"), operator=kind())
+    model, inputs = lively(graft(DiT(TINY), [edit], 0)), draw_batch(make_data(), RECIPE, 0, "search", 0, 0, 1)[:3]
+    before = model(*inputs)
+    add_lora(model, 2, 4.0)
+    torch.testing.assert_close(model(*inputs), before)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.1)
+    learned = model(*inputs)
+    assert not torch.allclose(learned, before)
+    learned.sum().backward()
+    wanted = [value.grad for name, value in model.named_parameters() if "lora_B" in name and "blocks.0.attn" in name]
+    assert wanted and all(gradient is not None for gradient in wanted)
+    merge_lora(model)
+    torch.testing.assert_close(model(*inputs), learned, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_starts_from_the_seed_and_leaves_the_global_stream_alone() -> None:

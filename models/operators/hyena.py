@@ -31,7 +31,7 @@ class Hyena(nn.Module):
     def __init__(self, spec: specs.Hyena, place: Place) -> None:
         super().__init__()
         width = place.width
-        self.in_proj = nn.Linear(width, 3 * width) if spec.short else Projections(width, 3 * width)
+        self.in_proj = Projections(width, 3 * width)
         self.short_filter = CausalConv1d(3 * width, spec.kernel, spec) if spec.short else None
         self.inner_filter = CausalConv1d(width, spec.kernel, spec) if spec.inner else None
         if self.inner_filter is not None:
@@ -39,22 +39,23 @@ class Hyena(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        projected = self.in_proj(x)
-        if self.short_filter is not None:
-            projected = along_tokens(self.short_filter, projected).chunk(3, dim=-1)
-        q, k, v = projected
+        # Within LoRA it is another layer, which knows no parts.
+        if x.device.type == "cpu" and self.short_filter is None and isinstance(self.in_proj, Projections):
+            q, k, v = self.in_proj(x, apart=True)
+        else:
+            q, k, v = along_tokens(self.short_filter, self.in_proj(x)).chunk(3, dim=-1)
         return self.out_proj(q * along_tokens(self.inner_filter, k * v))
 
 
 class Projections(nn.Linear):
-    """Three in one matrix: (B,N,D) -> three (B,N,D). On a CPU as three products, which are faster than one of that
-    width, and whose gradients need not be put together."""
+    """A linear layer, (B,N,D) -> (B,N,3D), that gives its three parts as well. Those are three products on a CPU, which
+    are faster than one of that width, and whose gradients need not be put together."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        if x.device.type != "cpu":
-            return super().forward(x).chunk(3, dim=-1)
+    def forward(self, x: Tensor, apart: bool = False) -> Any:
+        if not apart:
+            return super().forward(x)
         each = zip(self.weight.chunk(3), self.bias.chunk(3), strict=True)
-        return tuple(F.linear(x, weight, bias) for weight, bias in each)
+        return [F.linear(x, weight, bias) for weight, bias in each]
 
 
 def along_tokens(taps: CausalConv1d | None, x: Tensor) -> Tensor:
