@@ -6,8 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.memory import keep_freed
+from cluster.warm import Nursery
 from specs.job import StepResources
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 PARENT_CHECK_SECONDS = 0.1
+KEPT_IDLE_MS = 60_000  # that a process without work is kept, with what it has imported
 
 
 class NotEnough(Exception):
@@ -32,19 +34,34 @@ class NotEnough(Exception):
 
 
 @contextmanager
-def session(demands: Iterable[StepResources], together: int) -> Iterator[None]:
+def session(demands: Iterable[StepResources], together: int, warm: Sequence[str] = ()) -> Iterator[None]:
     """Ray on this machine, or the cluster that RAY_ADDRESS names, for as long as the context lasts.
 
     demands: what single tasks take. together: how many one-CPU workers must be able to run side by side; a machine
-    with fewer cores still runs them, slower.
+    with fewer cores still runs them, slower. warm: modules that tasks need, to be imported once for all processes.
     """
     demands = list(demands)
     cpus = max(os.cpu_count() or 1, together, *(math.ceil(demand.cpu) for demand in demands))
     # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
-    # By itself, Ray would join whatever cluster it finds on this machine.
-    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    local = {} if "RAY_ADDRESS" in os.environ else own
+    # Of those that are idle, Ray would end all but one a CPU after a second, and start others for the next step.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(KEPT_IDLE_MS))
+    with ExitStack() as stack:
+        local: dict[str, Any] = {}
+        if "RAY_ADDRESS" not in os.environ:
+            # By itself, Ray would join whatever cluster it finds on this machine.
+            local = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            if warm and Nursery.possible() and not any(demand.gpu for demand in demands):
+                nursery = stack.enter_context(closing(Nursery(warm)))
+                local["runtime_env"] = {"py_executable": nursery.py_executable}
+                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would not be of the nursery
+        stack.enter_context(_initialised(local, demands))
+        yield
+
+
+@contextmanager
+def _initialised(local: Mapping[str, Any], demands: Sequence[StepResources]) -> Iterator[None]:
+    """Ray; local: the settings of one of our own."""
     # A Ray of our own listens on loopback only; by itself, Ray does so where it knows that no other machine can join.
     reachable = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = reachable and not local

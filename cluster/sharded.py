@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from cluster.imports import without
 from specs.training import FinetuneSpec
+
+with without("mlflow"):  # its autotuner, which we do not use, logs there if it can: a second of imports
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -41,6 +41,10 @@ CLUSTER_POLL_SECONDS = 3.0
 RETRIES = 3  # of a task whose worker is lost
 SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
 STOP_SECONDS = 30.0  # that tasks are given to save what they have
+# What steps import that takes long and knows nothing of Ray, in the order of need. The last two come unasked: with any
+# optimizer, and with DeepSpeed's engine.
+WARM = ("torch", "stages.sources", "stages.classifier", "stages.pictures", "cluster.sharded")
+WARM += ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 class StepFailed(Exception):
@@ -87,7 +91,7 @@ class Watcher(Protocol):
 
 def session(plan: Plan) -> AbstractContextManager[None]:
     """Ray, with room for each of the plan's steps."""
-    return runtime.session((step.resources for step in plan.steps), together=_widest(plan))
+    return runtime.session((step.resources for step in plan.steps), together=_widest(plan), warm=WARM)
 
 
 def _widest(plan: Plan) -> int:

@@ -45,6 +45,7 @@ from stages.sources import (
 
 SHARD = 2048  # images
 BATCHES_A_TASK = 4
+WORTH_A_STREAM = 4096  # images whose latents are pixels: up to so many are read before Ray Data has begun
 BROKEN = "broken.json"
 ACCEPTED = "accepted: images that can be read, or data.skip_broken: true, which leaves the others out and counts them"
 Row = dict[str, Any]  # of Ray's data set: a piece of a shard, `shard`, `start`, `names`; later `images`; then `latents`
@@ -226,6 +227,8 @@ def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepRe
     told_ray = {name: value for name, value in options(resources).items() if value}
     if not pieces:
         return iter(())
+    if isinstance(codec, PixelCodec) and sum(len(piece["names"]) for piece in pieces) <= WORTH_A_STREAM:
+        return (as_latents(read(piece)) for piece in pieces)
     if isinstance(codec, PixelCodec):
         return iter(_rows(pieces).map(lambda row: as_latents(read(row)), **told_ray).iter_rows())
     # Without a GPU Ray fuses the two, so that a worker reads what it encodes and one CPU is enough.

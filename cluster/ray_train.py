@@ -1,0 +1,56 @@
+"""A training group on GPUs, started by Ray Train: it shares out a node's devices and sets NCCL up.
+
+The process of a GPU task is a fresh one in any case, so that what Ray Train starts beside it costs little.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.group import NoRoom, Work, WorkerLost, first_cause
+from cluster.runtime import room_for, settle, taken
+from specs.job import StepResources
+
+
+def run_group(work: Work, argument: Any, workers: int, resources: StepResources) -> None:
+    """As cluster.group.run_group."""
+
+    def loop() -> None:
+        work(argument, settle())
+
+    try:
+        _fit(loop, workers, resources)
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # or its controller was lost
+        failures = list(getattr(error, "worker_failures", {}).values())
+        own = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
+        if own and len(own) == len(failures):
+            raise first_cause(own) from error
+        if isinstance(error, ray.train.ControllerError) and room_for(resources) < workers:
+            raise NoRoom from error
+        raise WorkerLost(str(error)) from error
+
+
+def _fit(loop: Any, workers: int, resources: StepResources) -> None:
+    """One attempt; what is done about a failure is for the launcher to say."""
+    # Steps see to being preempted themselves; a process less to start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray Train insists on a place of its own; nothing of ours goes there.
+    with tempfile.TemporaryDirectory(prefix="graftwork-train-", ignore_cleanup_errors=True) as folder:
+        TorchTrainer(
+            loop,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
+            ),
+            torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
+            run_config=ray.train.RunConfig(
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+            ),
+        ).fit()

@@ -1,0 +1,228 @@
+"""Workers that fork from a warm process: what steps import is imported once a session, not once a process.
+
+Importing torch, DeepSpeed and matplotlib takes 2 to 3 s of a core, in each of the ten processes that a small job needs.
+Here one process, the nursery, imports them while Ray starts. Ray is told, by its setting `py_executable`, to start
+workers with this file (`main`, below): it hands its command, environment and files to the nursery, which forks a process
+that goes on as that command, and stays to pass on signals and the end. Without a nursery it becomes the command itself.
+
+For a Ray on this machine, under Linux and without GPUs only: a CUDA driver that is loaded does not outlive a fork. Nor
+does Ray: the nursery must not have imported it.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import sys
+
+# This file is run as a program with nothing of site-packages on its path: all else is imported where it is used.
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any, NoReturn
+
+NUM_FILES = 3  # standard input, output and error of a worker
+
+
+def main(address: str, command: Sequence[str]) -> NoReturn:
+    """Be the worker that Ray started: in a process forked by the nursery at `address`, or, without one, in this one."""
+    import signal
+
+    nursery = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        nursery.connect("\0" + address)
+    except OSError:
+        os.execv(sys.executable, [sys.executable, *command])
+    request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    files = array.array("i", range(NUM_FILES))
+    head = len(request).to_bytes(8, "big")
+    nursery.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files.tobytes())])
+    nursery.sendall(request)
+    answers = nursery.makefile("r")
+    worker = int(answers.readline() or "0")
+    if not worker:  # the nursery is gone, and nothing was begun
+        os.execv(sys.executable, [sys.executable, *command])
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(worker, number))
+    ended = answers.readline()
+    code = int(ended or "-9")
+    os._exit(code if code >= 0 else 128 - code)
+
+
+class Nursery:
+    """The warm process, as seen by who started it. `py_executable` is for Ray's runtime environment."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        import shlex
+        import subprocess
+        import uuid
+
+        address = f"graftwork-{uuid.uuid4().hex}"
+        # Threads do not outlive a fork. As many for sums as Ray gives its workers; none that tidies Arrow's memory.
+        alone = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "DS_ACCELERATOR": "cpu"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.warm", "--serve", address, *modules],
+            stdin=subprocess.PIPE,  # its life line: it ends when that does, whatever becomes of this process
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # what fails here is told by the workers, which then import for themselves
+            env={**alone, **os.environ},
+            start_new_session=True,
+        )
+        self.py_executable = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__), address])
+
+    @staticmethod
+    def possible() -> bool:
+        return sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(address: str, modules: Sequence[str]) -> None:
+    """Fork a process for each request, until standard input ends; import the modules in between, one at a time."""
+    import importlib
+    import selectors
+
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind("\0" + address)
+    listening.listen(128)
+    selector = selectors.DefaultSelector()
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    selector.register(listening, selectors.EVENT_READ)
+    workers, cold = _Workers(selector), list(modules)
+    try:
+        while True:
+            for ready, _ in selector.select(timeout=0 if cold else None):
+                if ready.fileobj is sys.stdin:
+                    return
+                if ready.fileobj is listening:
+                    client, _ = listening.accept()
+                    workers.fork(client)
+                elif ready.data is not None:
+                    ready.data()
+            if cold:
+                importlib.import_module(cold.pop(0))
+                if len(os.listdir("/proc/self/task")) > 1 or "ray" in sys.modules:  # neither outlives a fork
+                    selector.unregister(listening)
+                    listening.close()  # from now on workers start by themselves
+                    cold.clear()
+    finally:
+        workers.kill()
+
+
+class _Workers:
+    """The processes that were forked, each with the client that stands for it with Ray."""
+
+    def __init__(self, selector: Any) -> None:
+        self._selector = selector
+        self._alive: dict[int, int] = {}  # pid -> pidfd
+
+    def fork(self, client: socket.socket) -> None:
+        import gc
+        import selectors
+        from functools import partial
+
+        request, files = _received(client)
+        if request is None:
+            client.close()
+            return
+        gc.freeze()  # so that collecting garbage does not touch, and copy, what processes share
+        pid = os.fork()
+        if pid == 0:
+            self._selector.close()
+            client.close()
+            _become(request, files)
+        for file in files:
+            os.close(file)
+        pidfd = os.pidfd_open(pid)
+        self._alive[pid] = pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, partial(self._ended, pid, client))
+        self._selector.register(client, selectors.EVENT_READ, partial(self._left, pid, client))
+        _tell(client, pid)
+
+    def _ended(self, pid: int, client: socket.socket) -> None:
+        pidfd = self._alive.pop(pid)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        if client.fileno() >= 0:  # it has not left before
+            self._selector.unregister(client)
+            _tell(client, os.waitstatus_to_exitcode(status))
+            client.close()
+
+    def _left(self, pid: int, client: socket.socket) -> None:
+        """Ray killed the client: it means the worker."""
+        if client.fileno() < 0:  # the worker ended in the same moment
+            return
+        self._selector.unregister(client)
+        client.close()
+        self._kill(pid)
+
+    def _kill(self, pid: int) -> None:
+        import signal
+        from contextlib import suppress
+
+        if pid in self._alive:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._alive[pid], signal.SIGKILL)
+
+    def kill(self) -> None:
+        for pid in self._alive:
+            self._kill(pid)
+
+
+def _tell(client: socket.socket, number: int) -> None:
+    from contextlib import suppress
+
+    with suppress(OSError):  # it was killed
+        client.sendall(f"{number}\n".encode())
+
+
+def _received(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    size = array.array("i").itemsize
+    head, extra, *_ = client.recvmsg(8, socket.CMSG_SPACE(NUM_FILES * size))
+    files = array.array("i")
+    for level, kind, data in extra:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            files.frombytes(data[: len(data) - len(data) % size])
+    text = client.makefile("rb").read(int.from_bytes(head, "big")) if len(head) == 8 else b""
+    return (json.loads(text) if text else None), list(files)
+
+
+def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
+    """Go on as the command of a request, in its environment."""
+    import runpy
+
+    code = 1
+    try:
+        os.setpgid(0, 0)  # Ray ends a worker with its group
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        script, *_ = sys.argv = request["command"]
+        sys.path[0] = os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2], sys.argv[3:])
+    else:
+        main(sys.argv[1], sys.argv[2:])
