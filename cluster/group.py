@@ -19,8 +19,9 @@ import ray
 import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # handed on without saying so
 
-from cluster.runtime import options, room_for, settle, taken
+from cluster.runtime import free_group, group_name, options, room_for, settle, taken
 from specs.job import StepResources
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources)
     raised first; NoRoom where the workers had to be waited for too long.
     """
     # The rendezvous is here and not at a worker: no port is agreed on beforehand, which another might take.
-    store = dist.TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     with _room_for(workers, resources) as room:
         shared = ray.put((work, argument))
         refs = [
@@ -97,9 +98,9 @@ def first_cause(errors: Sequence[Exception]) -> Exception:
 @contextmanager
 def _room_for(workers: int, resources: StepResources) -> Iterator[PlacementGroup]:
     """Room for all workers at once, so that two groups do not wait for each other's half."""
-    name = group_name(ray.get_runtime_context().get_task_id())
-    free_group(name)  # of an earlier attempt of this very task
-    room = placement_group([_bundle(resources)] * workers, name=name)
+    task = ray.get_runtime_context().get_task_id()
+    free_group(task)  # of an earlier attempt of this very task
+    room = placement_group([_bundle(resources)] * workers, name=group_name(task))
     try:
         enough = time.monotonic()
         while not room.wait(POLL_SECONDS):
@@ -116,25 +117,13 @@ def _bundle(resources: StepResources) -> dict[str, float]:
     return {name: amount for name, amount in taken(resources).items() if amount}
 
 
-def group_name(task: str | None) -> str:
-    return f"graftwork/{task}"
-
-
-def free_group(name: str) -> None:
-    """Give back what a lost task's group still holds."""
-    try:
-        remove_placement_group(ray.util.get_placement_group(name))
-    except ValueError:  # there is none
-        return
-
-
 @ray.remote(max_retries=0)
 def _worker(shared: tuple[Work, Any], rank: int, workers: int, host: str, port: int) -> None:
     work, argument = shared
     device = settle()
     # As torch's own launchers set them, for who asks; CPUs are not numbered.
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": "0"}
-    store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    store = TCPStore(host, port, is_master=False, timeout=TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=TIMEOUT)
     try:
         work(argument, device)

@@ -34,10 +34,10 @@ def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResou
             return
         except NoRoom:  # there may be some day, and the driver tells that it is waited for
             pass
-        except WorkerLost:
+        except WorkerLost as error:
             losses += 1
             if losses > RESTARTS:
-                raise
+                raise error.__cause__ or error from None
         workers = _workers_that_fit(recipe, resources)
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import ray
 from ray._private import ray_constants
 from ray._private.state import state
 from ray.core.generated import gcs_pb2
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
 from cluster.memory import keep_freed
 from cluster.warm import Nursery
@@ -134,6 +134,17 @@ def free_orphaned_groups() -> int:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             orphaned += 1
     return orphaned
+
+
+def group_name(task: str | None) -> str:
+    """Of the placement group that a task makes for workers of its own."""
+    return f"graftwork/{task}"
+
+
+def free_group(task: str | None) -> None:
+    """Give back what workers of a lost task still hold: its group stays until the job is over."""
+    with suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(group_name(task)))
 
 
 def settle() -> torch.device:

@@ -1,9 +1,9 @@
 """Workers that fork from a warm process: what steps import is imported once a session, not once a process.
 
-Importing torch, DeepSpeed and matplotlib takes 2 to 3 s of a core, in each of the ten processes that a small job needs.
-Here one process, the nursery, imports them while Ray starts. Ray is told, by its setting `py_executable`, to start
-workers with this file (`main`, below): it hands its command, environment and files to the nursery, which forks a process
-that goes on as that command, and stays to pass on signals and the end. Without a nursery it becomes the command itself.
+Importing torch, DeepSpeed and matplotlib takes 2 to 4 s of a core, in each of the ten processes of a small job. Here
+one process, the nursery, imports them while Ray starts. Ray is told, by its setting `py_executable`, to start workers
+with this file (`main`): it hands its command, environment and files to the nursery, which forks a process that goes on
+as that command, and stays to pass on signals and the end. Without a nursery it becomes the command itself.
 
 For a Ray on this machine, under Linux and without GPUs only: a CUDA driver that is loaded does not outlive a fork. Nor
 does Ray: the nursery must not have imported it.
@@ -17,11 +17,10 @@ import os
 import socket
 import sys
 
-# This file is run as a program with nothing of site-packages on its path: all else is imported where it is used.
-
+# Started for every worker, with nothing of site-packages on its path: all else is imported where it is used.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any, NoReturn
 
 NUM_FILES = 3  # standard input, output and error of a worker
@@ -32,22 +31,23 @@ def main(address: str, command: Sequence[str]) -> NoReturn:
     import signal
 
     nursery = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    answers, worker = nursery.makefile("r"), 0
     try:
         nursery.connect("\0" + address)
+        request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+        files = array.array("i", range(NUM_FILES))
+        nursery.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files.tobytes())])
+        nursery.sendall(request)
+        worker = int(answers.readline() or "0")
     except OSError:
-        os.execv(sys.executable, [sys.executable, *command])
-    request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-    files = array.array("i", range(NUM_FILES))
-    head = len(request).to_bytes(8, "big")
-    nursery.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files.tobytes())])
-    nursery.sendall(request)
-    answers = nursery.makefile("r")
-    worker = int(answers.readline() or "0")
-    if not worker:  # the nursery is gone, and nothing was begun
+        pass
+    if not worker:  # the nursery is gone, or cannot fork
         os.execv(sys.executable, [sys.executable, *command])
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(worker, number))
-    ended = answers.readline()
-    code = int(ended or "-9")
+    try:
+        code = int(answers.readline() or "-9")
+    except OSError:
+        code = -9  # the nursery is gone, and the worker with it
     os._exit(code if code >= 0 else 128 - code)
 
 
@@ -60,16 +60,21 @@ class Nursery:
         import uuid
 
         address = f"graftwork-{uuid.uuid4().hex}"
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening.bind("\0" + address)
+        listening.listen(128)  # who comes before the nursery is up waits
         # Threads do not outlive a fork. As many for sums as Ray gives its workers; none that tidies Arrow's memory.
         alone = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.warm", "--serve", address, *modules],
+            [sys.executable, "-m", "cluster.warm", "--serve", str(listening.fileno()), *modules],
+            pass_fds=[listening.fileno()],
             stdin=subprocess.PIPE,  # its life line: it ends when that does, whatever becomes of this process
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here is told by the workers, which then import for themselves
             env={**alone, **os.environ},
             start_new_session=True,
         )
+        listening.close()
         self.py_executable = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__), address])
 
     @staticmethod
@@ -82,14 +87,12 @@ class Nursery:
         self._process.wait()
 
 
-def serve(address: str, modules: Sequence[str]) -> None:
+def serve(listening: socket.socket, modules: Sequence[str]) -> None:
     """Fork a process for each request, until standard input ends; import the modules in between, one at a time."""
     import importlib
     import selectors
+    from contextlib import suppress
 
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind("\0" + address)
-    listening.listen(128)
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin, selectors.EVENT_READ)
     selector.register(listening, selectors.EVENT_READ)
@@ -105,7 +108,8 @@ def serve(address: str, modules: Sequence[str]) -> None:
                 elif ready.data is not None:
                     ready.data()
             if cold:
-                importlib.import_module(cold.pop(0))
+                with suppress(Exception):  # the worker that needs it will say what is wrong
+                    importlib.import_module(cold.pop(0))
                 if len(os.listdir("/proc/self/task")) > 1 or "ray" in sys.modules:  # neither outlives a fork
                     selector.unregister(listening)
                     listening.close()  # from now on workers start by themselves
@@ -133,8 +137,8 @@ class _Workers:
         gc.freeze()  # so that collecting garbage does not touch, and copy, what processes share
         pid = os.fork()
         if pid == 0:
-            self._selector.close()
             client.close()
+            self._let_go()
             _become(request, files)
         for file in files:
             os.close(file)
@@ -143,6 +147,15 @@ class _Workers:
         self._selector.register(pidfd, selectors.EVENT_READ, partial(self._ended, pid, client))
         self._selector.register(client, selectors.EVENT_READ, partial(self._left, pid, client))
         _tell(client, pid)
+
+    def _let_go(self) -> None:
+        """In a process that was forked: of what belongs to the nursery."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+            elif isinstance(key.fileobj, int):
+                os.close(key.fileobj)
+        self._selector.close()
 
     def _ended(self, pid: int, client: socket.socket) -> None:
         pidfd = self._alive.pop(pid)
@@ -223,6 +236,6 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(sys.argv[2], sys.argv[3:])
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
         main(sys.argv[1], sys.argv[2:])

@@ -43,8 +43,10 @@ SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
 STOP_SECONDS = 30.0  # that tasks are given to save what they have
 # What steps import that takes long and knows nothing of Ray, in the order of need. The last two come unasked: with any
 # optimizer, and with DeepSpeed's engine.
-WARM = ("torch", "stages.sources", "stages.classifier", "stages.pictures", "cluster.sharded")
-WARM += ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+WARM = (
+    *("torch", "stages.sources", "stages.classifier", "stages.pictures", "cluster.sharded"),
+    *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
 
 
 class StepFailed(Exception):
@@ -243,6 +245,7 @@ class Execution:
             results: list[StepResult] = ray.get(ref)
         except ray.exceptions.RayError as error:
             results, lost = [], error
+            runtime.free_group(ref.task_id().hex())
         for result in results:
             self._settle(result)
         for name in names:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,8 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
+
+# Processes of tests run side by side, as steps do; set before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The sockets of multiprocessing lie there: not in a folder of one test's, whose path is too long for them.
+multiprocessing.util.get_temp_dir()
 
 from pipeline.store import Store
 
@@ -98,11 +108,18 @@ def graft(tmp_path: Path) -> Graft:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The tiny job, run once for the session. Tests read its store and leave it as it is."""
-    folder = tmp_path_factory.mktemp("tiny")
-    done = graft_command("run", str(TINY), "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Finished(store=folder / ".graftwork", outcome=json.loads(done.stdout))
+    """The tiny job, run once for all processes of the test run. Tests read its store and leave it as it is."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # above the folder of this process
+    folder, outcome = shared / "tiny", shared / "tiny.json"
+    with FileLock(shared / "tiny.lock"):
+        if not outcome.exists():
+            folder.mkdir()
+            done = graft_command("run", str(TINY), "--json", cwd=folder)
+            assert done.returncode == 0, done.stderr
+            outcome.write_text(done.stdout)
+    return Finished(store=folder / ".graftwork", outcome=json.loads(outcome.read_text()))
 
 
 @pytest.fixture
@@ -121,6 +138,15 @@ def distilled(tiny: Finished, tmp_path: Path) -> Path:
         if not step.startswith(("finetune", "evaluate")):
             shutil.copytree(tiny.store / "artifacts" / key, store / "artifacts" / key)
     return store
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """A test's random inputs are the same whatever ran before it, in whichever process."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
