@@ -2,16 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow chaos check clean
+.PHONY: demo test test-fast test-slow test-chaos chaos check clean
 
 demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
 
-test: check
-	$(BIN)/pytest -m "not slow and not chaos"
+# A process of tests a core; all tests of a file are run by one.
+SIDE_BY_SIDE := -n auto --dist loadfile
+
+test: check test-fast
+
+test-fast: .venv/ready
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not chaos"
 
 test-slow: .venv/ready
-	$(BIN)/pytest -m "slow or chaos"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m slow
+
+test-chaos: .venv/ready
+	$(BIN)/pytest -m chaos -s
 
 # Kill a job's processes at random, KILLS times; a SEED repeats the same choices.
 chaos: .venv/ready

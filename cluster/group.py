@@ -132,9 +132,10 @@ def _worker(shared: tuple[Work, Any], rank: int, workers: int, host: str, port: 
 
 
 def _leave_group() -> None:
-    """Let go of the group, so that the process can be of another one; DeepSpeed keeps groups of its own."""
+    """Let go of the group, so that the process can be of another one."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # with the groups that it keeps of its own
+        deepspeed.zero.Init.param_id = 0  # ZeRO 3 counts parameters by process, and all of a group must count alike
     elif dist.is_initialized():
         dist.destroy_process_group()

@@ -147,6 +147,11 @@ def free_group(task: str | None) -> None:
         remove_placement_group(get_placement_group(group_name(task)))
 
 
+def free_group_of(ref: ray.ObjectRef) -> None:
+    """The same, of the task that was to give this result."""
+    free_group(ref.task_id().hex())
+
+
 def settle() -> torch.device:
     """Set this process up for numerical work and return its device.
 

@@ -245,7 +245,7 @@ class Execution:
             results: list[StepResult] = ray.get(ref)
         except ray.exceptions.RayError as error:
             results, lost = [], error
-            runtime.free_group(ref.task_id().hex())
+            runtime.free_group_of(ref)
         for result in results:
             self._settle(result)
         for name in names:

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The sockets of multiprocessing lie there: not in a folder of one test's, whose path is too long for them.
 multiprocessing.util.get_temp_dir()
 
-from pipeline.store import Store
+from pipeline.store import Store  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"

@@ -177,6 +177,7 @@ def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
         raise ray.exceptions.WorkerCrashedError
 
     monkeypatch.setattr(execute.ray, "get", lost)
+    monkeypatch.setattr(runtime, "free_group_of", lambda ref: None)
     plan = make_plan(load(TINY, (f"store={store.root}",)))
     found = Execution(plan, store, "run", None, Told())
     for name in ("features", "base", "classifier", "profile"):
