@@ -8,7 +8,6 @@ this takes a second or two.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 ROOM_SECONDS = 60.0  # to wait for nodes with room for all workers, before the caller thinks again
 GRACE_SECONDS = 10.0  # after the first worker has failed, for the others to notice
+TITLE = "training"  # of a worker's process
 RETURN_SECONDS = 0.1  # for Ray to have the processes back before their room goes, and they with it
 TIMEOUT = timedelta(minutes=30)  # of a collective
 
@@ -46,8 +46,10 @@ class WorkerLost(Exception):
     """A worker's process or node is gone."""
 
 
-def run_group(work: Work, argument: Any, workers: int, resources: StepResources) -> None:
+def run_group(work: Work, argument: Any, workers: int, resources: StepResources, last: bool = False) -> None:
     """Run `work(argument, device)` on so many workers at once and wait for all of them.
+
+    last: the processes end with the work, which leaves something in them that no other may find.
 
     Raises WorkerLost where a process or a node went, whatever the others made of that; else what the work itself
     raised first; NoRoom where the workers had to be waited for too long.
@@ -55,9 +57,10 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources)
     # The rendezvous is here and not at a worker: no port is agreed on beforehand, which another might take.
     store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     with _room_for(workers, resources) as room:
-        shared = ray.put((work, argument))
+        shared, worker = ray.put((work, argument)), _last_training if last else _training
         refs = [
-            _worker.options(
+            worker.options(
+                name=TITLE,
                 **options(resources),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank),
             ).remote(shared, rank, workers, store.host, store.port)
@@ -117,7 +120,6 @@ def _bundle(resources: StepResources) -> dict[str, float]:
     return {name: amount for name, amount in taken(resources).items() if amount}
 
 
-@ray.remote(max_retries=0)
 def _worker(shared: tuple[Work, Any], rank: int, workers: int, host: str, port: int) -> None:
     work, argument = shared
     device = settle()
@@ -128,14 +130,14 @@ def _worker(shared: tuple[Work, Any], rank: int, workers: int, host: str, port: 
     try:
         work(argument, device)
     finally:
-        _leave_group()
-
-
-def _leave_group() -> None:
-    """Let go of the group, so that the process can be of another one."""
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None and deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()  # with the groups that it keeps of its own
-        deepspeed.zero.Init.param_id = 0  # ZeRO 3 counts parameters by process, and all of a group must count alike
-    elif dist.is_initialized():
         dist.destroy_process_group()
+
+
+@ray.remote(max_retries=0)
+def _training(*args: Any) -> None:
+    _worker(*args)
+
+
+@ray.remote(max_retries=0, max_calls=1)  # Ray ends the process after it
+def _last_training(*args: Any) -> None:
+    _worker(*args)

@@ -19,18 +19,19 @@ RESTARTS = 3  # of the whole group, when a worker is lost
 PATIENCE_SECONDS = 60.0  # for lost nodes to be replaced, before fewer workers go on
 
 
-def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResources) -> None:
+def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResources, *, last: bool = False) -> None:
     """Run `work(argument, device)` on each of the recipe's workers and wait; an error in the work is raised here.
 
     When workers are lost all of them start again, which is for the work to go on from its last checkpoint. There may
-    be fewer of them then, if the recipe has `min_workers` and the cluster no longer has room for all.
+    be fewer of them then, if the recipe has `min_workers` and the cluster no longer has room for all. last: no other
+    work finds the processes again.
     """
     run, workers, losses = group.run_group, recipe.workers, 0
     if resources.gpu:
         from cluster.ray_train import run_group as run  # slow to import
     while True:
         try:
-            run(work, argument, workers, resources)
+            run(work, argument, workers, resources, last)
             return
         except NoRoom:  # there may be some day, and the driver tells that it is waited for
             pass

@@ -17,8 +17,8 @@ from cluster.runtime import room_for, settle, taken
 from specs.job import StepResources
 
 
-def run_group(work: Work, argument: Any, workers: int, resources: StepResources) -> None:
-    """As cluster.group.run_group."""
+def run_group(work: Work, argument: Any, workers: int, resources: StepResources, last: bool = False) -> None:
+    """As cluster.group.run_group; no process is ever found again."""
 
     def loop() -> None:
         work(argument, settle())

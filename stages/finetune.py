@@ -26,7 +26,8 @@ def run(context: Context) -> None:
     from stages.pictures import loss_curve  # matplotlib, which the workers do not need
 
     params: FinetuneParams = context.params
-    launch(finetune, context, params.recipe, context.resources)
+    # DeepSpeed counts modules and parameters by process, and all workers of ZeRO 3 must have counted alike.
+    launch(finetune, context, params.recipe, context.resources, last=True)
     weights, curve = final_weights(context.partial)
     model, edits = _start(context)
     model.load_state_dict(weights, strict=False)

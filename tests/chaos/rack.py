@@ -17,13 +17,14 @@ from typing import Self
 
 import psutil
 
+from cluster.group import TITLE
 from tests.conftest import GRAFT, ROOT, TINY
 from tests.loopback import LoopbackCluster, free_port
 from tests.servers import MlflowServer
 
 AWAY_SECONDS = 3.0  # that a killed server or node stays away
 BUCKET = "chaos"
-NO_TASKS = ("IDLE", "RayTrainWorker", "Board", "DashboardAgent", "RuntimeEnvAgent")
+NO_TASKS = ("IDLE", TITLE, "Board", "DashboardAgent", "RuntimeEnvAgent")
 
 
 class Rack:
@@ -110,7 +111,7 @@ class Rack:
         return {
             "driver": self.kill_driver,
             "task": lambda: self._kill_worker(lambda title: title not in NO_TASKS),
-            "train worker": lambda: self._kill_worker(lambda title: title == "RayTrainWorker"),
+            "train worker": lambda: self._kill_worker(lambda title: title == TITLE),
             "node": self.kill_node,
             "MLflow": self.kill_mlflow,
             "store": self.kill_store,
