@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
 
 # A process of tests a core; all tests of a file are run by one.
-SIDE_BY_SIDE := -n auto --dist loadfile
+SIDE_BY_SIDE := -n logical --dist loadfile
 
 test: check test-fast
 

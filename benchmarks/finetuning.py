@@ -16,7 +16,7 @@ was measured, `data_wait` the share of the time in which the loop waited for a b
 256 px with a worker's part of the published batch, in bf16; on a CPU a small one on one thread. One more row is
 DeepSpeed's engine, where it can be imported; in bf16 it keeps the weights of the passes in bf16, where the others cast.
 
---scaling launches the finetune's own path (Ray Train, DeepSpeed, gloo) on one and on two CPU workers, and one worker
+--scaling launches the finetune's own path (the launcher, DeepSpeed, gloo) on one and on two CPU workers, and one worker
 with half of the batch, also while another one trains beside it: what two take longer than that is communication. It
 wants more steps than the default: --warmup 5 --points 30.
 """
@@ -389,7 +389,7 @@ def launched(work: Work, workers: int, folder: Path, name: str = "") -> dict[str
     from cluster.launcher import launch
 
     found = folder / f"{workers}-{work.batch}{name}.json"
-    launch(partial(one_worker, work, found), None, work.recipe(workers=workers), StepResources())
+    launch(partial(one_worker, work, found), None, work.recipe(workers=workers), StepResources(), last=True)
     return json.loads(found.read_text())
 
 

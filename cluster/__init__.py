@@ -1,1 +1,1 @@
-"""Where things run: Ray's runtime, progress across processes, and the launcher of Ray Train with DeepSpeed."""
+"""Where things run: Ray's runtime, progress across processes, the launcher of trainings, and DeepSpeed's engine."""

@@ -71,7 +71,7 @@ class Nursery:
             stdin=subprocess.PIPE,  # its life line: it ends when that does, whatever becomes of this process
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here is told by the workers, which then import for themselves
-            env={**alone, **os.environ},
+            env={**os.environ, **alone},
             start_new_session=True,
         )
         listening.close()

@@ -1,4 +1,4 @@
-"""`base`: the rootstock, pretrained here under Ray Train or read from a checkpoint, with the edits that it carries.
+"""`base`: the rootstock, pretrained here or read from a checkpoint, with the edits that it carries.
 
 Leaves a model folder.
 """

@@ -24,6 +24,8 @@ from typing import Self
 
 import psutil
 
+from cluster.runtime import KEPT_IDLE_MS
+
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0  # a head that is not up by then never will be
 OBJECT_STORE_BYTES = 128 * 1024**2
@@ -128,6 +130,7 @@ class LoopbackCluster:
             },
             "PATH": f"{PYTHON_BIN}:{os.environ['PATH']}",  # as in an activated environment
             "RAY_AUTH_MODE": "token",
+            "RAY_idle_worker_killing_time_threshold_ms": str(KEPT_IDLE_MS),
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             **self.given,
         }
