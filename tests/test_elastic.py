@@ -104,7 +104,9 @@ def test_a_step_that_no_node_can_hold_has_the_autoscaler_bring_one(tiny: Finishe
 def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()
-    environment = {"PYTHONPATH": str(ROOT)}
+    # By itself, Ray gives up a node that is silent for a minute or so.
+    impatient = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}
+    environment = {f"RAY_health_check_{name}": value for name, value in impatient.items()} | {"PYTHONPATH": str(ROOT)}
     with LoopbackCluster(workers=2, worker_cpus=1, environment=environment) as cluster:
         driver = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, str(seen)],
