@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,10 @@ from filelock import FileLock
 # Processes of tests run side by side, as steps do; set before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Inductor's cache does not tell code for one kind of processor from code for another.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    cache = f"graftwork-inductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / cache))
 # The sockets of multiprocessing lie there: not in a folder of one test's, whose path is too long for them.
 multiprocessing.util.get_temp_dir()
 
