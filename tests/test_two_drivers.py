@@ -21,7 +21,7 @@ def steps_done(*logs: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(distilled: Path, tmp_path: Path) -> None:
-    job = ("run", str(TINY), "--set", "finetune.steps=300")  # so that the others come in time
+    job = ("run", str(TINY), "--set", "finetune.steps=700")  # so that the others come in time
     first = Driver(*job, cwd=tmp_path)
     first.wait_for(lambda: "] finetune: running" in first.log.read_text(), "finetune")
     second = Driver(*job, cwd=tmp_path)
