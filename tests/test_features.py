@@ -245,6 +245,12 @@ def a_cpu() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images, too, go through Ray Data."""
+    monkeypatch.setattr(features, "WORTH_A_STREAM", 0)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Two classes of 40 photographs; a quarter is held out: 60 and 20."""
@@ -348,6 +354,20 @@ def test_both_views_are_encoded_and_the_first_is_that_without_the_other(
     assert training.mirrored is not None and read(both, "heldout").mirrored is None
     every = torch.arange(60)
     assert torch.equal(training.mirrored[every], training.x[every].flip(-1))
+
+
+@pytest.mark.usefixtures("a_cpu")
+def test_few_images_are_read_in_the_step_itself_with_the_same_result(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_shards(monkeypatch)
+    streamed = contents(encode(Store(str(tmp_path / "streamed")), data_of(photos, flip=True)))
+    monkeypatch.setattr(features, "WORTH_A_STREAM", 80)
+    monkeypatch.setattr(features, "_rows", None)  # Ray Data has no part in it
+    assert contents(encode(Store(str(tmp_path / "here")), data_of(photos, flip=True))) == streamed
+    monkeypatch.setattr(features, "WORTH_A_STREAM", 79)
+    with pytest.raises(TypeError):
+        encode(Store(str(tmp_path / "one more")), data_of(photos))
 
 
 @pytest.mark.usefixtures("a_cpu")
