@@ -64,13 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray-train", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     print("workers  first launch  later ones (median)   seconds")
     for workers in (1, 2):
-        with TemporaryDirectory() as folder, runtime.session([], together=2, warm=() if given.ray_train else WARM):
+        with TemporaryDirectory() as folder, runtime.session([], together=2, warm=() if options.ray_train else WARM):
             took = []
-            for _ in range(given.rounds + 1):
-                took.append(ray.get(launch.remote(Path(folder), workers, given.ray_train)))
+            for _ in range(options.rounds + 1):
+                took.append(ray.get(launch.remote(Path(folder), workers, options.ray_train)))
                 time.sleep(PAUSE_SECONDS)
             print(f"{workers:7d}  {took[0]:12.2f}  {statistics.median(took[1:]):19.2f}")
 
