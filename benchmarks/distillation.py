@@ -35,19 +35,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.operators import with_public_layers
 from benchmarks.report import limits, parser, show, timed
-from models import checkpoints
-from models.dit import DiT, DiTConfig, initialise
-from models.precision import computing
-from models.streams import generator
-from models.surgery import new_scion, observe
-from pipeline.store import Store
-from specs.costs import rootstock_cost
-from specs.graft import Edit, OperatorEdits, Site
-from specs.job import StepResources
-from specs.steps import DistillParams
-from specs.training import DistillSpec
-from stages import Context, Together, distill
-from stages.latents import LatentsMeta, noised, read, write_meta
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.precision import computing
+from graftwork.models.streams import generator
+from graftwork.models.surgery import new_scion, observe
+from graftwork.pipeline.store import Store
+from graftwork.specs.costs import rootstock_cost
+from graftwork.specs.graft import Edit, OperatorEdits, Site
+from graftwork.specs.job import StepResources
+from graftwork.specs.steps import DistillParams
+from graftwork.specs.training import DistillSpec
+from graftwork.stages import Context, Together, distill
+from graftwork.stages.latents import LatentsMeta, noised, read, write_meta
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 CLASSES = 10
@@ -266,11 +266,11 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
     import ray
 
     from benchmarks.watching import Unwatched
-    from cluster import runtime
-    from pipeline.execute import Execution
-    from pipeline.planning import Plan, make_plan
-    from pipeline.store import Origin
-    from specs.load import load
+    from graftwork.cluster import runtime
+    from graftwork.pipeline.execute import Execution
+    from graftwork.pipeline.planning import Plan, make_plan
+    from graftwork.pipeline.store import Origin
+    from graftwork.specs.load import load
 
     shape = checkpoints.load(work.inputs["base"].path())[0].config
     blocks = [edit.site.block for edit in work.edits]
@@ -304,7 +304,7 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
 
 def warm() -> None:
     """Load what a step of distillation loads; long enough for each core to have one."""
-    import stages
+    from graftwork import stages
 
     stages.load("distill")
     weight = torch.ones(1, requires_grad=True)

@@ -28,15 +28,15 @@ import ray
 from benchmarks import report
 from benchmarks.trivial import chain_and_fan, finish
 from benchmarks.watching import Unwatched
-from cluster import runtime
-from pipeline import leases, planning, preflight
-from pipeline.execute import Execution, StepResult
-from pipeline.leases import Holder, Lease
-from pipeline.running import Run
-from pipeline.store import Origin, Store
-from pipeline.view import SilentView
-from specs.job import JobSpec
-from specs.load import load
+from graftwork.cluster import runtime
+from graftwork.pipeline import leases, planning, preflight
+from graftwork.pipeline.execute import Execution, StepResult
+from graftwork.pipeline.leases import Holder, Lease
+from graftwork.pipeline.running import Run
+from graftwork.pipeline.store import Origin, Store
+from graftwork.pipeline.view import SilentView
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import load
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 ALL = "layers: {kind: all}"
@@ -102,7 +102,7 @@ def commands(folder: Path, rounds: int) -> list[dict[str, Any]]:
     finish(made)
     overriding = [word for setting in settings for word in ("--set", setting)]
     asked = {
-        "import specs.load": ([python, "-c", "import specs.load"], 0.3),
+        "import graftwork.specs.load": ([python, "-c", "import graftwork.specs.load"], 0.3),
         "graft --help": ([graft, "--help"], 0.3),
         f"graft run, {len(made.steps)} steps, all cached": ([graft, "run", str(JOB), *overriding], 0.6),
     }

@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline import run
-from pipeline.view import PlainView
+from graftwork import run
+from graftwork.pipeline.view import PlainView
 
 HALF = "{kind: interleaved, ratio: 0.5}"
 EDITS = {

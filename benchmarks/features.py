@@ -35,16 +35,16 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import in_turn, limits, parser, ratio, show
-from cluster.memory import keep_freed
-from models.streams import generator, initialising
-from pipeline.store import Store
-from specs.data import ImageFolderData, VaeCodec
-from specs.job import StepResources
-from specs.steps import FeaturesParams
-from stages import Context, features
-from stages.codec import Vae, in_range, load_codec, together
-from stages.latents import read
-from stages.sources import Item, read_image, read_pixels, split
+from graftwork.cluster.memory import keep_freed
+from graftwork.models.streams import generator, initialising
+from graftwork.pipeline.store import Store
+from graftwork.specs.data import ImageFolderData, VaeCodec
+from graftwork.specs.job import StepResources
+from graftwork.specs.steps import FeaturesParams
+from graftwork.stages import Context, features
+from graftwork.stages.codec import Vae, in_range, load_codec, together
+from graftwork.stages.latents import read
+from graftwork.stages.sources import Item, read_image, read_pixels, split
 
 LEVELS = 4  # so a latent's side is an eighth of the image's
 SHAPES: dict[str, dict[str, Any]] = {

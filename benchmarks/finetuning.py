@@ -46,16 +46,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import report
-from models.costs import forward_flops, num_parameters
-from models.diffusion import Diffusion
-from models.dit import DiT, DiTConfig, initialise
-from models.precision import computing
-from models.streams import initialising
-from specs.job import StepResources
-from specs.training import FinetuneSpec
-from stages import Stopped
-from stages.batches import Batch, TrainingSet, draw_batch, shuffled
-from stages.training import POINTS, PlainEngine, set_up_blocks, train
+from graftwork.models.costs import forward_flops, num_parameters
+from graftwork.models.diffusion import Diffusion
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.precision import computing
+from graftwork.models.streams import initialising
+from graftwork.specs.job import StepResources
+from graftwork.specs.training import FinetuneSpec
+from graftwork.stages import Stopped
+from graftwork.stages.batches import Batch, TrainingSet, draw_batch, shuffled
+from graftwork.stages.training import POINTS, PlainEngine, set_up_blocks, train
 
 SEED, STREAM = 0, "finetune"
 
@@ -250,7 +250,7 @@ def plain_engine(work: Work, device: torch.device) -> Callable[[DiT, FinetuneSpe
 
 
 def sharded_engine(model: DiT, recipe: FinetuneSpec) -> Any:
-    from cluster.sharded import ShardedEngine
+    from graftwork.cluster.sharded import ShardedEngine
 
     return ShardedEngine(model, recipe, None)
 
@@ -352,7 +352,7 @@ def alone(device: torch.device, folder: Path) -> None:
 
 
 def scaling(work: Work, folder: Path, path: Path | None) -> None:
-    from cluster.runtime import session
+    from graftwork.cluster.runtime import session
 
     half = replace(work, batch=work.batch // 2)
     with session([StepResources()], together=3):
@@ -386,7 +386,7 @@ def scaling(work: Work, folder: Path, path: Path | None) -> None:
 
 def launched(work: Work, workers: int, folder: Path, name: str = "") -> dict[str, float]:
     """What the first of so many workers measured."""
-    from cluster.launcher import launch
+    from graftwork.cluster.launcher import launch
 
     found = folder / f"{workers}-{work.batch}{name}.json"
     launch(partial(one_worker, work, found), None, work.recipe(workers=workers), StepResources(), last=True)

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from models.operators import build_operator
-from models.operators.convolution import CausalConv1d
-from models.operators.hyena import Projections
-from models.precision import computing
-from specs.costs import operator_cost
-from specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Place, Swa
-from specs.training import Precision
+from graftwork.models.operators import build_operator
+from graftwork.models.operators.convolution import CausalConv1d
+from graftwork.models.operators.hyena import Projections
+from graftwork.models.precision import computing
+from graftwork.specs.costs import operator_cost
+from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Place, Swa
+from graftwork.specs.training import Precision
 
 OPERATORS: tuple[OperatorSpec, ...] = (
     Mha(), Swa(), HyenaSE(), HyenaX(), HyenaY(), Mamba2(), Mlp(), MlpHyenaX(),

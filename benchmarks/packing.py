@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from benchmarks.report import parser, show
-from pipeline.packing import MOST, Item, makespan, pack
-from specs.costs import operator_cost, rootstock_cost
-from specs.model import DitModel
-from specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, Place, Swa
-from specs.training import DistillSpec
+from graftwork.pipeline.packing import MOST, Item, makespan, pack
+from graftwork.specs.costs import operator_cost, rootstock_cost
+from graftwork.specs.model import DitModel
+from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, Place, Swa
+from graftwork.specs.training import DistillSpec
 
 GPUS = (1, 2, 3, 5, 8, 13, 32, 64, 128, 250, 500, 1000)
 SHARES = (1.0, 0.5, 0.25)

@@ -35,24 +35,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import report
-from models import checkpoints
-from models.classifier import Classifier
-from models.diffusion import respaced
-from models.dit import DiT
-from models.frechet import Gaussian, distance
-from models.sampling import _ancestral, _ddim, guided
-from models.streams import SampleNoise, initialising
-from specs.costs import rootstock_cost
-from specs.data import PixelCodec, VaeCodec
-from specs.evaluate import AncestralSampler, DdimSampler, Metric, Sampler
-from specs.job import StepResources
-from specs.model import DitModel
-from specs.steps import SampleParams
-from stages import Context
-from stages.codec import load_codec
-from stages.latents import LatentsMeta, read_meta, write_meta
-from stages.rows import batches_of, labels_of, sample_batch
-from stages.scores import Judges, Scores
+from graftwork.models import checkpoints
+from graftwork.models.classifier import Classifier
+from graftwork.models.diffusion import respaced
+from graftwork.models.dit import DiT
+from graftwork.models.frechet import Gaussian, distance
+from graftwork.models.sampling import _ancestral, _ddim, guided
+from graftwork.models.streams import SampleNoise, initialising
+from graftwork.specs.costs import rootstock_cost
+from graftwork.specs.data import PixelCodec, VaeCodec
+from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Metric, Sampler
+from graftwork.specs.job import StepResources
+from graftwork.specs.model import DitModel
+from graftwork.specs.steps import SampleParams
+from graftwork.stages import Context
+from graftwork.stages.codec import load_codec
+from graftwork.stages.latents import LatentsMeta, read_meta, write_meta
+from graftwork.stages.rows import batches_of, labels_of, sample_batch
+from graftwork.stages.scores import Judges, Scores
 
 READ_BATCH = 50  # pytorch-fid's
 # The shape of stabilityai/sd-vae-ft-ema.

@@ -17,10 +17,10 @@ from typing import Any
 
 import matplotlib
 
-from pipeline import run
-from pipeline.store import Store
-from pipeline.view import PlainView
-from specs.load import load
+from graftwork import run
+from graftwork.pipeline.store import Store
+from graftwork.pipeline.view import PlainView
+from graftwork.specs.load import load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

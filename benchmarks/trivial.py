@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from pipeline import record
-from pipeline.planning import Plan, Step
-from pipeline.running import Run
-from pipeline.store import Origin, Store, canonical
-from pipeline.view import SilentView
-from specs.fields import Spec, keyed
-from specs.job import JobSpec, StepResources
-from stages import STAGES, Context, Stage
+from graftwork.pipeline import record
+from graftwork.pipeline.planning import Plan, Step
+from graftwork.pipeline.running import Run
+from graftwork.pipeline.store import Origin, Store, canonical
+from graftwork.pipeline.view import SilentView
+from graftwork.specs.fields import Spec, keyed
+from graftwork.specs.job import JobSpec, StepResources
+from graftwork.stages import STAGES, Context, Stage
 
 NAME = "trivial"
 
@@ -39,7 +39,7 @@ def run(context: Context) -> None:
 
 
 STAGES[NAME] = Stage(version=1)
-sys.modules[f"stages.{NAME}"] = sys.modules[__name__]
+sys.modules[f"graftwork.stages.{NAME}"] = sys.modules[__name__]
 
 
 def chain_and_fan(job: JobSpec, each: int, warm: int, number: int) -> Plan:

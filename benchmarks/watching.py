@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.execute import Watcher
+from graftwork.pipeline.execute import Watcher
 
 
 class Unwatched(Watcher):

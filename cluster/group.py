@@ -20,8 +20,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # handed on without saying so
 
-from cluster.runtime import free_group, group_name, options, room_for, settle, taken
-from specs.job import StepResources
+from graftwork.cluster.runtime import free_group, group_name, options, room_for, settle, taken
+from graftwork.specs.job import StepResources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
-from specs.load import SpecError
+from graftwork.specs.load import SpecError
 
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2

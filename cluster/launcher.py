@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cluster import group
-from cluster.group import NoRoom, Work, WorkerLost
-from cluster.runtime import room_for
-from specs.job import StepResources
-from specs.training import TrainingSpec
+from graftwork.cluster import group
+from graftwork.cluster.group import NoRoom, Work, WorkerLost
+from graftwork.cluster.runtime import room_for
+from graftwork.specs.job import StepResources
+from graftwork.specs.training import TrainingSpec
 
 RESTARTS = 3  # of the whole group, when a worker is lost
 PATIENCE_SECONDS = 60.0  # for lost nodes to be replaced, before fewer workers go on
@@ -28,7 +28,7 @@ def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResou
     """
     run, workers, losses = group.run_group, recipe.workers, 0
     if resources.gpu:
-        from cluster.ray_train import run_group as run  # slow to import
+        from graftwork.cluster.ray_train import run_group as run  # slow to import
     while True:
         try:
             run(work, argument, workers, resources, last)

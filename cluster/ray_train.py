@@ -12,9 +12,9 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.group import NoRoom, Work, WorkerLost, first_cause
-from cluster.runtime import room_for, settle, taken
-from specs.job import StepResources
+from graftwork.cluster.group import NoRoom, Work, WorkerLost, first_cause
+from graftwork.cluster.runtime import room_for, settle, taken
+from graftwork.specs.job import StepResources
 
 
 def run_group(work: Work, argument: Any, workers: int, resources: StepResources, last: bool = False) -> None:

@@ -17,9 +17,9 @@ from ray._private.state import state
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
-from cluster.memory import keep_freed
-from cluster.warm import Nursery
-from specs.job import StepResources
+from graftwork.cluster.memory import keep_freed
+from graftwork.cluster.warm import Nursery
+from graftwork.specs.job import StepResources
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from cluster.imports import without
-from specs.training import FinetuneSpec
+from graftwork.cluster.imports import without
+from graftwork.specs.training import FinetuneSpec
 
 with without("mlflow"):  # its autotuner, which we do not use, logs there if it can: a second of imports
     import deepspeed

@@ -66,7 +66,7 @@ class Nursery:
         # Threads do not outlive a fork. As many for sums as Ray gives its workers; none that tidies Arrow's memory.
         alone = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "DS_ACCELERATOR": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.warm", "--serve", str(listening.fileno()), *modules],
+            [sys.executable, "-m", "graftwork.cluster.warm", "--serve", str(listening.fileno()), *modules],
             pass_fds=[listening.fileno()],
             stdin=subprocess.PIPE,  # its life line: it ends when that does, whatever becomes of this process
             stdout=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from models.dit import DiT
+    from graftwork.models.dit import DiT
 
 
 def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> DiT:
@@ -17,7 +17,7 @@ def load(source: str | Path, *, heads: int | None = None, device: torch.device |
 
     heads: attention heads, needed where neither the file nor a published size tells them.
     """
-    from models import checkpoints
+    from graftwork.models import checkpoints
 
     model, _ = checkpoints.read(source, heads=heads, device=device)
     return model.eval()

@@ -12,9 +12,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from models.dit import DiTConfig
-from specs.costs import BUDGET_TOLERANCE, graft_cost, rootstock_cost
-from specs.graft import Edit
+from graftwork.models.dit import DiTConfig
+from graftwork.specs.costs import BUDGET_TOLERANCE, graft_cost, rootstock_cost
+from graftwork.specs.graft import Edit
 
 
 @dataclass(frozen=True)

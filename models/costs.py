@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.dit import DiT
+from graftwork.models.dit import DiT
 
 
 def num_parameters(model: nn.Module) -> int:

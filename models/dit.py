@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.operators import build_operator
-from specs.costs import FREQUENCIES, ORIGINALS
-from specs.operators import Place
+from graftwork.models.operators import build_operator
+from graftwork.specs.costs import FREQUENCIES, ORIGINALS
+from graftwork.specs.operators import Place
 
 MAX_PERIOD = 10_000.0
 

@@ -18,12 +18,12 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from models.budget import Budget
-from models.dit import DiT
-from models.streams import initialising
-from models.surgery import replace, scion_at
-from specs.graft import Site
-from specs.layers import Group
+from graftwork.models.budget import Budget
+from graftwork.models.dit import DiT
+from graftwork.models.streams import initialising
+from graftwork.models.surgery import replace, scion_at
+from graftwork.specs.graft import Site
+from graftwork.specs.layers import Group
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.diffusion import STEPS
-from models.operators.attention import Attention, split_heads
+from graftwork.models.diffusion import STEPS
+from graftwork.models.operators.attention import Attention, split_heads
 
 QUARTERS = 4  # of the timesteps
 CHUNK_BYTES = 64 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specs.training import Precision
+from graftwork.specs.training import Precision
 
 
 def computing(precision: Precision, device: torch.device) -> torch.autocast:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.diffusion import Diffusion, Network, at, respaced
-from specs.evaluate import Sampler
+from graftwork.models.diffusion import Diffusion, Network, at, respaced
+from graftwork.specs.evaluate import Sampler
 
 
 def guided(network: Network, y: Tensor, null_class: int, sampler: Sampler) -> Network:

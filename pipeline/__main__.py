@@ -1,5 +1,5 @@
-"""`python -m pipeline`: the command line of the project in the working folder."""
+"""`python -m graftwork.pipeline`: the command line, as `graft` is."""
 
-from pipeline.cli import app
+from graftwork.pipeline.cli import app
 
 app(prog_name="graft")

@@ -10,21 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import planning, preflight, record, stopping
-from pipeline.files import StoreError
-from pipeline.planning import Plan
-from pipeline.record import Expected, RunRecord
-from pipeline.running import Run
-from pipeline.store import Manifest, State, Store
-from pipeline.view import SilentView, View
-from specs.costs import GraftCost
-from specs.data import ImageFolderData
-from specs.export import Layout
-from specs.hub import is_hub_id
-from specs.job import JobSpec
-from specs.load import SpecError, job_from, load
-from specs.problems import shown
-from stages.sources import class_sizes
+from graftwork.pipeline import planning, preflight, record, stopping
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.planning import Plan
+from graftwork.pipeline.record import Expected, RunRecord
+from graftwork.pipeline.running import Run
+from graftwork.pipeline.store import Manifest, State, Store
+from graftwork.pipeline.view import SilentView, View
+from graftwork.specs.costs import GraftCost
+from graftwork.specs.data import ImageFolderData
+from graftwork.specs.export import Layout
+from graftwork.specs.hub import is_hub_id
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import SpecError, job_from, load
+from graftwork.specs.problems import shown
+from graftwork.stages.sources import class_sizes
 
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 
@@ -58,7 +58,7 @@ def estimate(
 
     manifests: of the store. gpus: that are meant; None for as many as the widest step takes at once. Raises SpecError.
     """
-    from pipeline import estimates
+    from graftwork.pipeline import estimates
 
     history = estimates.History(store, manifests)
     undone = [step for step, state in states.items() if state != "cached"]
@@ -115,7 +115,7 @@ def export(
 
     name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
     """
-    from models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
+    from graftwork.models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
 
     run_name, _, step = name.partition("/")
     place = Store(store)

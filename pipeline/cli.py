@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.tables import (
+from graftwork.pipeline.tables import (
     amount,
     cell,
     columns,
@@ -31,15 +31,15 @@ from pipeline.tables import (
     show_run,
     show_submissions,
 )
-from specs.export import Layout
-from specs.problems import SpecError, plain, shown
-from specs.secrets import redacted
+from graftwork.specs.export import Layout
+from graftwork.specs.problems import SpecError, plain, shown
+from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
-    from pipeline.planning import Step
-    from pipeline.record import RunRecord
-    from pipeline.store import Manifest, State, Store
-    from pipeline.view import View
+    from graftwork.pipeline.planning import Step
+    from graftwork.pipeline.record import RunRecord
+    from graftwork.pipeline.store import Manifest, State, Store
+    from graftwork.pipeline.view import View
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +64,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 @app.command()
 def run(job: Job, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Run a job; what the store has already is not computed again."""
-    from pipeline import api
+    from graftwork.pipeline import api
 
     with problems(debug, as_json):
         with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is for the result
@@ -81,7 +81,7 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Run a job on a Ray cluster; prints the submission's name."""
-    from pipeline import remote
+    from graftwork.pipeline import remote
 
     with problems(debug):
         sent = remote.submit(job, address, overrides or ())
@@ -96,7 +96,7 @@ def logs(
     debug: Debug = False,
 ) -> None:
     """Show what a submitted job printed."""
-    from pipeline import remote
+    from graftwork.pipeline import remote
 
     if follow:
         _follow(name, address, debug)
@@ -114,7 +114,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run from where it stopped."""
-    from pipeline import api, remote
+    from graftwork.pipeline import api, remote
 
     if address is not None:
         with problems(debug):
@@ -130,7 +130,7 @@ def resume(
 @app.command()
 def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
     """Have a run save what it has and end, wherever its driver is. `graft resume` goes on with it."""
-    from pipeline import api, remote
+    from graftwork.pipeline import api, remote
 
     with problems(debug):
         if address is not None:
@@ -154,9 +154,9 @@ def plan(
 
     Of a step that is not cached, also what sets it apart from the nearest one that is.
     """
-    from pipeline import api, preflight
-    from pipeline.planning import difference
-    from pipeline.store import Store
+    from graftwork.pipeline import api, preflight
+    from graftwork.pipeline.planning import difference
+    from graftwork.pipeline.store import Store
 
     with problems(debug):
         made = api.plan(job, overrides or ())
@@ -207,8 +207,8 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show all runs, or one's steps; of a cluster, its submissions."""
-    from pipeline import record, remote
-    from pipeline.store import Store
+    from graftwork.pipeline import record, remote
+    from graftwork.pipeline.store import Store
 
     if address is not None and name is not None:
         _relay("status", [name], address, store, as_json, debug)
@@ -243,7 +243,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Put runs side by side: the numbers that MLflow holds."""
-    from pipeline import api
+    from graftwork.pipeline import api
 
     if address is not None:
         _relay("compare", names, address, store, as_json, debug)
@@ -264,7 +264,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Show what an artifact holds, what made it and from what."""
-    from pipeline.store import Store
+    from graftwork.pipeline.store import Store
 
     with problems(debug):
         place = Store(store)
@@ -290,7 +290,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model for other tools, with a model card. As safetensors, for diffusers or as the published .pt."""
-    from pipeline import api
+    from graftwork.pipeline import api
 
     with problems(debug):
         print(api.export(name, out, layout, store, vae))
@@ -307,8 +307,8 @@ def verify(
 
     The next run computes it again. Exit code 0 if all are whole, 1 if not.
     """
-    from pipeline.store import Store
-    from pipeline.verify import verify
+    from graftwork.pipeline.store import Store
+    from graftwork.pipeline.verify import verify
 
     with problems(debug):
         checked = []
@@ -338,8 +338,8 @@ def gc(
     debug: Debug = False,
 ) -> None:
     """Free what no run refers to. Artifacts, checkpoints, what was set aside as damaged, what kills left behind."""
-    from pipeline import gc, record
-    from pipeline.store import Store
+    from graftwork.pipeline import gc, record
+    from graftwork.pipeline.store import Store
 
     with problems(debug):
         place = Store(store)
@@ -368,7 +368,7 @@ def gc(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
-    from specs.load import job_schema
+    from graftwork.specs.load import job_schema
 
     document(job_schema())
 
@@ -376,8 +376,8 @@ def schema() -> None:
 @contextmanager
 def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
     """Turn errors into lines and exit codes; a failed run still ends with its JSON document, if one was asked for."""
-    from pipeline.files import StoreError
-    from pipeline.running import RunFailed, RunStopped
+    from graftwork.pipeline.files import StoreError
+    from graftwork.pipeline.running import RunFailed, RunStopped
 
     try:
         yield
@@ -413,7 +413,7 @@ def _sent(submission: str, address: str, follow: bool, debug: bool) -> None:
 
 def _follow(submission: str, address: str, debug: bool) -> None:
     """Show what a job prints until it has ended; exits 1 where it did not succeed."""
-    from pipeline import remote
+    from graftwork.pipeline import remote
 
     with problems(debug):
         try:
@@ -427,7 +427,7 @@ def _follow(submission: str, address: str, debug: bool) -> None:
 
 def _relay(command: str, names: list[str], address: str, store: str, as_json: bool, debug: bool) -> NoReturn:
     """Print what the same command prints on the cluster, and exit as it does."""
-    from pipeline import remote
+    from graftwork.pipeline import remote
 
     with problems(debug):
         answer = remote.ask(command, names, address, _given(store), *(["--json"] if as_json else []))
@@ -472,10 +472,10 @@ def _trace(details: str, debug: bool) -> None:
 
 def _view() -> View:
     if sys.stderr.isatty():
-        from pipeline.live import LiveView
+        from graftwork.pipeline.live import LiveView
 
         return LiveView()
-    from pipeline.view import PlainView
+    from graftwork.pipeline.view import PlainView
 
     return PlainView()
 
@@ -490,7 +490,7 @@ def _report(done: RunRecord, as_json: bool) -> None:
 
 
 def _find_artifact(store: Store, name: str) -> Manifest:
-    from pipeline import record
+    from graftwork.pipeline import record
 
     if "/" in name:
         run_name, step = name.split("/", 1)

@@ -21,19 +21,19 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline import record
-from pipeline.packing import Item, duration, pack
-from pipeline.planning import Plan, Step
-from pipeline.record import Expected, RunRecord
-from pipeline.store import Manifest, Store
-from specs import steps as params
-from specs.costs import Cost, block_cost, embedding_cost, graft_cost, rootstock_cost, scion_cost
-from specs.fields import Spec
-from specs.graft import Parallel
-from specs.job import StepResources
-from specs.model import DitModel, PretrainWeights
-from specs.operators import Place
-from specs.problems import SpecError
+from graftwork.pipeline import record
+from graftwork.pipeline.packing import Item, duration, pack
+from graftwork.pipeline.planning import Plan, Step
+from graftwork.pipeline.record import Expected, RunRecord
+from graftwork.pipeline.store import Manifest, Store
+from graftwork.specs import steps as params
+from graftwork.specs.costs import Cost, block_cost, embedding_cost, graft_cost, rootstock_cost, scion_cost
+from graftwork.specs.fields import Spec
+from graftwork.specs.graft import Parallel
+from graftwork.specs.job import StepResources
+from graftwork.specs.model import DitModel, PretrainWeights
+from graftwork.specs.operators import Place
+from graftwork.specs.problems import SpecError
 
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU

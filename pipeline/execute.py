@@ -22,18 +22,18 @@ from typing import Any, Literal, Protocol
 
 import ray
 
-import stages
-from cluster import runtime
-from cluster.board import Board, News, Reporter, StopSignal
-from pipeline import leases, recording
-from pipeline.estimates import parts_of_pass, site_items
-from pipeline.leases import Held, Holder, Waiter
-from pipeline.packing import pack
-from pipeline.planning import Plan, Step
-from pipeline.recording import Recordings
-from pipeline.store import Origin, RottenArtifact, Store
-from specs.problems import plain
-from specs.secrets import redacted
+from graftwork import stages
+from graftwork.cluster import runtime
+from graftwork.cluster.board import Board, News, Reporter, StopSignal
+from graftwork.pipeline import leases, recording
+from graftwork.pipeline.estimates import parts_of_pass, site_items
+from graftwork.pipeline.leases import Held, Holder, Waiter
+from graftwork.pipeline.packing import pack
+from graftwork.pipeline.planning import Plan, Step
+from graftwork.pipeline.recording import Recordings
+from graftwork.pipeline.store import Origin, RottenArtifact, Store
+from graftwork.specs.problems import plain
+from graftwork.specs.secrets import redacted
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
@@ -44,8 +44,13 @@ STOP_SECONDS = 30.0  # that tasks are given to save what they have
 # What steps import that takes long and knows nothing of Ray, in the order of need. The last two come unasked: with any
 # optimizer, and with DeepSpeed's engine.
 WARM = (
-    *("torch", "stages.sources", "stages.classifier", "stages.pictures", "cluster.sharded"),
-    *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    "torch",
+    "graftwork.stages.sources",
+    "graftwork.stages.classifier",
+    "graftwork.stages.pictures",
+    "graftwork.cluster.sharded",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 
 

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-from specs.secrets import filled
+from graftwork.specs.secrets import filled
 
 T = TypeVar("T")
 

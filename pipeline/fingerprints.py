@@ -6,10 +6,10 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from pipeline.store import canonical, digest
-from specs.data import Data, DigitsData
-from specs.hub import is_hub_id, local_snapshot
-from stages.sources import class_folders
+from graftwork.pipeline.store import canonical, digest
+from graftwork.specs.data import Data, DigitsData
+from graftwork.specs.hub import is_hub_id, local_snapshot
+from graftwork.stages.sources import class_folders
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 

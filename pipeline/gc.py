@@ -15,12 +15,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline import record
-from pipeline.files import DRAFTS, FileInfo
-from pipeline.leases import held, name_of
-from pipeline.record import RunRecord
-from pipeline.store import MANIFEST, Store
-from specs.load import SpecError
+from graftwork.pipeline import record
+from graftwork.pipeline.files import DRAFTS, FileInfo
+from graftwork.pipeline.leases import held, name_of
+from graftwork.pipeline.record import RunRecord
+from graftwork.pipeline.store import MANIFEST, Store
+from graftwork.specs.load import SpecError
 
 DAY = 86400.0  # seconds
 SILENT = 3600.0  # seconds after which a lease that is not renewed is dead, whatever machine it was on

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.store import Store
+from graftwork.pipeline.store import Store
 
 BEAT_SECONDS = 5.0
 EXPIRES_SECONDS = 30.0

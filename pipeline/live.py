@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pipeline.planning import Plan
-from pipeline.record import RunRecord, StepState
-from pipeline.view import SilentView, duration, shown
+from graftwork.pipeline.planning import Plan
+from graftwork.pipeline.record import RunRecord, StepState
+from graftwork.pipeline.view import SilentView, duration, shown
 
 MARKS: dict[StepState, tuple[str, str]] = {
     "pending": ("·", "dim"),

@@ -18,10 +18,10 @@ from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pipeline.outbox import Refused, Unanswered
-from pipeline.record import RunRecord
-from pipeline.store import Store
-from specs.secrets import filled, redacted
+from graftwork.pipeline.outbox import Refused, Unanswered
+from graftwork.pipeline.record import RunRecord
+from graftwork.pipeline.store import Store
+from graftwork.specs.secrets import filled, redacted
 
 BATCH = 500  # metrics that MLflow takes at once, at most 1000
 FEW = 100  # params or tags that it takes at once

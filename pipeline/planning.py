@@ -18,16 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.steps import drafts
-from pipeline.store import Manifest, State, Store, canonical
-from specs.costs import GraftCost, graft_cost, rootstock_cost
-from specs.fields import Spec, keyed
-from specs.graft import Edit
-from specs.hub import is_hub_id, local_snapshot
-from specs.job import JobSpec, StepResources
-from specs.load import SpecError
-from specs.model import CheckpointWeights
-from stages import STAGES
+from graftwork.pipeline.steps import drafts
+from graftwork.pipeline.store import Manifest, State, Store, canonical
+from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
+from graftwork.specs.fields import Spec, keyed
+from graftwork.specs.graft import Edit
+from graftwork.specs.hub import is_hub_id, local_snapshot
+from graftwork.specs.job import JobSpec, StepResources
+from graftwork.specs.load import SpecError
+from graftwork.specs.model import CheckpointWeights
+from graftwork.stages import STAGES
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.files import StoreError
-from pipeline.planning import carried_edits
-from pipeline.store import Store
-from specs.data import ImageFolderData, VaeCodec
-from specs.evaluate import inception_file
-from specs.graft import OperatorEdits, overlapping
-from specs.hub import is_hub_id, local_path, local_snapshot
-from specs.job import JobSpec
-from specs.load import SpecError
-from specs.model import CheckpointWeights
-from specs.problems import shown
-from specs.secrets import filled
-from stages.codec import misfits
-from stages.sources import class_folders, class_sizes, scarce, split_sizes, text
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.planning import carried_edits
+from graftwork.pipeline.store import Store
+from graftwork.specs.data import ImageFolderData, VaeCodec
+from graftwork.specs.evaluate import inception_file
+from graftwork.specs.graft import OperatorEdits, overlapping
+from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import SpecError
+from graftwork.specs.model import CheckpointWeights
+from graftwork.specs.problems import shown
+from graftwork.specs.secrets import filled
+from graftwork.stages.codec import misfits
+from graftwork.stages.sources import class_folders, class_sizes, scarce, split_sizes, text
 
 # What MLflow keeps runs in; without any, a folder.
 TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
@@ -68,9 +68,9 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
 
     Names, shapes and headers are read here; what the numbers are shows when the step reads them.
     """
-    from models import checkpoints
-    from models.dit import DiTConfig
-    from stages.inception import read_statistics
+    from graftwork.models import checkpoints
+    from graftwork.models.dit import DiTConfig
+    from graftwork.stages.inception import read_statistics
 
     lines = []
     sources = [("weights.path", job.weights.path)] if isinstance(job.weights, CheckpointWeights) else []

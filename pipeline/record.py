@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from pipeline import leases
-from pipeline.leases import Holder
-from pipeline.planning import Plan
-from pipeline.store import Store
-from specs.problems import SpecError, shown
+from graftwork.pipeline import leases
+from graftwork.pipeline.leases import Holder
+from graftwork.pipeline.planning import Plan
+from graftwork.pipeline.store import Store
+from graftwork.specs.problems import SpecError, shown
 
 Status = Literal["running", "finished", "failed", "stopped", "lost"]  # lost: its driver died
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]

@@ -13,13 +13,13 @@ from typing import Any
 
 import ray
 
-import stages
-from cluster import runtime
-from cluster.board import Reporter
-from pipeline.packing import Item
-from pipeline.planning import Step
-from pipeline.store import Store
-from specs.job import StepResources
+from graftwork import stages
+from graftwork.cluster import runtime
+from graftwork.cluster.board import Reporter
+from graftwork.pipeline.packing import Item
+from graftwork.pipeline.planning import Step
+from graftwork.pipeline.store import Store
+from graftwork.specs.job import StepResources
 
 SHARE = 0.5  # of the cluster's object store, and of a task's memory
 RETRIES = 3  # of a task whose worker is lost

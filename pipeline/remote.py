@@ -6,7 +6,6 @@ with what the same command prints.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 import uuid
@@ -18,18 +17,18 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.record import COMMIT, SUBMISSION
-from pipeline.running import git_commit
-from specs.job import JobSpec
-from specs.load import SpecError, load
-from specs.secrets import INSTEAD, masked, secret_in
+import graftwork
+from graftwork.pipeline.record import COMMIT, SUBMISSION
+from graftwork.pipeline.running import git_commit
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import SpecError, load
+from graftwork.specs.secrets import INSTEAD, masked, secret_in
 
 if TYPE_CHECKING:
-    from cluster.jobs import Answer, Cluster, Submission
+    from graftwork.cluster.jobs import Answer, Cluster, Submission
 
-PACKAGES = ("specs", "models", "cluster", "stages", "pipeline")
 JOB_FILE = "job.yaml"
-GRAFT = ("python", "-m", "pipeline")
+GRAFT = ("python", "-m", "graftwork.pipeline")
 JOB, STORE = "graftwork.job", "graftwork.store"  # in a submission's metadata
 STOP_SECONDS = 60.0  # that a run has to save what it has
 
@@ -95,7 +94,7 @@ def stop(name: str, address: str, say: Callable[[str], object]) -> Submission:
 
 
 def connect(address: str) -> Cluster:
-    from cluster.jobs import Cluster  # Ray takes a while to import
+    from graftwork.cluster.jobs import Cluster  # Ray takes a while to import
 
     return Cluster(address)
 
@@ -131,11 +130,8 @@ def store_of(found: Submission | None, name: str, store: str | None) -> str:
 def staged(job: JobSpec | None) -> Iterator[Path]:
     """A folder with the project as it is installed here, and the job's file: what travels."""
     with tempfile.TemporaryDirectory(prefix="graftwork-") as folder:
-        for package in PACKAGES:
-            found = importlib.util.find_spec(package)
-            assert found is not None and found.submodule_search_locations
-            source = Path(found.submodule_search_locations[0])
-            shutil.copytree(source, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        package = Path(graftwork.__file__).parent  # what is a link in a checkout becomes a folder
+        shutil.copytree(package, Path(folder) / package.name, ignore=shutil.ignore_patterns("__pycache__"))
         if job is not None:
             (Path(folder) / JOB_FILE).write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
         yield Path(folder)

@@ -16,22 +16,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import leases, preflight, record, stopping
-from pipeline.files import StoreError
-from pipeline.leases import Held, Holder, Lease, Waiter
-from pipeline.outbox import kept_entries
-from pipeline.planning import Plan, Step
-from pipeline.record import RunRecord, StepRecord
-from pipeline.stopping import Stop
-from pipeline.store import Manifest, RottenArtifact, State, Store
-from pipeline.view import View
-from specs.load import SpecError
-from specs.secrets import redacted
+from graftwork.pipeline import leases, preflight, record, stopping
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.leases import Held, Holder, Lease, Waiter
+from graftwork.pipeline.outbox import kept_entries
+from graftwork.pipeline.planning import Plan, Step
+from graftwork.pipeline.record import RunRecord, StepRecord
+from graftwork.pipeline.stopping import Stop
+from graftwork.pipeline.store import Manifest, RottenArtifact, State, Store
+from graftwork.pipeline.view import View
+from graftwork.specs.load import SpecError
+from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
-    from cluster.board import News
-    from pipeline.execute import StepResult
-    from pipeline.track import Tracker
+    from graftwork.cluster.board import News
+    from graftwork.pipeline.execute import StepResult
+    from graftwork.pipeline.track import Tracker
 
 REPAIRS = 3  # times that a run recomputes what it finds damaged, before it gives up
 WAIT_SECONDS = 1.0  # between looks at what another driver is doing
@@ -104,7 +104,7 @@ class Run:
 
     def _expect(self, states: Mapping[str, State]) -> None:
         """Note in the record, which is saved with each step, what the steps that are left should take."""
-        from pipeline.estimates import History, estimate, machine_for
+        from graftwork.pipeline.estimates import History, estimate, machine_for
 
         with suppress(StoreError, SpecError):
             history = History(self.store, self.store.manifests())
@@ -218,7 +218,7 @@ class Run:
         with ThreadPoolExecutor(1) as pool:
             tracking = pool.submit(self._open_tracker)
             if not self._all_cached():
-                from pipeline.execute import session
+                from graftwork.pipeline.execute import session
 
                 with session(self.plan):
                     self.stop.take_signals()
@@ -227,7 +227,7 @@ class Run:
             self.tracker = tracking.result()
 
     def _execute_in_session(self) -> None:
-        from pipeline.execute import Execution
+        from graftwork.pipeline.execute import Execution
 
         for _ in range(REPAIRS + 1):
             execution = Execution(self.plan, self.store, self.record.run, self.record.git_commit, self)
@@ -282,7 +282,7 @@ class Run:
         return tracker
 
     def _make_tracker(self) -> Tracker:
-        from pipeline.track import Tracker
+        from graftwork.pipeline.track import Tracker
 
         uri, experiment = self.tracking_uri(), self.plan.job.tracking.experiment
         files = Path(self.store.root) / "mlflow-files" if uri.startswith("sqlite:") else None

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
-from specs import steps as params
-from specs.data import VaeCodec
-from specs.evaluate import Metric, inception_file
-from specs.fields import Spec
-from specs.graft import Edit
-from specs.job import JobSpec
-from specs.layers import LocalityLayers
-from specs.model import CheckpointWeights
-from stages.sources import vae_folder
+from graftwork.pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
+from graftwork.specs import steps as params
+from graftwork.specs.data import VaeCodec
+from graftwork.specs.evaluate import Metric, inception_file
+from graftwork.specs.fields import Spec
+from graftwork.specs.graft import Edit
+from graftwork.specs.job import JobSpec
+from graftwork.specs.layers import LocalityLayers
+from graftwork.specs.model import CheckpointWeights
+from graftwork.stages.sources import vae_folder
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}

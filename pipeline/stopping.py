@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.store import Store
+from graftwork.pipeline.store import Store
 
 STORE_SECONDS = 2.0  # between looks for a request in the store
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}

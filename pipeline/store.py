@@ -27,7 +27,7 @@ from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import StoreError, open_files, told_by
+from graftwork.pipeline.files import StoreError, open_files, told_by
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes

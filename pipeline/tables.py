@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from specs.problems import plain
-from specs.secrets import redacted
+from graftwork.specs.problems import plain
+from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
-    from cluster.jobs import Submission
-    from pipeline.gc import Garbage, Holding
-    from pipeline.record import Expected, RunRecord
-    from specs.costs import GraftCost
+    from graftwork.cluster.jobs import Submission
+    from graftwork.pipeline.gc import Garbage, Holding
+    from graftwork.pipeline.record import Expected, RunRecord
+    from graftwork.specs.costs import GraftCost
 
 NAMED = 6  # steps of a list
 

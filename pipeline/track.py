@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.board import Point
-from pipeline.mlflow_runs import (
+from graftwork.cluster.board import Point
+from graftwork.pipeline.mlflow_runs import (
     ENTRY,
     AnyEntry,
     Begin,
@@ -32,12 +32,12 @@ from pipeline.mlflow_runs import (
     Values,
     merged,
 )
-from pipeline.outbox import Outbox
-from pipeline.planning import Plan, Step
-from pipeline.record import RunRecord
-from pipeline.store import Artifact, Store
-from specs.fields import keyed
-from specs.secrets import masked
+from graftwork.pipeline.outbox import Outbox
+from graftwork.pipeline.planning import Plan, Step
+from graftwork.pipeline.record import RunRecord
+from graftwork.pipeline.store import Artifact, Store
+from graftwork.specs.fields import keyed
+from graftwork.specs.secrets import masked
 
 FLUSH_SECONDS = 2.0
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store

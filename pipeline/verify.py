@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from pipeline.store import MANIFEST, RottenArtifact, Store
+from graftwork.pipeline.store import MANIFEST, RottenArtifact, Store
 
 READERS = 8  # threads: a remote store makes them wait, hashing a local one keeps cores busy
 

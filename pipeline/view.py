@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from pipeline.planning import Plan
-from pipeline.record import RunRecord, StepState
+from graftwork.pipeline.planning import Plan
+from graftwork.pipeline.record import RunRecord, StepState
 
 
 class View(Protocol):

@@ -13,8 +13,8 @@ from functools import reduce
 from operator import or_
 from typing import Protocol
 
-from specs.graft import Edit, Site
-from specs.operators import Mha, Mlp, OperatorSpec, Place, linear_parameters
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.operators import Mha, Mlp, OperatorSpec, Place, linear_parameters
 
 FREQUENCIES = 256  # sinusoids that describe a timestep
 ORIGINALS: dict[str, OperatorSpec] = {"mha": Mha(), "mlp": Mlp(ratio=4)}

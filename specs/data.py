@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from specs.fields import Location, Spec, Unkeyed
+from graftwork.specs.fields import Location, Spec, Unkeyed
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
 

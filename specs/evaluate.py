@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Location, Spec, Unkeyed, refuse
-from specs.training import Precision
+from graftwork.specs.fields import Location, Spec, Unkeyed, refuse
+from graftwork.specs.training import Precision
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from specs.secrets import INSTEAD, secret_in
+from graftwork.specs.secrets import INSTEAD, secret_in
 
 LARGEST = 2**63 - 1  # integer of a spec, either way
 LONGEST = 4096, 255  # bytes of a path, and of a name in it

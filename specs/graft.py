@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from specs.fields import Location, Spec, Unkeyed, are_integers, refuse
-from specs.layers import Layers, LearnedLayers
-from specs.operators import Operator, Target
+from graftwork.specs.fields import Location, Spec, Unkeyed, are_integers, refuse
+from graftwork.specs.layers import Layers, LearnedLayers
+from graftwork.specs.operators import Operator, Target
 
 
 class Site(Spec):

@@ -6,15 +6,15 @@ from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, StringConstraints, field_validator, model_validator
 
-from specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
-from specs.data import Codec, Data, DigitsData, PixelCodec
-from specs.evaluate import EvaluateSpec
-from specs.fields import Line, Location, Spec, refuse
-from specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
-from specs.layers import ExplicitLayers, LearnedLayers
-from specs.model import DitModel, PretrainWeights, Weights
-from specs.operators import Place
-from specs.training import DistillSpec, FinetuneSpec
+from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
+from graftwork.specs.data import Codec, Data, DigitsData, PixelCodec
+from graftwork.specs.evaluate import EvaluateSpec
+from graftwork.specs.fields import Line, Location, Spec, refuse
+from graftwork.specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
+from graftwork.specs.layers import ExplicitLayers, LearnedLayers
+from graftwork.specs.model import DitModel, PretrainWeights, Weights
+from graftwork.specs.operators import Place
+from graftwork.specs.training import DistillSpec, FinetuneSpec
 
 
 class StepResources(Spec):

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from specs.fields import Spec, are_integers, is_integer, refuse
-from specs.operators import Operator
-from specs.training import SearchSpec
+from graftwork.specs.fields import Spec, are_integers, is_integer, refuse
+from graftwork.specs.operators import Operator
+from graftwork.specs.training import SearchSpec
 
 MAX_DEPTH = 256  # blocks of a model
 

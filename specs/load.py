@@ -13,9 +13,9 @@ from pydantic import BaseModel, Discriminator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from specs.fields import NoNumber, with_room
-from specs.job import JobSpec
-from specs.problems import SpecError, named, shown
+from graftwork.specs.fields import NoNumber, with_room
+from graftwork.specs.job import JobSpec
+from graftwork.specs.problems import SpecError, named, shown
 
 __all__ = ["SpecError", "job_from", "job_schema", "load", "read_job", "read_yaml", "shown"]
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specs.fields import Location, Spec, Unkeyed, refuse
-from specs.layers import MAX_DEPTH
-from specs.training import TrainingSpec
+from graftwork.specs.fields import Location, Spec, Unkeyed, refuse
+from graftwork.specs.layers import MAX_DEPTH
+from graftwork.specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from specs.fields import Spec, Unkeyed
+from graftwork.specs.fields import Spec, Unkeyed
 
 Target = Literal["mha", "mlp"]
 Backend = Literal["auto", "torch", "kernel"]

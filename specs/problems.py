@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specs.secrets import masked
+from graftwork.specs.secrets import masked
 
 SHOWN = 80  # characters of a value
 LINE = 300  # characters of a problem

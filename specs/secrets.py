@@ -57,7 +57,7 @@ def filled(uri: str, field: str) -> str:
     What stands before the host or in the query is percent-encoded, as a URI wants it. Keep no copy of the result.
     """
     if name := missing(uri):
-        from specs.problems import SpecError
+        from graftwork.specs.problems import SpecError
 
         accepted = f"a variable that is set in the environment of whoever uses the {field}"
         raise SpecError([f"{field}: got ${{{name}}}, which is not set; accepted: {accepted}"])

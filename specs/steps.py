@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from specs.data import Codec, Data
-from specs.evaluate import EvaluateSpec, Metric, Sampler
-from specs.fields import Location, Spec, Unkeyed
-from specs.graft import Edit
-from specs.layers import Group, Layers
-from specs.model import DitModel, Weights
-from specs.training import DistillSpec, FinetuneSpec, Precision, SearchSpec
+from graftwork.specs.data import Codec, Data
+from graftwork.specs.evaluate import EvaluateSpec, Metric, Sampler
+from graftwork.specs.fields import Location, Spec, Unkeyed
+from graftwork.specs.graft import Edit
+from graftwork.specs.layers import Group, Layers
+from graftwork.specs.model import DitModel, Weights
+from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, SearchSpec
 
 Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 

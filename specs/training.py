@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from specs.fields import Spec, Unkeyed, refuse
+from graftwork.specs.fields import Spec, Unkeyed, refuse
 
 Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp32", "bf16"]

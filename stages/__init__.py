@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from specs.job import StepResources
+from graftwork.specs.job import StepResources
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ class Context:
 
 def load(stage: str) -> Callable[[Context], None]:
     """The function that does a stage's work."""
-    run: Callable[[Context], None] = importlib.import_module(f"stages.{stage}").run
+    run: Callable[[Context], None] = importlib.import_module(f"graftwork.stages.{stage}").run
     return run
 
 
@@ -135,5 +135,5 @@ class Portion:
 
 def recorder(stage: str) -> Callable[[Portion], list[Any]]:
     """That of a stage that `shares`."""
-    record: Callable[[Portion], list[Any]] = importlib.import_module(f"stages.{stage}").record
+    record: Callable[[Portion], list[Any]] = importlib.import_module(f"graftwork.stages.{stage}").record
     return record

@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models import checkpoints
-from models.dit import DiT
-from models.precision import computing
-from models.surgery import observe
-from specs.graft import Edit, Site, overlapping
-from specs.steps import DistillParams
-from specs.training import DistillSpec
-from stages import Context, Input, Portion, Stopped, never
-from stages.latents import Noised, noised, read, require_enough
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT
+from graftwork.models.precision import computing
+from graftwork.models.surgery import observe
+from graftwork.specs.graft import Edit, Site, overlapping
+from graftwork.specs.steps import DistillParams
+from graftwork.specs.training import DistillSpec
+from graftwork.stages import Context, Input, Portion, Stopped, never
+from graftwork.stages.latents import Noised, noised, read, require_enough
 
 BATCH = 64  # samples that pass through the rootstock together
 SHARE = 0.5  # of the memory that is free

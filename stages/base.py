@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from cluster.launcher import launch
-from models import checkpoints
-from models.dit import DiT, initialise
-from models.streams import initialising
-from specs.graft import Edit
-from specs.model import CheckpointWeights, PretrainWeights
-from specs.steps import BaseParams
-from stages import Context
-from stages.batches import TrainingSet
-from stages.latents import read, read_meta
-from stages.training import PlainEngine, final_weights, set_up_blocks, train
+from graftwork.cluster.launcher import launch
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT, initialise
+from graftwork.models.streams import initialising
+from graftwork.specs.graft import Edit
+from graftwork.specs.model import CheckpointWeights, PretrainWeights
+from graftwork.specs.steps import BaseParams
+from graftwork.stages import Context
+from graftwork.stages.batches import TrainingSet
+from graftwork.stages.latents import read, read_meta
+from graftwork.stages.training import PlainEngine, final_weights, set_up_blocks, train
 
 
 def run(context: Context) -> None:
-    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
+    from graftwork.stages.pictures import loss_curve  # matplotlib, which the workers do not need
 
     params: BaseParams = context.params
     edits: tuple[Edit, ...] = ()

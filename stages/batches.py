@@ -17,10 +17,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from models.diffusion import STEPS
-from models.streams import generator
-from specs.training import TrainingSpec
-from stages.latents import Shards, either
+from graftwork.models.diffusion import STEPS
+from graftwork.models.streams import generator
+from graftwork.specs.training import TrainingSpec
+from graftwork.stages.latents import Shards, either
 
 DEPTH = 2  # batches that are drawn ahead
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models.classifier import EPOCHS, LR, Classifier, augmented
-from models.streams import generator, initialising
-from specs.steps import ClassifierParams
-from stages import Context
-from stages.batches import shuffled
-from stages.latents import read, read_meta
+from graftwork.models.classifier import EPOCHS, LR, Classifier, augmented
+from graftwork.models.streams import generator, initialising
+from graftwork.specs.steps import ClassifierParams
+from graftwork.stages import Context
+from graftwork.stages.batches import shuffled
+from graftwork.stages.latents import read, read_meta
 
 BATCH = 64
 

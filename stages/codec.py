@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
-from specs.data import Codec, Data, PixelCodec, VaeCodec
-from specs.hub import is_hub_id, local_path, local_snapshot
-from stages.sources import vae_folder
+from graftwork.specs.data import Codec, Data, PixelCodec, VaeCodec
+from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
+from graftwork.stages.sources import vae_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ class Vae:
         """Of images that pass together; on a GPU it returns before that is done."""
         import torch
 
-        from models.streams import generator
+        from graftwork.models.streams import generator
 
         posterior = self.vae.encode(self._placed(images)).latent_dist
         mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar.float())

@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import checkpoints
-from models.cache import in_parts
-from models.dit import DiTConfig
-from models.precision import computing
-from models.streams import generator
-from models.surgery import alike, answer, new_scion, scion_at
-from specs.graft import Edit, Site
-from specs.steps import DistillParams
-from specs.training import DistillSpec
-from stages import Context, Stopped
-from stages.activations import BATCH, Pairs, Rootstock, Source, activations, record, shared
-from stages.evidence import Distilled, read_profile, write_distilled
-from stages.hybrid import with_scions
-from stages.pictures import loss_curve
-from stages.training import PlainEngine, save_tensors
+from graftwork.models import checkpoints
+from graftwork.models.cache import in_parts
+from graftwork.models.dit import DiTConfig
+from graftwork.models.precision import computing
+from graftwork.models.streams import generator
+from graftwork.models.surgery import alike, answer, new_scion, scion_at
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.steps import DistillParams
+from graftwork.specs.training import DistillSpec
+from graftwork.stages import Context, Stopped
+from graftwork.stages.activations import BATCH, Pairs, Rootstock, Source, activations, record, shared
+from graftwork.stages.evidence import Distilled, read_profile, write_distilled
+from graftwork.stages.hybrid import with_scions
+from graftwork.stages.pictures import loss_curve
+from graftwork.stages.training import PlainEngine, save_tensors
 
 __all__ = ["record", "run"]  # what the sites of a job have in common is their activations
 

@@ -16,18 +16,18 @@ from typing import cast, get_args
 
 import torch
 
-from cluster.fan_out import fan_out
-from models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
-from models.frechet import distance
-from models.precision import computing
-from specs.evaluate import Metric
-from specs.steps import EvaluateParams, Row, SampleParams
-from stages import Context
-from stages.hybrid import row_model
-from stages.latents import read_meta
-from stages.pictures import quality_against_cost
-from stages.rows import draw, sample_row
-from stages.scores import read_scores, read_statistics_of
+from graftwork.cluster.fan_out import fan_out
+from graftwork.models.costs import forward_flops, forward_inputs, forward_memory, forward_seconds, num_parameters
+from graftwork.models.frechet import distance
+from graftwork.models.precision import computing
+from graftwork.specs.evaluate import Metric
+from graftwork.specs.steps import EvaluateParams, Row, SampleParams
+from graftwork.stages import Context
+from graftwork.stages.hybrid import row_model
+from graftwork.stages.latents import read_meta
+from graftwork.stages.pictures import quality_against_cost
+from graftwork.stages.rows import draw, sample_row
+from graftwork.stages.scores import read_scores, read_statistics_of
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3
 COSTS = ("params", "flops", "ms_per_sample", "latency_ms", "peak_memory")

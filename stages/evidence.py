@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from specs.graft import Site
+from graftwork.specs.graft import Site
 
 Distance = Literal["tokens", "patches"]
 DISTANCES: tuple[Distance, ...] = ("tokens", "patches")

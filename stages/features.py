@@ -23,15 +23,15 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 
-from cluster.runtime import options, room_for, settle
-from specs.data import Data, PixelCodec, VaeCodec
-from specs.job import StepResources
-from specs.problems import plain
-from specs.steps import FeaturesParams
-from stages import Context
-from stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
-from stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
-from stages.sources import (
+from graftwork.cluster.runtime import options, room_for, settle
+from graftwork.specs.data import Data, PixelCodec, VaeCodec
+from graftwork.specs.job import StepResources
+from graftwork.specs.problems import plain
+from graftwork.specs.steps import FeaturesParams
+from graftwork.stages import Context
+from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
+from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
+from graftwork.stages.sources import (
     BrokenImage,
     Item,
     broken_images,

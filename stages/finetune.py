@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.launcher import launch
-from models import checkpoints
-from models.dit import DiT
-from specs.graft import Edit
-from specs.steps import FinetuneParams
-from stages import Context
-from stages.batches import TrainingSet
-from stages.hybrid import with_distilled_scions, with_fresh_scions
-from stages.latents import read
-from stages.training import final_weights, set_up_blocks, train
+from graftwork.cluster.launcher import launch
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT
+from graftwork.specs.graft import Edit
+from graftwork.specs.steps import FinetuneParams
+from graftwork.stages import Context
+from graftwork.stages.batches import TrainingSet
+from graftwork.stages.hybrid import with_distilled_scions, with_fresh_scions
+from graftwork.stages.latents import read
+from graftwork.stages.training import final_weights, set_up_blocks, train
 
 
 def run(context: Context) -> None:
-    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
+    from graftwork.stages.pictures import loss_curve  # matplotlib, which the workers do not need
 
     params: FinetuneParams = context.params
     # DeepSpeed counts modules and parameters by process, and all workers of ZeRO 3 must have counted alike.
@@ -37,7 +37,7 @@ def run(context: Context) -> None:
 
 def finetune(context: Context, device: torch.device) -> None:
     """One worker's part."""
-    from cluster.sharded import ShardedEngine  # DeepSpeed, which only the workers need
+    from graftwork.cluster.sharded import ShardedEngine  # DeepSpeed, which only the workers need
 
     params: FinetuneParams = context.params
     recipe = params.recipe

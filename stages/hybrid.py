@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from safetensors.torch import load_file
 
-from models import checkpoints
-from models.dit import DiT
-from models.surgery import all_edits, graft, scion_at
-from specs.graft import Edit
-from specs.steps import Row
-from stages import Context
-from stages.select import read_plan
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT
+from graftwork.models.surgery import all_edits, graft, scion_at
+from graftwork.specs.graft import Edit
+from graftwork.specs.steps import Row
+from graftwork.stages import Context
+from graftwork.stages.select import read_plan
 
 
 def with_fresh_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:

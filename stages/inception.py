@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from models.frechet import Gaussian
+    from graftwork.models.frechet import Gaussian
 
 DIMENSIONS = 2048
 BATCH = 50
@@ -61,7 +61,7 @@ def reference_statistics(
     """
     from pytorch_fid.fid_score import IMAGE_EXTENSIONS
 
-    from models.frechet import Moments
+    from graftwork.models.frechet import Moments
 
     if not Path(path).is_dir():
         return read_statistics(path)
@@ -100,7 +100,7 @@ def read_statistics(path: str) -> Gaussian:
     """The mu and sigma in an .npz, as pytorch-fid and the published reference files have them; ValueError."""
     import numpy as np
 
-    from models.frechet import Gaussian
+    from graftwork.models.frechet import Gaussian
 
     if Path(path).suffix != ".npz":
         raise ValueError(f"{path}: neither a folder of images nor an .npz with mu and sigma")

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from models.diffusion import STEPS, Diffusion
-from models.dit import DiTConfig
-from models.streams import generator
-from specs.model import DitModel
+from graftwork.models.diffusion import STEPS, Diffusion
+from graftwork.models.dit import DiTConfig
+from graftwork.models.streams import generator
+from graftwork.specs.model import DitModel
 
 SPLITS = ("training", "heldout")
 

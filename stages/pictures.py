@@ -18,7 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from stages.evidence import DISTANCES, Distance, LocalityCurves, Outputs
+from graftwork.stages.evidence import DISTANCES, Distance, LocalityCurves, Outputs
 
 COLUMNS, LINES = 10, 4  # of a sample grid
 CELLS = COLUMNS * LINES

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import checkpoints
-from models.dit import DiTConfig
-from models.locality import Locality
-from models.operators.attention import Attention
-from models.surgery import observe, scion_at
-from specs.graft import Site
-from specs.steps import ProfileParams
-from stages import Context
-from stages.evidence import DISTANCES, Curve, LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
-from stages.latents import noised, read
-from stages.pictures import activation_boxes, locality_by_quarter, locality_map
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiTConfig
+from graftwork.models.locality import Locality
+from graftwork.models.operators.attention import Attention
+from graftwork.models.surgery import observe, scion_at
+from graftwork.specs.graft import Site
+from graftwork.specs.steps import ProfileParams
+from graftwork.stages import Context
+from graftwork.stages.evidence import DISTANCES, Curve, LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
+from graftwork.stages.latents import noised, read
+from graftwork.stages.pictures import activation_boxes, locality_by_quarter, locality_map
 
 BATCH = 64  # at most
 OBSERVED_BYTES = 2**30  # of one batch: what goes into and comes out of all sites

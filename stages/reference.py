@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specs.data import Codec
-from specs.steps import FidStatisticsParams, HeldoutParams, TrainingStatisticsParams
-from stages import Context
-from stages.codec import load_codec
-from stages.inception import load_inception, reference_statistics
-from stages.latents import Latents, read, read_meta
-from stages.scores import Judges, Scores, statistics_file
+from graftwork.specs.data import Codec
+from graftwork.specs.steps import FidStatisticsParams, HeldoutParams, TrainingStatisticsParams
+from graftwork.stages import Context
+from graftwork.stages.codec import load_codec
+from graftwork.stages.inception import load_inception, reference_statistics
+from graftwork.stages.latents import Latents, read, read_meta
+from graftwork.stages.scores import Judges, Scores, statistics_file
 
 BATCH = 256
 
@@ -52,7 +52,7 @@ def _judge_training_images(context: Context, params: TrainingStatisticsParams) -
 
 
 def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:
-    from stages.pictures import CELLS, sample_grid
+    from graftwork.stages.pictures import CELLS, sample_grid
 
     judges = Judges(context, params.metrics, params.inception, context.device)
     heldout = read(context.input("features"), "heldout").first(params.samples)

@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.fan_out import fan_out
-from models.diffusion import Network
-from models.precision import computing
-from models.sampling import sample
-from models.streams import SampleNoise
-from specs.evaluate import Sampler
-from specs.steps import SampleParams
-from stages import Context
-from stages.codec import Coder, load_codec
-from stages.hybrid import row_model
-from stages.latents import LatentsMeta, read_meta
-from stages.scores import Judges, Scores, Verdict
+from graftwork.cluster.fan_out import fan_out
+from graftwork.models.diffusion import Network
+from graftwork.models.precision import computing
+from graftwork.models.sampling import sample
+from graftwork.models.streams import SampleNoise
+from graftwork.specs.evaluate import Sampler
+from graftwork.specs.steps import SampleParams
+from graftwork.stages import Context
+from graftwork.stages.codec import Coder, load_codec
+from graftwork.stages.hybrid import row_model
+from graftwork.stages.latents import LatentsMeta, read_meta
+from graftwork.stages.scores import Judges, Scores, Verdict
 
 SAVE_SECONDS = 10.0  # between two checkpoints
 STATE = "scores.safetensors"
@@ -77,7 +77,7 @@ class Progress:
 
 
 def sample_row(context: Context) -> None:
-    from stages.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
+    from graftwork.stages.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
 
     params: SampleParams = context.params
     batches = batches_of(params, CELLS)

@@ -14,12 +14,12 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.classifier import Classifier
-from models.frechet import Gaussian, Moments
-from specs.evaluate import Metric
-from stages import Context
-from stages.inception import inception_features, load_inception
-from stages.latents import read_meta
+from graftwork.models.classifier import Classifier
+from graftwork.models.frechet import Gaussian, Moments
+from graftwork.specs.evaluate import Metric
+from graftwork.stages import Context
+from graftwork.stages.inception import inception_features, load_inception
+from graftwork.stages.latents import read_meta
 
 SCORES = "scores.json"
 

@@ -16,21 +16,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cluster.launcher import launch
-from models import checkpoints
-from models.budget import budget_of
-from models.gates import Gate, GatedDiT, admissible_masks, gumbel
-from models.streams import generator
-from models.surgery import all_edits, new_scion
-from specs.graft import Edit, Site
-from specs.layers import Group
-from specs.steps import SearchParams
-from specs.training import SearchSpec
-from stages import Context
-from stages.batches import TrainingSet
-from stages.evidence import Search, SearchedGroup, SearchedSite
-from stages.latents import read
-from stages.training import POINTS, PlainEngine, final_state, set_up_blocks, train
+from graftwork.cluster.launcher import launch
+from graftwork.models import checkpoints
+from graftwork.models.budget import budget_of
+from graftwork.models.gates import Gate, GatedDiT, admissible_masks, gumbel
+from graftwork.models.streams import generator
+from graftwork.models.surgery import all_edits, new_scion
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.layers import Group
+from graftwork.specs.steps import SearchParams
+from graftwork.specs.training import SearchSpec
+from graftwork.stages import Context
+from graftwork.stages.batches import TrainingSet
+from graftwork.stages.evidence import Search, SearchedGroup, SearchedSite
+from graftwork.stages.latents import read
+from graftwork.stages.training import POINTS, PlainEngine, final_state, set_up_blocks, train
 
 GATES = "gates.logits"  # their name among the weights
 Course = list[tuple[float, ...]]  # (step, probability of each choice, gate after gate)
@@ -111,8 +111,8 @@ def search(context: Context, device: torch.device) -> None:
 
 def conclude(context: Context) -> None:
     """Read the choice off the averaged gates of a search that has ended, and leave what was learned."""
-    from stages.pictures import loss_curve  # matplotlib, which the workers do not need
-    from stages.search_pictures import course_of_the_cost, course_of_the_gates, keeping
+    from graftwork.stages.pictures import loss_curve  # matplotlib, which the workers do not need
+    from graftwork.stages.search_pictures import course_of_the_cost, course_of_the_gates, keeping
 
     params: SearchParams = context.params
     state, curve = final_state(context.partial)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from specs.costs import BUDGET_TOLERANCE
+from graftwork.specs.costs import BUDGET_TOLERANCE
 
 COLUMNS = 4  # of panels
 NAMED = 6  # choices of a gate that the legend tells apart

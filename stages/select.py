@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from specs.graft import Edit
-from specs.layers import LearnedLayers, LocalityLayers, LowestErrorLayers, MostLocalLayers
-from specs.steps import Rule, SelectParams
-from stages import Context
-from stages.evidence import Distilled, read_distilled, read_profile, read_search
+from graftwork.specs.graft import Edit
+from graftwork.specs.layers import LearnedLayers, LocalityLayers, LowestErrorLayers, MostLocalLayers
+from graftwork.specs.steps import Rule, SelectParams
+from graftwork.stages import Context
+from graftwork.stages.evidence import Distilled, read_distilled, read_profile, read_search
 
 
 class ChosenEdit(BaseModel):

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specs.data import Data, DigitsData, ImageFolderData
-from specs.problems import plain
+from graftwork.specs.data import Data, DigitsData, ImageFolderData
+from graftwork.specs.problems import plain
 
 if TYPE_CHECKING:
     import numpy as np

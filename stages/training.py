@@ -19,11 +19,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.diffusion import Diffusion
-from models.dit import DiT
-from specs.training import TrainingSpec
-from stages import Partial, Report, Stopped, never
-from stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
+from graftwork.models.diffusion import Diffusion
+from graftwork.models.dit import DiT
+from graftwork.specs.training import TrainingSpec
+from graftwork.stages import Partial, Report, Stopped, never
+from graftwork.stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve

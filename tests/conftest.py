@@ -35,7 +35,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 # The sockets of multiprocessing lie there: not in a folder of one test's, whose path is too long for them.
 multiprocessing.util.get_temp_dir()
 
-from pipeline.store import Store  # noqa: E402
+from graftwork.pipeline.store import Store  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"

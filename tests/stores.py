@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from pipeline.store import Origin, Store
+from graftwork.pipeline.store import Origin, Store
 
 KEY = hashlib.sha256(b"a step").hexdigest()
 OTHER = hashlib.sha256(b"another step").hexdigest()

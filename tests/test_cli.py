@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
+from graftwork.pipeline.cli import app
 from tests.conftest import TINY
 
 

@@ -23,8 +23,8 @@ import ray
 import yaml
 from mlflow import MlflowClient
 
-from pipeline import remote
-from specs.load import SpecError, load
+from graftwork.pipeline import remote
+from graftwork.specs.load import SpecError, load
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys, states
 from tests.loopback import LOOPBACK, LoopbackCluster
 from tests.servers import mlflow_server
@@ -119,8 +119,8 @@ import ray
 ray.init(log_to_driver=False)
 @ray.remote(num_cpus=1)
 def where():
-    import pipeline
-    return pipeline.__file__
+    import graftwork
+    return graftwork.__file__
 print(ray.get(where.remote()))
 """
     with signed_in(site), remote.staged(None) as folder:
@@ -213,7 +213,7 @@ def test_what_we_start_listens_on_loopback_only(site: Site, sent: tuple[str, str
 def test_a_local_run_listens_on_loopback_only() -> None:
     look = """
 import psutil
-from cluster.runtime import session
+from graftwork.cluster.runtime import session
 with session([], together=1):
     me = psutil.Process()
     for one in (me, *me.children(recursive=True)):

@@ -19,21 +19,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models import checkpoints
-from models.dit import DiT, DiTConfig, initialise
-from models.streams import generator, initialising
-from pipeline import preflight
-from pipeline.planning import Plan, make_plan
-from pipeline.store import Store
-from specs.data import Codec, DigitsData, ImageFolderData, PixelCodec, VaeCodec
-from specs.evaluate import DdimSampler
-from specs.job import JobSpec, StepResources
-from specs.load import SpecError, job_from
-from specs.steps import FeaturesParams, SampleParams
-from stages import Context, codec, features, rows
-from stages.codec import UnfitCodec, load_codec, misfits
-from stages.latents import read, read_meta
-from stages.sources import read_image, scaled, split
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.streams import generator, initialising
+from graftwork.pipeline import preflight
+from graftwork.pipeline.planning import Plan, make_plan
+from graftwork.pipeline.store import Store
+from graftwork.specs.data import Codec, DigitsData, ImageFolderData, PixelCodec, VaeCodec
+from graftwork.specs.evaluate import DdimSampler
+from graftwork.specs.job import JobSpec, StepResources
+from graftwork.specs.load import SpecError, job_from
+from graftwork.specs.steps import FeaturesParams, SampleParams
+from graftwork.stages import Context, codec, features, rows
+from graftwork.stages.codec import UnfitCodec, load_codec, misfits
+from graftwork.stages.latents import read, read_meta
+from graftwork.stages.sources import read_image, scaled, split
 from tests.conftest import Graft
 from tests.small import Folder, Payload
 
@@ -362,7 +362,7 @@ def test_the_classifier_is_refused_where_latents_are_no_pixels(photos: Path, fol
 
 
 def test_asking_whether_a_vae_fits_loads_no_torch() -> None:
-    check = "import sys, stages.codec; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    check = "import sys, graftwork.stages.codec; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models import checkpoints
-from models.dit import DiT, DiTConfig, initialise
-from models.streams import generator, initialising
-from models.surgery import graft as graft_into
-from specs.graft import Edit, Site
-from specs.operators import HyenaY
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.streams import generator, initialising
+from graftwork.models.surgery import graft as graft_into
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.operators import HyenaY
 from tests.conftest import ROOT, Graft, states
 
 pytestmark = pytest.mark.slow

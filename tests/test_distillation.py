@@ -19,22 +19,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models import cache, checkpoints
-from models.dit import DiT
-from models.precision import computing
-from models.surgery import GATE, answer, graft, modulations, new_scion, observe, scion_at
-from pipeline.store import Store
-from specs.graft import Edit, Parallel, Site
-from specs.job import StepResources
-from specs.operators import HyenaY, Mha, Mlp
-from specs.steps import DistillParams
-from specs.training import DistillSpec
-from stages import Context, Portion, Stopped, Together, activations, distill, hybrid
-from stages.activations import Kept, Pairs, Rootstock
-from stages.batches import TrainingSet
-from stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
-from stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from stages.training import PlainEngine
+from graftwork.models import cache, checkpoints
+from graftwork.models.dit import DiT
+from graftwork.models.precision import computing
+from graftwork.models.surgery import GATE, answer, graft, modulations, new_scion, observe, scion_at
+from graftwork.pipeline.store import Store
+from graftwork.specs.graft import Edit, Parallel, Site
+from graftwork.specs.job import StepResources
+from graftwork.specs.operators import HyenaY, Mha, Mlp
+from graftwork.specs.steps import DistillParams
+from graftwork.specs.training import DistillSpec
+from graftwork.stages import Context, Portion, Stopped, Together, activations, distill, hybrid
+from graftwork.stages.activations import Kept, Pairs, Rootstock
+from graftwork.stages.batches import TrainingSet
+from graftwork.stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
+from graftwork.stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
+from graftwork.stages.training import PlainEngine
 from tests.small import Folder
 from tests.tiny_training import (
     CPU,
@@ -617,7 +617,7 @@ def test_nothing_that_a_step_leaves_or_keeps_is_a_pickle(
 
 
 def test_latents_of_a_spec_become_the_models_shape(inputs: dict[str, Folder]) -> None:
-    from specs.model import DitModel
+    from graftwork.specs.model import DitModel
 
     model = DitModel(depth=2, width=16, heads=2, patch=2)
     assert read_meta(inputs["features"].path()).dit_config(model) == copy.deepcopy(TINY)

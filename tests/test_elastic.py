@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cluster.group import TITLE
-from specs.job import StepResources
-from specs.training import TrainingSpec
+from graftwork.cluster.group import TITLE
+from graftwork.specs.job import StepResources
+from graftwork.specs.training import TrainingSpec
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys
 from tests.loopback import LoopbackCluster, free_port
 
@@ -53,9 +53,9 @@ import sys
 from pathlib import Path
 import ray
 import torch.distributed as dist
-from cluster import launcher
-from specs.job import StepResources
-from specs.training import TrainingSpec
+from graftwork.cluster import launcher
+from graftwork.specs.job import StepResources
+from graftwork.specs.training import TrainingSpec
 
 def work(folder, device):
     import time
@@ -161,7 +161,7 @@ def test_the_counts_of_workers_share_a_batch_equally(
 
 
 def test_a_steps_resources_reach_ray_by_its_names() -> None:
-    from cluster.runtime import options, taken
+    from graftwork.cluster.runtime import options, taken
 
     wanted = StepResources(cpu=2, gpu=0.25, memory="2GiB", custom={"judge": 1})  # type: ignore[arg-type]
     assert options(wanted) == {"num_cpus": 2, "num_gpus": 0.25, "memory": 2 * 2**30, "resources": {"judge": 1}}

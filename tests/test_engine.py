@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from benchmarks.trivial import chain_and_fan, finish
-from pipeline import fingerprints, record, running
-from pipeline.planning import Plan, make_plan
-from pipeline.running import Run
-from pipeline.store import Store
-from pipeline.view import SilentView
-from specs.job import JobSpec
-from specs.load import load
+from graftwork.pipeline import fingerprints, record, running
+from graftwork.pipeline.planning import Plan, make_plan
+from graftwork.pipeline.running import Run
+from graftwork.pipeline.store import Store
+from graftwork.pipeline.view import SilentView
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import load
 from tests.conftest import TINY
 
 SCIONS = "[{target: mha, operator: {kind: swa}, layers: {kind: all}, scions: %s}]"
@@ -32,7 +32,7 @@ def job(tmp_path: Path) -> JobSpec:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often local stores are read and listed from now on."""
-    from pipeline.files import LocalFiles
+    from graftwork.pipeline.files import LocalFiles
 
     found = Counter[str]()
     for name in ("read", "names"):
@@ -55,22 +55,25 @@ def loaded(code: str, *watched: str) -> set[str]:
 
 
 def test_help_loads_nothing_that_a_command_works_with() -> None:
-    code = "import sys; from pipeline.cli import app; app(['--help'], standalone_mode=False)"
-    assert loaded(code, "pydantic", "yaml", "fsspec", "rich", "pipeline.store", "specs.job", "ray") == set()
+    code = "import sys; from graftwork.pipeline.cli import app; app(['--help'], standalone_mode=False)"
+    assert (
+        loaded(code, "pydantic", "yaml", "fsspec", "rich", "graftwork.pipeline.store", "graftwork.specs.job", "ray")
+        == set()
+    )
 
 
 def test_a_run_that_finds_all_done_in_a_folder_loads_no_file_systems(job: JobSpec) -> None:
     finish(make_plan(job))
-    code = f"import sys, pipeline; assert pipeline.run({str(TINY)!r}, ['store={job.store}']).status == 'finished'"
+    code = f"import sys, graftwork; assert graftwork.run({str(TINY)!r}, ['store={job.store}']).status == 'finished'"
     assert loaded(code, "fsspec", "rich", "requests", "aiohttp", "ray", "torch", "mlflow") == set()
 
 
 def test_every_call_for_python_is_there() -> None:
-    import pipeline
+    import graftwork
 
-    assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
+    assert all(callable(getattr(graftwork, name)) for name in graftwork.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = pipeline.nonsense
+        _ = graftwork.nonsense
 
 
 def test_a_plan_asks_the_store_for_each_step_once_and_lists_once(job: JobSpec, asked: Counter[str]) -> None:
@@ -139,8 +142,8 @@ class Told(SilentView):
 
 
 def test_the_record_is_kept_now_and_then_and_has_all_in_the_end(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.board import News
-    from pipeline.execute import StepResult
+    from graftwork.cluster.board import News
+    from graftwork.pipeline.execute import StepResult
 
     plan = chain_and_fan(job, each=50, warm=0, number=0)
     run = Run(plan, SilentView())

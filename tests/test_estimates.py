@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import api, record
-from pipeline.estimates import (
+from graftwork.pipeline import api, record
+from graftwork.pipeline.estimates import (
     CORE,
     LOAD_SECONDS,
     START_SECONDS,
@@ -23,12 +23,12 @@ from pipeline.estimates import (
     parts_of_pass,
     site_items,
 )
-from pipeline.planning import Plan, make_plan
-from pipeline.record import Expected, RunRecord
-from pipeline.store import Manifest, Origin, Store
-from pipeline.tables import lasting
-from specs.fields import keyed
-from specs.load import SpecError, load
+from graftwork.pipeline.planning import Plan, make_plan
+from graftwork.pipeline.record import Expected, RunRecord
+from graftwork.pipeline.store import Manifest, Origin, Store
+from graftwork.pipeline.tables import lasting
+from graftwork.specs.fields import keyed
+from graftwork.specs.load import SpecError, load
 from tests.conftest import TINY, Finished, Graft
 
 N, D, DEPTH = 64, 32, 4  # of the tiny job: tokens, width, blocks

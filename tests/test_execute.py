@@ -14,19 +14,19 @@ import pytest
 import ray
 import torch
 
-import stages
 from benchmarks.watching import Unwatched
-from cluster import runtime
-from pipeline import estimates, execute, leases, recording
-from pipeline.execute import Execution, StepResult, Work
-from pipeline.leases import Holder, Lease
-from pipeline.packing import Item
-from pipeline.planning import Plan, Step, make_plan
-from pipeline.store import Origin, Store
-from specs.job import StepResources
-from specs.load import load
-from specs.steps import ClassifierParams
-from stages import Context, Stopped
+from graftwork import stages
+from graftwork.cluster import runtime
+from graftwork.pipeline import estimates, execute, leases, recording
+from graftwork.pipeline.execute import Execution, StepResult, Work
+from graftwork.pipeline.leases import Holder, Lease
+from graftwork.pipeline.packing import Item
+from graftwork.pipeline.planning import Plan, Step, make_plan
+from graftwork.pipeline.store import Origin, Store
+from graftwork.specs.job import StepResources
+from graftwork.specs.load import load
+from graftwork.specs.steps import ClassifierParams
+from graftwork.stages import Context, Stopped
 from tests.conftest import TINY, Finished, keys
 
 

@@ -8,9 +8,9 @@ import pytest
 import ray
 import torch
 
-from pipeline.execute import is_out_of_memory
-from pipeline.store import Store
-from stages import STAGES
+from graftwork.pipeline.execute import is_out_of_memory
+from graftwork.pipeline.store import Store
+from graftwork.stages import STAGES
 
 
 def allocation() -> RuntimeError:
@@ -40,7 +40,7 @@ def test_other_errors_are_not_taken_for_missing_memory(error: Exception) -> None
 
 
 def test_every_setting_that_is_to_be_lowered_exists() -> None:
-    from specs.load import job_schema
+    from graftwork.specs.load import job_schema
 
     fields = {field for part in job_schema()["$defs"].values() for field in part.get("properties", {})}
     for stage, known in STAGES.items():

@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.fan_out import AHEAD, fan_out
-from specs.job import StepResources
+from graftwork.cluster.fan_out import AHEAD, fan_out
+from graftwork.specs.job import StepResources
 
 ON_CPU, ON_GPU = StepResources(cpu=1), StepResources(cpu=0, gpu=1)
 BOTH = pytest.mark.parametrize("resources", [ON_CPU, ON_GPU], ids=["tasks", "staff"])

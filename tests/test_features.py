@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import preflight
-from pipeline.store import Store
-from specs.data import ImageFolderData, PixelCodec
-from specs.job import JobSpec, StepResources
-from specs.load import job_from, load
-from specs.steps import FeaturesParams
-from stages import Context, Stopped, features, sources
-from stages.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
-from stages.sources import Item, interleave, split, split_sizes
-from stages.training import TrainingSet, draw_batch
+from graftwork.pipeline import preflight
+from graftwork.pipeline.store import Store
+from graftwork.specs.data import ImageFolderData, PixelCodec
+from graftwork.specs.job import JobSpec, StepResources
+from graftwork.specs.load import job_from, load
+from graftwork.specs.steps import FeaturesParams
+from graftwork.stages import Context, Stopped, features, sources
+from graftwork.stages.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
+from graftwork.stages.sources import Item, interleave, split, split_sizes
+from graftwork.stages.training import TrainingSet, draw_batch
 from tests.conftest import ROOT
 from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of
 

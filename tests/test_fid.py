@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
 
-from models.frechet import Gaussian, Moments, distance
-from specs.evaluate import WEIGHTS_FILE, inception_file
-from stages import inception
-from stages.inception import inception_features, load_inception, reference_statistics
+from graftwork.models.frechet import Gaussian, Moments, distance
+from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.stages import inception
+from graftwork.stages.inception import inception_features, load_inception, reference_statistics
 from tests.small import Payload
 
 CPU = torch.device("cpu")

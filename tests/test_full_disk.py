@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import api
-from pipeline.api import Run
-from pipeline.files import StoreError, told_by
-from pipeline.view import SilentView
+from graftwork.pipeline import api
+from graftwork.pipeline.api import Run
+from graftwork.pipeline.files import StoreError, told_by
+from graftwork.pipeline.view import SilentView
 from tests.conftest import GRAFT, ROOT, TINY, Finished
 
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"', "sh"]
@@ -21,10 +21,10 @@ ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tm
 FULL = """
 import json, sys
 from pathlib import Path
-from pipeline import api
-from pipeline.api import Run
-from pipeline.files import StoreError
-from pipeline.store import Store
+from graftwork.pipeline import api
+from graftwork.pipeline.api import Run
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.store import Store
 from tests.stores import FILES, KEY, ORIGIN, OTHER, commit
 
 disk = Path(sys.argv[1])
@@ -70,7 +70,7 @@ print(json.dumps({"lines": lines, "states": states, "kept": kept, "drafts": stor
 READ_ONLY = """
 import subprocess, sys
 from pathlib import Path
-from pipeline.store import Store
+from graftwork.pipeline.store import Store
 from tests.stores import KEY, OTHER, commit
 
 disk = Path(sys.argv[1])
@@ -93,7 +93,7 @@ SHARD = """
 import sys
 from pathlib import Path
 import numpy as np
-from stages.latents import ShardWriter
+from graftwork.stages.latents import ShardWriter
 
 disk = Path(sys.argv[1])
 writer = ShardWriter(disk / "training_latents-00000.npy", (2048, 4, 32, 32))

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from pipeline import api
-from pipeline.cli import app
-from pipeline.planning import Plan
-from specs.load import SpecError, job_from, job_schema, load, read_job
+from graftwork.pipeline import api
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.planning import Plan
+from graftwork.specs.load import SpecError, job_from, job_schema, load, read_job
 from tests.conftest import ROOT
 
 Path_ = tuple[str | int, ...]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipeline import gc, record
-from pipeline.cli import app
-from pipeline.leases import Holder, take
-from pipeline.leases import Lease as HeldLease
-from pipeline.record import RunRecord, StepRecord
-from pipeline.store import MANIFEST, RottenArtifact, Store
-from specs.load import SpecError
+from graftwork.pipeline import gc, record
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.leases import Holder, take
+from graftwork.pipeline.leases import Lease as HeldLease
+from graftwork.pipeline.record import RunRecord, StepRecord
+from graftwork.pipeline.store import MANIFEST, RottenArtifact, Store
+from graftwork.specs.load import SpecError
 from tests.stores import FILES, KEY, OTHER, commit, overwrite, remove, stored
 
 THIRD = "3" * 64

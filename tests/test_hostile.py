@@ -23,24 +23,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from cluster.runtime import session
-from models import checkpoints
-from models.checkpoints import UnfitCheckpoint
-from models.dit import DiT, DiTConfig
-from pipeline import preflight, record
-from pipeline.cli import app
-from pipeline.fingerprints import data_fingerprint
-from pipeline.store import Origin, Store
-from specs.data import ImageFolderData, PixelCodec
-from specs.job import StepResources
-from specs.load import SpecError, job_from, load
-from specs.problems import plain, shown
-from specs.secrets import filled, masked, redacted
-from specs.steps import FeaturesParams
-from stages import Context, features
-from stages.inception import read_statistics
-from stages.latents import read, read_meta
-from stages.sources import BrokenImage, class_sizes, read_image, split
+from graftwork.cluster.runtime import session
+from graftwork.models import checkpoints
+from graftwork.models.checkpoints import UnfitCheckpoint
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.pipeline import preflight, record
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.fingerprints import data_fingerprint
+from graftwork.pipeline.store import Origin, Store
+from graftwork.specs.data import ImageFolderData, PixelCodec
+from graftwork.specs.job import StepResources
+from graftwork.specs.load import SpecError, job_from, load
+from graftwork.specs.problems import plain, shown
+from graftwork.specs.secrets import filled, masked, redacted
+from graftwork.specs.steps import FeaturesParams
+from graftwork.stages import Context, features
+from graftwork.stages.inception import read_statistics
+from graftwork.stages.latents import read, read_meta
+from graftwork.stages.sources import BrokenImage, class_sizes, read_image, split
 from tests.conftest import TINY
 from tests.small import lively
 
@@ -521,7 +521,7 @@ def test_what_a_linked_folder_holds_is_in_the_fingerprint(tmp_path: Path) -> Non
 
 
 def test_leaving_broken_images_out_is_another_key(tmp_path: Path) -> None:
-    from specs.fields import keyed
+    from graftwork.specs.fields import keyed
 
     keys = [keyed(ImageFolderData(path="x", skip_broken=skip)) for skip in (False, True)]
     assert keys[0] != keys[1]

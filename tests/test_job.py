@@ -53,8 +53,8 @@ def test_distillation_lowered_the_error_of_every_site(tiny: Finished) -> None:
 
 def test_the_same_command_again_starts_neither_ray_nor_torch(tiny: Finished) -> None:
     code = (
-        "import sys, pipeline; "
-        f"done = pipeline.run({str(TINY)!r}, ['store={tiny.store}']); "
+        "import sys, graftwork; "
+        f"done = graftwork.run({str(TINY)!r}, ['store={tiny.store}']); "
         "assert done.status == 'finished' and all(step.state == 'cached' for step in done.steps), done; "
         "heavy = {'ray', 'torch', 'mlflow', 'deepspeed', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
@@ -159,7 +159,7 @@ def test_a_graft_is_exported_with_a_card_and_loaded_again(tiny: Finished, tmp_pa
     done = graft("export", tiny.run, str(out), "--store", str(tiny.store))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
-    code = f"import models; print(sum(v.numel() for v in models.load({str(out)!r}).parameters()))"
+    code = f"import graftwork; print(sum(v.numel() for v in graftwork.load({str(out)!r}).parameters()))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     stage2 = tiny.outcome["results"]["stage2"]
     assert int(loaded.stdout) == stage2["params"]

@@ -15,9 +15,9 @@ import ray
 import torch
 import torch.distributed as dist
 
-from cluster import launcher, runtime
-from specs.job import StepResources
-from specs.training import FinetuneSpec, TrainingSpec
+from graftwork.cluster import launcher, runtime
+from graftwork.specs.job import StepResources
+from graftwork.specs.training import FinetuneSpec, TrainingSpec
 
 SECONDS = 60
 
@@ -27,7 +27,7 @@ def two_cpus() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(os, "cpu_count", lambda: 2)
-        with runtime.session([], together=2, warm=("torch", "cluster.sharded", "torch._dynamo")):
+        with runtime.session([], together=2, warm=("torch", "graftwork.cluster.sharded", "torch._dynamo")):
             yield
 
 
@@ -136,8 +136,8 @@ def test_a_launcher_that_is_lost_leaves_no_cpu_taken(tmp_path: Path, retries: in
 
 
 def finetuned(folder: Path, device: torch.device) -> None:
-    from cluster.sharded import ShardedEngine
-    from models.dit import DiT
+    from graftwork.cluster.sharded import ShardedEngine
+    from graftwork.models.dit import DiT
     from tests.tiny_training import TINY, lively
 
     for zero in (2, 3):

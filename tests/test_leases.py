@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import leases
-from pipeline.leases import Held, Holder, Lease, Waiter, look, take
-from pipeline.store import Store
+from graftwork.pipeline import leases
+from graftwork.pipeline.leases import Held, Holder, Lease, Waiter, look, take
+from graftwork.pipeline.store import Store
 
 spawn = multiprocessing.get_context("spawn")
 

@@ -22,7 +22,7 @@ import ray
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from graftwork.pipeline.cli import app
 from tests.conftest import ROOT, TINY, Finished
 from tests.loopback import LOOPBACK, OBJECT_STORE_BYTES, PYTHON_BIN, RAY_START, free_port
 
@@ -131,7 +131,7 @@ def test_all_of_them_have_the_ray_and_the_version_of_this_project() -> None:
 
 def test_the_image_has_every_package_of_the_project() -> None:
     copied = set(re.findall(r"^COPY --chown=\S+ (\w+) \1$", DOCKERFILE.read_text(), flags=re.MULTILINE))
-    assert copied == {"specs", "models", "cluster", "stages", "pipeline"}
+    assert copied == {"graftwork", "specs", "models", "cluster", "stages", "pipeline"}
 
 
 @pytest.mark.parametrize("path", PLAYED, ids=lambda path: path.name)

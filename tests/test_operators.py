@@ -22,13 +22,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import cache
-from models.operators import REGISTRY, attention, build_operator, kernels, recognise
-from models.operators.convolution import CausalConv1d
-from models.operators.hyena import Projections
-from models.operators.kernels import CAUSAL_CONVOLUTION, FLASH_ATTENTION, STATE_SPACE_SCAN, Kernel, KernelUnavailable
-from models.operators.mamba import scan
-from specs.operators import (
+from graftwork.models import cache
+from graftwork.models.operators import REGISTRY, attention, build_operator, kernels, recognise
+from graftwork.models.operators.convolution import CausalConv1d
+from graftwork.models.operators.hyena import Projections
+from graftwork.models.operators.kernels import (
+    CAUSAL_CONVOLUTION,
+    FLASH_ATTENTION,
+    STATE_SPACE_SCAN,
+    Kernel,
+    KernelUnavailable,
+)
+from graftwork.models.operators.mamba import scan
+from graftwork.specs.operators import (
     Accelerated,
     HyenaSE,
     HyenaX,
@@ -547,7 +553,7 @@ def test_in_bf16_the_decays_are_added_up_in_fp32() -> None:
     found = scan(x.bfloat16(), dt, rate, b.bfloat16(), c.bfloat16(), 64)
     assert distance(found, recurrence(x, dt, rate, b, c)) < 1e-2
     operator, x = build(Mamba2(), dtype=torch.bfloat16), tokens(dtype=torch.bfloat16)
-    with unittest.mock.patch("models.operators.mamba.scan", wraps=scan) as watched:
+    with unittest.mock.patch("graftwork.models.operators.mamba.scan", wraps=scan) as watched:
         operator(x)
     assert [watched.call_args.args[n].dtype for n in range(3)] == [torch.bfloat16, torch.float32, torch.float32]
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import preflight
-from pipeline.planning import Plan, costs, difference, make_plan
-from pipeline.store import FileEntry, Manifest, Origin, Store, canonical
-from specs.data import DigitsData, ImageFolderData
-from specs.job import JobSpec
-from specs.load import SpecError, load
-from stages import STAGES
-from stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
+from graftwork.pipeline import preflight
+from graftwork.pipeline.planning import Plan, costs, difference, make_plan
+from graftwork.pipeline.store import FileEntry, Manifest, Origin, Store, canonical
+from graftwork.specs.data import DigitsData, ImageFolderData
+from graftwork.specs.job import JobSpec
+from graftwork.specs.load import SpecError, load
+from graftwork.stages import STAGES
+from graftwork.stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
 from tests.conftest import ROOT
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
@@ -237,7 +237,7 @@ def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
 def test_the_digits_file_is_in_the_key_of_the_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = planned()
     (tmp_path / "digits.csv.gz").write_bytes(b"others")
-    monkeypatch.setattr("pipeline.fingerprints.digits_file", lambda: tmp_path / "digits.csv.gz")
+    monkeypatch.setattr("graftwork.pipeline.fingerprints.digits_file", lambda: tmp_path / "digits.csv.gz")
     assert "features" in changed(before, planned())
 
 
@@ -447,8 +447,8 @@ def test_a_published_graft_can_be_planned_and_edits_its_share_of_the_blocks(name
 
 
 def test_a_published_graft_is_planned_without_the_heavy_libraries(tmp_path: Path) -> None:
-    asked = f"pipeline.plan({str(PUBLISHED['hyena_y-50'])!r})"
-    code = f"import sys, pipeline; {asked}; assert not {{'torch', 'ray', 'mlflow', 'diffusers'}} & set(sys.modules)"
+    asked = f"graftwork.plan({str(PUBLISHED['hyena_y-50'])!r})"
+    code = f"import sys, graftwork; {asked}; assert not {{'torch', 'ray', 'mlflow', 'diffusers'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

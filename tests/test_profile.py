@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import checkpoints
-from models.dit import DiT, DiTConfig
-from models.locality import BandMass, Locality
-from models.operators.attention import Attention, split_heads
-from models.surgery import graft, observe, scion_at
-from specs.graft import Edit, Site
-from specs.job import StepResources
-from specs.operators import Mha, Place, Swa
-from specs.steps import ProfileParams
-from stages import Context, profile
-from stages.evidence import Profile, read_profile
-from stages.latents import LatentsMeta, noised, read, write_meta
+from graftwork.models import checkpoints
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.locality import BandMass, Locality
+from graftwork.models.operators.attention import Attention, split_heads
+from graftwork.models.surgery import graft, observe, scion_at
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.job import StepResources
+from graftwork.specs.operators import Mha, Place, Swa
+from graftwork.specs.steps import ProfileParams
+from graftwork.stages import Context, profile
+from graftwork.stages.evidence import Profile, read_profile
+from graftwork.stages.latents import LatentsMeta, noised, read, write_meta
 from tests.small import Folder, lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -385,5 +385,5 @@ def test_a_rootstock_without_any_full_attention_has_no_locality_to_show(tmp_path
 
 
 def test_a_profile_is_read_without_torch() -> None:
-    code = "import sys, stages.evidence; sys.exit('torch' in sys.modules)"
+    code = "import sys, graftwork.stages.evidence; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

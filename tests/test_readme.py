@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-COPIED = ("specs", "models", "cluster", "stages", "pipeline", "tests", "examples", "pyproject.toml")
+COPIED = ("graftwork", "specs", "models", "cluster", "stages", "pipeline", "tests", "examples", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Pat
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
     specs = folder / "specs" / "operators.py"
@@ -61,7 +61,7 @@ def test_the_operator_of_the_readme_passes_the_conformance_tests(copy: Path) -> 
 
 
 def test_the_operator_of_the_readme_can_be_asked_for(copy: Path) -> None:
-    main = "from pipeline.cli import app; app()"
+    main = "from graftwork.pipeline.cli import app; app()"
     wish = "graft.0.operator.kind=mean"
     done = python(copy, "-c", main, "plan", "examples/digits-tiny.yaml", "--set", wish)
     assert done.returncode == 0, done.stderr

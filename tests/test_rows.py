@@ -14,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from models import checkpoints
-from models.classifier import Classifier
-from models.dit import DiT, DiTConfig
-from models.frechet import Gaussian, distance
-from models.streams import generator
-from pipeline.store import Store
-from specs.data import PixelCodec
-from specs.evaluate import DdimSampler
-from specs.job import StepResources
-from specs.steps import HeldoutParams, SampleParams, TrainingStatisticsParams
-from stages import Context, Stopped, pictures, reference, rows
-from stages.latents import LatentsMeta, write_meta
+from graftwork.models import checkpoints
+from graftwork.models.classifier import Classifier
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.frechet import Gaussian, distance
+from graftwork.models.streams import generator
+from graftwork.pipeline.store import Store
+from graftwork.specs.data import PixelCodec
+from graftwork.specs.evaluate import DdimSampler
+from graftwork.specs.job import StepResources
+from graftwork.specs.steps import HeldoutParams, SampleParams, TrainingStatisticsParams
+from graftwork.stages import Context, Stopped, pictures, reference, rows
+from graftwork.stages.latents import LatentsMeta, write_meta
 from tests.small import lively
 from tests.stores import KEY
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster import runtime
-from specs.job import StepResources
+from graftwork.cluster import runtime
+from graftwork.specs.job import StepResources
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "fast": 1.0}},
@@ -61,7 +61,7 @@ import os
 import time
 import ray
 from ray.util import placement_group
-from cluster import runtime
+from graftwork.cluster import runtime
 
 @ray.remote(num_cpus=0)
 class Controller:
@@ -92,7 +92,7 @@ def test_what_a_lost_controller_held_is_freed_and_nothing_else() -> None:
 FAULTS = """
 import resource
 import torch
-from cluster.memory import keep_freed
+from graftwork.cluster.memory import keep_freed
 
 keep_freed()
 for number in range(20):

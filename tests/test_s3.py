@@ -19,10 +19,10 @@ import pytest
 from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
-from pipeline import files
-from pipeline.cli import app
-from pipeline.files import StoreError
-from pipeline.store import MANIFEST, Store
+from graftwork.pipeline import files
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.store import MANIFEST, Store
 from tests.conftest import ROOT, TINY
 from tests.flaky import FAULTS, Fault, Plan, Proxy, flaky, seeded
 from tests.stores import FILES, KEY, OTHER, commit, flip, stored
@@ -142,9 +142,9 @@ def test_what_does_not_pass_is_not_tried_again(s3: Store, monkeypatch: pytest.Mo
 UPLOAD = """
 import sys
 from pathlib import Path
-from pipeline import files
-from pipeline.cli import app
-from pipeline.store import Store
+from graftwork.pipeline import files
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.store import Store
 files.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
 Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
 """
@@ -182,7 +182,7 @@ def race(url: str, number: int, barrier: Any, won: Any) -> None:
 def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store, tmp_path: Path) -> None:
     store = s3 if place == "s3" else Store(str(tmp_path / "store"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["s3fs", "pipeline.store"])
+    context.set_forkserver_preload(["s3fs", "graftwork.pipeline.store"])
     barrier, won = context.Barrier(8), context.Queue()
     racers = [context.Process(target=race, args=(store.url, number, barrier, won)) for number in range(8)]
     for racer in racers:
@@ -199,7 +199,7 @@ def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store,
 LARGE = """
 import resource, sys
 from pathlib import Path
-from pipeline.store import FileEntry, Store, digest
+from graftwork.pipeline.store import FileEntry, Store, digest
 store, path = Store(sys.argv[1]), Path(sys.argv[2])
 store.write("runs/a.json", "{}")  # the libraries are there
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -248,7 +248,7 @@ def test_no_credentials_are_one_line(s3: Store, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment |= {"AWS_EC2_METADATA_DISABLED": "true"}
-    code = f"from pipeline.store import Store; Store({s3.url!r}).runs()"
+    code = f"from graftwork.pipeline.store import Store; Store({s3.url!r}).runs()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
     assert f"store: got {s3.url!r}, for which there are no credentials; accepted: AWS_ACCESS_KEY_ID" in last

@@ -23,29 +23,29 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import checkpoints
-from models.budget import Budget, budget_of
-from models.costs import forward_flops
-from models.diffusion import Diffusion
-from models.dit import DiT, DiTConfig, initialise
-from models.gates import Gate, GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
-from models.operators import REGISTRY
-from models.streams import initialising
-from models.surgery import graft, new_scion, scion_at
-from pipeline.store import Partial, Store
-from specs.costs import ORIGINALS
-from specs.graft import Edit, Site
-from specs.job import StepResources
-from specs.layers import Group
-from specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
-from specs.steps import SearchParams
-from specs.training import SearchSpec, TrainingSpec
-from stages import Context, search, training
-from stages.batches import TrainingSet, draw_batch, shuffled
-from stages.evidence import read_search
-from stages.latents import LatentsMeta, write_meta
-from stages.search import SearchEngine
-from stages.training import PlainEngine, final_state, set_up_blocks, train
+from graftwork.models import checkpoints
+from graftwork.models.budget import Budget, budget_of
+from graftwork.models.costs import forward_flops
+from graftwork.models.diffusion import Diffusion
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.gates import Gate, GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
+from graftwork.models.operators import REGISTRY
+from graftwork.models.streams import initialising
+from graftwork.models.surgery import graft, new_scion, scion_at
+from graftwork.pipeline.store import Partial, Store
+from graftwork.specs.costs import ORIGINALS
+from graftwork.specs.graft import Edit, Site
+from graftwork.specs.job import StepResources
+from graftwork.specs.layers import Group
+from graftwork.specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
+from graftwork.specs.steps import SearchParams
+from graftwork.specs.training import SearchSpec, TrainingSpec
+from graftwork.stages import Context, search, training
+from graftwork.stages.batches import TrainingSet, draw_batch, shuffled
+from graftwork.stages.evidence import read_search
+from graftwork.stages.latents import LatentsMeta, write_meta
+from graftwork.stages.search import SearchEngine
+from graftwork.stages.training import PlainEngine, final_state, set_up_blocks, train
 from tests import small
 from tests.small import Folder
 from tests.tiny_training import Killed, Reports

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from specs.graft import Edit, OperatorEdits, ParallelEdits
-from specs.layers import Layers
-from specs.operators import HyenaY
-from specs.steps import Rule, SelectParams
-from stages import Context, select
-from stages.evidence import (
+from graftwork.specs.graft import Edit, OperatorEdits, ParallelEdits
+from graftwork.specs.layers import Layers
+from graftwork.specs.operators import HyenaY
+from graftwork.specs.steps import Rule, SelectParams
+from graftwork.stages import Context, select
+from graftwork.stages.evidence import (
     Distilled,
     LocalityCurves,
     Outputs,

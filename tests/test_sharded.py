@@ -17,11 +17,11 @@ import torch, torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-from cluster.sharded import ShardedEngine
-from models.dit import DiT, DiTConfig, initialise
-from models.streams import generator, initialising
-from specs.training import FinetuneSpec
-from stages.training import PlainEngine, set_up_blocks
+from graftwork.cluster.sharded import ShardedEngine
+from graftwork.models.dit import DiT, DiTConfig, initialise
+from graftwork.models.streams import generator, initialising
+from graftwork.specs.training import FinetuneSpec
+from graftwork.stages.training import PlainEngine, set_up_blocks
 
 def model():
     with initialising(0, "test"):

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from specs.evaluate import AncestralSampler
-from specs.fields import Spec, Unkeyed, keyed
-from specs.graft import ParallelEdits
-from specs.job import JobSpec
-from specs.layers import AllLayers, InterleavedLayers, LearnedLayers
-from specs.load import SpecError, job_from, job_schema, load
-from specs.model import DitModel
+from graftwork.specs.evaluate import AncestralSampler
+from graftwork.specs.fields import Spec, Unkeyed, keyed
+from graftwork.specs.graft import ParallelEdits
+from graftwork.specs.job import JobSpec
+from graftwork.specs.layers import AllLayers, InterleavedLayers, LearnedLayers
+from graftwork.specs.load import SpecError, job_from, job_schema, load
+from graftwork.specs.model import DitModel
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "sklearn")
@@ -725,7 +725,9 @@ def test_the_schema_describes_every_section() -> None:
     assert set(job_schema()["properties"]) == {"extends", *JobSpec.model_fields}
 
 
-@pytest.mark.parametrize("modules", ["specs.job, specs.load", "pipeline", "pipeline.cli"])
+@pytest.mark.parametrize(
+    "modules", ["graftwork.specs.job, graftwork.specs.load", "graftwork", "graftwork.pipeline.cli"]
+)
 def test_the_front_door_opens_without_the_heavy_libraries(modules: str) -> None:
     check = f"import sys, {modules}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.store import MANIFEST, Artifact, RottenArtifact, Store, canonical
+from graftwork.pipeline.store import MANIFEST, Artifact, RottenArtifact, Store, canonical
 from tests.stores import DAMAGE, FILES, KEY, ORIGIN, OTHER, commit, flip, overwrite, remove, stored
 
 ROOT = Path(__file__).parents[1]

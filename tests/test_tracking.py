@@ -18,14 +18,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from cluster.board import Point
-from pipeline import api, mlflow_runs, outbox, record, track
-from pipeline.outbox import kept_entries
-from pipeline.planning import Plan, Step, make_plan
-from pipeline.record import RunRecord, StepRecord
-from pipeline.store import Origin, Store
-from pipeline.track import Tracker
-from specs.load import load
+from graftwork.cluster.board import Point
+from graftwork.pipeline import api, mlflow_runs, outbox, record, track
+from graftwork.pipeline.outbox import kept_entries
+from graftwork.pipeline.planning import Plan, Step, make_plan
+from graftwork.pipeline.record import RunRecord, StepRecord
+from graftwork.pipeline.store import Origin, Store
+from graftwork.pipeline.track import Tracker
+from graftwork.specs.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
 from tests.servers import MlflowServer
 
@@ -335,7 +335,7 @@ def test_what_a_run_came_to_before_mlflow_heard_of_it_comes_with_its_beginning_a
 DRIVER = """
 import sys, time
 from pathlib import Path
-from pipeline import outbox, track
+from graftwork.pipeline import outbox, track
 from tests.test_tracking import Job, curve
 outbox.KEEP_SECONDS = track.FLUSH_SECONDS = 0.1
 job = Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

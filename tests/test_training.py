@@ -21,14 +21,14 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.diffusion import STEPS, Diffusion
-from models.dit import Block, DiT
-from models.streams import generator
-from pipeline.store import Store
-from specs.training import TrainingSpec
-from stages import Stopped, batches, never, training
-from stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
-from stages.training import PlainEngine, final_weights, learning_rate, train
+from graftwork.models.diffusion import STEPS, Diffusion
+from graftwork.models.dit import Block, DiT
+from graftwork.models.streams import generator
+from graftwork.pipeline.store import Store
+from graftwork.specs.training import TrainingSpec
+from graftwork.stages import Stopped, batches, never, training
+from graftwork.stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
+from graftwork.stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
 from tests.tiny_training import (
     RECIPE,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
-from pipeline.store import MANIFEST, Store
-from pipeline.verify import verify
+from graftwork.pipeline.cli import app
+from graftwork.pipeline.store import MANIFEST, Store
+from graftwork.pipeline.verify import verify
 from tests.stores import DAMAGE, FILES, KEY, ORIGIN, OTHER, commit, overwrite, remove, stored
 
 

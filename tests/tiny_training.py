@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.dit import DiT, DiTConfig
-from pipeline.store import Partial, Store
-from specs.training import TrainingSpec
-from stages import never, training
-from stages.batches import TrainingSet
-from stages.training import PlainEngine, train
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.pipeline.store import Partial, Store
+from graftwork.specs.training import TrainingSpec
+from graftwork.stages import never, training
+from graftwork.stages.batches import TrainingSet
+from graftwork.stages.training import PlainEngine, train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)

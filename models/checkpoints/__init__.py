@@ -14,10 +14,10 @@ made without weights, and takes the file's tensors one by one, as they are mappe
 (A `.pt` stays mapped while a model on the CPU lives: it may be deleted meanwhile, but not written to.)
 """
 
-from models.checkpoints.card import Card, write_card
-from models.checkpoints.export import ExportRefused, export
-from models.checkpoints.fit import UnfitCheckpoint, fill
-from models.checkpoints.native import load, save
-from models.checkpoints.reading import check, read
+from graftwork.models.checkpoints.card import Card, write_card
+from graftwork.models.checkpoints.export import ExportRefused, export
+from graftwork.models.checkpoints.fit import UnfitCheckpoint, fill
+from graftwork.models.checkpoints.native import load, save
+from graftwork.models.checkpoints.reading import check, read
 
 __all__ = ["Card", "ExportRefused", "UnfitCheckpoint", "check", "export", "fill", "load", "read", "save", "write_card"]

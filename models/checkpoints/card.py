@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from specs.graft import Edit
-from specs.hub import is_hub_id
+from graftwork.specs.graft import Edit
+from graftwork.specs.hub import is_hub_id
 
 FRONT = {
     "library_name": "graftwork",

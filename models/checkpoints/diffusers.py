@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from models.checkpoints.files import Tensors, read_shards, read_tensors
-from models.checkpoints.fit import UnfitCheckpoint, Uninitialised, named, shapes_of, weightless
-from models.checkpoints.recognition import Found, rootstock_of, said
-from models.diffusion import STEPS
-from models.dit import DiT, position_embedding
-from specs.graft import Edit
-from specs.load import shown
+from graftwork.models.checkpoints.files import Tensors, read_shards, read_tensors
+from graftwork.models.checkpoints.fit import UnfitCheckpoint, Uninitialised, named, shapes_of, weightless
+from graftwork.models.checkpoints.recognition import Found, rootstock_of, said
+from graftwork.models.diffusion import STEPS
+from graftwork.models.dit import DiT, position_embedding
+from graftwork.specs.graft import Edit
+from graftwork.specs.load import shown
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
-    from models.checkpoints.transformer import GraftTransformer2DModel
+    from graftwork.models.checkpoints.transformer import GraftTransformer2DModel
 
 WRAPPED = "GraftTransformer2DModel"
 CLASSES = (
@@ -194,7 +194,7 @@ def wrapped(model: DiT, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftT
     of_pipeline = model.config.num_classes == CLASSES_OF_PIPELINE
     if of_pipeline and shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
         return rootstock_transformer(model)
-    from models.checkpoints.transformer import GraftTransformer2DModel
+    from graftwork.models.checkpoints.transformer import GraftTransformer2DModel
 
     return GraftTransformer2DModel.around(model, edits)
 

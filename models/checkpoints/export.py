@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from models.checkpoints import diffusers, native, published
-from models.checkpoints.card import Card, write_card
-from models.checkpoints.fit import UnfitCheckpoint
-from models.checkpoints.reading import located, read
-from specs.export import Layout
+from graftwork.models.checkpoints import diffusers, native, published
+from graftwork.models.checkpoints.card import Card, write_card
+from graftwork.models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints.reading import located, read
+from graftwork.specs.export import Layout
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
-    "graftwork": 'import models\n\nmodel = models.load("{folder}")  # model(x, t, y)',
-    "published": 'import models\n\nmodel = models.load("{folder}")  # model(x, t, y)',
+    "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
+    "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
     "DiTPipeline": (
-        "import models.checkpoints.transformer  # lets diffusers load a graft\n"
+        "import graftwork.models.checkpoints.transformer  # lets diffusers load a graft\n"
         "from diffusers import DiTPipeline\n\n"
         'model = DiTPipeline.from_pretrained("{folder}")'
     ),
@@ -28,7 +28,7 @@ USAGE = {
         'model = DiTTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
     ),
     "GraftTransformer2DModel": (
-        "from models.checkpoints.transformer import GraftTransformer2DModel\n\n"
+        "from graftwork.models.checkpoints.transformer import GraftTransformer2DModel\n\n"
         'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
     ),
 }

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints.fit import UnfitCheckpoint
 
 Shape = tuple[int, ...]
 UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError)  # what damaged files raise

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.dit import DiT, DiTConfig
-from models.surgery import graft
-from specs.costs import rootstock_cost
-from specs.graft import Edit
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.surgery import graft
+from graftwork.specs.costs import rootstock_cost
+from graftwork.specs.graft import Edit
 
 if TYPE_CHECKING:
-    from models.checkpoints.files import Shape, Tensors
+    from graftwork.models.checkpoints.files import Shape, Tensors
 
 SHOWN = 10  # tensors that an error names at most
 LARGER = 16  # times, at most, that a rootstock has the numbers of its graft

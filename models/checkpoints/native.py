@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints.files import read_tensors
-from models.checkpoints.fit import build
-from models.checkpoints.recognition import Found, edits_json, said
-from models.dit import DiT
-from specs.graft import Edit
+from graftwork.models.checkpoints.files import read_tensors
+from graftwork.models.checkpoints.fit import build
+from graftwork.models.checkpoints.recognition import Found, edits_json, said
+from graftwork.models.dit import DiT
+from graftwork.specs.graft import Edit
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
 

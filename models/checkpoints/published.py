@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from models.checkpoints.files import in_memory, is_state, read_tensors, read_torch
-from models.checkpoints.fit import UnfitCheckpoint
-from models.checkpoints.recognition import Found, edits_json, said
-from models.dit import DiT, DiTConfig
-from specs.graft import Edit
-from specs.model import SIZES
+from graftwork.models.checkpoints.files import in_memory, is_state, read_tensors, read_torch
+from graftwork.models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints.recognition import Found, edits_json, said
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.specs.graft import Edit
+from graftwork.specs.model import SIZES
 
 WEIGHTS = "model.pt"
 PIXELS = 8  # along a side of a latent's element, in the published autoencoder

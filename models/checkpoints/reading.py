@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from models.checkpoints import diffusers, native, published
-from models.checkpoints.fit import UnfitCheckpoint, build, fitting
-from models.checkpoints.recognition import Found, recognised
-from models.dit import DiT, DiTConfig
-from specs.graft import Edit
-from specs.hub import local_path
+from graftwork.models.checkpoints import diffusers, native, published
+from graftwork.models.checkpoints.fit import UnfitCheckpoint, build, fitting
+from graftwork.models.checkpoints.recognition import Found, recognised
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.specs.graft import Edit
+from graftwork.specs.hub import local_path
 
 ACCEPTED = (
     "accepted: a .pt or .safetensors file, a folder that Graftwork wrote, a diffusers DiT or DiTPipeline folder, "

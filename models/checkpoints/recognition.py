@@ -10,16 +10,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.checkpoints.files import Shape, Tensors
-from models.checkpoints.fit import UnfitCheckpoint, named, shapes_of, weightless
-from models.dit import DiTConfig
-from models.operators import REGISTRY, recognise
-from models.surgery import ATTRIBUTE
-from specs.graft import Edit, Parallel, Site
-from specs.layers import MAX_DEPTH
-from specs.load import shown
-from specs.model import SIZES
-from specs.operators import Place, Target
+from graftwork.models.checkpoints.files import Shape, Tensors
+from graftwork.models.checkpoints.fit import UnfitCheckpoint, named, shapes_of, weightless
+from graftwork.models.dit import DiTConfig
+from graftwork.models.operators import REGISTRY, recognise
+from graftwork.models.surgery import ATTRIBUTE
+from graftwork.specs.graft import Edit, Parallel, Site
+from graftwork.specs.layers import MAX_DEPTH
+from graftwork.specs.load import shown
+from graftwork.specs.model import SIZES
+from graftwork.specs.operators import Place, Target
 
 # What a rootstock's shape is read from, with the number of dimensions it has.
 TELLING = {

@@ -15,11 +15,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from models.checkpoints.fit import Uninitialised
-from models.checkpoints.recognition import edits_from, edits_json
-from models.dit import DiT, DiTConfig
-from models.surgery import graft
-from specs.graft import Edit
+from graftwork.models.checkpoints.fit import Uninitialised
+from graftwork.models.checkpoints.recognition import edits_from, edits_json
+from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.surgery import graft
+from graftwork.specs.graft import Edit
 
 
 class GraftTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships types that mypy finds wrong

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from specs.operators import OperatorSpec, Place, Target
+from graftwork.specs.operators import OperatorSpec, Place, Target
 
 Builder = Callable[[Any, Place], nn.Module]
 B = TypeVar("B", bound=Builder)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.operators import register
-from models.operators.kernels import FLASH_ATTENTION, choose, on_gpu
-from specs.operators import Mha, Place, Swa
+from graftwork.models.operators import register
+from graftwork.models.operators.kernels import FLASH_ATTENTION, choose, on_gpu
+from graftwork.specs.operators import Mha, Place, Swa
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cache import in_parts
-from models.operators.kernels import CAUSAL_CONVOLUTION, choose
-from specs.operators import Accelerated
+from graftwork.models.cache import in_parts
+from graftwork.models.operators.kernels import CAUSAL_CONVOLUTION, choose
+from graftwork.specs.operators import Accelerated
 
 
 class CausalConv1d(nn.Conv1d):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.operators import Shapes, register
-from models.operators.convolution import CausalConv1d
-from specs import operators as specs
-from specs.operators import HyenaSE, HyenaX, HyenaY, Place
+from graftwork.models.operators import Shapes, register
+from graftwork.models.operators.convolution import CausalConv1d
+from graftwork.specs import operators as specs
+from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Place
 
 
 def _settings(shapes: Shapes, place: Place) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specs.operators import Accelerated
+from graftwork.specs.operators import Accelerated
 
 Fused = Callable[..., Tensor]
 

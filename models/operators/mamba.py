@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.operators import Shapes, register
-from models.operators.convolution import CausalConv1d
-from models.operators.kernels import STATE_SPACE_SCAN, choose
-from specs.operators import Mamba2, Place
+from graftwork.models.operators import Shapes, register
+from graftwork.models.operators.convolution import CausalConv1d
+from graftwork.models.operators.kernels import STATE_SPACE_SCAN, choose
+from graftwork.specs.operators import Mamba2, Place
 
 KERNEL_CHUNK = 256  # tokens that the fused scan takes at a time; mamba_ssm's default
 STEP = 0.001, 0.1  # range of the initial time steps, log-uniform

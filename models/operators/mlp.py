@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.operators import Shapes, register
-from models.operators.convolution import CausalConv1d
-from specs.operators import Mlp, MlpHyenaX, Place
+from graftwork.models.operators import Shapes, register
+from graftwork.models.operators.convolution import CausalConv1d
+from graftwork.specs.operators import Mlp, MlpHyenaX, Place
 
 
 def _ratio(shapes: Shapes, place: Place) -> dict[str, Any]:
