@@ -100,7 +100,7 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_log_var
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Log-probability, in nats, of images with 256 levels in [-1, 1], under a Gaussian."""
+    """Return the log-probability, in nats, of images with 256 levels in [-1, 1] under a Gaussian (see `normal_cdf`)."""
     centred, precision = x - mean, torch.exp(-0.5 * log_var)
     above = normal_cdf(precision * (centred + 1 / 255))
     below = normal_cdf(precision * (centred - 1 / 255))
@@ -109,4 +109,5 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tens
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2.0)))
+    """Return the standard normal CDF by the tanh formula of the published training code, within 3e-4 of the exact one."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

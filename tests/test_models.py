@@ -287,17 +287,24 @@ def test_the_loss_is_the_error_plus_the_divergence_in_bits(t: int) -> None:
     assert found == pytest.approx((predicted - noise) ** 2 + bound.item() / math.log(2), rel=2e-3)
 
 
-def test_the_loss_at_the_first_timestep_is_the_error_plus_the_likelihood_in_bits() -> None:
-    x0, noise, predicted, raw = 10 / 127.5 - 1, 0.7, 0.1, 0.5
+def published_cdf(x: float) -> float:
+    return 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def test_the_loss_at_the_first_timestep_is_the_published_likelihood_in_bits() -> None:
+    # The published code takes the normal CDF by a tanh formula: far from the mean its likelihood is another.
+    x0, noise, predicted, raw = 10 / 127.5 - 1, 0.7, -2.1, 0.5
     kept, chain = ALPHA_BAR[0], Diffusion()
     x = math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise
     mean = (x - math.sqrt(1 - kept) * predicted) / math.sqrt(kept)  # the first posterior is x0 itself
     deviation = math.exp((0.75 * math.log(1e-4) + 0.25 * chain.min_log_var[1].item()) / 2)
-    level = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), deviation)
-    chance = level.cdf(torch.tensor(x0 + 1 / 255)) - level.cdf(torch.tensor(x0 - 1 / 255))
+    above, below = ((x0 + side / 255 - mean) / deviation for side in (1, -1))
+    chance = published_cdf(above) - published_cdf(below)
+    exact = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([above, below], dtype=torch.float64))
     output = torch.cat([filled(predicted), filled(raw)], 1)
-    found = hybrid_loss(output, filled(x0), torch.tensor([0]), filled(noise)).item()
-    assert found == pytest.approx((predicted - noise) ** 2 - math.log2(chance.item()), rel=1e-3)
+    bound = hybrid_loss(output, filled(x0), torch.tensor([0]), filled(noise)).item() - (predicted - noise) ** 2
+    assert bound == pytest.approx(-math.log2(chance), rel=1e-5)
+    assert bound != pytest.approx(-math.log2((exact[0] - exact[1]).item()), rel=1e-3)
 
 
 def test_without_a_variance_the_loss_is_the_error_alone(example: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
