@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-slow test-chaos chaos check clean
+.PHONY: demo test test-fast test-slow test-all test-chaos chaos check clean
 
 demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
 
-# A process of tests a core; all tests of a file are run by one.
-SIDE_BY_SIDE := -n logical --dist loadfile
+# A process of tests a core; all tests of a file are run by one, and files in the order of tests/conftest.py.
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
 
 test: check test-fast
 
@@ -17,6 +17,10 @@ test-fast: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m slow
+
+# Both in one go, so that no core waits for the last slow test before the fast ones begin.
+test-all: .venv/ready
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not chaos"
 
 test-chaos: .venv/ready
 	$(BIN)/pytest -m chaos -s
