@@ -43,8 +43,9 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context, features
 from graftwork.stages.codec import Vae, in_range, load_codec, together
+from graftwork.stages.images import read_image, read_pixels
 from graftwork.stages.latents import read
-from graftwork.stages.sources import Item, read_image, read_pixels, split
+from graftwork.stages.sources import Item, split
 
 LEVELS = 4  # so a latent's side is an eighth of the image's
 SHAPES: dict[str, dict[str, Any]] = {

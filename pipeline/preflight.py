@@ -17,10 +17,10 @@ from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
-from graftwork.specs.problems import shown
+from graftwork.specs.problems import shown, text
 from graftwork.specs.secrets import filled
 from graftwork.stages.codec import misfits
-from graftwork.stages.sources import class_folders, class_sizes, scarce, split_sizes, text
+from graftwork.stages.sources import class_folders, class_sizes, scarce, split_sizes
 
 # What MLflow keeps runs in; without any, a folder.
 TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from graftwork.specs.secrets import masked
@@ -27,6 +28,11 @@ def problem(line: str) -> str:
 def plain(text: str) -> str:
     """Text that a terminal only prints: line ends, control characters and what is no character are spelt out."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def text(name: str) -> str:
+    """Return a file's name as text: bytes of it that are not UTF-8 are spelt out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def shown(value: object) -> str:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, Field, ValidationError
 
 from graftwork.specs.data import Codec, Data, PixelCodec, VaeCodec
-from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
-from graftwork.stages.sources import vae_folder
+from graftwork.specs.hub import is_hub_id, local_path, local_snapshot, vae_folder
 
 if TYPE_CHECKING:
     import numpy as np

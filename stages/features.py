@@ -26,22 +26,13 @@ from numpy.typing import NDArray
 from graftwork.cluster.runtime import options, room_for, settle
 from graftwork.specs.data import Data, PixelCodec, VaeCodec
 from graftwork.specs.job import StepResources
-from graftwork.specs.problems import plain
+from graftwork.specs.problems import plain, text
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context
 from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
+from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
-from graftwork.stages.sources import (
-    BrokenImage,
-    Item,
-    broken_images,
-    class_names,
-    read_pixels,
-    scaled,
-    split,
-    text,
-    told,
-)
+from graftwork.stages.sources import Item, class_names, split
 
 SHARD = 2048  # images
 BATCHES_A_TASK = 4

@@ -1,4 +1,4 @@
-"""Data sources: which images there are, which are held out, and how one is read; and where a VAE lies.
+"""Data sources: which images there are, and which are held out.
 
 The split and every smaller subset go by a hash of the image's name, class by class: the same images on any machine,
 whatever the order of a listing.
@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
-from graftwork.specs.problems import plain
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+from graftwork.specs.problems import plain, text
+from graftwork.stages.images import IMAGE_SUFFIXES, digits
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that a file of these names may be in; none runs a program
-MOST_PIXELS = 2**26  # of an image after it is scaled, before the crop: a line of pixels would become a wall
-SHOWN = 10  # broken images that an error names
 
 
 @dataclass(frozen=True)
@@ -38,21 +28,12 @@ class Item:
     label: int
 
 
-class BrokenImage(ValueError):
-    """A file that cannot be read as an image; the message is one line that names it."""
-
-
 def class_folders(data: ImageFolderData) -> dict[str, list[str]]:
     """The images of each class folder, by name; nothing that is hidden counts.
 
     Names are as the file system has them: what is not UTF-8 in them is escaped, see `text`.
     """
     return {folder.name: [path.name for path in _visible(folder) if _is_image(path)] for folder in _folders(data)}
-
-
-def text(name: str) -> str:
-    """A file's name as text: bytes of it that are not UTF-8 are spelt out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _folders(data: ImageFolderData) -> list[Path]:
@@ -110,7 +91,7 @@ def heldout_of(size: int, share: float) -> int:
 def items(data: Data) -> list[Item]:
     """Every image of the source."""
     if isinstance(data, DigitsData):
-        return [Item(str(index), int(label)) for index, label in enumerate(_digits()[1])]
+        return [Item(str(index), int(label)) for index, label in enumerate(digits()[1])]
     folders = class_folders(data).items()
     return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in names]
 
@@ -143,84 +124,3 @@ def interleave(classes: Sequence[Sequence[Item]]) -> list[Item]:
         for position, item in enumerate(members)
     ]
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
-
-
-def read_image(data: Data, name: str) -> np.ndarray:
-    """(C,S,S) float32 in [-1, 1]; raises BrokenImage."""
-    return scaled(read_pixels(data, name))
-
-
-def scaled(pixels: np.ndarray) -> np.ndarray:
-    """What `read_pixels` gives, as float32 in [-1, 1]."""
-    return pixels.astype("float32") / 127.5 - 1 if pixels.dtype == "uint8" else pixels
-
-
-def read_pixels(data: Data, name: str) -> np.ndarray:
-    """(C,S,S) as it is cheap to send: uint8, 0 .. 255, or (digits) float32 in [-1, 1]; raises BrokenImage."""
-    import numpy as np
-    from PIL import Image
-
-    side = data.image_size
-    if isinstance(data, DigitsData):
-        digit = Image.fromarray(_digits()[0][int(name)].astype(np.float32) / 8 - 1)
-        return np.asarray(digit.resize((side, side), Image.Resampling.BILINEAR))[None]
-
-    path = Path(data.path) / name
-    try:
-        picture = _opened(path)
-        scaled = [max(side, round(length * side / min(picture.size))) for length in picture.size]
-        if scaled[0] * scaled[1] > MOST_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels, too long for an image")
-        picture = picture.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
-    except Exception as error:  # torn files make the library raise whatever their bytes happen to stand for
-        reason = plain(str(error)).replace(repr(str(path)), "it") or type(error).__name__
-        raise BrokenImage(f"{plain(text(str(path)))}: cannot be read as an image: {reason}") from None
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return np.asarray(picture.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
-
-
-def _opened(path: Path) -> Image.Image:
-    """An image's first frame in RGB: transparency is dropped, 16 bits of grey become 8."""
-    import numpy as np
-    from PIL import Image
-
-    if not path.is_file():  # a pipe would never end
-        raise ValueError("no file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as picture:
-            if picture.mode.startswith("I"):  # PIL would cut what is above 255 off
-                return Image.fromarray((np.asarray(picture, np.float32) / 257).astype(np.uint8)).convert("RGB")
-            return picture.convert("RGB")
-
-
-def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
-    """Which of these images cannot be read, with what is said of each."""
-    found = {}
-    for name in names:
-        try:
-            read_image(data, name)
-        except BrokenImage as error:
-            found[name] = str(error)
-    return found
-
-
-def told(problems: Collection[str], total: int) -> str:
-    """One line about broken images: how many there are, and the first of them."""
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{len(problems)} of {total} images are broken: {'; '.join(sorted(problems)[:SHOWN])}{more}"
-
-
-def vae_folder(place: Path) -> Path:
-    """Where in a folder a VAE lies: in itself, or in the `vae` of a saved pipeline."""
-    within = place / "vae"
-    return within if (within / "config.json").is_file() and not (place / "config.json").is_file() else place
-
-
-@cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return digits.images, digits.target

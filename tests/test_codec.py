@@ -32,8 +32,9 @@ from graftwork.specs.load import SpecError, job_from
 from graftwork.specs.steps import FeaturesParams, SampleParams
 from graftwork.stages import Context, codec, features, rows
 from graftwork.stages.codec import UnfitCodec, load_codec, misfits
+from graftwork.stages.images import read_image, scaled
 from graftwork.stages.latents import read, read_meta
-from graftwork.stages.sources import read_image, scaled, split
+from graftwork.stages.sources import split
 from tests.conftest import Graft
 from tests.small import Folder, Payload
 

@@ -38,9 +38,10 @@ from graftwork.specs.problems import plain, shown
 from graftwork.specs.secrets import filled, masked, redacted
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context, features
+from graftwork.stages.images import BrokenImage, read_image
 from graftwork.stages.inception import read_statistics
 from graftwork.stages.latents import read, read_meta
-from graftwork.stages.sources import BrokenImage, class_sizes, read_image, split
+from graftwork.stages.sources import class_sizes, split
 from tests.conftest import TINY
 from tests.small import lively
 
