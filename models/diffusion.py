@@ -109,5 +109,5 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tens
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """Return the standard normal CDF by the tanh formula of the published training code, within 3e-4 of the exact one."""
+    """Return the normal CDF by the tanh formula of the published training code, within 3e-4 of the exact one."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
