@@ -134,7 +134,10 @@ def export(
     card = Card(
         title=found.run,
         rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
-        recipe={section: job[section] for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")},
+        recipe={
+            section: _without_folders(job[section])
+            for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")
+        },
         results=found.results,
         keys={one.name: one.key for one in found.steps},
     )
@@ -143,6 +146,15 @@ def export(
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return Path(out)
+
+
+def _without_folders(value: Any) -> Any:
+    """Return what a job says, with the names alone of the files and folders that it reads on this machine."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _origin(weights: dict[str, Any]) -> str:

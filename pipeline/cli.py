@@ -82,9 +82,12 @@ def submit(
 ) -> None:
     """Run a job on a Ray cluster; prints the submission's name."""
     from graftwork.pipeline import remote
+    from graftwork.specs.load import load
 
     with problems(debug):
-        sent = remote.submit(job, address, overrides or ())
+        spec = load(job, overrides or ())
+        sent = remote.submit(spec, address)
+        _print_lines(remote.needed_there(spec))
     _sent(sent, address, follow, debug)
 
 
@@ -454,9 +457,13 @@ def _given(store: str) -> str | None:
 
 
 def _fail(lines: list[str], code: int) -> None:
+    _print_lines(lines)
+    raise typer.Exit(code)
+
+
+def _print_lines(lines: list[str]) -> None:
     for line in lines:
         print(f"graft: {plain(redacted(line))}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _resume_line(left: RunRecord) -> str:

@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
+from graftwork.specs.paths import UnknownInPath, expand
 from graftwork.specs.secrets import filled
 
 T = TypeVar("T")
@@ -137,11 +138,11 @@ class Files(ABC):
 def open_files(url: str) -> Files:
     """The files at a folder or an fsspec URL; raises StoreError where no installed library knows it."""
     protocol = url.partition("://")[0] if "://" in url else ""
-    place = filled(url, "store")
     try:
+        place = filled(expand(url), "store")
         if "://" not in place and "::" not in place:
             # A relative path means the same folder in every process of a job.
-            return LocalFiles(str(Path(place).expanduser().absolute()))
+            return LocalFiles(str(Path(place).absolute()))
         import fsspec  # which takes longer to load than a run on a local store that has all of its steps
         from fsspec.implementations.local import LocalFileSystem
 
@@ -158,7 +159,9 @@ def open_files(url: str) -> Files:
         package = "graftwork[s3]" if protocol in ("s3", "s3a") else protocol
         told = f"accepted: a folder, or the URL of a library that is installed ({package!r} may want installing)"
         raise StoreError(url, f"whose library is not installed ({missing})", told) from None
-    except (ValueError, RuntimeError) as unknown:  # of ~somebody, who is not known here
+    except UnknownInPath as unknown:
+        raise StoreError(url, "which cannot be understood", f"accepted: {unknown}") from None
+    except (ValueError, RuntimeError) as unknown:
         raise StoreError(
             url, f"which cannot be understood ({unknown})", "accepted: a folder, or a URL as s3://bucket/prefix"
         ) from None

@@ -137,6 +137,16 @@ def fetch(job: JobSpec) -> None:
             raise SpecError([f"{field}: got {path!r}, which cannot be fetched: {reason}; {accepted}"]) from None
 
 
+def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """Yield the field and path of all files and folders that the job reads; a hub id is not one."""
+    if isinstance(job.data, ImageFolderData):
+        yield "data.path", job.data.path
+    yield from ((field, path) for field, path in _weights(job) if not is_hub_id(path))
+    for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
+        if path is not None:
+            yield f"evaluate.{name}", path
+
+
 def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
     """The field and path of all weights that the job brings along."""
     if isinstance(job.codec, VaeCodec):

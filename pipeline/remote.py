@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 
 import graftwork
+from graftwork.pipeline import preflight
 from graftwork.pipeline.record import COMMIT, SUBMISSION
 from graftwork.pipeline.running import git_commit
 from graftwork.specs.job import JobSpec
@@ -112,6 +113,15 @@ def homeless(job: JobSpec) -> list[str]:
         wanted = "http://host:5000, or sqlite:////absolute/path"
         lines.append(f"tracking.uri: got {job.tracking.uri!r}, a file of this machine; accepted: {wanted}")
     return lines
+
+
+def needed_there(job: JobSpec) -> list[str]:
+    """Return a line for each path of this machine that the cluster's nodes must have, too."""
+    return [
+        f"{field}: {path!r} is a path of this machine; the cluster's nodes must have it, too"
+        for field, path in preflight.paths(job)
+        if Path(path).exists()
+    ]
 
 
 def store_of(found: Submission | None, name: str, store: str | None) -> str:

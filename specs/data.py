@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from graftwork.specs.fields import Location, Spec, Unkeyed
+from graftwork.specs.fields import LocalPath, Spec, Unkeyed, WeightsPath
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
 
@@ -29,7 +29,7 @@ class ImageFolderData(Spec):
 
     channels: ClassVar[int] = 3
     kind: Literal["image_folder"] = "image_folder"
-    path: Annotated[Location, Unkeyed()]  # its files are in the key
+    path: Annotated[LocalPath, Unkeyed()]  # its files are in the key
     classes: Annotated[int | None, Unkeyed()] = Field(
         None, ge=1, description="how many classes there must be; with it a plan needs no images"
     )
@@ -63,7 +63,7 @@ class VaeCodec(Spec):
     """diffusers' AutoencoderKL: a latent is a sample of the encoder's posterior, times `scale`."""
 
     kind: Literal["vae"] = "vae"
-    path: Annotated[Location, Unkeyed()] = Field(
+    path: Annotated[WeightsPath, Unkeyed()] = Field(
         "stabilityai/sd-vae-ft-ema", description="a folder, or a hub id; its content is in the key"
     )
     scale: float = Field(0.18215, gt=0)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.specs.fields import Location, Spec, Unkeyed, refuse
+from graftwork.specs.fields import LocalPath, Spec, Unkeyed, refuse
 from graftwork.specs.training import Precision
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
@@ -53,10 +53,10 @@ class EvaluateSpec(Spec):
         False, description="torch.compile the models to sample from; samples then differ in their last bits"
     )
     # The content of both files is in the key.
-    reference: Annotated[Location | None, Unkeyed()] = Field(
+    reference: Annotated[LocalPath | None, Unkeyed()] = Field(
         None, description="for fid: an .npz with mu and sigma, or a folder of images"
     )
-    inception: Annotated[Location | None, Unkeyed()] = Field(
+    inception: Annotated[LocalPath | None, Unkeyed()] = Field(
         None, description="for fid: Inception weights; without it torch's hub cache is asked"
     )
 

@@ -7,7 +7,7 @@ side) is marked `Unkeyed` where it is declared, and `keyed` leaves it out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from graftwork.specs.paths import UnknownInPath, expand, expand_absolute, expand_weights
 from graftwork.specs.secrets import INSTEAD, secret_in
 
 LARGEST = 2**63 - 1  # integer of a spec, either way
@@ -151,5 +152,19 @@ def _without_secret(text: str) -> str:
     return text
 
 
+def _expanded_by(expansion: Callable[[str], str]) -> AfterValidator:
+    def expanded(text: str) -> str:
+        try:
+            return expansion(text)
+        except UnknownInPath as unknown:
+            refuse([], text, str(unknown))
+
+    return AfterValidator(expanded)
+
+
 Line = Annotated[str, StringConstraints(min_length=1), AfterValidator(_line)]  # text of a line
-Location = Annotated[Line, AfterValidator(_name_of_a_place), AfterValidator(_without_secret)]  # a path, hub id or URI
+_CHECKS = AfterValidator(_line), AfterValidator(_name_of_a_place), AfterValidator(_without_secret)
+# Each with `~` and variables filled in when it is read; checked before, as it is written, and after.
+Location = Annotated[Line, *_CHECKS, _expanded_by(expand), *_CHECKS]  # a path or URI
+LocalPath = Annotated[Line, *_CHECKS, _expanded_by(expand_absolute), *_CHECKS]  # of a file or folder, made absolute
+WeightsPath = Annotated[Line, *_CHECKS, _expanded_by(expand_weights), *_CHECKS]  # the same, or a hub id

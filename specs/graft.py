@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from graftwork.specs.fields import Location, Spec, Unkeyed, are_integers, refuse
+from graftwork.specs.fields import Spec, Unkeyed, WeightsPath, are_integers, refuse
 from graftwork.specs.layers import Layers, LearnedLayers
 from graftwork.specs.operators import Operator, Target
 
@@ -62,7 +62,7 @@ class OperatorEdits(Spec):
     target: Target
     operator: Operator
     layers: Layers
-    scions: Annotated[Location | None, Unkeyed()] = Field(
+    scions: Annotated[WeightsPath | None, Unkeyed()] = Field(
         None,
         description="a graft to take the scions from, instead of distilling them: a file, a folder or a hub id",
     )

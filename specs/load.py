@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from graftwork.specs.fields import NoNumber, with_room
 from graftwork.specs.job import JobSpec
+from graftwork.specs.paths import UnknownInPath, expand
 from graftwork.specs.problems import SpecError, named, shown
 
 __all__ = ["SpecError", "job_from", "job_schema", "load", "read_job", "read_yaml", "shown"]
@@ -30,7 +31,7 @@ EXTENDS = "the path of another job's file, from this one: it gives the fields th
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job in a YAML file, with `section.field=value` overrides applied before it is checked."""
-    return job_from(read_job(Path(path)), overrides)
+    return job_from(read_job(_expanded(str(path), "the job's file")), overrides)
 
 
 def job_schema() -> dict[str, Any]:
@@ -74,9 +75,9 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or not base.strip():
         raise SpecError([f"{path}: extends: got {shown(base)}; accepted: the path of another job's file"])
     accepted = "accepted: a .yaml file, by its path from this one"
-    if "\0" in base or Path(base).is_absolute() or Path(base).suffix not in (".yaml", ".yml"):
+    if "\0" in base or Path(base).suffix not in (".yaml", ".yml"):
         raise SpecError([f"{path}: extends: got {shown(base)}; {accepted}"])
-    other = path.parent / base
+    other = path.parent / _expanded(base, f"{path}: extends")
     try:
         if other.exists() and not other.is_file():
             raise SpecError([f"{path}: extends: got {shown(base)}, which is no file; {accepted}"])
@@ -90,6 +91,14 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             [f"{path}: extends: got {shown(base)}; accepted: at most {MAX_FILES} files that extend each other"]
         )
     return merged(read_job(other, (*above, path)), document)
+
+
+def _expanded(path: str, field: str) -> Path:
+    """Return a path with `~` and the variables in it filled in; raise SpecError."""
+    try:
+        return Path(expand(path))
+    except UnknownInPath as unknown:
+        raise SpecError([f"{field}: got {shown(path)}; accepted: {unknown}"]) from None
 
 
 def merged(base: dict[str, Any], over: dict[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.specs.fields import Location, Spec, Unkeyed, refuse
+from graftwork.specs.fields import Spec, Unkeyed, WeightsPath, refuse
 from graftwork.specs.layers import MAX_DEPTH
 from graftwork.specs.training import TrainingSpec
 
@@ -67,7 +67,7 @@ class CheckpointWeights(Spec):
     id. What it carries already is found from its tensors."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    path: Annotated[Location, Unkeyed()]  # its content is in the key
+    path: Annotated[WeightsPath, Unkeyed()]  # its content is in the key
 
 
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from graftwork.specs.data import Codec, Data
 from graftwork.specs.evaluate import EvaluateSpec, Metric, Sampler
-from graftwork.specs.fields import Location, Spec, Unkeyed
+from graftwork.specs.fields import LocalPath, Spec, Unkeyed
 from graftwork.specs.graft import Edit
 from graftwork.specs.layers import Group, Layers
 from graftwork.specs.model import DitModel, Weights
@@ -96,8 +96,8 @@ class TrainingStatisticsParams(Spec):
 class FidStatisticsParams(Spec):
     """What Inception sees in the images of `evaluate.reference`, or the statistics that it is."""
 
-    reference: Annotated[Location, Unkeyed()]  # the content of both files is in the key
-    inception: Annotated[Location | None, Unkeyed()] = None
+    reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
 
 
 class HeldoutParams(Spec):
@@ -106,7 +106,7 @@ class HeldoutParams(Spec):
     codec: Codec
     samples: int
     metrics: tuple[Metric, ...]
-    inception: Annotated[Location | None, Unkeyed()] = None
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
 
 
 class SampleParams(Spec):
@@ -121,7 +121,7 @@ class SampleParams(Spec):
     sampler: Sampler
     precision: Precision = "fp32"
     keep_samples: bool = False
-    inception: Annotated[Location | None, Unkeyed()] = None
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
     compile: Annotated[bool, Unkeyed()] = False
 
 

@@ -38,8 +38,8 @@ BAD = [
     ("model.heads=3", "model.heads: got 3; accepted: a number that divides the width, 32"),
     ("model.patch=3", "data.image_size: got 16; accepted: a multiple of the patch, 3"),
     ("distill.samples=5000", "distill.samples: got 5000; accepted: at most 899"),
-    ("weights={kind: checkpoint, path: none.pt}", "weights.path: got 'none.pt', no such file"),
-    ("data={kind: image_folder, path: none}", "data.path: got 'none', no such folder"),
+    ("weights={kind: checkpoint, path: none.pt}", "weights.path: got '{here}/none.pt', no such file"),
+    ("data={kind: image_folder, path: none}", "data.path: got '{here}/none', no such folder"),
     ("store=/dev/null/store", "store: got '/dev/null/store', which cannot be written"),
     ("store=nonsense://place", "store: got 'nonsense://place', which cannot be understood"),
     ("store=gs://bucket/prefix", "store: got 'gs://bucket/prefix', whose library is not installed"),
@@ -53,7 +53,7 @@ def test_a_bad_field_is_one_line_and_exit_code_2(override: str, told: str) -> No
     done = graft("run", str(TINY), "--set", override.replace("{port}", port))
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("graft: " + told.replace("{port}", port))
+    assert line.startswith("graft: " + told.replace("{port}", port).replace("{here}", str(Path.cwd())))
     assert "accepted: " in line
     assert done.stdout == ""
 
@@ -110,7 +110,7 @@ def test_a_plan_needs_none_of_the_files_and_says_which_are_not_here(tmp_path: Pa
     (tmp_path / "none" / "only" / "image.png").touch()
     done = graft("plan", str(TINY), "--set", elsewhere[0], "--set", "distill.samples=1")
     assert done.exit_code == 2
-    assert done.stderr == "graft: data.classes: got 7; accepted: 1, the class folders in none\n"
+    assert done.stderr == f"graft: data.classes: got 7; accepted: 1, the class folders in {tmp_path}/none\n"
 
 
 def test_planning_leaves_nothing_behind(tmp_path: Path) -> None:

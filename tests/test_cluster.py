@@ -367,5 +367,5 @@ def test_what_travels_is_the_project_and_the_job_as_it_was_resolved(tmp_path: Pa
     job = load(tmp_path / "mine.yaml", ["store=/shared"])
     with remote.staged(job) as folder:
         assert load(folder / remote.JOB_FILE) == job
-        assert {path.name for path in folder.iterdir()} == {*remote.PACKAGES, remote.JOB_FILE}
+        assert {path.name for path in folder.iterdir()} == {"graftwork", remote.JOB_FILE}
         assert not list(folder.rglob("__pycache__"))

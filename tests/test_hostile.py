@@ -372,7 +372,7 @@ def test_a_checkpoint_of_another_model_or_of_fewer_classes_is_known_before_anyth
     done = graft("run", str(TINY), "--set", "weights={kind: checkpoint, path: other.pt}")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("graft: weights.path: got other.pt: does not fit the model: ") and told in line
+    assert line.startswith(f"graft: weights.path: got {tmp_path}/other.pt: does not fit the model: ") and told in line
     assert not list((tmp_path / ".graftwork").glob("runs/*.json"))
 
 
