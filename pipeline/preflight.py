@@ -25,6 +25,9 @@ from graftwork.stages.sources import class_folders, class_sizes, scarce, split_s
 # What MLflow keeps runs in; without any, a folder.
 TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
 
+ACCEPTED_REFERENCE = "accepted: an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
+PLANNED_HEADERS = 1000  # of images that a plan reads
+
 
 def check(job: JobSpec) -> None:
     """Raise SpecError, one line a problem, for all that a run of the job would not find, or not find enough of."""
@@ -70,7 +73,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
     """
     from graftwork.models import checkpoints
     from graftwork.models.dit import DiTConfig
-    from graftwork.stages.inception import read_statistics
+    from graftwork.stages.inception import read_statistics, reference_images, require_one_size
 
     lines = []
     sources = [("weights.path", job.weights.path)] if isinstance(job.weights, CheckpointWeights) else []
@@ -95,11 +98,14 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
         except checkpoints.UnfitCheckpoint as error:
             lines.append(f"{field}: got {error}; accepted: a checkpoint of the job's model and classes")
     reference = job.evaluate.reference
-    if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending and not Path(reference).is_dir():
+    if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending:
         try:
-            read_statistics(reference)
+            if Path(reference).is_dir():
+                require_one_size(reference, reference_images(reference))
+            else:
+                read_statistics(reference)
         except ValueError as error:
-            lines.append(f"evaluate.reference: got {error}; accepted: an .npz with mu and sigma, or a folder of images")
+            lines.append(f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}")
     if lines:
         raise SpecError(lines)
 
@@ -174,7 +180,23 @@ def shortages(job: JobSpec) -> list[str]:
     pairs = (
         [f"graft: got {pair}; accepted: pairs of blocks that are in no parallel block of the weights"] if pair else []
     )
-    return [*misfits(job.codec, job.data), *pairs, *_data_shortages(job)]
+    return [*misfits(job.codec, job.data), *pairs, *_data_shortages(job), *_reference_shortages(job)]
+
+
+def _reference_shortages(job: JobSpec) -> list[str]:
+    """A line where a folder of images is no reference; the sizes of many images are left to `check_files`."""
+    from graftwork.stages.inception import reference_images, require_one_size
+
+    reference = job.evaluate.reference
+    if "fid" not in job.evaluate.metrics or reference is None or not Path(reference).is_dir():
+        return []
+    try:
+        images = reference_images(reference)
+        if len(images) <= PLANNED_HEADERS:
+            require_one_size(reference, images)
+    except ValueError as error:
+        return [f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}"]
+    return []
 
 
 def _data_shortages(job: JobSpec) -> list[str]:

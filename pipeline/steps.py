@@ -166,10 +166,11 @@ def _references(
         yield Draft("reference/classifier", "reference", training, FEATURES | judges)
     if "fid" in metrics:
         assert asked.reference is not None
-        told = params.FidStatisticsParams(reference=asked.reference, inception=asked.inception)
-        outside = reference_fingerprint(asked.reference)
+        outside, background = reference_fingerprint(asked.reference), None
         if Path(asked.reference).is_dir():  # statistics are taken as they are
             outside |= weights
+            background = job.data.background
+        told = params.FidStatisticsParams(reference=asked.reference, background=background, inception=asked.inception)
         yield Draft("reference/fid", "reference", told, {}, outside)
     heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
     yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, weights)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from graftwork.specs.fields import LocalPath, Spec, Unkeyed, WeightsPath
+from graftwork.specs.fields import Line, LocalPath, Spec, Unkeyed, WeightsPath, refuse
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
+
+COLOURS = {"white": "#ffffff", "black": "#000000"}
+
+
+def _colour(name: str) -> str:
+    """Return a colour as #rrggbb."""
+    if re.fullmatch("#[0-9a-fA-F]{6}", name) is None and name not in COLOURS:
+        refuse([], name, f"{', '.join(COLOURS)} or #rrggbb")
+    return COLOURS.get(name, name.lower())
 
 
 class DigitsData(Spec):
@@ -17,6 +27,7 @@ class DigitsData(Spec):
     channels: ClassVar[int] = 1
     classes: ClassVar[int] = 10
     flip: ClassVar[bool] = False  # a digit's mirror image is none
+    background: ClassVar[str] = COLOURS["white"]
     skip_broken: ClassVar[bool] = False
     kind: Literal["digits"] = "digits"
     image_size: int = Field(16, ge=8, le=64, multiple_of=8, description="pixels a side")
@@ -40,6 +51,9 @@ class ImageFolderData(Spec):
     per_class: int | None = Field(None, ge=1, description=PER_CLASS)
     flip: bool = Field(
         False, description="also encode each training image's mirror image; training draws which of the two it sees"
+    )
+    background: Annotated[Line, AfterValidator(_colour)] = Field(
+        COLOURS["white"], description="what shows through transparent pixels: white, black or #rrggbb"
     )
     skip_broken: bool = Field(
         False, description="leave out, and count, the images that cannot be read; they are an error otherwise"

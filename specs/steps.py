@@ -97,6 +97,7 @@ class FidStatisticsParams(Spec):
     """What Inception sees in the images of `evaluate.reference`, or the statistics that it is."""
 
     reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
+    background: str | None = None  # of images, in a folder: what shows through transparent pixels
     inception: Annotated[LocalPath | None, Unkeyed()] = None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.specs.problems import plain, text
+from graftwork.stages.images import is_image, read_rgb, size_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 2048
 BATCH = 50
+MIN_IMAGES = 2  # that have a covariance
+NAMED = 3  # folders or sizes that an error names
 LARGEST = 2**26  # bytes of an array of statistics
 
 
@@ -54,46 +59,75 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
 
 
 def reference_statistics(
-    path: str, network: Callable[[], Any], device: torch.device, report: Callable[[int, int], object]
+    path: str,
+    background: str,
+    network: Callable[[], Any],
+    device: torch.device,
+    report: Callable[[int, int], object],
 ) -> Gaussian:
-    """Of an .npz that holds mu and sigma, or of the images in a folder, looked at some at a time; ValueError for
-    anything else. `network` loads what is only needed for a folder, `report` is told the images done and their number.
+    """Return those of an .npz that holds mu and sigma, or of the images in a folder, looked at some at a time.
+
+    `background` shows through what is transparent in images, `network` loads what is only needed for a folder, `report`
+    is told the images done and their number. Raise ValueError for anything else.
     """
-    from pytorch_fid.fid_score import IMAGE_EXTENSIONS
+    import numpy as np
 
     from graftwork.models.frechet import Moments
 
     if not Path(path).is_dir():
         return read_statistics(path)
-    files = sorted(file for file in Path(path).iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    if not files:
-        raise ValueError(f"{path}: no images directly in this folder")
+    files = reference_images(path)
+    require_one_size(path, files)
     loaded, parts = network(), [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
     total: Moments | None = None
     with ThreadPoolExecutor() as pool:
         for number, part in enumerate(parts):
-            moments = Moments.of(inception_features(_stacked(path, list(pool.map(_pixels, part))), loaded, device))
+            images = np.stack(list(pool.map(partial(_pixels, background=background), part)))
+            moments = Moments.of(inception_features(images, loaded, device))
             total = moments if total is None else total + moments
             report(number * BATCH + len(part), len(files))
     assert total is not None
     return total.gaussian()
 
 
-def _pixels(file: Path) -> NDArray[np.uint8]:
-    """(3,S,S)."""
+def reference_images(path: str) -> list[Path]:
+    """Return the images of a reference, which lie directly in its folder; raise ValueError where that cannot be meant.
+
+    Hidden files count for nothing, as they do in the data.
+    """
+    entries = sorted(entry for entry in Path(path).iterdir() if not entry.name.startswith("."))
+    images = [entry for entry in entries if is_image(entry)]
+    folders = [text(entry.name) for entry in entries if entry.is_dir() and any(map(is_image, entry.rglob("*")))]
+    if folders:
+        more = f" and {len(folders) - NAMED} more" if len(folders) > NAMED else ""
+        nested = f"in folders within it ({', '.join(map(plain, folders[:NAMED]))}{more}), which are not looked into"
+        directly = f"{len(images)} images" if images else "no images"
+        raise ValueError(f"{path}: {directly} directly in this folder, and more {nested}")
+    if len(images) < MIN_IMAGES:
+        raise ValueError(
+            f"{path}: {len(images) or 'no'} image{'s' * (len(images) != 1)} directly in this folder; a covariance "
+            f"needs at least {MIN_IMAGES}"
+        )
+    return images
+
+
+def require_one_size(path: str, files: Sequence[Path]) -> None:
+    """Raise ValueError where images, by their headers, are of several sizes or are none."""
+    found: dict[tuple[int, int], Path] = {}
+    with ThreadPoolExecutor() as pool:
+        for file, size in zip(files, pool.map(size_of, files), strict=True):
+            found.setdefault(size, file)
+    if len(found) > 1:
+        examples = [f"{text(file.name)} {width} x {height}" for (width, height), file in found.items()]
+        several = ", ".join(map(plain, examples[:NAMED]))
+        raise ValueError(f"{path}: images of {len(found)} sizes ({several}); a reference's are all of one")
+
+
+def _pixels(file: Path, background: str) -> NDArray[np.uint8]:
+    """Return an image (3,H,W)."""
     import numpy as np
-    from PIL import Image
 
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-
-
-def _stacked(path: str, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    import numpy as np
-
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"{path}: images of several sizes; the reference's must all be of one")
-    return np.stack(images)
+    return np.asarray(read_rgb(file, background)).transpose(2, 0, 1)
 
 
 def read_statistics(path: str) -> Gaussian:

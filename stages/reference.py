@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.specs.data import Codec
+from graftwork.specs.data import COLOURS, Codec
 from graftwork.specs.steps import FidStatisticsParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages import Context
 from graftwork.stages.codec import load_codec
@@ -41,7 +41,10 @@ def _read_reference(context: Context, params: FidStatisticsParams) -> None:
         context.stop_if_asked()
 
     network = partial(load_inception, params.inception, context.device)
-    reference_statistics(params.reference, network, context.device, report).write(statistics_file(context.out, "fid"))
+    statistics = reference_statistics(
+        params.reference, params.background or COLOURS["white"], network, context.device, report
+    )
+    statistics.write(statistics_file(context.out, "fid"))
 
 
 def _judge_training_images(context: Context, params: TrainingStatisticsParams) -> None:

@@ -16,9 +16,14 @@ from PIL import Image
 from pytorch_fid import fid_score
 
 from graftwork.models.frechet import Gaussian, Moments, distance
+from graftwork.pipeline import api, preflight
+from graftwork.specs.data import ImageFolderData
 from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.specs.load import SpecError, load
 from graftwork.stages import inception
+from graftwork.stages.images import read_pixels
 from graftwork.stages.inception import inception_features, load_inception, reference_statistics
+from tests.conftest import TINY
 from tests.small import Payload
 
 CPU = torch.device("cpu")
@@ -57,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def statistics_of(reference: Path, network: Any) -> Gaussian:
-    return reference_statistics(str(reference), lambda: network, CPU, lambda done, total: None)
+    return reference_statistics(str(reference), "#ffffff", lambda: network, CPU, lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +171,8 @@ def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
 ) -> None:
     monkeypatch.setattr(inception, "BATCH", 3)
     told: list[tuple[int, int]] = []
-    found = reference_statistics(str(folders[1]), lambda: network, CPU, lambda *progress: told.append(progress))
+    report = lambda *progress: told.append(progress)  # noqa: E731
+    found = reference_statistics(str(folders[1]), "#ffffff", lambda: network, CPU, report)
     assert told == [(3, COUNT), (COUNT, COUNT)]
     assert np.abs(found.sigma - theirs.sigma).max() < 1e-5 * np.abs(theirs.sigma).max()
 
@@ -268,21 +274,23 @@ def test_the_file_is_the_one_that_pytorch_fid_downloads() -> None:
 # -- the reference
 
 
+SIZES = {f"{number:03d}.png": 8 if number < inception.BATCH else 9 for number in range(inception.BATCH + 2)}
+# The images in folders that are no reference, by name, with their side; 0 is text.
+CONTENTS: dict[str, dict[str, int]] = {
+    "an empty folder": {},
+    "a folder of text": {"README.md": 0},
+    "hidden images": {"._0.png": 8, "._1.png": 8},
+    "one image": {"0.png": 8},
+    "a folder of class folders": {"cat/0.png": 8, "cat/1.png": 8},
+    "images beside a folder of images": {"0.png": 8, "1.png": 8, "more/2.png": 8},
+    "images of two sizes": SIZES,  # those of the first batch are all of one
+    "a broken image": {"0.png": 8, "1.png": 0},
+}
+
+
 def wrong_reference(how: str, folder: Path) -> Path:
     path = folder / "reference"
     match how:
-        case "an empty folder":
-            path.mkdir()
-        case "a folder of text":
-            path.mkdir()
-            (path / "README.md").touch()
-        case "a folder of class folders":
-            (path / "cat").mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(path / "cat" / "0.png")
-        case "images of two sizes":
-            path.mkdir()
-            for side in (8, 9):
-                Image.new("RGB", (side, side)).save(path / f"{side}.png")
         case "an npz without mu":
             path = folder / "reference.npz"
             np.savez(path, arr_0=np.zeros(3))
@@ -291,21 +299,31 @@ def wrong_reference(how: str, folder: Path) -> Path:
             path.write_text("<html>404: not found</html>")
         case "another file":
             path.write_text("?")
+        case _:
+            path.mkdir()
+            for name, side in CONTENTS[how].items():
+                (path / name).parent.mkdir(exist_ok=True)
+                if side:
+                    Image.new("RGB", (side, side)).save(path / name)
+                else:
+                    (path / name).write_text("<html>404: not found</html>")
     return path
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "an empty folder",
-        "a folder of text",
-        "a folder of class folders",
-        "images of two sizes",
-        "an npz without mu",
-        "an npz that is none",
-        "another file",
-    ],
-)
+FOLDERS = {
+    "an empty folder": "no images directly in this folder; a covariance needs at least 2",
+    "a folder of text": "no images directly in this folder; a covariance needs at least 2",
+    "hidden images": "no images directly in this folder; a covariance needs at least 2",
+    "one image": "1 image directly in this folder; a covariance needs at least 2",
+    "a folder of class folders": "no images directly in this folder, and more in folders within it (cat), ",
+    "images beside a folder of images": "2 images directly in this folder, and more in folders within it (more), ",
+    "images of two sizes": "images of 2 sizes (000.png 8 x 8, 050.png 9 x 9); ",
+    "a broken image": "cannot be read as an image: ",
+}
+FILES = ["an npz without mu", "an npz that is none", "another file"]
+
+
+@pytest.mark.parametrize("how", [*FOLDERS, *FILES])
 def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_names_it(
     tmp_path: Path, network: Any, how: str
 ) -> None:
@@ -313,4 +331,46 @@ def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_na
     with pytest.raises(ValueError) as caught:
         statistics_of(path, network)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert message.startswith((f"{path}: ", f"{path}/")) and "\n" not in message
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+def test_a_folder_that_is_no_reference_is_refused_by_a_plan(tmp_path: Path, weights: Path, how: str) -> None:
+    path = wrong_reference(how, tmp_path)
+    evaluate = f"evaluate={{samples: 8, metrics: [fid], reference: {path}, inception: {weights}}}"
+    with pytest.raises(SpecError) as caught:
+        api.plan(TINY, [evaluate])
+    (line,) = caught.value.lines
+    assert line.startswith(f"evaluate.reference: got {path}") and FOLDERS[how] in line and "; accepted: " in line
+
+
+def test_sizes_of_many_images_are_looked_at_before_the_run(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PLANNED_HEADERS", 10)
+    path = wrong_reference("images of two sizes", tmp_path)
+    job = load(TINY, [f"evaluate={{samples: 8, metrics: [fid], reference: {path}, inception: {weights}}}"])
+    assert preflight.shortages(job) == []
+    with pytest.raises(SpecError, match="images of 2 sizes"):
+        preflight.check_files(job, ["reference/fid"])
+
+
+def test_the_reference_is_read_as_the_training_images_are(tmp_path: Path, network: Any) -> None:
+    """Deep grey, transparency and pictures on their side: the features are those of what a job would be trained on."""
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    ramp = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(folder / "deep.png")
+    Image.fromarray(ramp).save(folder / "deep.tif")
+    Image.new("RGBA", (32, 32), (200, 0, 0, 100)).save(folder / "glass.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((ramp // 257).astype(np.uint8)).save(folder / "turned.png", exif=exif)
+    (folder / "._deep.png").write_bytes(b"\0\5\x16\7")
+    data = ImageFolderData(path=str(tmp_path), image_size=32)
+    names = ["deep.png", "deep.tif", "glass.png", "turned.png"]
+    expected = np.stack([read_pixels(data, f"reference/{name}") for name in names])
+    assert 120 < expected[0].mean() < 136  # half of white
+    found = statistics_of(folder, network)
+    exact = Moments.of(inception_features(expected, network, CPU)).gaussian()
+    assert np.array_equal(found.mu, exact.mu) and np.array_equal(found.sigma, exact.sigma)
