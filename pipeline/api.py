@@ -18,13 +18,13 @@ from graftwork.pipeline.running import Run
 from graftwork.pipeline.store import Manifest, State, Store
 from graftwork.pipeline.view import SilentView, View
 from graftwork.specs.costs import GraftCost
-from graftwork.specs.data import ImageFolderData
 from graftwork.specs.export import Layout
 from graftwork.specs.hub import is_hub_id
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, job_from, load
 from graftwork.specs.problems import shown
-from graftwork.stages.sources import class_sizes
+from graftwork.stages.listing import listing_once
+from graftwork.stages.sources import num_classes
 
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 
@@ -35,10 +35,11 @@ def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
     Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run.
     """
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
-    shortages = preflight.shortages(spec)
-    if shortages:
-        raise SpecError(shortages)
-    return planning.make_plan(spec)
+    with listing_once():
+        shortages = preflight.shortages(spec)
+        if shortages:
+            raise SpecError(shortages)
+        return planning.make_plan(spec)
 
 
 def costs(job: JobSpec) -> GraftCost | None:
@@ -46,9 +47,8 @@ def costs(job: JobSpec) -> GraftCost | None:
     number of classes is in data that are elsewhere."""
     if job.budget() is not None:
         return None
-    here = not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
-    num_classes = job.data.classes or (len(class_sizes(job.data)) if here else 0)
-    return planning.costs(job, num_classes) if num_classes else None
+    count = num_classes(job.data)
+    return planning.costs(job, count) if count else None
 
 
 def estimate(
@@ -70,11 +70,15 @@ def estimate(
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:
     """Do what is not in the store yet and return the run; raises SpecError before, RunFailed after it has begun."""
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
+    view = view or SilentView()
     preflight.fetch(spec)
-    preflight.check(spec)
-    made = planning.make_plan(spec)
+    with listing_once():
+        preflight.check(spec)
+        for line in preflight.notes(spec):
+            view.say(line)
+        made = planning.make_plan(spec)
     try:
-        return Run(made, view or SilentView()).go()
+        return Run(made, view).go()
     except StoreError as error:
         raise SpecError([str(error)]) from None
 

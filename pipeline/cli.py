@@ -160,10 +160,13 @@ def plan(
     from graftwork.pipeline import api, preflight
     from graftwork.pipeline.planning import difference
     from graftwork.pipeline.store import Store
+    from graftwork.stages.listing import listing_once
+    from graftwork.stages.sources import labels_line
 
-    with problems(debug):
+    with problems(debug), listing_once():
         made = api.plan(job, overrides or ())
-        absent = preflight.absent(made.job)
+        absent, notes = preflight.absent(made.job), preflight.notes(made.job)
+        classes = labels_line(made.job.data)
         cost = api.costs(made.job)
         store = Store(made.job.store)
         states = made.states(store)
@@ -178,6 +181,7 @@ def plan(
                     "expected": expected.model_dump(),
                     "last_estimate": last and last.estimated(),
                     "absent": absent,
+                    "notes": notes,
                 }
             )
             return
@@ -190,6 +194,8 @@ def plan(
             print(f"{states[step.name]:8} {step.key[:12]}  {step.name:24} {reason}".rstrip())
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
+        if classes:
+            print(classes)
         if cost is not None:
             show_costs(cost)
         elif made.job.budget() is not None:
@@ -197,8 +203,7 @@ def plan(
         show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
-        for line in absent:
-            print(f"graft: {line}", file=sys.stderr)
+        _print_lines([*absent, *notes])
 
 
 @app.command()

@@ -17,10 +17,11 @@ from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
-from graftwork.specs.problems import shown, text
+from graftwork.specs.problems import shown
 from graftwork.specs.secrets import filled
 from graftwork.stages.codec import misfits
-from graftwork.stages.sources import class_folders, class_sizes, scarce, split_sizes
+from graftwork.stages.listing import counted, list_images
+from graftwork.stages.sources import class_sizes, scarce, split_sizes
 
 # What MLflow keeps runs in; without any, a folder.
 TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
@@ -114,11 +115,7 @@ def absent(job: JobSpec) -> list[str]:
     """A line for each file or folder that the job names and that is not on this machine."""
     lines = []
     if isinstance(job.data, ImageFolderData):
-        accepted = "accepted: a folder with one folder a class"
-        if not Path(job.data.path).is_dir():
-            lines.append(f"data.path: got {job.data.path!r}, no such folder; {accepted}")
-        elif not any(class_folders(job.data).values()):
-            lines.append(f"data.path: got {job.data.path!r}, no images in it; {accepted}")
+        lines += _absent_data(job.data)
     lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
@@ -130,6 +127,36 @@ def absent(job: JobSpec) -> list[str]:
             f"placed at {hub}"
         )
     return lines
+
+
+def _absent_data(data: ImageFolderData) -> list[str]:
+    accepted = "accepted: a folder with one folder a class"
+    if not Path(data.path).is_dir():
+        lines = [f"data.path: got {data.path!r}, no such folder; {accepted}"]
+        if isinstance(data.classes, str) and not Path(data.classes).exists():
+            lines.append(
+                f"data.classes: got {data.classes!r}, no such file; accepted: a number, or a file on this machine"
+            )
+        return lines
+    try:
+        listing = list_images(data)
+    except OSError as error:
+        return [f"data.path: got {data.path!r}, which cannot be read ({error.strerror}: {error.filename}); {accepted}"]
+    except ValueError:  # of `data.classes`
+        return []
+    if listing.num_images or listing.nested():
+        return []
+    kinds = listing.kinds_left_out()
+    found = f"no images in class folders, but {counted(kinds)}" if kinds else "no images in it"
+    return [f"data.path: got {data.path!r}, {found}; {accepted}"]
+
+
+def notes(job: JobSpec) -> list[str]:
+    """Return lines on what a plan and a run do that the job does not say: files that are left out."""
+    if not isinstance(job.data, ImageFolderData) or not Path(job.data.path).is_dir():
+        return []
+    line = list_images(job.data).left_out_line()
+    return [line] if line else []
 
 
 def fetch(job: JobSpec) -> None:
@@ -147,6 +174,8 @@ def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
     """Yield the field and path of all files and folders that the job reads; a hub id is not one."""
     if isinstance(job.data, ImageFolderData):
         yield "data.path", job.data.path
+        if isinstance(job.data.classes, str):
+            yield "data.classes", job.data.classes
     yield from ((field, path) for field, path in _weights(job) if not is_hub_id(path))
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None:
@@ -200,17 +229,24 @@ def _reference_shortages(job: JobSpec) -> list[str]:
 
 
 def _data_shortages(job: JobSpec) -> list[str]:
-    if isinstance(job.data, ImageFolderData):
-        folders = class_folders(job.data) if Path(job.data.path).is_dir() else {}
-        if not any(folders.values()):
-            return []  # `absent` says so
-        found = len(folders)
-        if empty := [text(folder) for folder, names in folders.items() if not names]:
-            accepted = "accepted: images in each folder, since folders are classes"
-            return [f"data.path: got {job.data.path!r}, with none in {', '.join(map(shown, empty))}; {accepted}"]
-        if job.data.classes is not None and found != job.data.classes:
-            return [f"data.classes: got {job.data.classes}; accepted: {found}, the class folders in {job.data.path}"]
-    return _sizes(job)
+    if not isinstance(job.data, ImageFolderData):
+        return _sizes(job)
+    try:
+        listing = list_images(job.data)
+    except OSError:
+        return []  # `absent` says so
+    except ValueError as misfit:
+        return [str(misfit)]
+    line = listing.nested() or listing.empty() or _other_classes(job.data, len(listing.folders))
+    if not listing.num_images and not listing.nested():
+        return []  # `absent` says so
+    return [line] if line else _sizes(job)
+
+
+def _other_classes(data: ImageFolderData, number: int) -> str | None:
+    if not isinstance(data.classes, int) or data.classes == number:
+        return None
+    return f"data.classes: got {data.classes}; accepted: {number}, the class folders in {data.path}"
 
 
 def _sizes(job: JobSpec) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
-from graftwork.specs.fields import Line, LocalPath, Spec, Unkeyed, WeightsPath, refuse
+from graftwork.specs.fields import Line, LocalPath, Spec, Unkeyed, WeightsPath, is_integer, refuse
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
+_LOCAL_PATH = TypeAdapter(LocalPath)
 
 COLOURS = {"white": "#ffffff", "black": "#000000"}
 
@@ -36,13 +37,16 @@ class DigitsData(Spec):
 
 
 class ImageFolderData(Spec):
-    """A folder with one folder of images a class; classes are numbered in the order of their names."""
+    """A folder with one folder of images a class; classes are numbered by their names' numbers if all names are digits,
+    in the order of their names otherwise."""
 
     channels: ClassVar[int] = 3
     kind: Literal["image_folder"] = "image_folder"
     path: Annotated[LocalPath, Unkeyed()]  # its files are in the key
-    classes: Annotated[int | None, Unkeyed()] = Field(
-        None, ge=1, description="how many classes there must be; with it a plan needs no images"
+    classes: Annotated[int | str | None, Unkeyed()] = Field(
+        None,
+        description="how many classes there must be, with which a plan needs no images; or a file that names the class "
+        "folders, a line each, in the order of their labels",
     )
     image_size: int = Field(
         256, ge=8, le=8192, description="pixels a side, after scaling the short side and a centre crop"
@@ -58,6 +62,15 @@ class ImageFolderData(Spec):
     skip_broken: bool = Field(
         False, description="leave out, and count, the images that cannot be read; they are an error otherwise"
     )
+
+    @field_validator("classes", mode="wrap")
+    @classmethod
+    def _number_or_file(cls, given: Any, _: object) -> int | str | None:
+        if isinstance(given, str):
+            return _LOCAL_PATH.validate_python(given)
+        if given is not None and not (is_integer(given) and given >= 1):
+            refuse([], given, "a number from 1 on, or the path of a file that names the class folders")
+        return given
 
 
 Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]

@@ -32,6 +32,7 @@ from graftwork.stages import Context
 from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
 from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
+from graftwork.stages.listing import listing_once
 from graftwork.stages.sources import Item, class_names, split
 
 SHARD = 2048  # images
@@ -60,8 +61,10 @@ def run(context: Context) -> None:
     params: FeaturesParams = context.params
     data, codec = params.data, params.codec
     require_fit(codec, data)
-    splits, broken = _chosen(data)
-    _require_every_class(data, splits)
+    with listing_once():
+        splits, broken = _chosen(data)
+        _require_every_class(data, splits)
+        classes = class_names(data)
     encode(context, shards(splits, data.flip))
     for name, members in splits.items():
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in members], dtype=np.int64))
@@ -70,7 +73,7 @@ def run(context: Context) -> None:
         scale=codec.scale if isinstance(codec, VaeCodec) else 1.0,
         channels=codec.latent_channels(data),
         side=data.image_size // codec.factor,
-        classes=class_names(data),
+        classes=classes,
         num_training=len(splits["training"]),
         num_heldout=len(splits["heldout"]),
     )

@@ -14,10 +14,13 @@ from pathlib import Path
 
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
 from graftwork.specs.problems import plain, text
-from graftwork.stages.images import IMAGE_SUFFIXES, digits
+from graftwork.stages.images import digits
+from graftwork.stages.listing import list_images, order_lines
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
+
+MAX_LABELS = 12  # classes that a line shows
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,8 @@ class Item:
 
 
 def class_folders(data: ImageFolderData) -> dict[str, list[str]]:
-    """The images of each class folder, by name; nothing that is hidden counts.
-
-    Names are as the file system has them: what is not UTF-8 in them is escaped, see `text`.
-    """
-    return {folder.name: [path.name for path in _visible(folder) if _is_image(path)] for folder in _folders(data)}
-
-
-def _folders(data: ImageFolderData) -> list[Path]:
-    return [path for path in _visible(Path(data.path)) if path.is_dir()]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    """Return the images of each class folder, by their path below it, in the order of the labels."""
+    return {folder.name: folder.images for folder in list_images(data).folders}
 
 
 def class_sizes(data: Data) -> tuple[int, ...]:
@@ -60,6 +48,26 @@ def class_names(data: Data) -> tuple[str, ...]:
     if isinstance(data, DigitsData):
         return tuple(map(str, range(data.classes)))
     return tuple(map(text, class_folders(data)))
+
+
+def labels_line(data: Data) -> str | None:
+    """Return a line with the label of each class folder, or of the first and the last; None if they are elsewhere."""
+    if isinstance(data, DigitsData) or not Path(data.path).is_dir():
+        return None
+    named = [f"{label} {plain(name)}" for label, name in enumerate(class_names(data))]
+    numbers = all(name.isascii() and name.isdigit() for name in class_folders(data))
+    order = f"as {plain(data.classes)} says" if isinstance(data.classes, str) else "by number" if numbers else "by name"
+    some = named if len(named) <= MAX_LABELS else [*named[: MAX_LABELS - 1], "..", named[-1]]
+    return f"{len(named):,} classes, {order}: {', '.join(some)}"
+
+
+def num_classes(data: Data) -> int | None:
+    """Return how many classes there are; None if that is in data, or in a file, that are elsewhere."""
+    if isinstance(data.classes, int):
+        return data.classes
+    if isinstance(data.classes, str) and Path(data.classes).is_file():
+        return len(order_lines(data.classes))
+    return len(class_sizes(data)) if Path(data.path).is_dir() else None
 
 
 def split_sizes(data: Data) -> tuple[int, int]:
@@ -93,7 +101,7 @@ def items(data: Data) -> list[Item]:
     if isinstance(data, DigitsData):
         return [Item(str(index), int(label)) for index, label in enumerate(digits()[1])]
     folders = class_folders(data).items()
-    return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in names]
+    return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in sorted(names)]
 
 
 def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[Item]]:

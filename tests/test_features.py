@@ -21,8 +21,9 @@ from graftwork.specs.data import ImageFolderData, PixelCodec
 from graftwork.specs.job import JobSpec, StepResources
 from graftwork.specs.load import job_from, load
 from graftwork.specs.steps import FeaturesParams
-from graftwork.stages import Context, Stopped, features, sources
+from graftwork.stages import Context, Stopped, features, listing
 from graftwork.stages.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
+from graftwork.stages.listing import ClassFolder, Listing
 from graftwork.stages.sources import Item, interleave, split, split_sizes
 from graftwork.stages.training import TrainingSet, draw_batch
 from tests.conftest import ROOT
@@ -165,8 +166,8 @@ def test_a_prefix_keeps_its_mirror_images() -> None:
 
 def listed(sizes: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every image folder hold so many images of each class."""
-    folders = {name: [f"{name}_{number}.JPEG" for number in range(size)] for name, size in sizes.items()}
-    monkeypatch.setattr(sources, "class_folders", lambda data: folders)
+    folders = [ClassFolder(name, [f"{name}_{number}.JPEG" for number in range(size)]) for name, size in sizes.items()]
+    monkeypatch.setattr(listing, "_list", lambda data: Listing(data.path, tuple(folders)))
 
 
 def test_so_many_of_each_class_are_the_fraction_that_finetuning_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,6 @@ def job(home: str, **changes: Any) -> JobSpec:
 
 def test_more_of_each_class_than_the_smallest_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed({"cat": 40, "dog": 12}, monkeypatch)
-    monkeypatch.setattr(preflight, "class_folders", sources.class_folders)
     assert preflight.shortages(job(str(tmp_path), per_class=9)) == []
     (line,) = preflight.shortages(job(str(tmp_path), per_class=10))
     assert line == "data.per_class: got 10; accepted: at most 9, the training images of the class dog"
@@ -212,7 +212,6 @@ def test_more_of_each_class_than_the_smallest_has_are_refused(tmp_path: Path, mo
 
 def test_samples_to_distil_from_are_those_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed({"cat": 40, "dog": 12}, monkeypatch)
-    monkeypatch.setattr(preflight, "class_folders", sources.class_folders)
     (line,) = preflight.shortages(job(str(tmp_path), per_class=4))
     assert line.startswith("distill.samples: got 9; accepted: at most 8, ")
 
@@ -222,7 +221,6 @@ def test_the_published_grafts_read_128_of_each_class_and_no_more(monkeypatch: py
     spec = load(ROOT / "examples" / "imagenet" / "hyena_y-50.yaml")
     sizes = {f"n{label:04d}": 732 + 568 * (label % 100 > 10) for label in range(1000)}
     listed(sizes, monkeypatch)
-    monkeypatch.setattr(preflight, "class_folders", sources.class_folders)
     assert preflight._data_shortages(spec) == []
     training, heldout = split_sizes(spec.data)
     assert training == 128_000 == training * spec.finetune.fraction

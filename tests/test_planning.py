@@ -498,7 +498,11 @@ def test_an_image_folder_without_images_in_class_folders_is_refused(tmp_path: Pa
     if kind == "no classes":
         (tmp_path / "cat.png").touch()
     line = problem(job(f"data={{kind: image_folder, path: {tmp_path}}}"))
-    assert line.startswith(f"data.path: got '{tmp_path}', no images in it; accepted: ")
+    other = {
+        "no images": "no images in class folders, but 1 .txt",
+        "no classes": "no images in class folders, but 1 .png",
+    }
+    assert line.startswith(f"data.path: got '{tmp_path}', {other.get(kind, 'no images in it')}; accepted: ")
 
 
 def test_more_samples_than_an_image_folder_has_are_refused(files: Path) -> None:
