@@ -97,7 +97,8 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
         try:
             checkpoints.check(source, config)
         except checkpoints.UnfitCheckpoint as error:
-            lines.append(f"{field}: got {error}; accepted: a checkpoint of the job's model and classes")
+            accepted = error.accepted or "a checkpoint of the job's model and classes"
+            lines.append(f"{field}: got {error.problem}; accepted: {accepted}")
     reference = job.evaluate.reference
     if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending:
         try:

@@ -15,8 +15,9 @@ made without weights, and takes the file's tensors one by one, as they are mappe
 """
 
 from graftwork.models.checkpoints.card import Card, write_card
+from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.export import ExportRefused, export
-from graftwork.models.checkpoints.fit import UnfitCheckpoint, fill
+from graftwork.models.checkpoints.fit import fill
 from graftwork.models.checkpoints.native import load, save
 from graftwork.models.checkpoints.reading import check, read
 

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwork.models.checkpoints.files import Tensors, read_shards, read_tensors
-from graftwork.models.checkpoints.fit import UnfitCheckpoint, Uninitialised, named, shapes_of, weightless
+from graftwork.models.checkpoints import statements
+from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
+from graftwork.models.checkpoints.files import Tensors, read_index, read_tensors
+from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
 from graftwork.models.checkpoints.recognition import Found, rootstock_of, said
+from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.diffusion import STEPS
 from graftwork.models.dit import DiT, position_embedding
 from graftwork.specs.graft import Edit
@@ -88,14 +91,22 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     if config["_class_name"] == WRAPPED:
         rootstock, edits = said(str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ()))
         names = {name.removeprefix("dit."): name for name in tensors.shapes}
-        shapes = {ours: tensors.shapes[name] for ours, name in names.items()}
-        plain = Tensors(tensors.source, shapes, lambda ours: tensors.get(names[ours]))
-        return Found(plain, heads=rootstock.heads, config=rootstock, edits=edits)
+        return Found(tensors.renamed(names), heads=rootstock.heads, config=rootstock, edits=edits)
     for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(setting, accepted) != accepted:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
+    _require_ours(folder, config)
     heads, sample_size = _count(folder, config, "num_attention_heads", 16), _count(folder, config, "sample_size", 32)
-    return Found(_translated(tensors, sample_size, heads), heads=heads)
+    tensors, notes = unwrapped(tensors, DIFFUSERS)
+    return Found(_translated(tensors, sample_size, heads), heads=heads, notes=tuple(notes))
+
+
+def _require_ours(folder: Path, config: dict[str, Any]) -> None:
+    """Raise UnfitCheckpoint if the model, its pipeline or the scheduler in that are of another objective."""
+    said = list(statements.statements(config, "config.json"))
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+        said += statements.statements(statements.document(folder.parent / name), name)
+    statements.require_ours(str(folder), iter(said))
 
 
 def _count(folder: Path, config: dict[str, Any], name: str, default: int) -> int:
@@ -111,7 +122,7 @@ def _weights(folder: Path) -> Tensors:
         if (folder / name).is_file():
             return read_tensors(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            return read_shards(folder / f"{name}.index.json")
+            return read_index(folder / f"{name}.index.json")
     raise UnfitCheckpoint(f"{folder}: has no {' or '.join(WEIGHTS)}, in one file or with an index")
 
 
@@ -133,6 +144,7 @@ def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
             known.add(embedder(block, ours))
     names |= {name: [name] for name in theirs if name not in known and name != "pos_embed.pos_embed"}
     shapes = {ours: theirs[made_of[0]] for ours, made_of in names.items()}
+    odd = {ours: tensors.odd[name] for ours, made_of in names.items() for name in made_of if name in tensors.odd}
     for ours in names:
         if (count := len(names[ours])) > 1:
             shapes[ours] = (count * shapes[ours][0], *shapes[ours][1:])
@@ -146,7 +158,7 @@ def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
         made_of = [tensors.get(name) for name in names[ours]]
         return made_of[0] if len(made_of) == 1 else torch.cat(made_of)
 
-    translated = Tensors(tensors.source, shapes, get)
+    translated = Tensors(tensors.source, shapes, get, odd)
     return translated
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from graftwork.models.checkpoints import diffusers, native, published
 from graftwork.models.checkpoints.card import Card, write_card
-from graftwork.models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.reading import located, read
 from graftwork.specs.export import Layout
 
@@ -91,6 +91,6 @@ def export(
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:
     try:
-        return diffusers.read_vae(located(vae, "accepted: the folder or hub id of an AutoencoderKL"))
+        return diffusers.read_vae(located(vae, "the folder or hub id of an AutoencoderKL"))
     except UnfitCheckpoint as unfit:
         raise ExportRefused(f"vae: {unfit}") from None

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickletools
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftwork.models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
+from graftwork.models.checkpoints.pickles import first_line, read_torch
 
 Shape = tuple[int, ...]
 UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError)  # what damaged files raise
-NO_TENSORS = "holds no tensors in torch's format"
-GLOBAL = r"[A-Za-z_][\w.]*\.\w+"  # module and name; in text taken for a pickle, hardly ever
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+SAFETENSORS_FLOATS = {"F64", "F32", "F16", "BF16"}
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -32,115 +29,130 @@ class Tensors:
     source: str
     shapes: Mapping[str, Shape]
     get: Callable[[str], Tensor]
+    odd: Mapping[str, str] = field(default_factory=dict)  # of tensors that are no plain floats: what they are, by name
+    metadata: Mapping[str, str] = field(default_factory=dict)  # text beside the tensors
+
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The tensors under other names. names: new name -> the tensor's name here; others are left out."""
+        odd = {new: self.odd[old] for new, old in names.items() if old in self.odd}
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        return Tensors(self.source, shapes, lambda new: self.get(names[new]), odd, self.metadata)
 
 
 def in_memory(source: str, state: Mapping[str, Tensor]) -> Tensors:
-    return Tensors(source, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    odd = {name: kind for name, value in state.items() if (kind := odd_kind(value))}
+    return Tensors(source, shapes, state.__getitem__, odd)
+
+
+def odd_kind(value: Tensor) -> str | None:
+    """What a tensor is that is no plain array of floats, as `int8` or `sparse_coo float32`; None for those."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.is_meta:
+        return f"{dtype} without values (meta)"
+    if value.layout != torch.strided:
+        return f"{str(value.layout).removeprefix('torch.')} {dtype}"
+    return None if value.dtype in FLOATS else dtype
 
 
 def read_tensors(path: Path) -> Tensors:
     """The tensors of a `.safetensors`, or of a torch file that holds a state dict and nothing else."""
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    if is_safetensors(path):
+        return read_safetensors(path)
     state = read_torch(path)
     if not is_state(state):
         raise UnfitCheckpoint(f"{path}: holds no state dict")
     return in_memory(str(path), state)
 
 
-def read_shards(index: Path) -> Tensors:
+def read_index(index: Path) -> Tensors:
     """The tensors of the files that an index beside them names: {"weight_map": {tensor: file}}."""
     try:
         weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-        if any(Path(name).name != name for name in weight_map.values()):
-            raise ValueError("a file elsewhere")
+        files = sorted(set(weight_map.values()))
+        elsewhere = [name for name in files if Path(name).name != name or name in ("", ".", "..")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UnfitCheckpoint(f"{index}: is no index of tensors in files") from None
-    shards = {name: read_tensors(index.with_name(name)) for name in sorted(set(weight_map.values()))}
+    if elsewhere:
+        raise UnfitCheckpoint(f"{index}: names {named(elsewhere, 3)}, expected files beside it")
+    if absent := [name for name in files if not index.with_name(name).is_file()]:
+        raise UnfitCheckpoint(f"{index}: names {named(absent, 3)}, of which there is no such file beside it")
+    shards = {name: read_tensors(index.with_name(name)) for name in files}
     for tensor, name in weight_map.items():
         if tensor not in shards[name].shapes:
             raise UnfitCheckpoint(f"{index.with_name(name)}: has no {tensor}, which {index.name} places there")
-    shapes = {tensor: shards[name].shapes[tensor] for tensor, name in weight_map.items()}
-    return Tensors(str(index), shapes, lambda tensor: shards[weight_map[tensor]].get(tensor))
+    return _joined(str(index), {tensor: shards[name] for tensor, name in weight_map.items()})
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def read_shards(files: Sequence[Path]) -> Tensors:
+    """The tensors of files numbered `-00001-of-00002` and on, without an index."""
+    first = SHARD.fullmatch(files[0].name)
+    assert first is not None
+    numbers = range(1, int(first["count"]) + 1)
+    wanted = [f"{first['stem']}-{number:05d}-of-{first['count']}{first['suffix']}" for number in numbers]
+    if absent := sorted(set(wanted) - {file.name for file in files}):
+        raise UnfitCheckpoint(f"{files[0].parent}: has no {named(absent, 3)}, a part of its checkpoint")
+    owners: dict[str, Tensors] = {}
+    for file in files:
+        shard = read_tensors(file)
+        if double := sorted(owners.keys() & shard.shapes.keys()):
+            raise UnfitCheckpoint(f"{file}: has {named(double, 3)}, as another part of its checkpoint has")
+        owners |= dict.fromkeys(shard.shapes, shard)
+    return _joined(str(files[0].parent), owners)
+
+
+def shards_of(file: Path) -> list[Path]:
+    """The files that hold one checkpoint with this one, itself among them; empty if it is none of several."""
+    if not (part := SHARD.fullmatch(file.name)):
+        return []
+    others = ((SHARD.fullmatch(other.name), other) for other in sorted(file.parent.iterdir()))
+    keys = ("stem", "count", "suffix")
+    return [other for match, other in others if match and all(match[key] == part[key] for key in keys)]
+
+
+def _joined(source: str, owners: Mapping[str, Tensors]) -> Tensors:
+    """The tensors of several files. owners: by the tensor's name."""
+    shapes = {name: owner.shapes[name] for name, owner in owners.items()}
+    odd = {name: owner.odd[name] for name, owner in owners.items() if name in owner.odd}
+    metadata: dict[str, str] = {}
+    for owner in owners.values():
+        metadata |= owner.metadata
+    return Tensors(source, shapes, lambda name: owners[name].get(name), odd, metadata)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of that format: by its first bytes, whatever it is called."""
+    if path.suffix.lower() == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def read_safetensors(path: Path) -> Tensors:
     try:
         # Read, not mapped: tensors lie unaligned in these files, and have to be copied (see `fit.settled`).
         file = safe_open(path, "pt", backend="pread")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+        dtypes = {name: one.get_dtype() for name, one in slices.items()}
+        metadata = file.metadata() or {}
     except UNREADABLE as error:
-        raise UnfitCheckpoint(f"{path}: cannot be read as tensors: {_first_line(error)}") from None
-    return Tensors(str(path), shapes, file.get_tensor)
+        raise UnfitCheckpoint(f"{path}: cannot be read as tensors: {first_line(error)}") from None
+    odd = {name: _torch_name(dtype) for name, dtype in dtypes.items() if dtype not in SAFETENSORS_FLOATS}
+    return Tensors(str(path), shapes, file.get_tensor, odd, metadata)
+
+
+def _torch_name(dtype: str) -> str:
+    """`I8` as torch says it, `int8`."""
+    kinds = {"I": "int", "U": "uint", "F": "float", "C": "complex"}
+    name = f"{kinds[dtype[0]]}{dtype[1:].lower()}" if dtype[0] in kinds else dtype.lower()
+    return {"float8_e4m3": "float8_e4m3fn", "float8_e8m0": "float8_e8m0fnu"}.get(name, name)
 
 
 def is_state(content: object) -> bool:
     """Whether it is a state dict: tensors by name."""
     return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-
-
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote, of tensors, plain values and `argparse.Namespace`; tensors are mapped, not read.
-
-    The published files carry their training arguments in such a namespace. Raises UnfitCheckpoint for any other pickle,
-    of which nothing is run.
-    """
-    try:
-        mappable = zipfile.is_zipfile(path)  # torch's format since 1.6
-        if mappable and _inflates(path):
-            raise UnfitCheckpoint(f"{path}: refused, it is compressed, which torch's files are not")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except UnpicklingError as error:
-        name = _refused_global(path, str(error))
-        problem = f"refused, unpickling it would call {name}" if name else NO_TENSORS
-    except UnfitCheckpoint:
-        raise
-    except (RuntimeError, OSError) as error:  # the two that say what is wrong
-        problem = f"cannot be read as tensors: {_first_line(error)}"
-    except Exception:  # text or noise, taken for a pickle, raises whatever its bytes happen to stand for
-        problem = NO_TENSORS
-    raise UnfitCheckpoint(f"{path}: {problem}") from None
-
-
-def _inflates(path: Path) -> bool:
-    """Whether a zip file holds more than it has bytes."""
-    with zipfile.ZipFile(path) as file:
-        parts = file.infolist()
-    return any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
-        sum(part.file_size for part in parts) > path.stat().st_size
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _refused_global(path: Path, message: str) -> str | None:
-    """What torch would not call: named in its message, or in a pickle too new for it."""
-    if named := re.search(rf"GLOBAL ({GLOBAL})", message):
-        return named[1]
-    with path.open("rb") as file:
-        known = ("collections.OrderedDict", "argparse.Namespace")
-        names = (name for name in _globals(file) if re.fullmatch(GLOBAL, name))
-        return next((name for name in names if name not in known and not name.startswith("torch.")), None)
-
-
-def _globals(file: IO[bytes]) -> Iterator[str]:
-    """The globals that a pickle names, in order; it is looked at, not run."""
-    strings: list[str] = []  # as pushed; the last two are what STACK_GLOBAL takes
-    memo: dict[int, str] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                yield ".".join(str(argument).rsplit(" ", 1))
-            elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(strings[-2:])
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = strings[-1] if strings else ""
-            elif opcode.name in ("BINGET", "LONG_BINGET"):
-                strings.append(memo.get(int(str(argument)), ""))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except (ValueError, OverflowError, MemoryError):  # no pickle, or the end of a torn one
-        return

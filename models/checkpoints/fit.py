@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
+from graftwork.models.checkpoints.files import Shape, Tensors, odd_kind
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.graft import Edit
 
-if TYPE_CHECKING:
-    from graftwork.models.checkpoints.files import Shape, Tensors
-
-SHOWN = 10  # tensors that an error names at most
+MAX_NAMED = 3  # tensors of a kind of misfit that an error names
 LARGER = 16  # times, at most, that a rootstock has the numbers of its graft
 ALIGNMENT = 64  # bytes, of what torch allocates
-
-
-class UnfitCheckpoint(ValueError):
-    """A file that is no checkpoint, or one of another model; the message is one line."""
-
-
-def named(problems: Sequence[str]) -> str:
-    """Ten of them, and how many more there are."""
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return "; ".join(problems[:SHOWN]) + more
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -74,19 +63,25 @@ def build(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors, device: to
     """The model with these tensors; raises UnfitCheckpoint, naming those that do not fit, or hold no numbers."""
     model = fitting(config, edits, tensors)
     state = {
-        name: settled(_numbers(name, tensors.get(name), like, tensors.source), like.dtype, device or "cpu")
+        name: settled(_numbers(name, tensors.get(name), tensors.source), like.dtype, device or "cpu")
         for name, like in model.state_dict().items()
     }
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _numbers(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
-    """The tensor, if it can stand for weights: integers may be of any scale, NaN and infinity are of none."""
-    if value.is_floating_point() != like.is_floating_point():
-        found, expected = (str(one.dtype).removeprefix("torch.") for one in (value, like))
-        raise UnfitCheckpoint(f"{source}: {name}: holds {found}, expected {expected}")
-    if value.is_floating_point() and value.numel() and not all(map(math.isfinite, map(float, value.aminmax()))):
+def require_floats(tensors: Tensors) -> None:
+    """Raise UnfitCheckpoint if tensors are of a kind that no weights are: integers, 8-bit floats, sparse, complex."""
+    odd = [f"{name}: holds {kind}, expected float32" for name, kind in sorted(tensors.odd.items())]
+    if odd:
+        raise UnfitCheckpoint(f"{tensors.source}: {named(odd, MAX_NAMED)}")
+
+
+def _numbers(name: str, value: Tensor, source: str) -> Tensor:
+    """The tensor, if it can stand for weights: NaN and infinity are of no scale."""
+    if kind := odd_kind(value):
+        raise UnfitCheckpoint(f"{source}: {name}: holds {kind}, expected float32")
+    if value.numel() and not all(map(math.isfinite, map(float, value.aminmax()))):
         raise UnfitCheckpoint(f"{source}: {name}: holds NaN or infinity, expected numbers")
     return value
 
@@ -108,11 +103,16 @@ def settled(value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Te
     return value if aligned else value.clone(memory_format=torch.contiguous_format)
 
 
-def _check(wanted: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
-    problems = [
-        f"{name}: {found.get(name, 'missing')}, expected {wanted.get(name, 'none of that name')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
+def _check(wanted: Mapping[str, Shape], given: Mapping[str, Shape], source: str) -> None:
+    """Raise UnfitCheckpoint if names or shapes differ: a few of each kind of difference, names whole."""
+    reshaped = [
+        f"{name}: {given[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & given.keys())
+        if wanted[name] != given[name]
     ]
+    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    problems = [named(reshaped, MAX_NAMED)] if reshaped else []
+    problems += [f"missing {named(missing, MAX_NAMED, ', ')}"] if missing else []
+    problems += [f"has {named(unknown, MAX_NAMED, ', ')}, expected none of that name"] if unknown else []
     if problems:
-        raise UnfitCheckpoint(f"{source}: does not fit the model: {named(problems)}")
+        raise UnfitCheckpoint(f"{source}: does not fit the model: {'; '.join(problems)}")

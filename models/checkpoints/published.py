@@ -1,22 +1,27 @@
 """The published layout: DiT's `.pt`, and grafts with the scion's tensors under `blocks.{i}.attn.` or `.mlp.`
 
 A plain state dict, or a dict of `ema` and `model` (state dicts), `opt`, and `args` (argparse.Namespace), as DiT's
-training script writes it; the averaged weights are what is evaluated. Sampling scripts read `ema` and load it strictly.
+training script writes it, or whatever other tools make of that (see wrappers.py); the averaged weights are what is
+evaluated. Sampling scripts read `ema` and load it strictly.
 Ours have their `args` in a dict, so that torch.load takes the file as it is, with nothing declared safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graftwork.models.checkpoints.files import in_memory, is_state, read_tensors, read_torch
-from graftwork.models.checkpoints.fit import UnfitCheckpoint
+from graftwork.models.checkpoints import statements
+from graftwork.models.checkpoints.errors import UnfitCheckpoint
+from graftwork.models.checkpoints.files import Tensors, is_safetensors, read_safetensors
+from graftwork.models.checkpoints.pickles import read_torch
 from graftwork.models.checkpoints.recognition import Found, edits_json, said
+from graftwork.models.checkpoints.wrappers import model_in, unwrapped
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.specs.graft import Edit
 from graftwork.specs.model import SIZES
@@ -26,21 +31,32 @@ PIXELS = 8  # along a side of a latent's element, in the published autoencoder
 
 
 def find(path: Path) -> Found:
-    """The file's weights: averaged ones before others, and nothing else is read of it."""
-    if path.suffix == ".safetensors":
-        return Found(read_tensors(path))
+    """The weights in a file of whatever a training script puts there, the averaged ones before others."""
+    if is_safetensors(path):
+        return of_tensors(read_safetensors(path), path)
     content = read_torch(path)
+    _require_ours(path, statements.statements(content))
+    tensors, notes = model_in(str(path), content)
     args = _arguments(content.get("args")) if isinstance(content, dict) else {}
-    for part in ("ema", "model"):
-        if isinstance(content, dict) and isinstance(content.get(part), dict):
-            content = content[part]
-    if not is_state(content):
-        raise UnfitCheckpoint(f"{path}: holds no state dict")
-    tensors, ours = in_memory(str(path), content), args.get("graftwork")
+    ours = args.get("graftwork")
     if not isinstance(ours, dict):
-        return Found(tensors, heads=_heads(args))
+        return Found(tensors, heads=_heads(args), notes=tuple(notes))
     rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
-    return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits)
+    return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits, notes=tuple(notes))
+
+
+def of_tensors(tensors: Tensors, path: Path) -> Found:
+    """The weights in files of nothing but tensors, one of which is at `path`."""
+    _require_ours(path, statements.of_metadata(tensors.metadata))
+    model, notes = unwrapped(tensors)
+    return Found(model, notes=tuple(notes))
+
+
+def _require_ours(path: Path, said: Iterator[tuple[str, Any]]) -> None:
+    """Raise UnfitCheckpoint if the file, its name or a document beside it says that it is of another model."""
+    if statements.is_of_another_family(path.stem):
+        raise UnfitCheckpoint(f"{path}: is of another model, by its name", statements.ACCEPTED)
+    statements.require_ours(str(path), chain(said, statements.beside(path)))
 
 
 def write(model: DiT, edits: Sequence[Edit], folder: Path) -> None:

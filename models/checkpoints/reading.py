@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graftwork.models.checkpoints import diffusers, native, published
-from graftwork.models.checkpoints.fit import UnfitCheckpoint, build, fitting
+from graftwork.models.checkpoints import diffusers, folders, native, published
+from graftwork.models.checkpoints.errors import UnfitCheckpoint
+from graftwork.models.checkpoints.files import read_index, read_shards, shards_of
+from graftwork.models.checkpoints.fit import build, fitting
 from graftwork.models.checkpoints.recognition import Found, recognised
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.specs.graft import Edit
 from graftwork.specs.hub import local_path
+from graftwork.specs.problems import shown
 
-ACCEPTED = (
-    "accepted: a .pt or .safetensors file, a folder that Graftwork wrote, a diffusers DiT or DiTPipeline folder, "
-    "or a folder with model.pt"
-)
+ACCEPTED = "a .pt or .safetensors file, whole or in parts, or a folder with one; ours, or one of diffusers' DiTs"
 
 
 def read(
@@ -40,11 +41,15 @@ def read(
     return build(rootstock, edits, found.tensors, device), edits
 
 
-def check(source: str | Path, config: DiTConfig) -> None:
-    """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read."""
+def check(source: str | Path, config: DiTConfig) -> tuple[str, ...]:
+    """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read.
+
+    Returns what is to be said of a checkpoint that fits: which model of several is read, what is left out.
+    """
     found = find(located(source))
     rootstock, edits = recognised(found, config, None)
     fitting(rootstock, edits, found.tensors)
+    return found.notes
 
 
 def located(source: str | Path, accepted: str = ACCEPTED) -> Path:
@@ -55,29 +60,51 @@ def located(source: str | Path, accepted: str = ACCEPTED) -> Path:
         reason = str(error).splitlines()[0]
         raise UnfitCheckpoint(f"{source}: neither here, nor in the hub's cache, nor to be had: {reason}") from None
     if not path.exists():
-        raise UnfitCheckpoint(f"{source}: no such file or folder; {accepted}")
+        raise UnfitCheckpoint(f"{source}: no such file or folder", accepted)
     return path
 
 
 def find(path: Path) -> Found:
     """What is there, in its layout."""
-    if path.is_file():
-        # A file that one of the layouts with a config.json names its weights by is read with it.
-        if path.name in (native.WEIGHTS, *diffusers.WEIGHTS) and _config(path.parent):
-            return find(path.parent)
-        return published.find(path)
+    return _in_file(path) if path.is_file() else _in_folder(path)
+
+
+def _in_file(path: Path) -> Found:
+    # A file that one of the layouts with a config.json names its weights by is read with it.
+    config = _config(path.parent)
+    if path.name in (native.WEIGHTS, *diffusers.WEIGHTS) and _is_known(config):
+        return find(path.parent)
+    if path.name.endswith(folders.INDEX):
+        return published.of_tensors(read_index(path), path)
+    if parts := shards_of(path):
+        return published.of_tensors(read_shards(parts), path)
+    return published.find(path)
+
+
+def _in_folder(path: Path) -> Found:
     config = _config(path)
     if config.get("format") == native.FORMAT:
         return native.find(path, config)
     if config.get("_class_name") in diffusers.CLASSES:
         return diffusers.find(path, config)
-    if (path / "transformer").is_dir():  # of a pipeline
-        return find(path / "transformer")
-    files = [file for file in sorted(path.glob("*")) if file.suffix in (".pt", ".safetensors")]
-    if (path / published.WEIGHTS) in files or len(files) == 1:
-        return published.find(path / published.WEIGHTS if len(files) > 1 else files[0])
-    several = f"several checkpoints, {', '.join(file.name for file in files)}" if files else "no checkpoint in it"
-    raise UnfitCheckpoint(f"{path}: {several}; {ACCEPTED}")
+    if "_class_name" in config:
+        raise UnfitCheckpoint(
+            f"{path}: is of diffusers' class {shown(config['_class_name'])}, by its config.json",
+            ", ".join(diffusers.CLASSES),
+        )
+    pipeline = [name for name in ("transformer_ema", "transformer") if (path / name).is_dir()]
+    if pipeline:
+        found = find(path / pipeline[0])
+        notes = tuple(f"{path}: {pipeline[0]} is read, not {other}" for other in pipeline[1:])
+        return replace(found, notes=(*notes, *found.notes))
+    files, others = folders.model_files(path, ACCEPTED)
+    notes = tuple(f"{path}: {files[0].name} is read, not {other.name}" for other in others)
+    found = published.of_tensors(read_shards(files), files[0]) if shards_of(files[0]) else _in_file(files[0])
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    return config.get("format") == native.FORMAT or "_class_name" in config
 
 
 def _config(folder: Path) -> dict[str, Any]:

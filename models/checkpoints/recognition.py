@@ -10,8 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors
-from graftwork.models.checkpoints.fit import UnfitCheckpoint, named, shapes_of, weightless
+from graftwork.models.checkpoints.fit import MAX_NAMED, require_floats, shapes_of, weightless
+from graftwork.models.checkpoints.folders import ZERO_TOOL
 from graftwork.models.dit import DiTConfig
 from graftwork.models.operators import REGISTRY, recognise
 from graftwork.models.surgery import ATTRIBUTE
@@ -28,6 +30,15 @@ TELLING = {
     "y_embedder.embedding_table.weight": 2,
     "final_layer.linear.weight": 2,
 }
+# Tensors by which other families are known whose other tensors have a DiT's names, or nearly.
+FAMILIES = {
+    r"blocks\.\d+\.attn\.[qk]_norm\.": "which normalises queries and keys, as LightningDiT does",
+    r"blocks\.\d+\.mlp\.w\d+\.": "whose feed-forward is a SwiGLU, as LightningDiT's is",
+    r"mask_token|(en|de|in|out|side|mid)_?\w*blocks?\.|decoder_\w+": "of an encoder and a decoder, as MDT is",
+    r"(\w+_level_\d|(down|up)\w*[._]\d|skip_\w+|\w+\.skip_linear)": "with levels and skips, as U-DiT and U-ViT have",
+    r"projectors?\.": "trained beside projectors, as REPA's SiT is",
+    r"blocks\.\d+\.(cross_attn|scale_shift_table)|caption_\w+|y_embedder\.y_proj": "of captions, as PixArt is",
+}
 MOST = {"depth": MAX_DEPTH, "input_size": 8192}  # what is built before any tensor is compared
 TARGETS: tuple[Target, ...] = ("mha", "mlp")
 
@@ -40,6 +51,7 @@ class Found:
     heads: int | None = None
     config: DiTConfig | None = None
     edits: tuple[Edit, ...] | None = None
+    notes: tuple[str, ...] = ()  # what was chosen, or left out, where the file holds more than one model
 
 
 def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
@@ -152,6 +164,8 @@ def recognised(found: Found, config: DiTConfig | None, heads: int | None) -> tup
     config: the rootstock expected, if any; heads: of a file that does not tell.
     """
     tensors, wanted = found.tensors, config.heads if config else heads
+    require_floats(tensors)
+    _require_dit(tensors)
     if found.heads is not None and wanted is not None and found.heads != wanted:
         raise UnfitCheckpoint(f"{tensors.source}: has {found.heads} attention heads, expected {wanted}")
     rootstock = config or found.config or rootstock_of(tensors, wanted if found.heads is None else found.heads)
@@ -161,12 +175,27 @@ def recognised(found: Found, config: DiTConfig | None, heads: int | None) -> tup
     return rootstock, edits
 
 
+def _require_dit(tensors: Tensors) -> None:
+    """Raise UnfitCheckpoint if tensors are those by which another family of models is known, or if all are empty."""
+    if tensors.shapes and not any(map(math.prod, tensors.shapes.values())):
+        raise UnfitCheckpoint(
+            f"{tensors.source}: its tensors are empty, as those are that DeepSpeed's ZeRO 3 keeps in parts elsewhere",
+            f"the file that {ZERO_TOOL} joins them in",
+        )
+    for pattern, family in FAMILIES.items():
+        if telling := sorted(name for name in tensors.shapes if re.match(pattern, name)):
+            raise UnfitCheckpoint(
+                f"{tensors.source}: is no DiT but a model {family}: has {named(telling, MAX_NAMED, ', ')}"
+            )
+
+
 def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
     """The rootstock's shape; its heads cannot be seen, and are those of the published size unless they are given."""
     shapes, source = tensors.shapes, tensors.source
     absent = [name for name, rank in TELLING.items() if len(shapes.get(name, ())) != rank]
     if absent:
-        raise UnfitCheckpoint(f"{source}: is no DiT, has no {', '.join(absent)}; holds {named(sorted(shapes))}")
+        held = named(sorted(shapes), MAX_NAMED, ", ") or "no tensor"
+        raise UnfitCheckpoint(f"{source}: is no DiT, has no {', '.join(absent)}; holds {held}")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     num_tokens, rows = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
     blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
@@ -215,5 +244,5 @@ def edits_of(tensors: Tensors, config: DiTConfig) -> tuple[Edit, ...]:
 
 def _unknown(source: str, prefix: str, shapes: dict[str, Shape], target: Target) -> str:
     known = ", ".join(kind.model_fields["kind"].default for kind in REGISTRY if target in kind.targets)
-    tensors = named([f"{prefix}{name}: {shape}" for name, shape in sorted(shapes.items())])
+    tensors = named([f"{prefix}{name}: {shape}" for name, shape in sorted(shapes.items())], 4)
     return f"{source}: no known operator: {tensors}; expected the tensors of one of {known}"

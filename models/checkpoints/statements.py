@@ -1,0 +1,142 @@
+"""What a file says of itself, and whether that is a model of ours: noise predicted, over 1000 steps, by a DiT.
+
+Other models have a DiT's tensors, by name and shape, and mean something else by them: a SiT predicts a velocity. What
+was written beside the tensors tells: a training script's arguments, a config, a scheduler's settings, file metadata.
+Whatever says nothing is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
+from graftwork.models.diffusion import STEPS
+from graftwork.specs.load import SpecError, parsed
+from graftwork.specs.problems import shown
+
+BESIDE = ("config.json", "args.json", "model_index.json", "hparams.yaml", "config.yaml", "config.yml")
+MAX_BYTES = 2**20  # of a file beside the weights
+MAX_DEPTH, MAX_STATEMENTS = 12, 10_000
+ACCEPTED = f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas"
+
+NOISE = re.compile(r"(pred_|predict_)?(e|eps|epsilons?|noise)|modelmeantype\.epsilon")
+PREDICTION = re.compile(
+    r"(model_|net_|network_|training_)?(prediction|pred|predicts?|parameteri[sz]ation|prediction_type|pred_type|"
+    r"predict_type|mean_type|prediction_target)"
+)
+# Settings that only other objectives have, and values that name one.
+OTHER_SETTING = re.compile(
+    r"path_type|interpolants?|interpolant_type|transport|transport_type|"
+    r"(use_|is_)?(flow|flow_matching|rectified_flow|reflow|velocity|v_pred|v_prediction|v_parameterization)|"
+    r"(predict|pred|prediction)_(x_?0|x_?start|v|velocity|flow|sample)|velocity_prediction|rescale_betas_zero_snr"
+)
+OBJECTIVE = re.compile(r"(training_|diffusion_|loss_)?(objective|target|formulation|framework|type)")
+OTHER_OBJECTIVE = re.compile(
+    r"(.*[^a-z0-9])?(v|velocity|v_?pred\w*|x|x_?0|x_?start|x_?pred\w*|start_x|(flow|rectified)[^a-z0-9]?\w*|"
+    r"(stochastic_)?interpolants?|edm|sample|consistency)([^a-z0-9].*)?"
+)
+SCHEDULE = {
+    "beta_schedule": ("linear",),
+    "noise_schedule": ("linear", ""),
+    "beta_start": (1e-4,),
+    "beta_end": (0.02,),
+    "num_train_timesteps": (STEPS,),
+    "diffusion_steps": (STEPS,),
+}
+# Models by name, as `DiT-XL/2` or `SiT-XL-2-256x256`, and classes of them.
+MODEL = re.compile(r"model|model_?name|model_?type|arch|architecture|backbone|net|network|_class_name|_target_|target")
+SIZED = re.compile(r"(?P<family>[A-Za-z][\w+-]*?)[-_](?:XS|S|B|L|XL|XXL|H|G)[-_/]\d+([-_].*)?")
+FAMILIES = re.compile(
+    r"(?<![a-z])(SiT|REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt|SD3|Flux|DDT|DiffiT|"
+    r"FlowDCN|HunyuanDiT|Lumina|CogVideoX|Sana|FlowMatch)(?![a-z])"
+)
+
+
+def statements(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values in a file, or in a document beside it, with their dotted names; tensors are none."""
+    yield from _within(value, path, 0)
+
+
+def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH or isinstance(value, Tensor):
+        return
+    fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    if isinstance(fields, Mapping) and not isinstance(value, type):
+        for name, item in fields.items():
+            yield from _within(item, f"{path}.{name}" if path else str(name), depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, Mapping):
+                yield from _within(item, path, depth + 1)
+    elif path:
+        yield path, value
+
+
+def beside(path: Path) -> Iterator[tuple[str, Any]]:
+    """What documents beside a file say, each value with the document's name; those that cannot be read say nothing."""
+    for name in BESIDE:
+        for one, value in statements(document(path.parent / name)):
+            yield f"{name}: {one}", value
+
+
+def document(path: Path) -> Any:
+    """A small JSON or YAML file as plain values; None if there is none that can be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        text = path.read_text()
+        return json.loads(text) if path.suffix == ".json" else parsed(text)
+    except (OSError, ValueError, RecursionError, SpecError):
+        return None
+
+
+def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """What the text in a safetensors file's header says, part of which may be JSON."""
+    for name, text in metadata.items():
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        yield from statements(value, name)
+
+
+def require_ours(source: str, said: Iterator[tuple[str, Any]]) -> None:
+    """Raise UnfitCheckpoint, with the file's own words, if they are those of another model or objective."""
+    others = []
+    for number, (path, value) in enumerate(said):
+        if number == MAX_STATEMENTS:
+            break
+        name = re.split(r"[.: ]", path)[-1].lower().replace("-", "_").removeprefix("ss_")
+        if _of_another(name, value):
+            others.append(f"{path} {shown(value)}")
+    if others:
+        words = named(others, 4, ", ")
+        raise UnfitCheckpoint(f"{source}: is of another objective or model, as it says: {words}", ACCEPTED)
+
+
+def _of_another(name: str, value: Any) -> bool:
+    """Whether a setting and its value are those of another model or objective than ours."""
+    text = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if name in SCHEDULE and value is not None:
+        return value not in SCHEDULE[name]
+    if OTHER_SETTING.fullmatch(name):
+        return text not in ("", "none", "false", "0", "no")
+    if PREDICTION.fullmatch(name) and isinstance(value, str):
+        return text not in ("", "none") and NOISE.fullmatch(text) is None
+    if OBJECTIVE.fullmatch(name) and isinstance(value, str) and OTHER_OBJECTIVE.fullmatch(text):
+        return True
+    return MODEL.fullmatch(name) is not None and isinstance(value, str) and is_of_another_family(value)
+
+
+def is_of_another_family(model: str) -> bool:
+    """Whether a model's name is that of a known other family, or of a size, as DiT-XL/2 is, of another than DiT."""
+    if FAMILIES.search(model):
+        return True
+    sized = SIZED.fullmatch(model)
+    return sized is not None and not re.search("dit", sized["family"], re.IGNORECASE)
