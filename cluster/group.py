@@ -34,6 +34,8 @@ GRACE_SECONDS = 10.0  # after the first worker has failed, for the others to not
 TITLE = "training"  # of a worker's process
 RETURN_SECONDS = 0.1  # for Ray to have the processes back before their room goes, and they with it
 TIMEOUT = timedelta(minutes=30)  # of a collective
+# In what gloo (which raises RuntimeError) and sockets say when a peer is gone.
+BROKEN_CONNECTION = ("gloo", "NCCL", "Connection reset", "Connection closed", "Connection refused", "Broken pipe")
 
 Work = Callable[[Any, "torch.device"], None]
 
@@ -52,7 +54,7 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
     last: the processes end with the work, which leaves something in them that no other may find.
 
     Raises WorkerLost where a process or a node went, whatever the others made of that; else what the work itself
-    raised first; NoRoom where the workers had to be waited for too long.
+    raised; NoRoom where the workers had to be waited for too long.
     """
     # The rendezvous is here and not at a worker: no port is agreed on beforehand, which another might take.
     store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
@@ -90,12 +92,24 @@ def _wait(refs: list[Any]) -> None:
     if lost:
         raise WorkerLost(str(lost[0])) from lost[0]
     if errors:
-        raise first_cause([getattr(error, "cause", error) for error in errors]) from errors[0]
+        raise cause_of([getattr(error, "cause", error) for error in errors]) from errors[0]
 
 
-def first_cause(errors: Sequence[Exception]) -> Exception:
-    """The telling one of what workers raised: when one fails, the others see their connections break."""
-    return min(errors, key=lambda error: isinstance(error, RuntimeError))
+def cause_of(errors: Sequence[Exception]) -> Exception:
+    """The error of the work itself among those that workers raised; WorkerLost if all of them are broken connections.
+
+    When one worker fails or is lost, the others fail in their collective. They may do so minutes before Ray knows that
+    a node is gone.
+    """
+    own = [error for error in errors if not is_broken_connection(error)]
+    return own[0] if own else WorkerLost(str(errors[0]))
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed because of another worker, as gloo, NCCL or torch's store report it."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in BROKEN_CONNECTION)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from graftwork.cluster.group import NoRoom, Work, WorkerLost, first_cause
+from graftwork.cluster.group import NoRoom, Work, WorkerLost, cause_of
 from graftwork.cluster.runtime import room_for, settle, taken
 from graftwork.specs.job import StepResources
 
@@ -29,7 +29,7 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
         failures = list(getattr(error, "worker_failures", {}).values())
         own = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
         if own and len(own) == len(failures):
-            raise first_cause(own) from error
+            raise cause_of(own) from error
         if isinstance(error, ray.train.ControllerError) and room_for(resources) < workers:
             raise NoRoom from error
         raise WorkerLost(str(error)) from error

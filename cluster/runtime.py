@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -31,6 +33,10 @@ KEPT_IDLE_MS = 60_000  # that a process without work is kept, with what it has i
 
 class NotEnough(Exception):
     """This machine cannot give a task what it asks for."""
+
+
+class UnusableGpu(Exception):
+    """A task's GPU that torch cannot compute on; the message is one line."""
 
 
 @contextmanager
@@ -153,7 +159,7 @@ def free_group_of(ref: ray.ObjectRef) -> None:
 
 
 def settle() -> torch.device:
-    """Set this process up for numerical work and return its device.
+    """Set this process up for numerical work and return its device; raises UnusableGpu.
 
     On a CPU all work runs on one thread: how sums are split over threads changes their last bits, and steps run side
     by side as processes anyway.
@@ -167,7 +173,39 @@ def settle() -> torch.device:
     import torch
 
     torch.set_num_threads(1)
-    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+    return gpu() if on_gpu else torch.device("cpu")
+
+
+def gpu() -> torch.device:
+    """Return the GPU that Ray gave this process; raises UnusableGpu where torch cannot compute on it.
+
+    Ray counts GPUs without asking torch. Going on would mean one core of the CPU beside an idle GPU.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # AssertionError: of a torch without CUDA
+        built = torch.version.cuda and f"CUDA {torch.version.cuda}"
+        built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPUs only"
+        raise UnusableGpu(
+            f"Ray gave this task a GPU that torch {torch.__version__}, built for {built}, cannot use "
+            f"({str(error).splitlines()[0]}); NVIDIA driver: {_driver_version() or 'none'}; accepted: a driver that "
+            "supports that CUDA, or a torch built for the driver's (https://pytorch.org/get-started)"
+        ) from None
+    return torch.device("cuda")
+
+
+def _driver_version() -> str | None:
+    """Return the version of the loaded NVIDIA kernel module; None where there is none."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found and found[0]
 
 
 @cache

@@ -187,7 +187,9 @@ class Execution:
     def _start(self, steps: Sequence[Step], waited: Sequence[Any], recorded: Mapping[str, Recordings]) -> None:
         """One task for these steps, to begin when the tasks `waited` for have left what they recorded."""
         first, *others = steps
-        task = _run_steps.options(
+        # A GPU that comes by `options` does not end the process: its memory and its choice of a GPU would stay.
+        remote = _run_steps_on_gpu if first.resources.gpu else _run_steps
+        task = remote.options(
             name=first.name + (f" and {len(others)} more" if others else ""),
             max_retries=RETRIES,
             retry_exceptions=False,
@@ -382,8 +384,7 @@ class Work:
     recorded: Recordings = ()  # what tasks before left for it
 
 
-@ray.remote
-def _run_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[StepResult]:
+def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[StepResult]:
     """Do steps one after another; an error in one does not touch the others. Ray waits for the tasks `before`."""
     done = {result.step for results in before for result in results if result.state == "done"}
     kept: dict[str, Any] = {}
@@ -399,6 +400,10 @@ def _run_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Ste
             work.report.ended(result)
         results.append(result)
     return results
+
+
+_run_steps = ray.remote(_do_steps)
+_run_steps_on_gpu = ray.remote(max_calls=1)(_do_steps)  # its process ends with it
 
 
 def _run_step(work: Work, done: Collection[str], together: stages.Together) -> StepResult:

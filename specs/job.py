@@ -95,7 +95,21 @@ class JobSpec(Spec):
         for number, edit in enumerate(self.graft):
             self._check_blocks(number, edit)
         self._check_sites()
+        self._check_gpus()
         return self
+
+    def _check_gpus(self) -> None:
+        """Refuse workers of a training that share a GPU, which NCCL does not allow, or have several, of which each
+        would use one."""
+        workers = {
+            "base": getattr(self.weights, "workers", 1),
+            "search": max((layers.search.workers for layers in self.learned().values()), default=1),
+            "finetune": self.finetune.workers,
+        }
+        for stage, count in workers.items():
+            gpu = getattr(self.resources, stage).gpu
+            if count > 1 and gpu not in (0, 1):
+                refuse(["resources", stage, "gpu"], gpu, f"0 or 1 a worker, since {count} workers train together")
 
     def _check_blocks(self, number: int, edit: EditSpec) -> None:
         """That an edit's blocks are there, and its operator can stand in them."""

@@ -308,7 +308,8 @@ def _samples(rootstock: Rootstock) -> int:
 
 
 def _streamed(rootstock: Rootstock, site: Site, context: Context) -> tuple[Source, Source]:
-    chunk = max(_room(context, rootstock.device) // rootstock.bytes_a_sample(site), 1)
+    # A chunk lives until the last batch of it is used, and by then the next one is being recorded.
+    chunk = max(_room(context, rootstock.device) // (2 * rootstock.bytes_a_sample(site)), 1)
     shown, unseen = (Recomputed(rootstock, site, part, chunk) for part in (rootstock.shown, rootstock.unseen))
     return shown, unseen
 

@@ -174,7 +174,7 @@ def train(
     diffusion = Diffusion().on(data.device)
     every = max(1, recipe.steps // POINTS)
     loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
-    together = StopTogether(stopping)
+    together = StopTogether(stopping, data.device)
     report(progress.step, recipe.steps)
 
     def draw(step: int) -> Batch:
@@ -260,8 +260,8 @@ class StopTogether:
 
     KEY = "graftwork/stop"
 
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        self.stopping = stopping
+    def __init__(self, stopping: Callable[[], bool], device: torch.device) -> None:
+        self.stopping, self.device = stopping, device
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.store = None if alone else dist.distributed_c10d._get_default_store()
         self.at: int | None = None
@@ -281,7 +281,7 @@ class StopTogether:
 
     def _keep_pace(self) -> None:
         """Wait until the step before the last one is over. On a CPU it is: its collectives wait by themselves."""
-        if not torch.cuda.is_available():
+        if self.device.type == "cpu":
             return
         event = torch.cuda.Event()
         event.record()

@@ -455,7 +455,7 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
     run_distill(store, "fits", inputs, tmp_path / "fits")
     assert sizes == [24, 6]
     sizes.clear()
-    room = 12 * A_SITE // 30  # 12 samples of 24, of which whole batches of 10 are taken
+    room = 24 * A_SITE // 30  # for two chunks of 12 samples, of which whole batches of 10 are taken
     run_distill(store, "streamed", inputs, tmp_path / "streamed", activations=room)
     assert sizes[:4] == [10, 10, 4, 6] and len(sizes) == 4 * 7 + 1
     scions = [load_file(tmp_path / name / "scion.safetensors") for name in ("fits", "streamed")]

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from benchmarks.trivial import chain_and_fan
+from benchmarks.watching import Unwatched
 from graftwork.cluster.fan_out import AHEAD, fan_out
+from graftwork.pipeline.execute import Execution
+from graftwork.pipeline.store import Store
 from graftwork.specs.job import StepResources
+from graftwork.specs.load import load
+from tests.conftest import TINY
 
 ON_CPU, ON_GPU = StepResources(cpu=1), StepResources(cpu=0, gpu=1)
 BOTH = pytest.mark.parametrize("resources", [ON_CPU, ON_GPU], ids=["tasks", "staff"])
@@ -24,8 +33,16 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    def gpus_in_name() -> None:
+        import torch
+
+        from graftwork.cluster import runtime
+
+        runtime.gpu = lambda: torch.device("cpu")
+
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
-    ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
+    hook = {"worker_process_setup_hook": gpus_in_name}
+    ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False, runtime_env=hook)
     yield nodes
     ray.shutdown()
     nodes.shutdown()
@@ -112,6 +129,28 @@ def test_whoever_has_nothing_left_to_do_gives_its_gpu_back_before_the_others_are
         return time.monotonic() < deadline
 
     assert list(fan_out(work, None, range(2), ON_GPU)) == [True, True]
+
+
+def with_torch() -> set[int]:
+    """Processes of Ray's workers that have torch loaded, as whatever did a step has."""
+    loaded = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any("libtorch_cpu" in one.path for one in process.memory_maps()):
+                loaded.add(process.pid)
+    return loaded
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("gpu", [0, 1])
+def test_the_process_of_a_step_on_a_gpu_ends_with_it(store: Store, gpu: float) -> None:
+    """Otherwise it keeps the GPU's memory, and the next step in it would compute on the GPU that was its first."""
+    before = with_torch()
+    plan = chain_and_fan(load(TINY, [f"store={store.root}"]), each=1, warm=0, number=0)
+    steps = tuple(replace(step, resources=StepResources(cpu=0.5, gpu=gpu)) for step in plan.steps)
+    assert not Execution(replace(plan, steps=steps), store, "run", None, Unwatched()).go()
+    left = with_torch() - before
+    assert left if not gpu else soon(lambda: not with_torch() - before)
 
 
 @pytest.mark.slow

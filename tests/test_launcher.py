@@ -15,7 +15,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from graftwork.cluster import launcher, runtime
+from graftwork.cluster import group, launcher, runtime
 from graftwork.specs.job import StepResources
 from graftwork.specs.training import FinetuneSpec, TrainingSpec
 
@@ -84,6 +84,40 @@ def lost_in_a_collective(folder: Path, device: torch.device) -> None:
 def test_a_worker_that_is_lost_in_a_collective_is_a_loss_and_not_an_error_of_its_peers(tmp_path: Path) -> None:
     ray.get(launch.remote(lost_in_a_collective, tmp_path))
     assert len(noted(tmp_path)) == 4
+
+
+def silent_in_a_collective(folder: Path, device: torch.device) -> None:
+    first = not list(folder.iterdir())
+    note(folder, device)
+    dist.barrier()
+    if first and dist.get_rank() == 1:
+        dist.destroy_process_group()
+        time.sleep(SECONDS)
+    total()
+
+
+def test_a_connection_that_breaks_before_ray_knows_of_a_loss_is_one(tmp_path: Path) -> None:
+    """A node that loses its power is missed by its peers at once, and by Ray after a while."""
+    ray.get(launch.remote(silent_in_a_collective, tmp_path))
+    assert len(noted(tmp_path)) == 4
+
+
+OWN = torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")], None),
+        ([dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited")], None),
+        ([dist.DistNetworkError("The client socket has failed to connect to 10.0.0.7:29500")], None),
+        ([dist.DistBackendError("NCCL communicator was aborted on rank 1"), OWN], OWN),
+    ],
+    ids=["gloo", "NCCL", "store", "own"],
+)
+def test_a_broken_connection_is_not_the_work_s_own_error(errors: list[Exception], expected: Exception | None) -> None:
+    cause = group.cause_of(errors)
+    assert cause is expected if expected else isinstance(cause, group.WorkerLost)
 
 
 def diverging(folder: Path, device: torch.device) -> None:

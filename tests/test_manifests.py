@@ -116,6 +116,7 @@ def test_the_ray_up_file_is_one_by_rays_own_schema() -> None:
     with pytest.raises(Exception, match="max_worker'"):
         validate_config({**prepare_config(read(RAY_UP)), "max_worker": 1})
     types = read(RAY_UP)["available_node_types"]
+    assert all(one["node_config"]["ImageId"] for one in types.values())  # Ray's default has a driver of 2023
     assert read(RAY_UP)["head_node_type"] in types and types["gpu"]["max_workers"] > types["gpu"]["min_workers"]
 
 

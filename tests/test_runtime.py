@@ -9,9 +9,24 @@ import sys
 from typing import Any
 
 import pytest
+import ray
+import torch
 
 from graftwork.cluster import runtime
 from graftwork.specs.job import StepResources
+
+
+def test_a_task_whose_gpu_torch_cannot_use_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this GPU can be used")
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(runtime, "end_with_parent", lambda: None)
+    with pytest.raises(runtime.UnusableGpu) as caught:
+        runtime.settle()
+    line = str(caught.value)
+    assert "\n" not in line and torch.__version__ in line and "NVIDIA driver: " in line
+    assert "accepted: a driver that supports that CUDA" in line
+
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "fast": 1.0}},

@@ -245,6 +245,18 @@ def test_a_value_out_of_range_is_refused(document: dict[str, Any], path: str, va
     assert_says(refusal(put(document, path, value)), path, repr(value), accepted)
 
 
+@pytest.mark.parametrize("gpu", [0.5, 2])
+@pytest.mark.parametrize(("stage", "section"), [("base", "weights"), ("finetune", "finetune")])
+def test_workers_that_train_together_have_a_gpu_each(
+    document: dict[str, Any], stage: str, section: str, gpu: float
+) -> None:
+    put(document, f"{section}.workers", 2)
+    put(document, "resources", {stage: {"gpu": gpu}})
+    assert_says(refusal(document), f"resources.{stage}.gpu", str(gpu), "0 or 1 a worker, since 2 workers train")
+    put(document, f"{section}.workers", 1)
+    JobSpec.model_validate(document)
+
+
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("inf")])
 def test_a_ratio_outside_0_to_1_is_refused(document: dict[str, Any], ratio: float) -> None:
     put(document, "graft.0.layers", {"kind": "interleaved", "ratio": ratio})
