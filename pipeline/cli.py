@@ -167,6 +167,7 @@ def plan(
         made = api.plan(job, overrides or ())
         absent, notes = preflight.absent(made.job), preflight.notes(made.job)
         classes = labels_line(made.job.data)
+        untracked = api.untracked(made)
         cost = api.costs(made.job)
         store = Store(made.job.store)
         states = made.states(store)
@@ -182,6 +183,7 @@ def plan(
                     "last_estimate": last and last.estimated(),
                     "absent": absent,
                     "notes": notes,
+                    "untracked": untracked,
                 }
             )
             return
@@ -203,7 +205,7 @@ def plan(
         show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
-        _print_lines([*absent, *notes])
+        _print_lines([*absent, *notes, *untracked])
 
 
 @app.command()
@@ -472,8 +474,7 @@ def _print_lines(lines: list[str]) -> None:
 
 
 def _resume_line(left: RunRecord) -> str:
-    store = left.job["store"]
-    return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
+    return f"resume with: {left.resume_command()}"
 
 
 def _trace(details: str, debug: bool) -> None:

@@ -20,7 +20,8 @@ from mlflow.entities import Run
 
 from graftwork.cluster.board import Point
 from graftwork.pipeline import api, mlflow_runs, outbox, record, track
-from graftwork.pipeline.outbox import kept_entries
+from graftwork.pipeline.destination import Destination
+from graftwork.pipeline.outbox import waiting
 from graftwork.pipeline.planning import Plan, Step, make_plan
 from graftwork.pipeline.record import RunRecord, StepRecord
 from graftwork.pipeline.store import Origin, Store
@@ -106,7 +107,8 @@ class Job:
         self.said: list[str] = []
 
     def tracker(self) -> Tracker:
-        return Tracker(self.uri, self.experiment, self.record, self.plan, None, self.store, self.said.append)
+        there = Destination(self.uri, self.uri, self.experiment)
+        return Tracker(there, self.record, self.plan, self.store, self.said.append)
 
     def opened(self) -> Tracker:
         tracker = self.tracker()
@@ -133,7 +135,7 @@ class Job:
         tracker.finished(self.record)
 
     def waiting(self) -> list[str]:
-        return kept_entries(self.store, self.record.run)
+        return waiting(self.store, self.record.run).entries
 
     def said_of(self, words: str) -> int:
         return sum(words in line for line in self.said)
@@ -475,15 +477,15 @@ def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
     done = api.run(str(TINY), changes, view=said)
     assert done.status == "finished" and time.monotonic() - began < 20
     store = Store(str(tiny_copy.store))
-    assert kept_entries(store, done.run)
+    assert waiting(store, done.run)
     assert f"deliver them: graft resume {done.run}" in said.lines[-1]
 
     still = api.resume(done.run, str(tiny_copy.store), view=said)
-    assert still.status == "finished" and kept_entries(store, done.run)
+    assert still.status == "finished" and waiting(store, done.run)
 
     line.is_cut = False
     back = api.resume(done.run, str(tiny_copy.store), view=said)
-    assert not kept_entries(store, done.run) and "has all" in said.lines[-1]
+    assert not waiting(store, done.run) and "has all" in said.lines[-1]
     (job,) = all_runs(MlflowClient(line.address), experiment).values()
     assert job.info.status == "FINISHED"
     assert job.data.metrics["stage2.distance"] == done.results["stage2"]["distance"]
