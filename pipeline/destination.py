@@ -95,7 +95,7 @@ def destination(job: JobSpec, store: Store, past: RunRecord | None) -> Destinati
         notes.append(f"figures go to MLflow at {kept}, by {URI}")
     elif before is not None and before != OWN:
         uri, kept, field = before, before, "tracking.uri"
-        if secret_in(before):
+        if secret_in(before.replace("***", "secret")):
             raise SpecError([f"{URI}: got nothing; accepted: the URI that this run's figures went to, {before}"])
     elif store.local:
         uri, kept, field = f"sqlite:///{store.root}/{OWN}", OWN, "tracking.uri"

@@ -6,6 +6,7 @@ one is made, parameters that stand are left alone, and of a curve only what come
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from graftwork.pipeline import mlflow_database, mlflow_server
@@ -166,7 +168,7 @@ class Desk:
             case File():
                 self._file(self._id(entry.run), entry)
             case Json():
-                self.client.log_dict(self._id(entry.run), entry.content, entry.name)
+                self._log_file(self._id(entry.run), entry.name, json.dumps(entry.content, indent=2).encode())
             case End():
                 run = self._id(entry.run)
                 if entry.run in self.doubtful:
@@ -212,11 +214,17 @@ class Desk:
             content = self.store.artifact(entry.key).read(entry.name)
         except (FileNotFoundError, RottenArtifact) as gone:
             raise Gone(f"{entry.name} of {entry.run}, which is not in the store any more ({one_line(gone)})") from None
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / entry.name
-            path.write_bytes(content)
-            self.client.log_artifact(run, str(path))
+        self._log_file(run, entry.name, content)
         self.lost_files = 0
+
+    def _log_file(self, run: str, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            if self.destination.database is None:
+                self.client.log_artifact(run, str(path))
+            else:  # MLflow's client remembers a run's place for the whole process, whatever database was copied since
+                get_artifact_repository(self.client.get_run(run).info.artifact_uri).log_artifact(str(path))
 
     def _readings(self, entry: Readings) -> None:
         by_run: dict[str, list[Metric]] = {}
@@ -365,8 +373,6 @@ class Desk:
     def _verdict(self, entry: AnyEntry, error: Exception) -> Unanswered | Refused:
         """Whether the server can take nothing now, or alone this entry."""
         fault = mlflow_server.fault(error, self.uri)
-        if "experiment" not in self.__dict__:  # it was not even found
-            return Unanswered(fault.reason)
         if isinstance(entry, File | Json):
             self.lost_files += 1
             return self._trouble() or Refused(f"takes no file {entry.name} ({one_line(error)})")
@@ -384,8 +390,8 @@ class Desk:
         except Exception as error:
             fault = mlflow_server.fault(error, self.uri)
             if fault.is_ours:  # the experiment is gone: it is looked for again, and so are its runs
-                del self.__dict__["experiment"]
-                self.__dict__.pop("_left", None)
+                for found in ("experiment", "_left"):
+                    self.__dict__.pop(found, None)
                 self.ids.clear()
             return Unanswered(fault.reason)
         return None
