@@ -165,9 +165,8 @@ def plan(
 
     with problems(debug), listing_once():
         made = api.plan(job, overrides or ())
-        absent, notes = preflight.absent(made.job), preflight.notes(made.job)
+        absent, notes = preflight.absent(made.job), [*preflight.notes(made.job), *api.untracked(made)]
         classes = labels_line(made.job.data)
-        untracked = api.untracked(made)
         cost = api.costs(made.job)
         store = Store(made.job.store)
         states = made.states(store)
@@ -183,7 +182,6 @@ def plan(
                     "last_estimate": last and last.estimated(),
                     "absent": absent,
                     "notes": notes,
-                    "untracked": untracked,
                 }
             )
             return
@@ -205,7 +203,7 @@ def plan(
         show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
-        _print_lines([*absent, *notes, *untracked])
+        _print_lines([*absent, *notes])
 
 
 @app.command()

@@ -59,21 +59,19 @@ class Destination:
 
     def check(self) -> None:
         """Raise SpecError if a run could not be recorded there, as far as can be known before."""
-        try:
-            if mlflow_database.is_sqlite(self.address):
-                found = "which keeps nothing" if self.database is None else self._database_problem(self.database)
-            else:
-                from graftwork.pipeline.mlflow_server import problem  # MLflow takes seconds to import
+        if mlflow_database.is_sqlite(self.address):
+            found = "which keeps nothing" if self.database is None else self._database_problem(self.database)
+        else:
+            from graftwork.pipeline.mlflow_server import problem  # MLflow takes seconds to import
 
-                found = problem(self.address, self.experiment)
-        except SpecError:  # a variable that is not set
-            raise
+            found = problem(self.address, self.experiment)
         if found is not None:
             accepted = "" if "accepted: " in found else f"; {ACCEPTED}"
             raise SpecError([f"{self.field}: got {shown_uri(self.name)}, {found}{accepted}"])
 
     def _database_problem(self, database: Path) -> str | None:
-        return mlflow_database.problem(database, self.experiment)
+        is_new_store = self.kept == OWN and not database.exists()  # whether it can be written is the store's to say
+        return None if is_new_store else mlflow_database.problem(database, self.experiment)
 
 
 def shown_uri(uri: str) -> str:

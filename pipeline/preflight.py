@@ -15,7 +15,7 @@ from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
-from graftwork.specs.problems import refusal, shown
+from graftwork.specs.problems import refusal
 from graftwork.stages.codec import misfits
 from graftwork.stages.listing import counted, list_images
 from graftwork.stages.sources import class_sizes, scarce, split_sizes
