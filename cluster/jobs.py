@@ -1,7 +1,6 @@
 """Jobs on a Ray cluster somewhere else: the client side of Ray's Jobs API. Whatever goes wrong there is one line here.
 
-The token that opens a cluster is this user's own, found where Ray looks for it, and travels in a header only: nodes
-have it from whoever started them.
+The token that opens a cluster travels in a header only: nodes have it from whoever started them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import shlex
 import time
 import uuid
@@ -30,14 +28,16 @@ from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
+from graftwork.cluster.address import WHERE_TOKENS_ARE, token, token_path
+from graftwork.cluster.local import environment
 from graftwork.specs.load import SpecError
 
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 RECONNECT_SECONDS = 2.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers these to an address that it is given
-WHERE_TOKENS_ARE = "the cluster's token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in {}"
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ class Cluster:
             raise SpecError([f"--address: got {address!r}; accepted: a Ray dashboard, as http://head:8265"])
         if "@" in urlsplit(address).netloc:
             raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
+        here = urlsplit(address).hostname in LOOPBACK
+        self._no_proxy = dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(LOOPBACK)) if here else {}
         headers = {"Authorization": f"Bearer {secret}"} if (secret := token()) else {}
         self._check_version(headers)
         for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
             logger.setLevel(logging.ERROR)
-        with self._problems(), _without(OVERRIDING):
+        with self._problems(), environment(dict.fromkeys(OVERRIDING)):
             self.client = JobSubmissionClient(self.address, headers=headers)
 
     def submit(
@@ -174,7 +176,7 @@ class Cluster:
         """That a Ray of our version answers, and takes the token."""
         request = Request(f"{self.address}/api/version", headers=dict(headers))
         try:
-            with build_opener(_Straight).open(request, timeout=CONNECT_SECONDS) as answer:
+            with environment(self._no_proxy), build_opener(_Straight).open(request, timeout=CONNECT_SECONDS) as answer:
                 theirs = json.loads(answer.read())["ray_version"]
         except HTTPError as error:
             raise self._refusal(error.code, bool(headers)) from None
@@ -208,9 +210,10 @@ class Cluster:
 
     @contextmanager
     def _problems(self) -> Iterator[None]:
-        """What Ray's client raises, as one line."""
+        """What Ray's client raises, as one line; a server on this machine is asked without a proxy."""
         try:
-            yield
+            with environment(self._no_proxy):
+                yield
         except ray.exceptions.AuthenticationError:
             raise self._refusal(403, True) from None
         except OSError as error:
@@ -224,41 +227,6 @@ class _Straight(HTTPRedirectHandler):
 
     def redirect_request(self, *_: object, **__: object) -> None:
         return None
-
-
-def token() -> str | None:
-    """This user's token; None where there is none, or authentication is switched off."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return None
-    value = os.environ.get("RAY_AUTH_TOKEN", "").strip() or _token_in_file()
-    if value and not (value.isascii() and value.isprintable() and " " not in value):
-        raise SpecError(["the cluster's token: got something with spaces or odd characters; accepted: one word"])
-    return value or None
-
-
-def _token_in_file() -> str:
-    path = token_path()
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError as error:
-        if os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            line = f"RAY_AUTH_TOKEN_PATH: got {str(path)!r}, which cannot be read: {error.strerror}"
-            raise SpecError([f"{line}; accepted: a file with the cluster's token"]) from None
-        return ""
-
-
-def token_path() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-@contextmanager
-def _without(names: Sequence[str]) -> Iterator[None]:
-    """Without these environment variables, for as long as the context lasts."""
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
 
 
 def _submission(job: Any) -> Submission:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private import ray_constants
 from ray._private.state import state
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
+from graftwork.cluster.address import check_cluster, cluster_address
+from graftwork.cluster.local import code_folders, environment, job_config, local_settings, read_authentication
+from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
 from graftwork.cluster.warm import Nursery
 from graftwork.specs.job import StepResources
@@ -45,43 +47,62 @@ def session(demands: Iterable[StepResources], together: int, warm: Sequence[str]
 
     demands: what single tasks take. together: how many one-CPU workers must be able to run side by side; a machine
     with fewer cores still runs them, slower. warm: modules that tasks need, to be imported once for all processes.
+    Raises SpecError for a RAY_ADDRESS or a folder for temporary files that is of no use.
     """
-    demands = list(demands)
-    cpus = max(os.cpu_count() or 1, together, *(math.ceil(demand.cpu) for demand in demands))
-    # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * cpus))
-    # Of those that are idle, Ray would end all but one a CPU after a second, and start others for the next step.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(KEPT_IDLE_MS))
+    demands, address = list(demands), cluster_address()
     with ExitStack() as stack:
-        local: dict[str, Any] = {}
-        if "RAY_ADDRESS" not in os.environ:
-            # By itself, Ray would join whatever cluster it finds on this machine.
-            local = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-            if warm and Nursery.possible() and not any(demand.gpu for demand in demands):
-                nursery = stack.enter_context(closing(Nursery(warm)))
-                local["runtime_env"] = {"py_executable": nursery.py_executable}
-                os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would not be of the nursery
-        stack.enter_context(_initialised(local, demands))
+        if address is None:
+            stack.enter_context(_ray_of_our_own(demands, together, warm))
+        else:
+            stack.enter_context(_joined(address))
         yield
 
 
 @contextmanager
-def _initialised(local: Mapping[str, Any], demands: Sequence[StepResources]) -> Iterator[None]:
-    """Ray; local: the settings of one of our own."""
-    # A Ray of our own listens on loopback only; by itself, Ray does so where it knows that no other machine can join.
-    reachable = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = reachable and not local
-    ray.init(logging_level="ERROR", log_to_driver=False, **local)
-    try:
-        for demand in demands if local else ():
+def _ray_of_our_own(demands: Sequence[StepResources], together: int, warm: Sequence[str]) -> Iterator[None]:
+    cpus = max(num_cpus(), together, *(math.ceil(demand.cpu) for demand in demands))
+    defaults = {
+        # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
+        "RAY_worker_maximum_startup_concurrency": str(4 * cpus),
+        # Of those that are idle, Ray would end all but one a CPU after a second, and start others for the next step.
+        "RAY_idle_worker_killing_time_threshold_ms": str(KEPT_IDLE_MS),
+    }
+    with ExitStack() as stack:
+        settings = stack.enter_context(local_settings())
+        if warm and Nursery.possible() and not any(demand.gpu for demand in demands):
+            nursery = stack.enter_context(closing(Nursery(warm, code_folders())))
+            settings["runtime_env"] = {"py_executable": nursery.py_executable}
+            defaults["RAY_prestart_worker_first_driver"] = "0"  # they would not be of the nursery
+        stack.enter_context(environment({name: os.environ.get(name, value) for name, value in defaults.items()}))
+        stack.enter_context(_initialised(num_cpus=cpus, **settings))
+        for demand in demands:
             if not room_for(demand):
                 has = ray.cluster_resources()
                 here = _amounts({name: has.get(name, 0.0) for name, amount in taken(demand).items() if amount})
                 raise NotEnough(f"resources: got {shown(demand)}; accepted: at most what this machine has, {here}")
         yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """The cluster at `address`; raises SpecError where it cannot be joined from here."""
+    mode = {"RAY_AUTH_MODE": "token"} if check_cluster(address) else {}
+    try:
+        with environment(mode):
+            read_authentication()
+            with _initialised(address=address):
+                yield
+    finally:
+        read_authentication()
+
+
+@contextmanager
+def _initialised(**settings: Any) -> Iterator[None]:
+    ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
+    try:
+        yield
     finally:
         ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = reachable
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -54,7 +54,8 @@ def main(address: str, command: Sequence[str]) -> NoReturn:
 class Nursery:
     """The warm process, as seen by who started it. `py_executable` is for Ray's runtime environment."""
 
-    def __init__(self, modules: Iterable[str]) -> None:
+    def __init__(self, modules: Iterable[str], folders: Sequence[str] = ()) -> None:
+        """folders: where to search for modules before those that Python searches by itself."""
         import shlex
         import subprocess
         import uuid
@@ -65,13 +66,15 @@ class Nursery:
         listening.listen(128)  # who comes before the nursery is up waits
         # Threads do not outlive a fork. As many for sums as Ray gives its workers; none that tidies Arrow's memory.
         alone = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "DS_ACCELERATOR": "cpu"}
+        searched = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # -P: without the current folder, whose `torch.py` would be taken for torch.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "graftwork.cluster.warm", "--serve", str(listening.fileno()), *modules],
+            [sys.executable, "-P", "-m", "graftwork.cluster.warm", "--serve", str(listening.fileno()), *modules],
             pass_fds=[listening.fileno()],
             stdin=subprocess.PIPE,  # its life line: it ends when that does, whatever becomes of this process
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here is told by the workers, which then import for themselves
-            env={**os.environ, **alone},
+            env={**os.environ, **alone, "PYTHONPATH": os.pathsep.join(searched)},
             start_new_session=True,
         )
         listening.close()
@@ -219,7 +222,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
         os.environ.clear()
         os.environ.update(request["environment"])
         script, *_ = sys.argv = request["command"]
-        sys.path[0] = os.path.dirname(script)
+        sys.path.insert(0, os.path.dirname(script))
         runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.pipeline import planning, preflight, record, stopping
-from graftwork.pipeline.destination import destination
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.record import Expected, RunRecord
@@ -23,6 +22,7 @@ from graftwork.specs.export import Layout
 from graftwork.specs.hub import is_hub_id
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, job_from, load
+from graftwork.specs.paths import settle_home
 from graftwork.specs.problems import shown
 from graftwork.stages.listing import listing_once
 from graftwork.stages.sources import num_classes
@@ -36,6 +36,7 @@ def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
     Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run.
     """
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
+    settle_home()
     with listing_once():
         shortages = preflight.shortages(spec)
         if shortages:
@@ -68,21 +69,11 @@ def estimate(
     return expected, last
 
 
-def untracked(made: Plan) -> list[str]:
-    """What keeps MLflow from taking the figures of a run of the plan, a line each; nothing is started or written."""
-    store = Store(made.job.store)
-    try:
-        there = destination(made.job, store, record.load_or_none(store, record.run_name(made)))
-        there.check()
-    except SpecError as error:
-        return error.lines
-    return []
-
-
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:
     """Do what is not in the store yet and return the run; raises SpecError before, RunFailed after it has begun."""
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
     view = view or SilentView()
+    settle_home()
     preflight.fetch(spec)
     with listing_once():
         preflight.check(spec)

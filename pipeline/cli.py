@@ -165,7 +165,7 @@ def plan(
 
     with problems(debug), listing_once():
         made = api.plan(job, overrides or ())
-        absent, notes = preflight.absent(made.job), [*preflight.notes(made.job), *api.untracked(made)]
+        absent, notes = preflight.absent(made.job), preflight.notes(made.job)
         classes = labels_line(made.job.data)
         cost = api.costs(made.job)
         store = Store(made.job.store)
@@ -203,7 +203,7 @@ def plan(
         show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
-        _print_lines([*absent, *notes])
+        _print_lines([*absent, *notes, *preflight.machine_problems()])
 
 
 @app.command()
@@ -472,7 +472,8 @@ def _print_lines(lines: list[str]) -> None:
 
 
 def _resume_line(left: RunRecord) -> str:
-    return f"resume with: {left.resume_command()}"
+    store = left.job["store"]
+    return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
 
 
 def _trace(details: str, debug: bool) -> None:

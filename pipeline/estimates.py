@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline import record
 from graftwork.pipeline.packing import Item, duration, pack
 from graftwork.pipeline.planning import Plan, Step
@@ -431,7 +431,7 @@ def machine_for(plan: Plan, gpus: int | None) -> Machine:
     if gpus is not None and gpus < wanted:
         raise SpecError([f"--gpus: got {gpus}; accepted: at least {wanted}, which {widest.name} takes at once"])
     cpus = max(known[step.key].workers * step.resources.cpu for step in plan.steps)
-    return Machine(max(float(os.cpu_count() or 1), cpus), float(wanted if gpus is None else gpus if wanted else 0))
+    return Machine(max(float(num_cpus()), cpus), float(wanted if gpus is None else gpus if wanted else 0))
 
 
 @dataclass(frozen=True)

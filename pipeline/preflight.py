@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from graftwork.cluster.address import check_cluster, cluster_address
+from graftwork.cluster.scratch import scratch_problem
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.planning import carried_edits
 from graftwork.pipeline.store import Store
@@ -15,12 +19,16 @@ from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
-from graftwork.specs.problems import refusal
+from graftwork.specs.problems import shown
+from graftwork.specs.secrets import filled
 from graftwork.stages.codec import misfits
 from graftwork.stages.listing import counted, list_images
 from graftwork.stages.sources import class_sizes, scarce, split_sizes
 
-ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
+# What MLflow keeps runs in; without any, a folder.
+TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
+
+ACCEPTED_REFERENCE = "accepted: an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
 PLANNED_HEADERS = 1000  # of images that a plan reads
 
 
@@ -31,12 +39,51 @@ def check(job: JobSpec) -> None:
         raise SpecError(lines)
 
 
-def check_places(store: Store) -> None:
-    """Raise SpecError if the store cannot be written."""
+def machine_problems() -> list[str]:
+    """Return a line for what this machine's environment says of Ray that is of no use, without asking a cluster."""
+    try:
+        problem = scratch_problem() if cluster_address() is None else None
+    except SpecError as error:
+        return error.lines
+    return [problem] if problem else []
+
+
+def check_ray() -> None:
+    """Raise SpecError where neither the cluster of RAY_ADDRESS can be joined nor a Ray of our own be started."""
+    if lines := machine_problems():
+        raise SpecError(lines)
+    if (address := cluster_address()) is not None:
+        check_cluster(address)
+
+
+def check_places(store: Store, tracking_uri: str | None) -> None:
+    """Raise SpecError where the MLflow server, if one is named, does not answer or the store cannot be written.
+
+    A local store is a folder from then on: this is the last check.
+    """
+    if tracking_uri is not None:
+        _check_tracking(tracking_uri)
     try:
         store.check_writable()
     except StoreError as error:
         raise SpecError([str(error)]) from None
+
+
+def _check_tracking(tracking_uri: str) -> None:
+    accepted = "accepted: a running MLflow server, or sqlite:///file"
+    try:
+        parts = urlsplit(filled(tracking_uri, "tracking.uri"))
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, which is no URI; {accepted}"]) from None
+    if parts.scheme.partition("+")[0] not in TRACKERS:
+        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, of a kind that MLflow does not know; {accepted}"])
+    if parts.scheme in ("http", "https") and host:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
+            raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
 
 
 def reads_files(job: JobSpec) -> bool:
@@ -85,7 +132,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
             else:
                 read_statistics(reference)
         except ValueError as error:
-            lines.append(refusal("evaluate.reference", error, ACCEPTED_REFERENCE))
+            lines.append(f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}")
     if lines:
         raise SpecError(lines)
 
@@ -203,7 +250,7 @@ def _reference_shortages(job: JobSpec) -> list[str]:
         if len(images) <= PLANNED_HEADERS:
             require_one_size(reference, images)
     except ValueError as error:
-        return [refusal("evaluate.reference", error, ACCEPTED_REFERENCE)]
+        return [f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}"]
     return []
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline.store import MANIFEST, RottenArtifact, Store
 
 READERS = 8  # threads: a remote store makes them wait, hashing a local one keeps cores busy
@@ -39,7 +39,7 @@ def verify(store: Store, dry_run: bool = False) -> Iterator[Checked]:
 
     What lies under a key without a manifest is no artifact, and left alone: a step may be committing it.
     """
-    with ThreadPoolExecutor(READERS if not store.local else min(READERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(READERS if not store.local else min(READERS, num_cpus())) as pool:
         for checked in pool.map(lambda key: _check(store, key), store.keys()):
             if checked is None:
                 continue

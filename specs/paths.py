@@ -5,8 +5,11 @@ A URI keeps its `${VAR}` (see `specs.secrets`) until it is used.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from graftwork.specs.hub import is_hub_id
@@ -76,12 +79,35 @@ def _unless_braced(found: re.Match[str]) -> str:
     return _value(found) if found["bare"] else found[0]
 
 
+def home_folder() -> str | None:
+    """Return this user's home folder; None if HOME is not set and the user has no entry in the passwd file."""
+    if os.environ.get("HOME"):
+        return os.environ["HOME"]
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return None
+
+
+def settle_home() -> None:
+    """Set HOME for the libraries that look for it: to a folder that goes with this process, for a user without one."""
+    if os.environ.get("HOME"):
+        return
+    home = home_folder()
+    if home is None:
+        home = tempfile.mkdtemp(prefix="graft-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ["HOME"] = home
+
+
 def _with_home(path: str) -> str:
     if not path.startswith("~"):
         return path
-    user = path[1:].partition("/")[0]
-    expanded = os.path.expanduser(path)  # noqa: PTH111  # leaves ~ where pathlib raises an error of no use
-    if expanded == path:
+    user, _, below = path[1:].partition("/")
+    home = os.path.expanduser(f"~{user}") if user else home_folder()  # noqa: PTH111  # leaves ~ for an unknown user
+    if home is None or home.startswith("~"):
         known = f"users of this machine; {user} is not one" if user else "HOME set, or a user with a home folder"
         raise UnknownInPath(f"~ for {known}")
-    return expanded
+    return str(Path(home, below))

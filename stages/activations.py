@@ -9,17 +9,16 @@ the host, or else computed anew in each epoch, chunk by chunk of its order.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graftwork.cluster.machine import available_memory, num_cpus
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT
 from graftwork.models.precision import computing
@@ -324,5 +323,5 @@ def _room(context: Context, place: torch.device) -> int:
         return int(SHARE * share * torch.cuda.mem_get_info(place)[0])
     if context.resources.memory is not None:
         return int(SHARE * context.resources.memory)
-    neighbours = (os.cpu_count() or 1) / max(context.resources.cpu, 1.0)
-    return int(SHARE * psutil.virtual_memory().available / neighbours)
+    neighbours = num_cpus() / max(context.resources.cpu, 1.0)
+    return int(SHARE * available_memory() / neighbours)

@@ -57,20 +57,6 @@ def test_room_is_how_many_tasks_living_nodes_hold(
     assert runtime.room_for(StepResources(**asked)) == expected
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "local"), ("10.0.0.1:6379", None)])
-def test_a_run_starts_a_ray_of_its_own_unless_it_is_told_of_a_cluster(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str | None
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("RAY_ADDRESS", given)
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(runtime.ray, "init", asked.update)
-    monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
-    with runtime.session([], together=1):
-        assert asked.get("address") == expected
-
-
 ORPHANS = """
 import os
 import time

@@ -1,0 +1,71 @@
+"""The folder for the files of a Ray of our own. Unix sockets are among them, whose paths may not be long."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graftwork.specs.problems import SpecError
+
+VARIABLES = ("RAY_TMPDIR", "TMPDIR")  # that name the place for it, the first that is set
+MAX_SOCKET_BYTES = 107
+SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray puts into its folder
+SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def scratch_problem() -> str | None:
+    """Return a line if there is no folder for temporary files where the environment wants them; None if there is."""
+    for variable in VARIABLES:
+        if (place := os.environ.get(variable)) and (problem := _problem(place)):
+            return f"{variable}: got {place!r}, {problem}"
+    try:
+        place = _place()
+    except FileNotFoundError as error:
+        return f"TMPDIR: got nothing, and {error.strerror}; accepted: a folder that can be written"
+    if not _fits(Path(place).absolute() / "graft-12345678") and _short_place() is None:
+        most = MAX_SOCKET_BYTES - len(SOCKET) - len("/graft-12345678")
+        return f"TMPDIR: got {place!r}, too long a path for sockets; accepted: one of at most {most} bytes"
+    return None
+
+
+def _problem(place: str) -> str | None:
+    accepted = "accepted: a folder that can be written, or nothing, for the system's own"
+    if not Path(place).is_dir():
+        return f"no such folder; {accepted}"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"which cannot be written; {accepted}"
+
+
+def _place() -> str:
+    return next(filter(None, map(os.environ.get, VARIABLES)), None) or tempfile.gettempdir()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A new folder for Ray's files, by a path that is short enough for its sockets; it goes in the end."""
+    if (problem := scratch_problem()) is not None:
+        raise SpecError([problem])
+    folder = Path(tempfile.mkdtemp(prefix="graft-", dir=Path(_place()).absolute()))
+    link: Path | None = None
+    try:
+        if not _fits(folder) and (short := _short_place()) is not None:
+            link = short / f"{folder.name}-{secrets.token_hex(4)}"
+            link.symlink_to(folder)
+        yield link or folder
+    finally:
+        if link is not None:
+            link.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fits(folder: Path) -> bool:
+    return len(os.fsencode(folder)) + len(SOCKET) <= MAX_SOCKET_BYTES
+
+
+def _short_place() -> Path | None:
+    """Return a folder with a short path, for a link to one with a long path."""
+    return next((Path(place) for place in SHORT_PLACES if os.access(place, os.W_OK | os.X_OK)), None)
