@@ -65,7 +65,8 @@ def finish(plan: Plan) -> None:
         origin = Origin(step=step.name, run="benchmark", seconds=1.0, made="")
         store.commit(step.key, folder, dict(step.identity), origin)
     run = Run(plan, SilentView())
-    run.record.status, run.record.mlflow_uri = "finished", run.tracking_uri()
+    there = run.destination()
+    run.record.status, run.record.mlflow_uri, run.record.mlflow_experiment = "finished", there.kept, there.experiment
     run.record.results = {"rootstock": {"distance": 1.0}}
     record.save(store, run.record)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.pipeline import planning, preflight, record, stopping
+from graftwork.pipeline.destination import destination
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.record import Expected, RunRecord
@@ -67,6 +68,17 @@ def estimate(
     last = history.last() if undone else record.load_or_none(store, record.run_name(made))
     expected = estimates.estimate(made, undone, history, estimates.machine_for(made, gpus))
     return expected, last
+
+
+def untracked(made: Plan) -> list[str]:
+    """What keeps MLflow from taking the figures of a run of the plan, a line each; nothing is started or written."""
+    store = Store(made.job.store)
+    try:
+        there = destination(made.job, store, record.load_or_none(store, record.run_name(made)))
+        there.check()
+    except SpecError as error:
+        return error.lines
+    return []
 
 
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:

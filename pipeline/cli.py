@@ -165,7 +165,7 @@ def plan(
 
     with problems(debug), listing_once():
         made = api.plan(job, overrides or ())
-        absent, notes = preflight.absent(made.job), preflight.notes(made.job)
+        absent, notes = preflight.absent(made.job), [*preflight.notes(made.job), *api.untracked(made)]
         classes = labels_line(made.job.data)
         cost = api.costs(made.job)
         store = Store(made.job.store)
@@ -472,8 +472,7 @@ def _print_lines(lines: list[str]) -> None:
 
 
 def _resume_line(left: RunRecord) -> str:
-    store = left.job["store"]
-    return f"resume with: graft resume {left.run}{'' if store == '.graftwork' else f' --store {store}'}"
+    return f"resume with: {left.resume_command()}"
 
 
 def _trace(details: str, debug: bool) -> None:

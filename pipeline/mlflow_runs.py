@@ -6,25 +6,30 @@ one is made, parameters that stand are left alone, and of a curve only what come
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import requests
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.entities import Experiment, Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from graftwork.pipeline.outbox import Refused, Unanswered
+from graftwork.pipeline import mlflow_database, mlflow_server
+from graftwork.pipeline.destination import Destination
+from graftwork.pipeline.mlflow_database import restoring
+from graftwork.pipeline.mlflow_server import find_experiment, one_line
+from graftwork.pipeline.outbox import Gone, Refused, Unanswered
 from graftwork.pipeline.record import RunRecord
-from graftwork.pipeline.store import Store
-from graftwork.specs.secrets import filled, redacted
+from graftwork.pipeline.store import RottenArtifact, Store
 
 BATCH = 500  # metrics that MLflow takes at once, at most 1000
 FEW = 100  # params or tags that it takes at once
+MAX_LOST_FILES = 3  # one after another, before no more are tried
 ID = "graftwork.id"  # the tag by which a run is found whose creation was not answered
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -130,22 +135,24 @@ def merged(first: AnyEntry, second: AnyEntry) -> AnyEntry | None:
 class Desk:
     """Takes entries to MLflow; notes in the record which MLflow runs they are for."""
 
-    def __init__(self, uri: str, experiment: str, record: RunRecord, store: Store, files: Path | None) -> None:
-        """files: where a database of ours keeps its pictures; a server has a place of its own. Raises SpecError."""
-        filled(uri, "tracking.uri")  # said here, not entry by entry
-        self.uri, self.experiment_name = uri, experiment
-        self.record, self.store, self.files = record, store, files
+    def __init__(self, destination: Destination, record: RunRecord, store: Store) -> None:
+        """Raises SpecError."""
+        self.uri = destination.address  # said here, not entry by entry
+        self.destination, self.record, self.store = destination, record, store
         self.ids: dict[str, str] = {}  # name -> MLflow run, seen to be there
-        self.curves: dict[str, dict[str, int]] = {}  # name -> metric -> its last point that stands
+        self.curves: dict[str, dict[str, set[int]]] = {}  # name -> metric -> its points that stand
         self.doubtful: set[str] = set()  # names under which an unanswered request may yet make another run
+        self.lost_files = 0  # one after another, that could not be put where MLflow keeps files
 
     def take(self, entry: AnyEntry) -> None:
-        """Deliver an entry, for the first time or again; raises Unanswered or Refused."""
+        """Deliver an entry, for the first time or again; raises Unanswered, Refused or Gone."""
         try:
             self._take(entry)
+        except (Unanswered, Refused, Gone):
+            raise
         except Exception as error:
             self.curves.clear()  # what was written before the error is for MLflow to say
-            raise _verdict(error) from error
+            raise self._verdict(entry, error) from error
 
     def _take(self, entry: AnyEntry) -> None:
         match entry:
@@ -157,14 +164,11 @@ class Desk:
                 self._log_metrics(self._id(entry.run), self._unknown(entry))
             case Tags():
                 for some in _pieces([RunTag(name, value) for name, value in entry.tags.items()], FEW):
-                    self.client.log_batch(self._id(entry.run), tags=some)
+                    self._log_batch(self._id(entry.run), tags=some)
             case File():
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / entry.name
-                    path.write_bytes(self.store.artifact(entry.key).read(entry.name))
-                    self.client.log_artifact(self._id(entry.run), str(path))
+                self._file(self._id(entry.run), entry)
             case Json():
-                self.client.log_dict(self._id(entry.run), entry.content, entry.name)
+                self._log_file(self._id(entry.run), entry.name, json.dumps(entry.content, indent=2).encode())
             case End():
                 run = self._id(entry.run)
                 if entry.run in self.doubtful:
@@ -187,7 +191,7 @@ class Desk:
         missing = [Param(name, value) for name, value in entry.params.items() if name not in params]
         metrics = self._unknown(entry.values) if entry.values else []
         for some in _pieces(missing, FEW):
-            self.client.log_batch(run, metrics=metrics, params=some)
+            self._log_batch(run, metrics=metrics, params=some)
             metrics = []
         self._log_metrics(run, metrics)
 
@@ -203,6 +207,25 @@ class Desk:
         self.curves[entry.run] = {}
         return self._note(entry.run, made.info.run_id)
 
+    def _file(self, run: str, entry: File) -> None:
+        if self.lost_files >= MAX_LOST_FILES:  # each may take as long as a server that is away
+            raise Refused(f"takes no files; {entry.name} of {entry.run} was not tried")
+        try:
+            content = self.store.artifact(entry.key).read(entry.name)
+        except (FileNotFoundError, RottenArtifact) as gone:
+            raise Gone(f"{entry.name} of {entry.run}, which is not in the store any more ({one_line(gone)})") from None
+        self._log_file(run, entry.name, content)
+        self.lost_files = 0
+
+    def _log_file(self, run: str, name: str, content: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            if self.destination.database is None:
+                self.client.log_artifact(run, str(path))
+            else:  # MLflow's client remembers a run's place for the whole process, whatever database was copied since
+                get_artifact_repository(self.client.get_run(run).info.artifact_uri).log_artifact(str(path))
+
     def _readings(self, entry: Readings) -> None:
         by_run: dict[str, list[Metric]] = {}
         for reading in entry.readings:
@@ -210,13 +233,12 @@ class Desk:
             by_run.setdefault(reading.run, []).extend(
                 Metric(name, value, reading.at, reading.done)
                 for name, value in reading.metrics.items()
-                if reading.done > curves.get(name, -1)
+                if reading.done not in curves.get(name, ())
             )
         for run, metrics in by_run.items():
             self._log_metrics(self._id(run), metrics)
             for metric in metrics:
-                curves = self.curves[run]
-                curves[metric.key] = max(metric.step, curves.get(metric.key, -1))
+                self.curves[run].setdefault(metric.key, set()).add(metric.step)
 
     def _unknown(self, entry: Values) -> list[Metric]:
         """Those of the figures that MLflow does not have."""
@@ -224,29 +246,35 @@ class Desk:
         is_new = curves is not None and not curves.keys() & entry.values.keys()
         held = {} if is_new else self.client.get_run(run).data.metrics
         if curves is not None:
-            curves.update({name: max(0, curves.get(name, 0)) for name in entry.values})
+            curves.update({name: {0} | curves.get(name, set()) for name in entry.values})
         return [Metric(name, value, entry.at, 0) for name, value in entry.values.items() if held.get(name) != value]
 
-    def _curves(self, name: str) -> dict[str, int]:
-        """The last point of each metric that stands in MLflow."""
+    def _curves(self, name: str) -> dict[str, set[int]]:
+        """The points of each metric that stand in MLflow."""
         if name not in self.curves:
             run = self._id(name)
             self.curves[name] = {
-                metric: max(point.step for point in self.client.get_metric_history(run, metric))
+                metric: {point.step for point in self.client.get_metric_history(run, metric)}
                 for metric in self.client.get_run(run).data.metrics
             }
         return self.curves[name]
 
     def _log_metrics(self, run: str, metrics: Sequence[Metric]) -> None:
         for some in _pieces(metrics, BATCH):
-            self.client.log_batch(run, metrics=some)
+            self._log_batch(run, metrics=some)
+
+    def _log_batch(
+        self, run: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = (), tags: Sequence[RunTag] = ()
+    ) -> None:
+        """Whatever MLFLOW_ENABLE_ASYNC_LOGGING says: in the background an error would be told to nobody."""
+        self.client.log_batch(run, metrics=metrics, params=params, tags=tags, synchronous=True)
 
     # -- which MLflow run
 
     def _id(self, name: str) -> str:
         found = self._find(name)
         if found is None:
-            raise Refused(f"no MLflow run of {name}")
+            raise Refused(f"has no run of {name}")
         return found
 
     def _find(self, name: str) -> str | None:
@@ -314,46 +342,60 @@ class Desk:
 
     @cached_property
     def client(self) -> MlflowClient:
-        return MlflowClient(tracking_uri=filled(self.uri, "tracking.uri"))
+        if self.destination.database is not None:
+            mlflow_database.make(self.destination.database)
+            mlflow_database.relocate(self.destination.database)
+        return MlflowClient(tracking_uri=self.uri)
 
     @cached_property
     def experiment(self) -> str:
-        """The experiment's id; made where there is none."""
-        try:
-            place = self.files.as_uri() if self.files else None
-            if self.client.get_experiment_by_name(self.experiment_name) is None:
-                self.client.create_experiment(self.experiment_name, artifact_location=place)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
-                raise
-        known = self.client.get_experiment_by_name(self.experiment_name)
+        """The experiment's id; made if there is none. Raises Unanswered if it is deleted."""
+        name, database = self.destination.experiment, self.destination.database
+        known = find_experiment(self.client, name)
         if known is None:
-            raise Refused(f"no MLflow experiment {self.experiment_name!r}")
+            place = mlflow_database.pictures_place(database) if database else None
+            try:
+                return str(self.client.create_experiment(name, artifact_location=place))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
+                    raise
+            known = find_experiment(self.client, name)
+        if known is None:
+            raise Unanswered(f"has lost the experiment {name!r}")
+        self._check_active(known)
         return str(known.experiment_id)
+
+    def _check_active(self, known: Experiment) -> None:
+        if known.lifecycle_stage == "deleted":
+            remedy = restoring(self.destination.name, known.experiment_id)
+            raise Unanswered(f"has the experiment {known.name!r} as deleted; {remedy}")
+
+    def _verdict(self, entry: AnyEntry, error: Exception) -> Unanswered | Refused:
+        """Whether the server can take nothing now, or alone this entry."""
+        fault = mlflow_server.fault(error, self.uri)
+        if isinstance(entry, File | Json):
+            self.lost_files += 1
+            return self._trouble() or Refused(f"takes no file {entry.name} ({one_line(error)})")
+        if fault.is_ours:
+            return self._trouble() or Refused(fault.reason)
+        alone = not fault.is_silence and self.destination.database is None and self._trouble() is None
+        return Unanswered(fault.reason, others=alone)
+
+    def _trouble(self) -> Unanswered | None:
+        """What keeps the server from taking anything; None if it answers to a small request."""
+        try:
+            self._check_active(self.client.get_experiment(self.experiment))
+        except Unanswered as deleted:
+            return deleted
+        except Exception as error:
+            fault = mlflow_server.fault(error, self.uri)
+            if fault.is_ours:  # the experiment is gone: it is looked for again, and so are its runs
+                for found in ("experiment", "_left"):
+                    self.__dict__.pop(found, None)
+                self.ids.clear()
+            return Unanswered(fault.reason)
+        return None
 
 
 def _pieces(values: Sequence[T], size: int) -> list[Sequence[T]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-def _verdict(error: Exception) -> Unanswered | Refused:
-    """Whether the same entry may be taken later. A wrong login or too many requests are for others to set right."""
-    if isinstance(error, Refused):
-        return error
-    status = None
-    if isinstance(error, MlflowException) and error.error_code != "ENDPOINT_NOT_FOUND":  # that is no MLflow's answer
-        status = error.get_http_status_code()
-    elif isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-    elif not isinstance(error, MlflowException | OSError):
-        return Refused(one_line(error))
-    if status is not None and 400 <= status < 500 and status not in (401, 403, 408, 429):
-        return Refused(one_line(error))
-    causes = (error, error.__cause__, error.__context__)
-    silent = any(isinstance(cause, requests.ConnectionError | requests.Timeout) for cause in causes)
-    return Unanswered("" if silent else one_line(error))
-
-
-def one_line(error: Exception) -> str:
-    """At most 300 characters, without secrets."""
-    return redacted(" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from graftwork.cluster.address import check_cluster, cluster_address
 from graftwork.cluster.scratch import scratch_problem
@@ -19,16 +17,12 @@ from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
-from graftwork.specs.problems import shown
-from graftwork.specs.secrets import filled
+from graftwork.specs.problems import refusal
 from graftwork.stages.codec import misfits
 from graftwork.stages.listing import counted, list_images
 from graftwork.stages.sources import class_sizes, scarce, split_sizes
 
-# What MLflow keeps runs in; without any, a folder.
-TRACKERS = ("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
-
-ACCEPTED_REFERENCE = "accepted: an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
+ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
 PLANNED_HEADERS = 1000  # of images that a plan reads
 
 
@@ -56,34 +50,12 @@ def check_ray() -> None:
         check_cluster(address)
 
 
-def check_places(store: Store, tracking_uri: str | None) -> None:
-    """Raise SpecError where the MLflow server, if one is named, does not answer or the store cannot be written.
-
-    A local store is a folder from then on: this is the last check.
-    """
-    if tracking_uri is not None:
-        _check_tracking(tracking_uri)
+def check_places(store: Store) -> None:
+    """Raise SpecError if the store cannot be written."""
     try:
         store.check_writable()
     except StoreError as error:
         raise SpecError([str(error)]) from None
-
-
-def _check_tracking(tracking_uri: str) -> None:
-    accepted = "accepted: a running MLflow server, or sqlite:///file"
-    try:
-        parts = urlsplit(filled(tracking_uri, "tracking.uri"))
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, which is no URI; {accepted}"]) from None
-    if parts.scheme.partition("+")[0] not in TRACKERS:
-        raise SpecError([f"tracking.uri: got {shown(tracking_uri)}, of a kind that MLflow does not know; {accepted}"])
-    if parts.scheme in ("http", "https") and host:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-        except OSError as error:
-            given = f"{parts.scheme}://{host}:{port}, which does not answer ({error.strerror or error})"
-            raise SpecError([f"tracking.uri: got {given}; {accepted}"]) from None
 
 
 def reads_files(job: JobSpec) -> bool:
@@ -132,7 +104,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
             else:
                 read_statistics(reference)
         except ValueError as error:
-            lines.append(f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}")
+            lines.append(refusal("evaluate.reference", error, ACCEPTED_REFERENCE))
     if lines:
         raise SpecError(lines)
 
@@ -250,7 +222,7 @@ def _reference_shortages(job: JobSpec) -> list[str]:
         if len(images) <= PLANNED_HEADERS:
             require_one_size(reference, images)
     except ValueError as error:
-        return [f"evaluate.reference: got {error}; {ACCEPTED_REFERENCE}"]
+        return [refusal("evaluate.reference", error, ACCEPTED_REFERENCE)]
     return []
 
 

@@ -7,6 +7,7 @@ started, and `graft resume` is starting it again.
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
@@ -66,7 +67,8 @@ class RunRecord(BaseModel):
     job: dict[str, Any]
     steps: list[StepRecord]
     results: Results = {}
-    mlflow_uri: str | None = None
+    mlflow_uri: str | None = None  # where its figures go, see pipeline.destination
+    mlflow_experiment: str | None = None
     mlflow_run: Word | None = None
     git_commit: Word | None = None
     submissions: list[Word] = []  # that started it on a cluster, by their Ray ids, the latest last
@@ -76,6 +78,11 @@ class RunRecord(BaseModel):
 
     def step(self, name: str) -> StepRecord:
         return next(step for step in self.steps if step.name == name)
+
+    def resume_command(self) -> str:
+        """What a user types to go on with it."""
+        store = self.job["store"]
+        return f"graft resume {self.run}" + ("" if store == ".graftwork" else f" --store {shlex.quote(store)}")
 
     def estimated(self) -> dict[str, Any] | None:
         """What it was expected to take, and took, in seconds; None where that was not kept."""

@@ -6,6 +6,7 @@ with what the same command prints.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -19,6 +20,7 @@ import yaml
 
 import graftwork
 from graftwork.pipeline import preflight
+from graftwork.pipeline.destination import EXPERIMENT, URI
 from graftwork.pipeline.record import COMMIT, SUBMISSION
 from graftwork.pipeline.running import git_commit
 from graftwork.specs.job import JobSpec
@@ -36,7 +38,7 @@ STOP_SECONDS = 60.0  # that a run has to save what it has
 
 def submit(job: JobSpec | str | Path, address: str, overrides: Iterable[str] = ()) -> str:
     """Send a job to a Ray cluster and return the submission's id; raises SpecError where it cannot be sent."""
-    spec = job if isinstance(job, JobSpec) else load(job, overrides)
+    spec = with_tracking(job if isinstance(job, JobSpec) else load(job, overrides))
     lines = homeless(spec)
     if lines:
         raise SpecError(lines)
@@ -98,6 +100,15 @@ def connect(address: str) -> Cluster:
     from graftwork.cluster.jobs import Cluster  # Ray takes a while to import
 
     return Cluster(address)
+
+
+def with_tracking(job: JobSpec) -> JobSpec:
+    """The job with what MLflow's variables say here, if its spec leaves it out: the nodes have other variables."""
+    uri, experiment = os.environ.get(URI), os.environ.get(EXPERIMENT)
+    if job.tracking.uri is None and uri and secret_in(uri):
+        raise SpecError([f"{URI}: got {masked(uri)}; accepted: tracking.uri with {INSTEAD}"])
+    chosen = {"uri": job.tracking.uri or uri, "experiment": job.tracking.experiment or experiment}
+    return job.model_copy(update={"tracking": job.tracking.model_copy(update=chosen)})
 
 
 def homeless(job: JobSpec) -> list[str]:
@@ -188,7 +199,7 @@ def _relative(place: str) -> bool:
     """Whether a path, a URI or a database's URI means a file in the folder of whoever reads it."""
     scheme, is_uri, path = place.partition("://")
     if not is_uri:
-        return not Path(place).is_absolute()
+        return not Path(place).is_absolute() and place != "databricks"
     if scheme.partition("+")[0] == "sqlite":  # sqlite:///relative and sqlite:////absolute
         return not path.startswith("//")
     return scheme in ("file", "local") and not path.startswith("/")

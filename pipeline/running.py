@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.pipeline import leases, preflight, record, stopping
+from graftwork.pipeline.destination import Destination, destination
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.leases import Held, Holder, Lease, Waiter
-from graftwork.pipeline.outbox import kept_entries
+from graftwork.pipeline.outbox import waiting
 from graftwork.pipeline.planning import Plan, Step
 from graftwork.pipeline.record import RunRecord, StepRecord
 from graftwork.pipeline.stopping import Stop
@@ -67,16 +67,17 @@ class Run:
         self.changed, self.saved = False, 0.0  # since the record was last saved, and when that was
 
     def go(self) -> RunRecord:
-        if self._served() and not kept_entries(self.store, self.record.run):
+        self.destination().relocate()  # the store may be a copy
+        if self._served() and not waiting(self.store, self.record.run):
             return self._finish()
-        # A run that goes on does so without MLflow too: what it would have told is kept.
-        goes_on = self.past is not None and self.past.mlflow_uri == self.tracking_uri()
+        if not self._is_tracked_there():  # a run that goes on does so without MLflow too: what it would tell is kept
+            self.destination().check()
         pending = [step for step, state in self.plan.states(self.store).items() if state != "cached"]
         if pending:
             preflight.check_ray()
         if preflight.reads_files(self.plan.job):
             preflight.check_files(self.plan.job, pending)
-        preflight.check_places(self.store, None if goes_on else self.tracking_uri())
+        preflight.check_places(self.store)  # the last check: a local store is a folder from then on
         with self.stop.listening(), leases.releasing(self._lease()):
             self.record, self.past = self._open_record()  # whoever held the lease may have gone on with the run
             if self._served():
@@ -140,14 +141,9 @@ class Run:
                 time.sleep(WAIT_SECONDS)
             expired = waiter.last
 
-    def tracking_uri(self) -> str:
-        if self.plan.job.tracking.uri is not None:
-            return self.plan.job.tracking.uri
-        if not self.store.local:
-            raise SpecError(
-                ["tracking.uri: got nothing; accepted: an MLflow server, needed when the store is not a folder"]
-            )
-        return f"sqlite:///{self.store.root}/mlflow.db"
+    def destination(self) -> Destination:
+        """Where the figures go; raises SpecError."""
+        return destination(self.plan.job, self.store, self.past)
 
     # -- what execution reports
 
@@ -219,16 +215,14 @@ class Run:
         # MLflow and Ray each take seconds to start: side by side.
         with ThreadPoolExecutor(1) as pool:
             tracking = pool.submit(self._open_tracker)
-            try:
-                if not self._all_cached():
-                    from graftwork.pipeline.execute import session
+            if not self._all_cached():
+                from graftwork.pipeline.execute import session
 
-                    with session(self.plan):
-                        self.stop.take_signals()
-                        self.tracker = tracking.result()
-                        self._execute_in_session()
-            finally:
-                self.tracker = tracking.result()  # MLflow is told of a session that did not start, too
+                with session(self.plan):
+                    self.stop.take_signals()
+                    tracking.result()
+                    self._execute_in_session()
+            tracking.result()
 
     def _execute_in_session(self) -> None:
         from graftwork.pipeline.execute import Execution
@@ -283,18 +277,17 @@ class Run:
         tracker = self._make_tracker()
         tracker.opened(self.record)
         self._save()
+        self.tracker = tracker  # so that it hears of a run that ends while Ray starts
         return tracker
 
     def _make_tracker(self) -> Tracker:
         from graftwork.pipeline.track import Tracker
 
-        uri, experiment = self.tracking_uri(), self.plan.job.tracking.experiment
-        files = Path(self.store.root) / "mlflow-files" if uri.startswith("sqlite:") else None
-        return Tracker(uri, experiment, self.record, self.plan, files, self.store, self.view.say)
+        return Tracker(self.destination(), self.record, self.plan, self.store, self.view.say)
 
     def _deliver_kept(self) -> None:
-        """What MLflow was not there to take when the run finished."""
-        if kept_entries(self.store, self.record.run):
+        """What MLflow did not take when the run finished."""
+        if waiting(self.store, self.record.run):
             self._make_tracker().close()
 
     def _open_record(self) -> tuple[RunRecord, RunRecord | None]:
@@ -312,6 +305,7 @@ class Run:
             job=self.plan.job.model_dump(mode="json"),
             steps=steps,
             mlflow_uri=past.mlflow_uri if past else None,
+            mlflow_experiment=past.mlflow_experiment if past else None,
             mlflow_run=past.mlflow_run if past else None,
             git_commit=past.git_commit if past else git_commit(),
             submissions=record.with_submission(past.submissions if past else []),
@@ -324,7 +318,15 @@ class Run:
         return all(state == "cached" for state in self.plan.states(self.store).values())
 
     def _tracked_already(self) -> bool:
-        return self.past is not None and self.past.status == "finished" and self.past.mlflow_uri == self.tracking_uri()
+        return self.past is not None and self.past.status == "finished" and self._is_tracked_there()
+
+    def _is_tracked_there(self) -> bool:
+        """Whether an earlier start of the run told the same server or database."""
+        there = self.destination()
+        return self.past is not None and (self.past.mlflow_uri, self.past.mlflow_experiment) == (
+            there.kept,
+            there.experiment,
+        )
 
     def _note(self, step: str, state: record.StepState, seconds: float, made_by: str | None) -> None:
         entry = self.record.step(step)

@@ -8,14 +8,13 @@ everything goes through the outbox.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from graftwork.cluster.board import Point
+from graftwork.pipeline import mlflow_server
+from graftwork.pipeline.destination import Destination
 from graftwork.pipeline.mlflow_runs import (
     ENTRY,
     AnyEntry,
@@ -37,12 +36,10 @@ from graftwork.pipeline.planning import Plan, Step
 from graftwork.pipeline.record import RunRecord
 from graftwork.pipeline.store import Artifact, Store
 from graftwork.specs.fields import keyed
-from graftwork.specs.secrets import masked
 
 FLUSH_SECONDS = 2.0
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store
 ENDS: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "KILLED"}
-ANSWER_SECONDS = "10"  # that a request may take
 END_SECONDS = 30.0  # that a finished job gives MLflow to take what waits
 BREAK_SECONDS = 10.0  # and one that breaks off
 DELIVER_SECONDS = 600.0  # and a resume that has nothing else to do
@@ -54,29 +51,26 @@ class Tracker:
 
     def __init__(
         self,
-        uri: str,
-        experiment: str,
+        destination: Destination,
         record: RunRecord,
         plan: Plan,
-        files: Path | None,
         store: Store,
         say: Callable[[str], None],
     ) -> None:
-        """Begins to deliver what an earlier start of the run left. files: where a database of ours keeps pictures."""
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of each table it makes and each failed try
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # trying again is the outbox's: it looks before it creates
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", ANSWER_SECONDS)
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        """Begins to deliver what an earlier start of the run left. Raises SpecError."""
+        mlflow_server.set_up()
         self.plan, self.store, self.job = plan, store, record.run
-        self.is_database = uri.startswith("sqlite:")
-        if record.mlflow_uri != uri:
+        self.is_database = destination.database is not None
+        if (record.mlflow_uri, record.mlflow_experiment) != (destination.kept, destination.experiment):
             record.mlflow_run = None
             for step in record.steps:
                 step.mlflow_run = None
-        record.mlflow_uri = uri
-        desk = Desk(uri, experiment, record, store, files)
+        record.mlflow_uri, record.mlflow_experiment = destination.kept, destination.experiment
+        desk = Desk(destination, record, store)
+        for note in destination.notes:
+            say(note)
         self.outbox: Outbox[AnyEntry] = Outbox(
-            store, record.run, f"MLflow at {masked(uri)}", ENTRY, desk.take, merged, say
+            store, record.run, f"MLflow at {destination.name}", ENTRY, desk.take, merged, say, record.resume_command()
         )
         self.begun = {step.name for step in record.steps if step.mlflow_run}
         self.begun |= {entry.run for entry in self.outbox.first if isinstance(entry, Begin)}

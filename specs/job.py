@@ -59,9 +59,10 @@ class TrackingSpec(Spec):
     """The MLflow server or database that records the job."""
 
     uri: Location | None = Field(
-        None, description="http://host:5000 or sqlite:///file; by default a SQLite file in the store"
+        None,
+        description="http://host:5000 or sqlite:///file; by default MLFLOW_TRACKING_URI, or a SQLite file in the store",
     )
-    experiment: Line = Field("graftwork", max_length=250)
+    experiment: Line | None = Field(None, max_length=250, description="by default MLFLOW_EXPERIMENT_NAME, or graftwork")
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from graftwork.specs.secrets import masked
 
 SHOWN = 80  # characters of a value
-LINE = 300  # characters of a problem
+LINE = 600  # characters of a problem
+ACCEPTED = "; accepted: "
 
 
 class SpecError(Exception):
@@ -20,9 +21,28 @@ class SpecError(Exception):
 
 
 def problem(line: str) -> str:
-    """A line that can be printed: see `plain`; what is too long is left out of its middle."""
+    """A line that can be printed, see `plain`; of one that is too long, the end of what was found is left out."""
     line = masked(plain(line))
-    return line if len(line) <= LINE else f"{line[: LINE // 2 - 2]} .. {line[2 - LINE // 2 :]}"
+    if len(line) <= LINE:
+        return line
+    found, marker, accepted = line.rpartition(ACCEPTED)
+    if not marker:
+        return shortened(line, LINE)
+    end = shortened(marker + accepted, LINE // 2)
+    return shortened(found, LINE - len(end)) + end
+
+
+def refusal(field: str, found: object, accepted: str) -> str:
+    """The line for a field; where what was found says by itself what is accepted, that counts."""
+    return f"{field}: got {found}" + ("" if ACCEPTED in str(found) else f"{ACCEPTED}{accepted}")
+
+
+def shortened(text: str, limit: int) -> str:
+    """Text of at most so many characters, with " ..." for the words that are left out at its end."""
+    if len(text) <= limit:
+        return text
+    words = text[: limit - 3].rpartition(" ")[0].rstrip(" ,;")
+    return f"{words} ..." if len(words) > limit // 2 else f"{text[: limit - 3]}..."
 
 
 def plain(text: str) -> str:

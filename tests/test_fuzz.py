@@ -53,7 +53,7 @@ PAIRED: dict[str, Any] = {**GROUPED, "name": "paired", "graft": [{"kind": "paral
 EXAMPLES = [document for document in map(read_job, FILES) if "graft" in document]
 DOCUMENTS = [*EXAMPLES, *[SEARCHED, GROUPED, PAIRED] * 4]
 SCHEMA = job_schema()
-LINE, NAME = 300, 40  # characters of a line, and of a field's name in it
+LINE, NAME = 600, 40  # characters of a line, and of a field's name in it
 
 # The same examples in every run: what fails here fails everywhere.
 fuzzed = partial(settings, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -188,7 +188,7 @@ def assert_planned_or_refused(plan: Callable[[], Plan], document: Any, others: S
         assert re.search(
             r": got |: missing; |: unknown field, got |: and \d+ more|: not valid YAML|cannot be read|is not text", line
         ), line
-        assert "; accepted: " in line or " .. " in line, line
+        assert "; accepted: " in line, line
         assert "hunter2pass" not in line
         of_a_place = any(line.startswith(f"{path}: ") for path in paths) or of_the_schema(line, paths)
         assert of_a_place or line.startswith(("job: and ", *others)), line

@@ -62,7 +62,7 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(SpecError) as caught:
         call()
     (line,) = caught.value.lines
-    assert line.isprintable() and len(line) <= 300
+    assert line.isprintable() and len(line) <= 600
     return line
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -546,41 +545,13 @@ def test_every_missing_file_gets_a_line_of_its_own(files: Path) -> None:
     ]
 
 
-def places_problem(job: JobSpec, uri: str) -> str:
-    with pytest.raises(SpecError) as caught:
-        preflight.check_places(Store(job.store), uri)
-    (line,) = caught.value.lines
-    assert "\n" not in line
-    return line
-
-
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "store"
-    line = places_problem(job(f"store={path}"), "sqlite:///x.db")
+    with pytest.raises(SpecError) as caught:
+        preflight.check_places(Store(str(path)))
+    (line,) = caught.value.lines
     assert line.startswith(f"store: got '{path}', which cannot be written: ") and "accepted: " in line
-
-
-def test_an_mlflow_server_that_does_not_answer_is_refused(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    line = places_problem(job(f"store={tmp_path}"), f"http://127.0.0.1:{port}")
-    assert line.startswith(f"tracking.uri: got http://127.0.0.1:{port}, which does not answer")
-    assert "accepted: " in line
-
-
-def test_a_password_in_the_tracking_address_is_not_shown(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    assert "hunter2" not in places_problem(job(f"store={tmp_path}"), f"http://me:hunter2@127.0.0.1:{port}")
-
-
-def test_places_that_answer_pass(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        preflight.check_places(Store(str(tmp_path)), f"http://127.0.0.1:{port}")
 
 
 # -- the split

@@ -19,6 +19,8 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.layers import AllLayers, InterleavedLayers, LearnedLayers
 from graftwork.specs.load import SpecError, job_from, job_schema, load
 from graftwork.specs.model import DitModel
+from graftwork.specs.problems import problem
+from graftwork.specs.problems import refusal as refusal_line
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "sklearn")
@@ -744,3 +746,21 @@ def test_the_front_door_opens_without_the_heavy_libraries(modules: str) -> None:
     check = f"import sys, {modules}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_long_line_is_cut_between_words_and_keeps_what_is_accepted() -> None:
+    names = ", ".join(f"blocks.{number}.adaLN_modulation.1.weight" for number in range(40))
+    line = problem(f"weights.path: got a file that lacks {names}; accepted: a checkpoint of the job's model")
+    assert len(line) <= 600 and line.endswith(" ...; accepted: a checkpoint of the job's model")
+    shown_names = line.partition("lacks ")[2].partition(" ...")[0].split(", ")
+    assert len(shown_names) > 5 and set(shown_names) <= set(names.split(", "))
+
+
+def test_what_is_accepted_is_said_once() -> None:
+    assert refusal_line("a", "x", "y") == "a: got x; accepted: y"
+    assert refusal_line("a", "x; accepted: z", "y") == "a: got x; accepted: z"
+
+
+@pytest.mark.parametrize("text", ["x" * 2000, "word " * 400, "; accepted: " + "y" * 2000, ""])
+def test_no_line_is_longer_than_its_limit(text: str) -> None:
+    assert len(problem(text)) <= 600

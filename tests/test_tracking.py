@@ -20,14 +20,15 @@ from mlflow.entities import Run
 
 from graftwork.cluster.board import Point
 from graftwork.pipeline import api, mlflow_runs, outbox, record, track
-from graftwork.pipeline.outbox import kept_entries
+from graftwork.pipeline.destination import Destination
+from graftwork.pipeline.outbox import waiting
 from graftwork.pipeline.planning import Plan, Step, make_plan
 from graftwork.pipeline.record import RunRecord, StepRecord
 from graftwork.pipeline.store import Origin, Store
 from graftwork.pipeline.track import Tracker
 from graftwork.specs.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, WebServer
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,8 @@ class Job:
         self.said: list[str] = []
 
     def tracker(self) -> Tracker:
-        return Tracker(self.uri, self.experiment, self.record, self.plan, None, self.store, self.said.append)
+        there = Destination(self.uri, self.uri, self.experiment)
+        return Tracker(there, self.record, self.plan, self.store, self.said.append)
 
     def opened(self) -> Tracker:
         tracker = self.tracker()
@@ -133,7 +135,7 @@ class Job:
         tracker.finished(self.record)
 
     def waiting(self) -> list[str]:
-        return kept_entries(self.store, self.record.run)
+        return waiting(self.store, self.record.run).entries
 
     def said_of(self, words: str) -> int:
         return sum(words in line for line in self.said)
@@ -416,6 +418,21 @@ def test_a_job_that_is_stopped_leaves_nothing_that_stands_as_running(job: Job) -
     assert "RUNNING" not in status.values()
 
 
+def test_a_run_that_fails_while_ray_starts_does_not_stand_as_running(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    def fail(_: Plan) -> None:
+        raise ConnectionError("no Ray")
+
+    monkeypatch.setattr("graftwork.pipeline.execute.session", fail)
+    experiment = request.node.name
+    changes = [f"store={tmp_path}", f"tracking.uri={server.address}", f"tracking.experiment={experiment}"]
+    with pytest.raises(ConnectionError, match="no Ray"):
+        api.run(str(TINY), changes)
+    (run,) = all_runs(MlflowClient(server.address), experiment).values()
+    assert run.info.status == "FAILED"
+
+
 def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None:
     tracker = job.opened()
     tracker.started(job.step("finetune"))
@@ -427,10 +444,117 @@ def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None
     runs = all_runs(client, job.experiment)
     assert points(client, runs["finetune"]) == [1, 2]
     assert runs[job.record.run].info.status == "FINISHED"
-    (told,) = job.said
-    assert "refuses an entry" in told and "length" in told
+    assert all("refuses an entry" in line and "length" in line for line in job.said)
+    assert f"2 entries are kept in the store; try again: graft resume {job.record.run}" in job.said[-1]
     refused = job.store.read(f"outbox/{job.record.run}.refused.jsonl")
     assert refused is not None and refused.count("too long a name") == 2
+
+
+def test_a_place_for_files_that_cannot_be_written_holds_up_no_figures_and_gets_the_files_once_it_can(
+    job: Job, tmp_path: Path
+) -> None:
+    client, place = MlflowClient(job.uri), tmp_path / "of the server"
+    place.write_text("not a folder")
+    client.create_experiment(job.experiment, artifact_location=(place / "files").as_uri())
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    tracker.points(curve(range(1, 31), step="finetune"))
+    job.end(tracker, "finetune")
+    until(lambda: job.said_of("takes no file"))
+    job.finish(tracker)
+    runs = all_runs(client, job.experiment)
+    assert points(client, runs["finetune"]) == list(range(1, 31))
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs[job.record.run].data.metrics == {"stage2.distance": 2.5}
+    assert job.said_of("such entries are kept for a later try, others go on") == 1
+    assert "3 entries are kept in the store; try again: graft resume" in job.said[-1]
+    assert job.said_of("does not answer") == 0
+
+    job.tracker().close()  # as a resume does, in vain
+    assert "3 entries are kept" in job.said[-1]
+    place.unlink()
+    job.tracker().close()
+    assert "has all 3 entries" in job.said[-1] and not waiting(job.store, job.record.run)
+    assert {file.path for file in client.list_artifacts(runs["finetune"].info.run_id)} == {"loss.png"}
+    names = {file.path for file in client.list_artifacts(runs[job.record.run].info.run_id)}
+    assert names == {"job.json", "results.json"}
+
+
+def test_a_picture_that_is_gone_from_the_store_is_named_and_holds_up_nothing(job: Job) -> None:
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    until(lambda: not tracker.outbox.entries)
+    tracker.outbox.put(mlflow_runs.File(run="finetune", key=job.step("finetune").key, name="loss.png"))
+    job.finish(tracker)
+    (told,) = job.said
+    assert "does not get loss.png of finetune, which is not in the store any more" in told
+    assert all_runs(MlflowClient(job.uri), job.experiment)["finetune"].info.status == "KILLED"
+
+
+def test_an_entry_that_breaks_the_server_is_set_aside_after_some_tries(
+    job: Job, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "FIRST_RETRY_SECONDS", 0.01)
+    web = WebServer(500, "oops")
+    web.forward_to, web.fail_on, job.uri = server.address, b'"loss"', web.address
+    try:
+        tracker = job.opened()
+        tracker.started(job.step("finetune"))
+        tracker.points(curve(range(1, 6), step="finetune"))
+        time.sleep(0.1)
+        job.end(tracker, "finetune")
+        until(lambda: job.said_of("such entries are kept"))
+        web.fail_on = None
+        job.finish(tracker)  # which tries again
+    finally:
+        web.close()
+    client = MlflowClient(server.address)
+    runs = all_runs(client, job.experiment)
+    assert points(client, runs["finetune"]) == list(range(1, 6)) and runs["finetune"].info.status == "FINISHED"
+    assert not waiting(job.store, job.record.run)
+
+
+def test_an_experiment_that_is_deleted_on_the_way_gets_all_when_it_is_restored(job: Job) -> None:
+    client = MlflowClient(job.uri)
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    until(lambda: not tracker.outbox.entries)
+    experiment = client.get_experiment_by_name(job.experiment)
+    client.delete_experiment(experiment.experiment_id)
+    tracker.points(curve(range(1, 31), step="finetune"))
+    time.sleep(0.1)
+    tracker.points(curve(range(31, 41), step="finetune"))
+    until(lambda: job.said_of("as deleted; accepted: another tracking.experiment, or the same after: MLFLOW_TRACKING"))
+    client.restore_experiment(experiment.experiment_id)
+    job.finish(tracker)
+    runs = all_runs(client, job.experiment)
+    assert points(client, runs["finetune"]) == list(range(1, 41))
+    assert not waiting(job.store, job.record.run)
+
+
+def test_figures_go_through_a_proxy(job: Job, server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = WebServer()
+    proxy.forward_to, job.uri = server.address, "http://mlflow.invalid:5000"
+    monkeypatch.setenv("http_proxy", proxy.address)
+    try:
+        job.finish(job.opened())
+    finally:
+        proxy.close()
+    monkeypatch.delenv("http_proxy")
+    assert all_runs(MlflowClient(server.address), job.experiment)[job.record.run].info.status == "FINISHED"
+    assert all(path.startswith("http://mlflow.invalid:5000/") for path in proxy.asked)
+
+
+def test_points_are_delivered_before_the_step_s_end_whatever_mlflow_s_own_settings(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    tracker = job.opened()
+    tracker.started(job.step("finetune"))
+    tracker.points(curve(range(1, 6), step="finetune"))
+    job.finish(tracker)
+    client = MlflowClient(job.uri)
+    assert points(client, all_runs(client, job.experiment)["finetune"]) == list(range(1, 6))
 
 
 def test_a_server_behind_a_login_is_reached_and_the_login_written_nowhere(
@@ -475,15 +599,15 @@ def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
     done = api.run(str(TINY), changes, view=said)
     assert done.status == "finished" and time.monotonic() - began < 20
     store = Store(str(tiny_copy.store))
-    assert kept_entries(store, done.run)
+    assert waiting(store, done.run)
     assert f"deliver them: graft resume {done.run}" in said.lines[-1]
 
     still = api.resume(done.run, str(tiny_copy.store), view=said)
-    assert still.status == "finished" and kept_entries(store, done.run)
+    assert still.status == "finished" and waiting(store, done.run)
 
     line.is_cut = False
     back = api.resume(done.run, str(tiny_copy.store), view=said)
-    assert not kept_entries(store, done.run) and "has all" in said.lines[-1]
+    assert not waiting(store, done.run) and "has all" in said.lines[-1]
     (job,) = all_runs(MlflowClient(line.address), experiment).values()
     assert job.info.status == "FINISHED"
     assert job.data.metrics["stage2.distance"] == done.results["stage2"]["distance"]
