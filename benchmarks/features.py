@@ -92,7 +92,7 @@ class Benchmark:
             for number, (image, label) in enumerate(loader):
                 posterior = vae.encode(image.to(self.device)).latent_dist
                 noise = torch.randn(posterior.mean.shape[1:], generator=generator(0, "posterior", chosen[number].name))
-                latent = (posterior.mean + posterior.std * noise.to(self.device)) * self.codec.scale
+                latent = (posterior.mean + posterior.std * noise.to(self.device)) * vae.config.scaling_factor
                 np.save(folder / f"latent-{number}.npy", latent.cpu().numpy())
                 np.save(folder / f"label-{number}.npy", label.numpy())
                 if number == 0:  # has warmed up

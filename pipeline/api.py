@@ -20,11 +20,12 @@ from graftwork.pipeline.store import Manifest, State, Store
 from graftwork.pipeline.view import SilentView, View
 from graftwork.specs.costs import GraftCost
 from graftwork.specs.export import Layout
-from graftwork.specs.hub import is_hub_id
+from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, job_from, load
 from graftwork.specs.paths import settle_home
 from graftwork.specs.problems import shown
+from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.listing import listing_once
 from graftwork.stages.sources import num_classes
 
@@ -150,6 +151,8 @@ def export(
             [f"export: {found.run}/{artifact.name} is not in the store; go on with: graft resume {found.run}"]
         )
     job = found.job
+    if vae is not None:
+        _require_same_latents(place, found, vae)
     card = Card(
         title=found.run,
         rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
@@ -174,6 +177,23 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _require_same_latents(store: Store, run: RunRecord, vae: str) -> None:
+    """Raise SpecError where a VAE would decode the latents of a run by other numbers than they were made with."""
+    features = run.step("features")
+    place = local_snapshot(vae) if is_hub_id(vae) else Path(vae)
+    if place is None or not vae_folder(place).is_dir() or store.manifest(features.key) is None:
+        return  # `export` says what is missing
+    meta = json.loads((store.artifact(features.key).path() / "meta.json").read_text())
+    try:
+        own = VaeConfig.of(vae_folder(place)).scaling_factor
+    except ValueError:
+        return
+    if meta["codec"] == "vae" and meta["scale"] != own:
+        raise SpecError(
+            [f"vae: got {vae}, whose scaling_factor is {own}; accepted: {meta['scale']}, as the run has it"]
+        )
 
 
 def _origin(weights: dict[str, Any]) -> str:

@@ -18,10 +18,11 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.problems import refusal
-from graftwork.stages.codec import misfits
+from graftwork.stages.codec import misfits, vae_place
 from graftwork.stages.listing import counted, list_images
 from graftwork.stages.sources import class_sizes, scarce, split_sizes
 
+ACCEPTED_VAE = "an AutoencoderKL with all of its weights, as floating-point numbers"
 ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
 PLANNED_HEADERS = 1000  # of images that a plan reads
 
@@ -59,9 +60,10 @@ def check_places(store: Store) -> None:
 
 
 def reads_files(job: JobSpec) -> bool:
-    """Whether steps read checkpoints or statistics that somebody else made."""
+    """Whether steps read checkpoints, a VAE or statistics that somebody else made."""
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
-    return isinstance(job.weights, CheckpointWeights) or scions or "fid" in job.evaluate.metrics
+    weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
+    return weights or scions or "fid" in job.evaluate.metrics
 
 
 def check_files(job: JobSpec, pending: Collection[str]) -> None:
@@ -70,6 +72,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
     Names, shapes and headers are read here; what the numbers are shows when the step reads them.
     """
     from graftwork.models import checkpoints
+    from graftwork.models.checkpoints.vae import check_vae
     from graftwork.models.dit import DiTConfig
     from graftwork.stages.inception import read_statistics, reference_images, require_one_size
 
@@ -96,6 +99,11 @@ def check_files(job: JobSpec, pending: Collection[str]) -> None:
         except checkpoints.UnfitCheckpoint as error:
             accepted = error.accepted or "a checkpoint of the job's model and classes"
             lines.append(f"{field}: got {error.problem}; accepted: {accepted}")
+    if isinstance(job.codec, VaeCodec) and "features" in pending and (folder := vae_place(job.codec)) is not None:
+        try:
+            check_vae(folder)
+        except checkpoints.UnfitCheckpoint as error:
+            lines.append(f"codec.path: got {error.problem}; accepted: {error.accepted or ACCEPTED_VAE}")
     reference = job.evaluate.reference
     if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending:
         try:

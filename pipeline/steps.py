@@ -12,10 +12,10 @@ from graftwork.specs.data import VaeCodec
 from graftwork.specs.evaluate import Metric, inception_file
 from graftwork.specs.fields import Spec
 from graftwork.specs.graft import Edit
-from graftwork.specs.hub import vae_folder
 from graftwork.specs.job import JobSpec
 from graftwork.specs.layers import LocalityLayers
 from graftwork.specs.model import CheckpointWeights
+from graftwork.specs.vae import vae_folder
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}

@@ -87,13 +87,15 @@ class PixelCodec(Spec):
 
 
 class VaeCodec(Spec):
-    """diffusers' AutoencoderKL: a latent is a sample of the encoder's posterior, times `scale`."""
+    """diffusers' AutoencoderKL: a latent is a sample of the encoder's posterior, normalised as its config says."""
 
     kind: Literal["vae"] = "vae"
     path: Annotated[WeightsPath, Unkeyed()] = Field(
         "stabilityai/sd-vae-ft-ema", description="a folder, or a hub id; its content is in the key"
     )
-    scale: float = Field(0.18215, gt=0)
+    scale: Annotated[float | None, Unkeyed()] = Field(  # stands in the VAE's content, and is no other
+        None, gt=0, description="of latents; left out: the VAE's own scaling_factor, beside which no other is accepted"
+    )
     factor: int = Field(8, ge=1, description="pixels along a latent's side")
     channels: int = Field(4, ge=1, description="channels of a latent")
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -39,9 +39,3 @@ def local_path(path: str) -> Path:
 
         snapshot = Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in _FILES]))
     return snapshot
-
-
-def vae_folder(place: Path) -> Path:
-    """Where in a folder a VAE lies: in itself, or in the `vae` of a saved pipeline."""
-    within = place / "vae"
-    return within if (within / "config.json").is_file() and not (place / "config.json").is_file() else place

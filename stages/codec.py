@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, Field, ValidationError
-
 from graftwork.specs.data import Codec, Data, PixelCodec, VaeCodec
-from graftwork.specs.hub import is_hub_id, local_path, local_snapshot, vae_folder
+from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
+from graftwork.specs.vae import VaeConfig, vae_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images that pass through the VAE together on a CPU
 GPU_BATCH, GPU_PIXELS = 256, 64 * 256**2  # on a GPU: at most so many images, and pixels of images
-SHOWN = 10  # tensors that an error names at most
 ACCEPTED = "a folder that diffusers saved an AutoencoderKL to, or the hub id of one"
 
 
@@ -63,12 +61,13 @@ class Vae:
     def __init__(self, codec: VaeCodec, device: torch.device) -> None:
         import torch
 
-        self.codec, self.scale, self.device = codec, codec.scale, device
+        self.codec, self.device = codec, device
         self.dtype = torch.bfloat16 if codec.precision == "bf16" else torch.float32
         self.vae = _read(codec, self.dtype).to(device, memory_format=torch.channels_last).eval()
+        self.latents = Normalisation(vae_config(codec))
 
     def encode(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        """scale * a sample of the posterior; an image's noise comes from its name alone."""
+        """Return a sample of the posterior, normalised; an image's noise comes from its name alone."""
         import torch
 
         batch = together(self.codec, images.shape[-1], self.device.type == "cuda")
@@ -85,7 +84,7 @@ class Vae:
         posterior = self.vae.encode(self._placed(images)).latent_dist
         mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar.float())
         noise = [torch.randn(mean.shape[1:], generator=generator(0, "posterior", name)) for name in names]
-        return self.scale * (mean + std * self._sent(torch.stack(noise)))
+        return self.latents.normalised(mean + std * self._sent(torch.stack(noise)))
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         import numpy as np
@@ -93,7 +92,7 @@ class Vae:
 
         batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.device.type == "cuda")
         with torch.no_grad():
-            parts = (self._placed(part / self.scale) for part in latents.split(batch))
+            parts = (self._placed(self.latents.own(part)) for part in latents.split(batch))
             return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
 
     def _placed(self, batch: Tensor) -> Tensor:
@@ -105,6 +104,44 @@ class Vae:
         """On the device; the host does not wait until a GPU has it."""
         upload = self.device.type == "cuda" and batch.device.type == "cpu"
         return (batch.pin_memory() if upload else batch).to(self.device, non_blocking=upload)
+
+
+class Normalisation:
+    """The latents that a model sees: scale * (z - shift), z being the VAE's own (B,C,S,S).
+
+    As diffusers has it, scale is the VAE's scaling_factor over the standard deviation of its latents, and shift is
+    their mean or its shift_factor. Deviations and means are of a channel; few VAEs have them.
+    """
+
+    def __init__(self, config: VaeConfig) -> None:
+        self.scale: float | Tensor = config.scaling_factor
+        self.shift: float | Tensor = config.shift_factor or 0.0
+        if config.latents_std is not None:
+            self.scale = config.scaling_factor / _of_channels(config.latents_std)
+        if config.latents_mean is not None:
+            self.shift = _of_channels(config.latents_mean)
+
+    def normalised(self, z: Tensor) -> Tensor:
+        scale, shift = self._beside(z)
+        return scale * (z - shift)
+
+    def own(self, latents: Tensor) -> Tensor:
+        scale, shift = self._beside(latents)
+        return latents / scale + shift
+
+    def _beside(self, latents: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Return scale and shift on the device of the latents."""
+        scale, shift = (
+            value if isinstance(value, float) else value.to(latents.device) for value in (self.scale, self.shift)
+        )
+        return scale, shift
+
+
+def _of_channels(numbers: Sequence[float]) -> Tensor:
+    """Return (1,C,1,1)."""
+    import torch
+
+    return torch.tensor(numbers)[None, :, None, None]
 
 
 def together(codec: VaeCodec, side: int, on_gpu: bool) -> int:
@@ -126,31 +163,31 @@ def to_images(pixels: Tensor) -> NDArray[np.uint8]:
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).contiguous().cpu().numpy()
 
 
-class VaeConfig(BaseModel):
-    """What a VAE's own `config.json` says of its shape; what it leaves out is diffusers' default."""
+def vae_place(codec: VaeCodec) -> Path | None:
+    """Return the folder of the VAE if it is on this machine."""
+    place = local_snapshot(codec.path) if is_hub_id(codec.path) else Path(codec.path)
+    return vae_folder(place) if place is not None and place.exists() else None
 
-    kind: str = Field("AutoencoderKL", alias="_class_name")
-    in_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (64,)
 
-    @property
-    def factor(self) -> int:
-        """Each level of blocks but the last halves the side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+def vae_config(codec: VaeCodec) -> VaeConfig:
+    """Return what the VAE, which is on this machine, says of itself; raise UnfitCodec."""
+    place = vae_place(codec)
+    if place is None:
+        raise UnfitCodec(f"codec.path: got {codec.path!r}, no such folder; accepted: {ACCEPTED}")
+    try:
+        return VaeConfig.of(place)
+    except ValueError as error:
+        raise UnfitCodec(f"codec.path: got {codec.path!r}, {error}; accepted: {ACCEPTED}") from None
 
 
 def misfits(codec: Codec, data: Data | None = None) -> list[str]:
     """A line for each setting that the VAE contradicts; none of a VAE that is not on this machine."""
-    if isinstance(codec, PixelCodec):
-        return []
-    place = local_snapshot(codec.path) if is_hub_id(codec.path) else Path(codec.path)
-    if place is None or not place.exists():
+    if isinstance(codec, PixelCodec) or vae_place(codec) is None:
         return []
     try:
-        config = VaeConfig.model_validate_json((vae_folder(place) / "config.json").read_bytes())
-    except (OSError, ValidationError):
-        return [f"codec.path: got {codec.path!r}, with no VAE's config.json in it; accepted: {ACCEPTED}"]
+        config = vae_config(codec)
+    except UnfitCodec as unfit:
+        return [str(unfit)]
     if config.kind != "AutoencoderKL":
         return [f"codec.path: got {codec.path!r}, a {config.kind}; accepted: {ACCEPTED}"]
     lines = [
@@ -158,8 +195,9 @@ def misfits(codec: Codec, data: Data | None = None) -> list[str]:
         for name, given, own in (
             ("factor", codec.factor, config.factor),
             ("channels", codec.channels, config.latent_channels),
+            ("scale", codec.scale, config.scaling_factor),
         )
-        if given != own
+        if given is not None and given != own
     ]
     if data is not None and data.channels != config.in_channels:
         wanted = f"a VAE of images with {data.channels}, as the data has"
@@ -171,31 +209,21 @@ def misfits(codec: Codec, data: Data | None = None) -> list[str]:
 
 def require_fit(codec: Codec, data: Data | None = None) -> None:
     """Raise UnfitCodec where the VAE, fetched if need be, contradicts its spec, or is not there."""
-    if isinstance(codec, VaeCodec) and not local_path(codec.path).exists():
-        raise UnfitCodec(f"codec.path: got {codec.path!r}, no such folder; accepted: {ACCEPTED}")
+    if isinstance(codec, VaeCodec):
+        local_path(codec.path)
+        vae_config(codec)
     lines = misfits(codec, data)
     if lines:
         raise UnfitCodec("; ".join(lines))
 
 
 def _read(codec: VaeCodec, dtype: torch.dtype) -> Any:
-    """diffusers' network with the weights that lie beside its config.json: safetensors, or tensors only."""
+    """Return diffusers' network with its weights; raise UnfitCodec."""
     require_fit(codec)
-    from diffusers import AutoencoderKL
+    from graftwork.models.checkpoints.errors import UnfitCheckpoint
+    from graftwork.models.checkpoints.vae import read_vae
 
-    folder = vae_folder(local_path(codec.path))
     try:
-        vae, told = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UnfitCodec(f"{folder}: cannot be read as a VAE: {' '.join(str(error).split())[:300]}") from None
-    problems = [f"{name}: missing" for name in told["missing_keys"]]
-    problems += [f"{name}: none of that name expected" for name in told["unexpected_keys"]]
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise UnfitCodec(f"{folder}: does not fit its config.json: {'; '.join(sorted(problems)[:SHOWN])}{more}")
-    for name, value in vae.state_dict().items():
-        if not value.isfinite().all():
-            raise UnfitCodec(f"{folder}: {name}: holds NaN or infinity, expected numbers")
-    return vae
+        return read_vae(vae_folder(local_path(codec.path)), dtype)
+    except UnfitCheckpoint as unfit:
+        raise UnfitCodec(str(unfit)) from None

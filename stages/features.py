@@ -29,7 +29,7 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.problems import plain, text
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context
-from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together
+from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together, vae_config
 from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
 from graftwork.stages.listing import listing_once
@@ -68,9 +68,13 @@ def run(context: Context) -> None:
     encode(context, shards(splits, data.flip))
     for name, members in splits.items():
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in members], dtype=np.int64))
+    own = vae_config(codec) if isinstance(codec, VaeCodec) else None
     meta = LatentsMeta(
         codec=codec.kind,
-        scale=codec.scale if isinstance(codec, VaeCodec) else 1.0,
+        scale=own.scaling_factor if own else 1.0,
+        shift=own and own.shift_factor,
+        means=own and own.latents_mean,
+        deviations=own and own.latents_std,
         channels=codec.latent_channels(data),
         side=data.image_size // codec.factor,
         classes=classes,

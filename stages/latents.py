@@ -32,7 +32,11 @@ class LatentsMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     codec: str
-    scale: float = 1.0  # latents are the codec's own, times this
+    # Latents are the codec's own, times this; a few VAEs shift them before, and divide them by deviations.
+    scale: float = 1.0
+    shift: float | None = None
+    means: tuple[float, ...] | None = None  # of each channel
+    deviations: tuple[float, ...] | None = None
     channels: int
     side: int
     classes: tuple[str, ...]
@@ -149,7 +153,7 @@ def read_meta(folder: Path) -> LatentsMeta:
 
 
 def write_meta(folder: Path, meta: LatentsMeta) -> None:
-    (folder / "meta.json").write_text(json.dumps(meta.model_dump(mode="json"), indent=1))
+    (folder / "meta.json").write_text(json.dumps(meta.model_dump(mode="json", exclude_none=True), indent=1))
 
 
 def read(folder: Path, split: str) -> Latents:

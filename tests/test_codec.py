@@ -22,8 +22,9 @@ from torch import Tensor
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT, DiTConfig, initialise
 from graftwork.models.streams import generator, initialising
-from graftwork.pipeline import preflight
+from graftwork.pipeline import api, preflight, record
 from graftwork.pipeline.planning import Plan, make_plan
+from graftwork.pipeline.record import RunRecord, StepRecord
 from graftwork.pipeline.store import Store
 from graftwork.specs.data import Codec, DigitsData, ImageFolderData, PixelCodec, VaeCodec
 from graftwork.specs.evaluate import DdimSampler
@@ -37,6 +38,7 @@ from graftwork.stages.latents import read, read_meta
 from graftwork.stages.sources import split
 from tests.conftest import Graft
 from tests.small import Folder, Payload
+from tests.stores import commit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,13 +47,21 @@ SIDE, COUNT = 16, 6
 NAMES = [f"cat/{number}.png" for number in range(COUNT)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+SHAPE: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": SIDE,
+}
+
 
 def make_vae(folder: Path, *, seed: int = 0, safe: bool = True, **changes: Any) -> Path:
     """A VAE of two levels, as diffusers saves it."""
-    shape = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "sample_size": SIDE}
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     with initialising(seed, "vae"):
-        vae = AutoencoderKL(**{"block_out_channels": (8, 16), **levels, **shape, **changes})
+        vae = AutoencoderKL(**{**SHAPE, **changes})
     vae.save_pretrained(folder, safe_serialization=safe)
     return folder
 
@@ -111,10 +121,64 @@ def assert_truncated(found: NDArray[np.uint8], pixels: Tensor) -> None:
     assert np.all((found <= exact + 1e-2) & (found.astype(int) > exact - 1 - 1e-2))
 
 
-def test_the_scale_is_that_of_the_spec(folder: Path, images: Tensor, latents: Tensor) -> None:
-    doubled = loaded(folder, scale=2 * 0.18215)
-    torch.testing.assert_close(doubled.encode(images, NAMES), 2 * latents)
-    assert np.array_equal(doubled.decode(2 * latents), loaded(folder).decode(latents))
+SCALES: dict[str, dict[str, Any]] = {
+    "a factor of its own": {"scaling_factor": 0.13025},
+    "a shift": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "means and deviations": {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 0.5, 1.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("how", SCALES)
+def test_what_the_vaes_config_says_of_its_latents_is_done(
+    official: Any, images: Tensor, tmp_path: Path, how: str
+) -> None:
+    says = SCALES[how]
+    scale = torch.tensor(says.get("scaling_factor", 0.18215)) / torch.tensor(says.get("latents_std", [1.0]))
+    shift = torch.tensor(says.get("latents_mean", [says.get("shift_factor", 0.0)]))
+    scale, shift = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    with torch.no_grad():
+        own = [
+            official.encode(image[None]).latent_dist.sample(generator(0, "posterior", name))
+            for image, name in zip(images, NAMES, strict=True)
+        ]
+        vae = loaded(make_vae(tmp_path / "vae", **says))
+        latents = vae.encode(images, NAMES)
+        torch.testing.assert_close(latents, scale * (torch.cat(own) - shift), rtol=0, atol=1e-5)
+        assert_truncated(vae.decode(latents), official.decode(latents / scale + shift).sample)
+
+
+def test_a_config_that_leaves_the_scale_out_has_diffusers_own(images: Tensor, latents: Tensor, tmp_path: Path) -> None:
+    config = json.loads((make_vae(tmp_path / "vae") / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if name != "scaling_factor"})
+    )
+    assert torch.equal(loaded(tmp_path / "vae").encode(images, NAMES), latents)
+
+
+def test_a_scale_that_the_vae_contradicts_is_refused_and_its_own_is_not_needed(photos: Path, tmp_path: Path) -> None:
+    folder = make_vae(tmp_path / "vae", scaling_factor=0.13025)
+    with pytest.raises(SpecError) as caught:
+        api.plan(job(photos, folder, codec={"scale": 0.18215}))
+    assert caught.value.lines[0] == f"codec.scale: got 0.18215; accepted: 0.13025, as the VAE in {folder} has it"
+    assert misfits(spec(folder, scale=0.13025)) == misfits(spec(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "problem"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor is wrong"),
+        ({"scaling_factor": None}, "scaling_factor is wrong"),
+        ({"latents_mean": [0.5]}, "latents_mean has 1 numbers for 4 channels"),
+        ({"latents_mean": [0, 0, 0, 1], "shift_factor": 0.1}, "both shift_factor and latents_mean are there"),
+    ],
+)
+def test_a_vae_whose_latents_cannot_be_normalised_is_refused(
+    folder: Path, tmp_path: Path, says: dict[str, Any], problem: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **says}))
+    (line,) = misfits(spec(tmp_path))
+    assert line.startswith(f"codec.path: got '{tmp_path}', in whose config.json ") and problem in line
 
 
 def test_an_images_noise_comes_from_its_name_alone(folder: Path, images: Tensor) -> None:
@@ -208,6 +272,46 @@ def test_a_hub_id_is_read_from_the_local_cache(
     assert misfits(spec("someone/vae", factor=8))[0].startswith("codec.factor: got 8; accepted: 2, ")
 
 
+def written(vae: Any, folder: Path, form: str) -> None:
+    """Save a VAE in one of the forms in which they are shared."""
+    variant = "fp16" if "fp16" in form else None
+    vae.save_pretrained(
+        folder,
+        variant=variant,
+        safe_serialization="bin" not in form,
+        max_shard_size="20KB" if "parts" in form else "10GB",
+    )
+
+
+FORMS = ["fp16", "fp16 bin", "parts", "parts fp16", "parts bin"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_in_any_form_that_diffusers_saves_are_read(
+    official: Any, images: Tensor, latents: Tensor, tmp_path: Path, form: str
+) -> None:
+    written(official, tmp_path, form)
+    assert torch.equal(loaded(tmp_path).encode(images, NAMES), latents)
+
+
+def test_full_weights_are_read_before_a_variant(official: Any, images: Tensor, latents: Tensor, tmp_path: Path) -> None:
+    written(make_other(), tmp_path, "fp16")
+    written(official, tmp_path, "parts bin")
+    assert torch.equal(loaded(tmp_path).encode(images, NAMES), latents)
+
+
+def make_other() -> Any:
+    with initialising(1, "vae"):
+        return AutoencoderKL(**SHAPE)
+
+
+def test_of_several_variants_alone_none_is_chosen(official: Any, tmp_path: Path) -> None:
+    for variant in ("fp16", "non_ema"):
+        official.save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(UnfitCodec, match=f"^{tmp_path}: has weights of the variants fp16, non_ema only"):
+        loaded(tmp_path)
+
+
 # -- what does not fit
 
 
@@ -273,12 +377,23 @@ def wrong_weights(how: str, path: Path) -> None:
         case "other shapes":
             other = make_vae(path.with_name("other"), block_out_channels=(4, 8))
             file.write_bytes((other / WEIGHTS).read_bytes())
+        case "integers":
+            save_file({n: v.to(torch.int8) for n, v in load_file(file).items()}, file, {"format": "pt"})
+        case "eight bits":
+            save_file({n: v.to(torch.float8_e4m3fn) for n, v in load_file(file).items()}, file, {"format": "pt"})
+        case "a part less":
+            written(AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False), path, "parts")
+            file.unlink(missing_ok=True)
+            next(path.glob("*-00002-of-*")).unlink()
         case "code":
             file.unlink()
             torch.save({"weight": Payload(path.with_name("marker"))}, file.with_suffix(".bin"))
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "a tensor less", "a tensor more", "other shapes", "code"])
+BEFORE = ["missing", "truncated", "code", "integers", "eight bits", "a part less"]  # known by names and headers
+
+
+@pytest.mark.parametrize("how", [*BEFORE, "a tensor less", "a tensor more", "other shapes"])
 def test_broken_weights_are_refused_in_one_line_that_names_the_folder(tmp_path: Path, how: str) -> None:
     wrong_weights(how, tmp_path / "vae")
     with pytest.raises(UnfitCodec) as caught:
@@ -286,6 +401,15 @@ def test_broken_weights_are_refused_in_one_line_that_names_the_folder(tmp_path: 
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/vae: ") and "\n" not in message
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("how", BEFORE)
+def test_what_names_and_headers_tell_of_a_vae_is_said_before_the_run(photos: Path, tmp_path: Path, how: str) -> None:
+    wrong_weights(how, tmp_path / "vae")
+    with pytest.raises(SpecError) as caught:
+        preflight.check_files(job(photos, tmp_path / "vae"), ["features"])
+    (line,) = caught.value.lines
+    assert line.startswith(f"codec.path: got {tmp_path}/vae") and "; accepted: " in line
 
 
 # -- a job with a VAE, before it starts
@@ -342,9 +466,9 @@ def test_a_pipelines_key_is_that_of_its_vae(photos: Path, folder: Path, tmp_path
     assert keys(make_plan(job(photos, tmp_path))) == keys(make_plan(job(photos, folder)))
 
 
-@pytest.mark.parametrize("field", ["scale", "precision", "batch"])
+@pytest.mark.parametrize("field", ["precision", "batch"])
 def test_how_the_vae_is_used_is_in_every_key(photos: Path, folder: Path, field: str) -> None:
-    changed = {"scale": 0.13, "precision": "bf16", "batch": 8}
+    changed = {"precision": "bf16", "batch": 8}
     before, after = (keys(make_plan(job(photos, folder, codec=part))) for part in ({}, {field: changed[field]}))
     assert shared(before, after) <= {"reference/fid"}
 
@@ -442,7 +566,7 @@ def test_weights_that_a_worker_cannot_read_are_one_line(photos: Path, tmp_path: 
     wrong_weights("truncated", tmp_path / "vae")
     with pytest.raises(UnfitCodec) as caught:
         encode_photos(photos, spec(tmp_path / "vae"), tmp_path / "out")
-    assert str(caught.value).startswith(f"{tmp_path}/vae: cannot be read as a VAE: ")
+    assert str(caught.value).startswith(f"{tmp_path}/vae: {WEIGHTS}: cannot be read as tensors: ")
     assert "\n" not in str(caught.value)
 
 
@@ -519,3 +643,52 @@ evaluate:
     assert all(columns["fid"] > 0 and "distance" not in columns for columns in results.values())
     made = [np.load(path) for path in (tmp_path / ".graftwork" / "artifacts").glob("*/samples.npy")]
     assert len(made) == 3 and all(part.shape == (6, 3, SIDE, SIDE) and part.dtype == np.uint8 for part in made)
+
+
+# -- exported
+
+
+def tiny_model(folder: Path) -> Path:
+    folder.mkdir()
+    with initialising(0, "rootstock"):
+        model = DiT(DiTConfig(input_size=8, in_channels=4, patch=2, depth=1, width=16, heads=2, num_classes=3))
+        initialise(model)
+    checkpoints.save(model, (), folder)
+    return folder
+
+
+def test_a_pipeline_that_is_exported_keeps_the_vaes_scale(tmp_path: Path) -> None:
+    vae = make_vae(tmp_path / "vae", scaling_factor=0.13025)
+    checkpoints.export(tiny_model(tmp_path / "model"), tmp_path / "out", "diffusers", vae=vae)
+    assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text())["scaling_factor"] == 0.13025
+
+
+def test_a_vae_whose_shift_a_pipeline_would_not_undo_is_not_exported(tmp_path: Path) -> None:
+    vae = make_vae(tmp_path / "vae", shift_factor=0.1159)
+    with pytest.raises(checkpoints.ExportRefused, match=r"^vae: .*/vae: shifts its latents, which DiTPipeline would"):
+        checkpoints.export(tiny_model(tmp_path / "model"), tmp_path / "out", "diffusers", vae=vae)
+
+
+def test_a_vae_of_another_scale_than_the_runs_is_not_exported(encoded: Path, photos: Path, tmp_path: Path) -> None:
+    made = make_plan(job(photos, make_vae(tmp_path / "own"), store=str(tmp_path / "store")))
+    store, names = Store(made.job.store), keys(made)
+    commit(store, names["features"], {"meta.json": (encoded / "meta.json").read_bytes()})
+    model = tiny_model(tmp_path / "model")
+    commit(store, names["finetune"], {file.name: file.read_bytes() for file in model.iterdir()})
+    run = RunRecord(
+        run="photos-0",
+        name="photos",
+        status="finished",
+        started="2025-11-20T22:00:00Z",
+        job=made.job.model_dump(mode="json"),
+        steps=[StepRecord(name=name, key=key, state="done") for name, key in names.items()],
+    )
+    record.save(store, run)
+    other = make_vae(tmp_path / "other", scaling_factor=0.13025)
+    with pytest.raises(SpecError) as caught:
+        api.export(run.run, tmp_path / "out", "diffusers", store.url, vae=str(other))
+    assert caught.value.lines == [
+        f"vae: got {other}, whose scaling_factor is 0.13025; accepted: 0.18215, as the run has it"
+    ]
+    api.export(run.run, tmp_path / "out", "diffusers", store.url, vae=str(tmp_path / "own"))
+    assert (tmp_path / "out" / "vae" / "config.json").is_file()

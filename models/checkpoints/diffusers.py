@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graftwork.models.checkpoints import statements
-from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
+from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors, read_index, read_tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
 from graftwork.models.checkpoints.recognition import Found, rootstock_of, said
@@ -166,24 +166,6 @@ def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
     same = tensors.shapes.get(copy) == tensors.shapes[first] and torch.equal(tensors.get(copy), tensors.get(first))
     if not same:
         raise UnfitCheckpoint(f"{tensors.source}: {copy} is not {first}, and a DiT has one embedder for all blocks")
-
-
-def read_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder in a folder; raises UnfitCheckpoint, in one line, where there is none."""
-    from diffusers import AutoencoderKL
-
-    try:
-        vae, told = AutoencoderKL.from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
-        )
-    except Exception as error:  # diffusers lets through what json, safetensors and its own modules raise
-        problem = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UnfitCheckpoint(f"{folder}: cannot be read as an AutoencoderKL: {problem}") from None
-    problems = [f"{name}: missing" for name in sorted(told["missing_keys"])]
-    problems += [f"{name}: expected none of that name" for name in sorted(told["unexpected_keys"])]
-    if problems:  # diffusers would leave what is missing random
-        raise UnfitCheckpoint(f"{folder}: is no AutoencoderKL: {named(problems)}")
-    return vae
 
 
 def write(

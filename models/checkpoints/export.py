@@ -9,7 +9,9 @@ from graftwork.models.checkpoints import diffusers, native, published
 from graftwork.models.checkpoints.card import Card, write_card
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.reading import located, read
+from graftwork.models.checkpoints.vae import read_vae
 from graftwork.specs.export import Layout
+from graftwork.specs.vae import VaeConfig, vae_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -91,6 +93,13 @@ def export(
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:
     try:
-        return diffusers.read_vae(located(vae, "the folder or hub id of an AutoencoderKL"))
+        folder = vae_folder(located(vae, "the folder or hub id of an AutoencoderKL"))
+        config, autoencoder = VaeConfig.of(folder), read_vae(folder)
     except UnfitCheckpoint as unfit:
         raise ExportRefused(f"vae: {unfit}") from None
+    except ValueError as error:
+        raise ExportRefused(f"vae: {vae}: a folder {error}") from None
+    if not config.is_scaled_only:
+        accepted = "accepted: one with a scaling_factor only"
+        raise ExportRefused(f"vae: {vae}: shifts its latents, which DiTPipeline would not undo; {accepted}")
+    return autoencoder
