@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.pipeline import planning, preflight, record, stopping
+from graftwork.pipeline.contents import Contents, Report
 from graftwork.pipeline.destination import destination
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.record import Expected, RunRecord
 from graftwork.pipeline.running import Run
 from graftwork.pipeline.store import Manifest, State, Store
+from graftwork.pipeline.tables import amount
 from graftwork.pipeline.view import SilentView, View
 from graftwork.specs.costs import GraftCost
 from graftwork.specs.export import Layout
@@ -29,13 +31,19 @@ from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.listing import listing_once
 from graftwork.stages.sources import num_classes
 
+WORTH_TELLING = 2**28  # bytes that are read
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 
 
-def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
-    """What a job comes to, step by step; raises SpecError where it cannot be done.
+def plan(
+    job: JobSpec | str | Path, overrides: Iterable[str] = (), read: bool = False, contents: Contents | None = None
+) -> Plan:
+    """Return what a job comes to, step by step; raise SpecError where it cannot be done.
 
-    Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run.
+    Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run. Nor
+    are they if files that were never read are too many to be read for a plan, unless `read` says so.
+
+    contents: of the job's files; it has notes on what changed in them, and what was not read.
     """
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
     settle_home()
@@ -43,7 +51,7 @@ def plan(job: JobSpec | str | Path, overrides: Iterable[str] = ()) -> Plan:
         shortages = preflight.shortages(spec)
         if shortages:
             raise SpecError(shortages)
-        return planning.make_plan(spec)
+        return planning.make_plan(spec, contents or Contents(Store(spec.store), quick=not read))
 
 
 def costs(job: JobSpec) -> GraftCost | None:
@@ -88,15 +96,31 @@ def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | N
     view = view or SilentView()
     settle_home()
     preflight.fetch(spec)
-    with listing_once():
-        preflight.check(spec)
-        for line in preflight.notes(spec):
-            view.say(line)
-        made = planning.make_plan(spec)
     try:
-        return Run(made, view).go()
+        with listing_once():
+            preflight.check(spec)
+            contents = Contents(Store(spec.store), report=reading(view))
+            made = planning.make_plan(spec, contents)
+            for line in (*preflight.notes(spec), *contents.notes):
+                view.say(line)
+        return Run(made, view, begun=contents.keep).go()
     except StoreError as error:
         raise SpecError([str(error)]) from None
+
+
+def reading(view: View) -> Report:
+    """Return what tells of the reading of many files, tenth by tenth."""
+    tenth = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenth
+        if done == 0:
+            tenth = 0
+        if total >= WORTH_TELLING and (done == 0 or 10 * done // total > tenth):
+            view.say(f"reading files, once, for what they hold: {amount(done)} of {amount(total)}")
+            tenth = 10 * done // total
+
+    return report
 
 
 def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:

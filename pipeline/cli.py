@@ -150,6 +150,9 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, metavar="N", help="expect so many GPUs; by default what a step needs")
     ] = None,
+    read: Annotated[
+        bool, typer.Option("--read", help="read files that were never read, however many they are")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -158,14 +161,20 @@ def plan(
     Of a step that is not cached, also what sets it apart from the nearest one that is.
     """
     from graftwork.pipeline import api, preflight
-    from graftwork.pipeline.planning import difference
+    from graftwork.pipeline.contents import Contents
+    from graftwork.pipeline.planning import differences
     from graftwork.pipeline.store import Store
+    from graftwork.specs.load import load
     from graftwork.stages.listing import listing_once
     from graftwork.stages.sources import labels_line
 
     with problems(debug), listing_once():
-        made = api.plan(job, overrides or ())
-        absent, notes = preflight.absent(made.job), [*preflight.notes(made.job), *api.untracked(made)]
+        spec = load(job, overrides or ())
+        contents = Contents(Store(spec.store), quick=not read)
+        made = api.plan(spec, contents=contents)
+        if read:
+            contents.keep()
+        absent, notes = preflight.absent(spec), [*preflight.notes(spec), *contents.notes, *api.untracked(made)]
         classes = labels_line(made.job.data)
         cost = api.costs(made.job)
         store = Store(made.job.store)
@@ -181,16 +190,14 @@ def plan(
                     "expected": expected.model_dump(),
                     "last_estimate": last and last.estimated(),
                     "absent": absent,
+                    "unread": contents.unread,
                     "notes": notes,
                 }
             )
             return
-        like: dict[str, list[Manifest]] = {}
-        for manifest in manifests:
-            like.setdefault(manifest.origin.step, []).append(manifest)
+        differ = differences(made, states, manifests, store)
         for step in made.steps:
-            differs = difference(step, like.get(step.name, [])) if states[step.name] != "cached" else None
-            reason = f"differs in {differs}" if differs else ""
+            reason = f"differs in {differ[step.name]}" if step.name in differ else ""
             print(f"{states[step.name]:8} {step.key[:12]}  {step.name:24} {reason}".rstrip())
         counts = {state: list(states.values()).count(state) for state in ("cached", "partial", "pending")}
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -203,7 +210,11 @@ def plan(
         show_expected(expected, sum(state != "cached" for state in states.values()), last)
         if absent:
             print("graft: these are not here, so the keys above are not those of a run:", file=sys.stderr)
-        _print_lines([*absent, *notes, *preflight.machine_problems()])
+        _print_lines(absent)
+        if contents.unread:
+            told = "the keys above are provisional until these are read, once, by a run or by graft plan --read:"
+            _print_lines([told, *contents.unread])
+        _print_lines([*notes, *preflight.machine_problems()])
 
 
 @app.command()

@@ -454,6 +454,7 @@ def _do(work: Work, together: stages.Together) -> float:
         device=runtime.settle(),
         stopping=work.stopping,
         together=together,
+        images=step.images,
     )
     stages.load(step.stage)(context)
     seconds = time.perf_counter() - began

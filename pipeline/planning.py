@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from graftwork.pipeline.contents import Contents
+from graftwork.pipeline.fingerprints import ABSENT, UNREAD
 from graftwork.pipeline.steps import drafts
-from graftwork.pipeline.store import Manifest, State, Store, canonical
+from graftwork.pipeline.store import Manifest, RottenArtifact, State, Store, canonical
 from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
 from graftwork.specs.fields import Spec, keyed
 from graftwork.specs.graft import Edit
@@ -28,6 +30,11 @@ from graftwork.specs.job import JobSpec, StepResources
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
 from graftwork.stages import STAGES
+from graftwork.stages.hashes import IMAGES, ImageHashes, escaped, read_hashes
+
+FOUNDATIONS = ("features", "base")  # stages on whose steps all others rest
+MAX_DIFFERENCES = 5  # of a step, that a plan shows
+MAX_VALUE = 32  # characters of a value that differs
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Step:
     resources: StepResources
     identity: Mapping[str, Any]
     key: str
+    images: ImageHashes | None = None  # that it reads, and what each holds
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,13 @@ class Plan:
         return hashlib.sha256(canonical([step.key for step in self.steps]).encode()).hexdigest()
 
 
-def make_plan(job: JobSpec) -> Plan:
-    """The steps of a job, in an order in which they can run."""
+def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
+    """Return the steps of a job, in an order in which they can run.
+
+    contents: of the files that it brings along; without it, each is read. If one may not be, no run has these keys.
+    """
     steps: dict[str, Step] = {}
-    for draft in drafts(job):
+    for draft in drafts(job, contents or Contents()):
         identity = {
             "stage": draft.stage,
             "version": STAGES[draft.stage].version,
@@ -93,6 +104,7 @@ def make_plan(job: JobSpec) -> Plan:
             resources=getattr(job.resources, draft.stage),
             identity=identity,
             key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
+            images=draft.images,
         )
     return Plan(job=job, steps=tuple(steps.values()))
 
@@ -121,24 +133,113 @@ def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
         raise SpecError([f"weights.path: {problem}"]) from None
 
 
-def difference(step: Step, manifests: list[Manifest]) -> str | None:
-    """What sets the step apart from the nearest cached one of its name; None where there is none."""
-    nearest: list[str] | None = None
+def differences(plan: Plan, states: Mapping[str, State], manifests: Iterable[Manifest], store: Store) -> dict[str, str]:
+    """Return, for each step that is not cached, what sets it apart from the nearest cached one of its name.
+
+    A step on another rootstock, or on other data, than any in the store is compared with nothing: that is another job.
+    """
+    like: dict[str, list[Manifest]] = {}
     for manifest in manifests:
-        if manifest.origin.step == step.name:
-            differing = sorted(_differing(dict(step.identity), manifest.identity))
-            if nearest is None or len(differing) < len(nearest):
-                nearest = differing
-    return ", ".join(nearest) if nearest else None
+        like.setdefault(manifest.origin.step, []).append(manifest)
+    found: dict[str, str] = {}
+    foreign: set[str] = set()
+    for step in plan.steps:
+        if states[step.name] == "cached" or step.name in foreign:
+            continue
+        if line := difference(step, like.get(step.name, []), store):
+            found[step.name] = line
+        elif step.stage in FOUNDATIONS:
+            foreign |= plan.following(step.name)
+    return found
 
 
-def _differing(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
-    """`path: theirs -> ours` for each leaf that differs; a need that differs is named by its role alone."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for name in ours.keys() | theirs.keys():
-            yield from _differing(ours.get(name), theirs.get(name), f"{path}.{name}" if path else name)
-    elif ours != theirs:
-        if path.startswith("needs."):
-            yield f"another {path.removeprefix('needs.')}"
+def difference(step: Step, manifests: Sequence[Manifest], store: Store | None = None) -> str | None:
+    """Return what sets the step apart from the nearest one of these that is like it; None if none is."""
+    nearest: tuple[int, Manifest] | None = None
+    for manifest in manifests:
+        differing = _leaves_apart(step.identity, manifest.identity)
+        if differing is not None and (nearest is None or differing < nearest[0]):
+            nearest = differing, manifest
+    if nearest is None:
+        return None
+    parts = [*_params_apart(step.identity, nearest[1].identity), *_outside_apart(step, nearest[1], store)]
+    parts += _needs_apart(step.identity["needs"], nearest[1].identity["needs"])
+    more = len(parts) - MAX_DIFFERENCES
+    return ", ".join(parts[:MAX_DIFFERENCES]) + (f" and {more} more" if more > 0 else "") if parts else None
+
+
+def _leaves_apart(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> int | None:
+    """Return how many parameters differ; None if that is most of them, or most of those of the data or the model."""
+    mine, other = (dict(_leaves(identity["params"])) for identity in (ours, theirs))
+    names = mine.keys() | other.keys()
+    differing = {name for name in names if mine.get(name) != other.get(name)}
+    for section in ("", "data.", "model."):
+        within = [name for name in names if name.startswith(section)]
+        if 2 * len(differing.intersection(within)) > len(within) or f"{section}kind" in differing:
+            return None
+    return len(differing)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name in sorted(value):
+            yield from _leaves(value[name], f"{path}.{name}" if path else name)
+    else:
+        yield path, value
+
+
+def _params_apart(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `name: theirs -> ours` for each parameter that differs; values are short."""
+    if ours["version"] != theirs["version"]:
+        yield f"another version of {ours['stage']}"
+    mine, other = (dict(_leaves(identity["params"])) for identity in (ours, theirs))
+    for name in sorted(mine.keys() | other.keys()):
+        if mine.get(name) != other.get(name):
+            yield f"{name}: {_short(other.get(name))} -> {_short(mine.get(name))}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}.."
+
+
+def _outside_apart(step: Step, manifest: Manifest, store: Store | None) -> Iterator[str]:
+    """Yield what is another in the files that the job brings along, in words."""
+    ours, theirs = step.identity["outside"], manifest.identity["outside"]
+    for role in sorted(ours.keys() | theirs.keys()):
+        if ours.get(role) == theirs.get(role):
+            continue
+        if ours.get(role) in (ABSENT, UNREAD):
+            yield f"{role} that {'are not here' if ours[role] == ABSENT else 'were not read'}"
+        elif role == "images":
+            yield _images_apart(step.images, manifest, store)
         else:
-            yield f"{path.removeprefix('params.')}: {theirs} -> {ours}"
+            yield f"other contents of the {role}"
+
+
+def _images_apart(images: ImageHashes | None, manifest: Manifest, store: Store | None) -> str:
+    if images is None or store is None or IMAGES not in manifest.files:
+        return "other images"
+    try:
+        before = read_hashes(store.artifact(manifest.key).read(IMAGES))
+    except RottenArtifact:
+        return "other images"
+    after = {escaped(name): digest.hex() for name, digest in images.by_name.items()}
+    both = before.keys() & after.keys()
+    counts = {
+        "with other contents": sum(before[name] != after[name] for name in both),
+        "more": len(after.keys() - both),
+        "gone": len(before.keys() - both),
+    }
+    parts = [f"{count:,} {'image' if count == 1 else 'images'} {what}" for what, count in counts.items() if count]
+    return ", ".join(parts) or "the order of the classes"
+
+
+def _needs_apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
+    """Yield the roles of the steps that are others; many of one kind are counted."""
+    kinds: dict[str, list[str]] = {}
+    for role in sorted(ours.keys() | theirs.keys()):
+        if ours.get(role) != theirs.get(role):
+            kinds.setdefault(role.partition("/")[0], []).append(role)
+    for kind, roles in kinds.items():
+        yield f"another {roles[0]}" if len(roles) == 1 else f"{len(roles)} other {kind}"

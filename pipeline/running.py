@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -58,8 +58,9 @@ class RunStopped(Exception):
 class Run:
     """One run of a plan: the record of it, its tracking and its view, kept in step."""
 
-    def __init__(self, made: Plan, view: View) -> None:
-        self.plan, self.view, self.stop = made, view, Stop()
+    def __init__(self, made: Plan, view: View, begun: Callable[[], object] = lambda: None) -> None:
+        """begun: called when it is certain that there will be a run, and so a store."""
+        self.plan, self.view, self.stop, self.begun = made, view, Stop(), begun
         self.store = Store(made.job.store)
         self.record, self.past = self._open_record()
         self.tracker: Tracker | None = None
@@ -87,6 +88,7 @@ class Run:
             return self._go()
 
     def _go(self) -> RunRecord:
+        self.begun()
         began, self.record.expected, self.record.took = time.monotonic(), None, None
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
 from graftwork.specs import steps as params
 from graftwork.specs.data import VaeCodec
@@ -16,6 +17,7 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.layers import LocalityLayers
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.vae import vae_folder
+from graftwork.stages.hashes import ImageHashes
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}
@@ -32,25 +34,28 @@ class Draft:
     params: Spec
     needs: Needs
     outside: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what lies outside the store
+    images: ImageHashes | None = None  # that it reads
 
 
-def drafts(job: JobSpec) -> Iterator[Draft]:
-    """Every step of the job, each after those that it needs."""
-    yield from _rootstock(job)
-    yield from _distillation(job)
+def drafts(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+    """Yield every step of the job, each after those that it needs. contents: of the files that it brings along."""
+    yield from _rootstock(job, contents)
+    yield from _distillation(job, contents)
     yield from _searches(job)
     yield _selection(job)
     yield from _finetuning(job)
-    yield from _evaluation(job)
+    yield from _evaluation(job, contents)
 
 
-def _rootstock(job: JobSpec) -> Iterator[Draft]:
-    outside = data_fingerprint(job.data)
+def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+    outside, images = data_fingerprint(job.data, contents)
     if isinstance(job.codec, VaeCodec):
-        outside |= weights_fingerprint("codec", str(vae_folder(Path(job.codec.path))))
-    yield Draft("features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, outside)
+        outside |= weights_fingerprint("codec", str(vae_folder(Path(job.codec.path))), contents, "codec.path")
+    yield Draft("features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, outside, images)
 
-    outside = weights_fingerprint("checkpoint", job.weights.path) if isinstance(job.weights, CheckpointWeights) else {}
+    outside = {}
+    if isinstance(job.weights, CheckpointWeights):
+        outside = weights_fingerprint("checkpoint", job.weights.path, contents, "weights.path")
     base = params.BaseParams(seed=job.seed, model=job.model, weights=job.weights)
     yield Draft("base", "base", base, FEATURES, outside)
     if "classifier" in job.evaluate.metrics:
@@ -58,9 +63,10 @@ def _rootstock(job: JobSpec) -> Iterator[Draft]:
     yield Draft("profile", "profile", params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES), ROOTSTOCK)
 
 
-def _distillation(job: JobSpec) -> Iterator[Draft]:
+def _distillation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     edits = job.edits()
-    lent = {path: weights_fingerprint("scions", path) for path in {edit.scions for edit in edits} if path}
+    lenders = sorted({edit.scions for edit in edits if edit.scions})
+    lent = {path: weights_fingerprint("scions", path, contents, "graft.scions") for path in lenders}
     for edit in edits:
         within = _within(edit, edits)
         needs = ROOTSTOCK | _scions(within)
@@ -120,12 +126,14 @@ def _finetuning(job: JobSpec) -> Iterator[Draft]:
         yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"})
 
 
-def _evaluation(job: JobSpec) -> Iterator[Draft]:
+def _evaluation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     asked = job.evaluate
     metrics = tuple(sorted(set(asked.metrics)))
     judges: Needs = {"classifier": "classifier"} if "classifier" in metrics else {}
-    weights = weights_fingerprint("inception", str(inception_file(asked.inception))) if "fid" in metrics else {}
-    yield from _references(job, metrics, judges, weights)
+    weights = {}
+    if "fid" in metrics:
+        weights = weights_fingerprint("inception", str(inception_file(asked.inception)), contents, "evaluate.inception")
+    yield from _references(job, metrics, judges, weights, contents)
 
     rows: dict[params.Row, Needs] = {
         "rootstock": ROOTSTOCK,
@@ -157,7 +165,7 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
 
 
 def _references(
-    job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: Mapping[str, str]
+    job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: Mapping[str, str], contents: Contents
 ) -> Iterator[Draft]:
     """What the rows are held against, and the row of real images: whatever is grafted, they stay."""
     asked = job.evaluate
@@ -166,7 +174,7 @@ def _references(
         yield Draft("reference/classifier", "reference", training, FEATURES | judges)
     if "fid" in metrics:
         assert asked.reference is not None
-        outside, background = reference_fingerprint(asked.reference), None
+        outside, background = reference_fingerprint(asked.reference, contents), None
         if Path(asked.reference).is_dir():  # statistics are taken as they are
             outside |= weights
             background = job.data.background

@@ -5,6 +5,7 @@
     rotten/<key>-<time>/            what was found damaged, set aside
     runs/<run>.json                 what each run was asked for and came to
     outbox/<run>.jsonl              what MLflow was not there to be told
+    contents/<place>                what files outside hold, as far as it is known
 
 The manifest is written last, whole or not at all: without it the artifact does not exist. What is read is verified
 against it first, so that nothing is served that is not whole.
@@ -254,6 +255,10 @@ class Store:
 
     def runs(self) -> list[str]:
         return sorted(name.removesuffix(".json") for name in self.names("runs") if name.endswith(".json"))
+
+    def exists(self) -> bool:
+        """Return whether there is a store; over a network there is no telling, and nothing to make."""
+        return not self.local or Path(self.root).is_dir()
 
     def check_writable(self) -> None:
         """Raise StoreError where nothing can be stored."""

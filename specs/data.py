@@ -62,6 +62,11 @@ class ImageFolderData(Spec):
     skip_broken: bool = Field(
         False, description="leave out, and count, the images that cannot be read; they are an error otherwise"
     )
+    trust: Annotated[Literal["content", "times"], Unkeyed()] = Field(
+        "content",
+        description="by what images are known to be the same: what they hold, for which each is read once; or their "
+        "names, sizes and times, which another picture may have too",
+    )
 
     @field_validator("classes", mode="wrap")
     @classmethod

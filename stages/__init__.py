@@ -16,6 +16,8 @@ from graftwork.specs.job import StepResources
 if TYPE_CHECKING:
     import torch
 
+    from graftwork.stages.hashes import ImageHashes
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -104,6 +106,7 @@ class Context:
     device: torch.device  # of this task; workers that the stage starts are given their own
     stopping: Callable[[], bool] = never
     together: Together = Together()
+    images: ImageHashes | None = None  # that the plan knows of, of a step that reads images
 
     def stop_if_asked(self) -> None:
         """Raise Stopped where that is wanted; to be called where nothing would be lost."""

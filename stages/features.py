@@ -3,7 +3,8 @@
 Which images are encoded is settled before any is read. They are encoded in shards: a shard that is whole is kept, and
 not encoded again after a kill or a stop. Leaves the shards, of training images also those of the mirror images where
 the spec asks for them (`stages.latents` says how they lie), `{training,heldout}_labels.npy` (n,) and `meta.json`; and
-`broken.json`, the images that were left out, where the spec allows that.
+`broken.json`, the images that were left out, where the spec allows that; and `images.sha256`, what each image holds,
+which is what the step's key was made of: an image that holds something else when it is read is an error.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ import torch
 from numpy.typing import NDArray
 
 from graftwork.cluster.runtime import options, room_for, settle
-from graftwork.specs.data import Data, PixelCodec, VaeCodec
+from graftwork.specs.data import Data, ImageFolderData, PixelCodec, VaeCodec
 from graftwork.specs.job import StepResources
 from graftwork.specs.problems import plain, text
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context
 from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together, vae_config
+from graftwork.stages.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
 from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
 from graftwork.stages.listing import listing_once
-from graftwork.stages.sources import Item, class_names, split
+from graftwork.stages.sources import Item, class_folders, class_names, items, split
 
 SHARD = 2048  # images
 BATCHES_A_TASK = 4
@@ -65,6 +67,8 @@ def run(context: Context) -> None:
         splits, broken = _chosen(data)
         _require_every_class(data, splits)
         classes = class_names(data)
+        if context.images is not None:
+            _require_same(context.images, data, splits)
     encode(context, shards(splits, data.flip))
     for name, members in splits.items():
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in members], dtype=np.int64))
@@ -82,6 +86,9 @@ def run(context: Context) -> None:
         num_heldout=len(splits["heldout"]),
     )
     write_meta(context.out, meta)
+    if context.images is not None:
+        chosen = [item.name for members in splits.values() for item in members]
+        write_hashes(context.out / IMAGES, {name: context.images.by_name[name] for name in chosen})
     if data.skip_broken:
         read = sum(map(len, splits.values())) + len(broken)
         listed = {"count": len(broken), "of": read, "broken": sorted(map(text, broken))}
@@ -102,6 +109,13 @@ def _chosen(data: Data) -> tuple[dict[str, list[Item]], dict[str, str]]:
             return splits, broken
         broken |= _survey(data, names)
         sound.update(names)
+
+
+def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
+    """Raise ChangedImage if there are other images now than when the job's keys were made."""
+    listed = items(data) if data.skip_broken else [item for members in splits.values() for item in members]
+    assert isinstance(data, ImageFolderData)
+    images.require_same(tuple(class_folders(data)), [item.name for item in listed])
 
 
 def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
@@ -154,7 +168,7 @@ def encode(context: Context, wanted: Sequence[Shard]) -> None:
         if not draft.left:  # an empty split
             draft.keep(context)
     try:
-        for row in _as_raised(_encoded(params, missing, context.resources)):
+        for row in _as_raised(_encoded(params, missing, context.resources, context.images)):
             draft = drafts[row["shard"]]
             draft.write(row["start"], row["latents"])
             left -= row["latents"].shape[1]
@@ -204,7 +218,9 @@ def _link(path: Path, to: Path) -> None:
         shutil.copyfile(path, to)
 
 
-def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepResources) -> Iterator[Row]:
+def _encoded(
+    params: FeaturesParams, missing: Sequence[Shard], resources: StepResources, hashes: ImageHashes | None
+) -> Iterator[Row]:
     """The pieces of the shards, encoded, in whatever order they are ready.
 
     Which images pass through the VAE together is settled here, and not by how Ray cuts the data for the workers that
@@ -212,7 +228,12 @@ def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepRe
     """
 
     def read(row: Row) -> Row:  # in here, so that a worker that only reads need not load torch with this module
-        return {**row, "images": np.stack([read_pixels(data, os.fsdecode(name)) for name in row["names"]])}
+        names = list(map(os.fsdecode, row["names"]))
+        images = np.stack([read_pixels(data, name) for name in names])
+        if isinstance(data, ImageFolderData) and "digests" in row:
+            for name, digest in zip(names, row["digests"], strict=True):
+                require_content(Path(data.path), name, digest)
+        return {**row, "images": images}
 
     def as_latents(row: Row) -> Row:
         images = scaled(row["images"])
@@ -221,7 +242,7 @@ def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepRe
 
     data, codec = params.data, params.codec
     batch = together(codec, data.image_size, resources.gpu > 0) if isinstance(codec, VaeCodec) else BATCH
-    pieces = _pieces(missing, BATCHES_A_TASK * batch)
+    pieces = _pieces(missing, BATCHES_A_TASK * batch, hashes)
     told_ray = {name: value for name, value in options(resources).items() if value}
     if not pieces:
         return iter(())
@@ -236,18 +257,19 @@ def _encoded(params: FeaturesParams, missing: Sequence[Shard], resources: StepRe
     return iter(images.map(Encoder, fn_constructor_args=(codec,), compute=workers, **told_ray).iter_rows())
 
 
-def _pieces(missing: Sequence[Shard], count: int) -> list[Row]:
+def _pieces(missing: Sequence[Shard], count: int, hashes: ImageHashes | None) -> list[Row]:
     """Rows of at most `count` images, none of more than one shard."""
     return [
-        {
-            "shard": number,
-            "start": start,
-            "views": len(shard.views),
-            "names": _sent(item.name for item in shard.items[start : start + count]),
-        }
+        _piece(number, shard, start, shard.items[start : start + count], hashes)
         for number, shard in enumerate(missing)
         for start in range(0, len(shard.items), count)
     ]
+
+
+def _piece(number: int, shard: Shard, start: int, part: Sequence[Item], hashes: ImageHashes | None) -> Row:
+    digests = {"digests": [hashes.by_name[item.name].hex() for item in part]} if hashes is not None else {}
+    names = _sent(item.name for item in part)
+    return {"shard": number, "start": start, "views": len(shard.views), "names": names, **digests}
 
 
 def _sent(names: Iterable[str]) -> list[bytes]:
@@ -267,7 +289,7 @@ def _as_raised(rows: Iterator[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except ray.exceptions.RayTaskError as error:
-        if type(error.cause) in (BrokenImage, UnfitCodec):
+        if type(error.cause) in (BrokenImage, ChangedImage, UnfitCodec):
             raise type(error.cause)(str(error.cause).splitlines()[0]) from None
         raise
 

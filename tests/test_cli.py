@@ -89,7 +89,7 @@ def test_an_unknown_run_lists_those_that_are_there() -> None:
 
 def test_plan_prints_the_documented_json() -> None:
     document = json.loads(graft("plan", str(TINY), "--json").stdout)
-    assert set(document) == {"job", "steps", "costs", "expected", "last_estimate", "absent", "notes"}
+    assert set(document) == {"job", "steps", "costs", "expected", "last_estimate", "absent", "unread", "notes"}
     assert document["job"] == "digits-tiny"
     assert document["absent"] == []
     assert set(document["costs"]) == {"rootstock", "graft", "replaced", "scions"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.trivial import chain_and_fan, finish
-from graftwork.pipeline import fingerprints, record, running
+from graftwork.pipeline import contents, record, running
 from graftwork.pipeline.planning import Plan, make_plan
 from graftwork.pipeline.running import Run
 from graftwork.pipeline.store import Store
@@ -108,13 +108,13 @@ def test_a_run_that_finds_all_done_reads_each_manifest_once(job: JobSpec, asked:
 
 def test_a_checkpoint_that_lends_many_scions_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = Counter[str]()
-    original = fingerprints.digest
+    original = contents._hashed
 
-    def counted(path: Path) -> str:
-        hashed[path.name] += 1
+    def counted(path: str) -> tuple[bytes, bytes]:
+        hashed[Path(path).name] += 1
         return original(path)
 
-    monkeypatch.setattr(fingerprints, "digest", counted)
+    monkeypatch.setattr(contents, "_hashed", counted)
     (tmp_path / "graft.pt").write_bytes(b"scions")
     plan = make_plan(load(TINY, [f"graft={SCIONS % (tmp_path / 'graft.pt')}"]))
     lent = [step for step in plan.steps if "scions" in step.identity["outside"]]

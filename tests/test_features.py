@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from graftwork.pipeline import preflight
+from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.store import Store
 from graftwork.specs.data import ImageFolderData, PixelCodec
 from graftwork.specs.job import JobSpec, StepResources
 from graftwork.specs.load import job_from, load
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context, Stopped, features, listing
+from graftwork.stages.hashes import ChangedImage, ImageHashes
 from graftwork.stages.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
 from graftwork.stages.listing import ClassFolder, Listing
 from graftwork.stages.sources import Item, interleave, split, split_sizes
@@ -270,6 +274,7 @@ def encode(
     data: ImageFolderData,
     report: Callable[..., None] = lambda *_: None,
     stopping: Callable[[], bool] = lambda: False,
+    images: ImageHashes | None = None,
 ) -> Path:
     """The step, as a task does it."""
     context = Context(
@@ -282,6 +287,7 @@ def encode(
         resources=StepResources(),
         device=CPU,
         stopping=stopping,
+        images=images,
     )
     features.run(context)
     return context.out
@@ -296,6 +302,38 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "SHARD", 20)
     monkeypatch.setattr(features, "BATCHES_A_TASK", 1)
     monkeypatch.setattr(features, "BATCH", 8)
+
+
+def test_the_artifact_tells_what_each_image_held_and_which_label_each_class_has(photos: Path, tmp_path: Path) -> None:
+    for label in (2, 10):
+        (photos / f"class-{label % 5 // 2}").rename(photos / str(label))
+    data = data_of(photos)
+    out = encode(Store(str(tmp_path / "store")), data, images=Contents().images(data))
+    assert read_meta(out).classes == ("2", "10")
+    chosen = [item.name for part in split(data) for item in part]
+    told = [f"{hashlib.sha256((photos / name).read_bytes()).hexdigest()}  {name}" for name in chosen]
+    assert (out / "images.sha256").read_text().splitlines() == told
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone", "new"])
+def test_an_image_that_changes_between_hashing_and_reading_is_found_and_nothing_of_it_is_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    small_shards(monkeypatch)
+    store, data = Store(str(tmp_path / "store")), data_of(photos)
+    images, file = Contents().images(data), photos / split(data)[0][30].name  # of the second shard
+    match change:
+        case "replaced":
+            Image.new("RGB", (10, 8)).save(file)
+        case "gone":
+            file.unlink()
+        case "new":
+            shutil.copy(file, file.with_name("new.png"))
+    with pytest.raises(ChangedImage, match=r"^data\.path: .* the job began.*; accepted: ") as caught:
+        encode(store, data, images=images)
+    assert (file.name if change != "new" else "new.png") in str(caught.value)
+    kept = [name for name in store.names("partial/features") if name.endswith(".json")]
+    assert kept == (["training_latents-00000.npy.json"] if change == "replaced" else [])
 
 
 @pytest.mark.usefixtures("a_cpu")

@@ -29,6 +29,7 @@ from graftwork.models.checkpoints import UnfitCheckpoint
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.pipeline import preflight, record
 from graftwork.pipeline.cli import app
+from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.fingerprints import data_fingerprint
 from graftwork.pipeline.store import Origin, Store
 from graftwork.specs.data import ImageFolderData, PixelCodec
@@ -498,9 +499,9 @@ def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     (home / "loop").symlink_to("loop")
     data = ImageFolderData(path=str(home))
     assert class_sizes(data) == (8, 8)
-    before = data_fingerprint(data)
+    before = data_fingerprint(data, Contents())
     (home / "notes.txt").touch()
-    assert data_fingerprint(data) == before
+    assert data_fingerprint(data, Contents()) == before
 
 
 def test_a_class_without_images_is_one_line_since_it_would_number_the_others_anew(tmp_path: Path) -> None:
@@ -516,9 +517,9 @@ def test_what_a_linked_folder_holds_is_in_the_fingerprint(tmp_path: Path) -> Non
     (home / "class-1").rename(tmp_path / "elsewhere")
     (home / "class-1").symlink_to(tmp_path / "elsewhere")
     data = ImageFolderData(path=str(home))
-    before = data_fingerprint(data)
+    before = data_fingerprint(data, Contents())
     picture(9).save(tmp_path / "elsewhere" / "9.png")
-    assert data_fingerprint(data) != before
+    assert data_fingerprint(data, Contents()) != before
 
 
 def test_leaving_broken_images_out_is_another_key(tmp_path: Path) -> None:
@@ -690,6 +691,7 @@ def encode(home: Path, out: Path, **settings: Any) -> Path:
             report=lambda done, total, metrics=None: None,
             resources=StepResources(),
             device=CPU,
+            images=Contents().images(data),
         )
     )
     return out

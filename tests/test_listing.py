@@ -78,7 +78,7 @@ def test_files_that_are_left_out_are_counted_by_suffix_in_a_run(
     class Begun(Exception):
         pass
 
-    def begin(*_: object) -> None:
+    def begin(*_: object, **__: object) -> None:
         raise Begun
 
     lines: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from graftwork.pipeline import preflight
-from graftwork.pipeline.planning import Plan, costs, difference, make_plan
+from graftwork.pipeline.planning import Plan, costs, difference, differences, make_plan
 from graftwork.pipeline.store import FileEntry, Manifest, Origin, Store, canonical
 from graftwork.specs.data import DigitsData, ImageFolderData
 from graftwork.specs.job import JobSpec
@@ -282,17 +282,18 @@ class TestOutsideFiles:
         assert changed(before, planned(override.format(files / "elsewhere" / name))) == set()
 
 
-@pytest.mark.parametrize("change", ["another image", "another size", "touched", "renamed class"])
+@pytest.mark.parametrize("change", ["another image", "another size", "other contents", "renamed class"])
 def test_a_changed_image_folder_reaches_every_step(files: Path, change: str) -> None:
     images, override = files / "images", f"data={{kind: image_folder, path: {files / 'images'}}}"
+    (images / "cat" / "3.png").write_bytes(b"1")
     before = planned(override)
     match change:
         case "another image":
             (images / "cat" / "new.png").touch()
         case "another size":
-            (images / "cat" / "3.png").write_bytes(b"1")
-        case "touched":
-            os.utime(images / "cat" / "3.png", (1, 1))
+            (images / "cat" / "3.png").write_bytes(b"12")
+        case "other contents":
+            (images / "cat" / "3.png").write_bytes(b"2")
         case "renamed class":
             (images / "cat").rename(images / "bird")
     assert changed(before, planned(override)) == set(keys(before))
@@ -348,6 +349,64 @@ def test_a_step_that_is_not_cached_says_what_differs_from_the_nearest_one() -> N
 
 def test_a_step_that_was_never_made_differs_from_nothing() -> None:
     assert difference(planned()["finetune"], []) is None
+
+
+def cached(store: Store, *overrides: str, plan: Plan | None = None) -> None:
+    """Have every step of a job in a store, as far as a plan looks at it."""
+    for step in (plan or planned(*overrides)).steps:
+        origin = Origin(step=step.name, run="r", seconds=1, made="now")
+        store.commit(step.key, store.workplace(step.key), dict(step.identity), origin)
+
+
+def told(store: Store, *overrides: str) -> dict[str, str]:
+    plan = planned(*overrides)
+    return differences(plan, plan.states(store), list(store.manifests()), store)
+
+
+def test_a_plan_names_at_most_five_differences_a_step_and_counts_the_rest(store: Store) -> None:
+    cached(store)
+    names = ("lr=0.004", "steps=13", "label_dropout=0.2", "warmup=3", "clip=0.5", "ema=0.5")
+    found = told(store, *(f"finetune.{name}" for name in names))["finetune"]
+    assert found.count(" -> ") == 5 and found.endswith(" and 1 more")
+
+
+def test_many_steps_of_one_kind_that_are_others_are_counted(store: Store) -> None:
+    every = "graft.0.layers={kind: all}"
+    cached(store, every)
+    found = told(store, every, "distill.epochs=7")
+    assert found["distill/00.mha"].startswith("recipe.epochs: ") and "other" not in found["distill/00.mha"]
+    assert found["select"] == "4 other scions"
+    assert found["finetune"] == "4 other scions, another select"
+
+
+def test_a_long_value_that_differs_is_cut(store: Store) -> None:
+    cached(store)
+    found = told(store, "graft.0.layers={kind: explicit, blocks: [0, 1, 3]}")
+    assert max(map(len, found.values())) < 300 and all(len(part) < 120 for part in found["select"].split(", "))
+
+
+def test_beside_another_jobs_store_a_plan_compares_with_nothing(store: Store, files: Path) -> None:
+    cached(store)
+    assert told(store, f"data={{kind: image_folder, path: {files / 'images'}, image_size: 16}}") == {}
+    assert told(store, "model={kind: dit, size: XL/2}", "graft.0.layers={kind: interleaved, ratio: 0.5}") == {}
+
+
+def test_a_plan_says_causes_and_never_shows_hashes(store: Store, files: Path) -> None:
+    checkpoint = f"weights={{kind: checkpoint, path: {files / 'base.pt'}}}"
+    images = f"data={{kind: image_folder, path: {files / 'images'}, image_size: 16}}"
+    cached(store, checkpoint, images)
+    (files / "base.pt").write_bytes(b"others")
+    assert told(store, checkpoint, images)["base"] == "other contents of the checkpoint"
+    (files / "images" / "cat" / "0.png").write_bytes(b"another")
+    found = told(store, checkpoint, images)
+    assert found["features"] == "other images"  # an artifact that does not tell which it is of
+    assert not re.search("[0-9a-f]{12}", " ".join(found.values()))
+
+
+def test_another_version_of_a_stage_is_said_in_words(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(store)
+    monkeypatch.setitem(STAGES, "finetune", replace(STAGES["finetune"], version=99))
+    assert told(store)["finetune"] == "another version of finetune"
 
 
 # -- strategies, and what they wait for
