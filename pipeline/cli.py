@@ -49,6 +49,8 @@ app = typer.Typer(
     help="Edit a pretrained diffusion transformer: swap operators, distil, finetune, measure. One job is one file.",
 )
 
+REPEATS = "what was done is kept; to resume comes to the same error: run the job again when its cause is mended"
+
 Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="the job's spec")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's name, or how it begins")]
 Overrides = Annotated[
@@ -411,7 +413,7 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         failed = error.record
         if as_json:
             document(failed.outcome())
-        _fail([*str(error).splitlines(), _resume_line(failed)], 1)
+        _fail([*str(error).splitlines(), REPEATS if error.repeats else _resume_line(failed)], 1)
     except RunStopped as error:
         if as_json:
             document(error.record.outcome())

@@ -57,10 +57,11 @@ WARM = (
 class StepFailed(Exception):
     """The work of a step raised an error."""
 
-    def __init__(self, step: str, problem: str, details: str, rotten: str | None) -> None:
-        super().__init__(step, problem, details, rotten)
+    def __init__(self, step: str, problem: str, details: str, rotten: str | None, repeats: bool = False) -> None:
+        super().__init__(step, problem, details, rotten, repeats)
         self.step, self.problem, self.details = step, problem, details
         self.rotten = rotten  # the key of an artifact that was found damaged
+        self.repeats = repeats  # whether the same work on the same files comes to the same error
 
     def __str__(self) -> str:
         return f"step {self.step} failed: {self.problem}"
@@ -293,7 +294,7 @@ class Execution:
         elif isinstance(error, ray.exceptions.OutOfMemoryError):
             self._fail(StepFailed(name, _out_of_memory(self.plan[name].stage), str(error), None))
         elif isinstance(error, ray.exceptions.RayTaskError):
-            self._fail(StepFailed(name, _one_line(error.cause), str(error), None))
+            self._fail(StepFailed(name, _one_line(error.cause), str(error), None, _repeats(_root_cause(error))))
         else:
             problem = f"its worker was lost {RETRIES + 1} times: {_one_line(error)}"
             self._fail(StepFailed(name, problem, str(error), None))
@@ -306,7 +307,7 @@ class Execution:
         last = self.last_metrics.get(failure.step)
         if last is not None:
             problem = f"{failure.problem}; last metrics {last}"
-            failure = StepFailed(failure.step, problem, failure.details, failure.rotten)
+            failure = StepFailed(failure.step, problem, failure.details, failure.rotten, failure.repeats)
         self.failures.append(failure)
         self.open.remove(failure.step)
         self.given_up.add(failure.step)
@@ -416,7 +417,8 @@ def _run_step(work: Work, done: Collection[str], together: stages.Together) -> S
         if isinstance(cause, stages.Stopped):
             return StepResult(step.name, step.key, "stopped")
         rotten = cause.key if isinstance(cause, RottenArtifact) else None
-        failure = StepFailed(step.name, _problem(work, cause), redacted(traceback.format_exc()), rotten)
+        details = redacted(traceback.format_exc())
+        failure = StepFailed(step.name, _problem(work, cause), details, rotten, _repeats(cause))
         return StepResult(step.name, step.key, "failed", failure=failure)
 
 
@@ -469,6 +471,11 @@ def _root_cause(error: BaseException) -> BaseException:
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def _repeats(cause: BaseException) -> bool:
+    """Whether an error is of the job's code or data, and not of the machine, the network or the store."""
+    return isinstance(cause, ValueError | TypeError | ArithmeticError | LookupError | AttributeError | AssertionError)
 
 
 def _problem(work: Work, cause: BaseException) -> str:

@@ -41,10 +41,11 @@ SAVE_SECONDS = 0.25  # between copies of the record, while steps come and go
 class RunFailed(Exception):
     """A run that could not finish; `record` says how far it came."""
 
-    def __init__(self, record: RunRecord, details: str) -> None:
+    def __init__(self, record: RunRecord, details: str, repeats: bool = False) -> None:
         super().__init__(record.error or "")
         self.record = record
         self.details = details  # tracebacks of the failed steps
+        self.repeats = repeats  # whether to resume it as it is comes to the same errors
 
 
 class RunStopped(Exception):
@@ -245,7 +246,8 @@ class Run:
 
     def _fail(self, failures: Sequence[Any]) -> None:
         self.record.error = redacted("\n".join(str(failure) for failure in failures))
-        raise RunFailed(self.record, "\n".join(failure.details for failure in failures))
+        details = "\n".join(failure.details for failure in failures)
+        raise RunFailed(self.record, details, all(failure.repeats for failure in failures))
 
     def _finish(self) -> RunRecord:
         """Close the books."""

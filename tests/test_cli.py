@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from graftwork.pipeline.cli import app
+from graftwork.models.checkpoints import UnfitCheckpoint
+from graftwork.pipeline import execute
+from graftwork.pipeline.cli import app, problems
+from graftwork.pipeline.execute import StepFailed
+from graftwork.pipeline.files import StoreError
+from graftwork.pipeline.record import RunRecord
+from graftwork.pipeline.running import RunFailed
 from tests.conftest import TINY
 
 
@@ -130,3 +139,30 @@ def test_the_schema_lets_a_file_that_extends_another_leave_out_what_it_inherits(
     assert "required" not in schema
     assert schema["anyOf"] == [{"required": ["extends"]}, {"required": ["name", "model", "graft"]}]
     assert "may leave out what it inherits" in schema["description"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "repeats"),
+    [
+        (TypeError("sqrtm() got an unexpected keyword argument 'disp'"), True),
+        (UnfitCheckpoint("does not fit"), True),
+        (np.linalg.LinAlgError("Singular matrix"), True),
+        (ConnectionResetError("by peer"), False),
+        (StoreError("/store", "which is full", "free some space"), False),
+        (MemoryError(), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_to_resume_is_advised_only_where_it_can_help(
+    cause: Exception, repeats: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = pickle.loads(pickle.dumps(StepFailed("base", str(cause), "", None, execute._repeats(cause))))
+    record = RunRecord(
+        run="a-1", name="a", status="failed", started="", job={"store": "s"}, steps=[], error="step base failed: so"
+    )
+    with pytest.raises(typer.Exit) as left, problems(debug=False):
+        raise RunFailed(record, "", all([failure.repeats]))
+    assert left.value.exit_code == 1
+    advice = "graft: resume with: graft resume a-1 --store s"
+    assert (advice in capsys.readouterr().err.splitlines()) == (not repeats)

@@ -28,6 +28,7 @@ from graftwork.specs.load import SpecError, load
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys, states
 from tests.loopback import LOOPBACK, LoopbackCluster
 from tests.servers import mlflow_server
+from tests.shadows import shadow
 
 LOOPBACKS = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 SECRET = secrets.token_hex(16)  # stands for the credentials that nodes have in their environment
@@ -49,8 +50,9 @@ class Site:
         self, *arguments: str, timeout: float = 300, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """`graft ARGUMENTS --address ADDRESS`, by someone who has the token and nothing else."""
-        here = self.folder / "elsewhere"
+        here = self.folder / "elsewhere"  # a folder with a `models.py` of its own, as a checkout of DiT
         here.mkdir(exist_ok=True)
+        shadow(here)
         env = {name: value for name, value in self.cluster.environment.items() if name not in self.cluster.given}
         env |= {"PYTHONPATH": str(ROOT)}  # the project is here, and not on the nodes
         return subprocess.run(

@@ -26,8 +26,8 @@ from graftwork.pipeline.cli import app
 from graftwork.specs import paths
 from graftwork.specs.load import SpecError
 from tests.conftest import ROOT, TINY
+from tests.shadows import BARE, shadow
 
-BARE = ("cluster", "models", "pipeline", "specs", "stages")
 TOKEN = "f" * 64
 DEAD = "http://127.0.0.1:9"
 
@@ -60,13 +60,11 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a checkout of somebody else's code: it has modules of the names of ours, and of libraries."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in (*BARE, "torch", "evaluate", "utils"):
-        (folder / f"{name}.py").write_text(f"raise RuntimeError('this is the {name}.py of somebody else')\n")
-    for name in ("datasets", "stages"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text("raise RuntimeError('somebody else')\n")
+    """A folder as a checkout of somebody else's code: it has modules of the names of ours, and of libraries. In it is
+    another, to be on PYTHONPATH."""
+    folder = shadow(tmp_path_factory.mktemp("checkout"), (*BARE, "torch", "evaluate", "utils"), ("datasets",))
+    (folder / "on_the_path").mkdir()
+    shadow(folder / "on_the_path", ("models", "specs", "utils"), ("cluster", "pipeline", "stages"))
     (folder / "script.py").write_text(LOOK.replace("__BARE__", repr(BARE)))
     (folder / "run").write_text('"$@"\ncode=$?\nexit $code\n')  # for `uv run`, which has the driver as its child
     return folder
@@ -86,7 +84,7 @@ def told(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "TMPDIR": str(temp),
     }
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"), DEAD)
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(place / "datasets")])}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(place / "on_the_path"), str(ROOT)])}
     before = {*Path("/tmp").iterdir()}
     done = subprocess.run(
         ["uv", "run", sys.executable, "script.py"],
