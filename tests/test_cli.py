@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from graftwork.models.checkpoints import UnfitCheckpoint
@@ -82,6 +83,8 @@ def test_several_problems_are_several_lines() -> None:
 def test_fid_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "real").mkdir()
+    for number in range(2):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "real" / f"{number}.png")
     done = graft("run", str(TINY), "--set", "evaluate.metrics=[fid]", "--set", "evaluate.reference=real")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
