@@ -19,8 +19,8 @@ from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.problems import refusal
 from graftwork.stages.codec import misfits, vae_place
-from graftwork.stages.listing import counted, list_images
-from graftwork.stages.sources import class_sizes, scarce, split_sizes
+from graftwork.stages.listing import counted, list_images, listed
+from graftwork.stages.sources import MIN_HELDOUT, class_folders, class_sizes, heldout_of, scarce, split_sizes
 
 ACCEPTED_VAE = "an AutoencoderKL with all of its weights, as floating-point numbers"
 ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
@@ -162,7 +162,18 @@ def notes(job: JobSpec) -> list[str]:
     if not isinstance(job.data, ImageFolderData) or not Path(job.data.path).is_dir():
         return []
     line = list_images(job.data).left_out_line()
-    return [line] if line else []
+    return [*([line] if line else []), *_without_heldout(job.data)]
+
+
+def _without_heldout(data: ImageFolderData) -> list[str]:
+    """A line if classes have one image each, which stays to train on."""
+    folders = class_folders(data)
+    single = [name for name, images in folders.items() if not heldout_of(len(images), data.heldout)]
+    if not single:
+        return []
+    return [
+        f"data.heldout: {len(single)} of {len(folders)} classes have one image, and none held out: {listed(single)}"
+    ]
 
 
 def fetch(job: JobSpec) -> None:
@@ -260,6 +271,12 @@ def _sizes(job: JobSpec) -> list[str]:
         return [line]
     total, kept = split_sizes(job.data)
     lines = []
+    if kept < MIN_HELDOUT:
+        lines.append(
+            f"data.heldout: got {job.data.heldout}, which holds out {kept} of {sum(class_sizes(job.data))} images, one "
+            f"of each class at least staying to train on; accepted: data of which at least {MIN_HELDOUT} are held out, "
+            "since the table's first row is their distance"
+        )
     if job.distill.samples > total:
         lines.append(
             f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are"

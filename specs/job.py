@@ -14,7 +14,7 @@ from graftwork.specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
 from graftwork.specs.layers import ExplicitLayers, LearnedLayers
 from graftwork.specs.model import DitModel, PretrainWeights, Weights
 from graftwork.specs.operators import Place
-from graftwork.specs.training import DistillSpec, FinetuneSpec
+from graftwork.specs.training import DistillSpec, FinetuneSpec, TrainingSpec
 
 
 class StepResources(Spec):
@@ -96,6 +96,7 @@ class JobSpec(Spec):
         for number, edit in enumerate(self.graft):
             self._check_blocks(number, edit)
         self._check_sites()
+        self._check_guidance()
         self._check_gpus()
         return self
 
@@ -111,6 +112,16 @@ class JobSpec(Spec):
             gpu = getattr(self.resources, stage).gpu
             if count > 1 and gpu not in (0, 1):
                 refuse(["resources", stage, "gpu"], gpu, f"0 or 1 a worker, since {count} workers train together")
+
+    def _check_guidance(self) -> None:
+        """That every training teaches the null class, which guidance samples from."""
+        guidance = self.evaluate.sampler.guidance
+        recipes = {"weights": self.weights, "finetune": self.finetune}
+        for section, recipe in recipes.items():
+            if guidance != 1 and isinstance(recipe, TrainingSpec) and recipe.label_dropout == 0:
+                needs = f"evaluate.sampler.guidance {guidance:g} samples from"
+                accepted = f"more than 0, which trains the null class that {needs}; or guidance 1"
+                refuse([section, "label_dropout"], recipe.label_dropout, accepted)
 
     def _check_blocks(self, number: int, edit: EditSpec) -> None:
         """That an edit's blocks are there, and its operator can stand in them."""

@@ -35,7 +35,7 @@ from graftwork.stages.hashes import IMAGES, ChangedImage, ImageHashes, require_c
 from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
 from graftwork.stages.listing import listing_once
-from graftwork.stages.sources import Item, class_folders, class_names, items, split
+from graftwork.stages.sources import MIN_HELDOUT, Item, class_folders, class_names, items, split
 
 SHARD = 2048  # images
 BATCHES_A_TASK = 4
@@ -142,6 +142,9 @@ def _require_every_class(data: Data, splits: Mapping[str, Sequence[Item]]) -> No
         if data.per_class is not None and training[label] < data.per_class:
             accepted = f"at most {training[label]}, the training images of the class {plain(name)} that can be read"
             raise ValueError(f"data.per_class: got {data.per_class}; accepted: {accepted}")
+    if data.skip_broken and heldout.total() < MIN_HELDOUT:
+        found = f"which holds out {heldout.total()} of the {training.total() + heldout.total()} images that can be read"
+        raise ValueError(f"data.heldout: got {data.heldout}, {found}; accepted: data of which at least 2 are held out")
 
 
 def shards(splits: Mapping[str, Sequence[Item]], flip: bool) -> list[Shard]:

@@ -20,6 +20,7 @@ from graftwork.stages.listing import list_images, order_lines
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
 
+MIN_HELDOUT = 2  # images: a distance needs their covariance
 MAX_LABELS = 12  # classes that a line shows
 
 

@@ -214,6 +214,26 @@ def test_more_of_each_class_than_the_smallest_has_are_refused(tmp_path: Path, mo
     assert line == "data.per_class: got 10; accepted: at most 9, the training images of the class dog"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held", "total"), [({"cat": 12}, 1, 12), ({"cat": 1, "dog": 1}, 0, 2), ({"cat": 1, "dog": 12}, 1, 13)]
+)
+def test_fewer_than_two_held_out_images_are_refused_with_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], held: int, total: int
+) -> None:
+    listed(sizes, monkeypatch)
+    spec = job(str(tmp_path), heldout=0.1)
+    lines = [line for line in preflight.shortages(spec) if line.startswith("data.heldout: ")]
+    assert lines[0].startswith(f"data.heldout: got 0.1, which holds out {held} of {total} images, ")
+    assert lines[0].partition("; ")[2].startswith("accepted: data of which at least 2 are held out")
+
+
+def test_classes_of_which_no_image_is_held_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed({"cat": 40, "dog": 1, "owl": 1}, monkeypatch)
+    spec = job(str(tmp_path))
+    assert preflight.shortages(spec) == []
+    assert preflight.notes(spec) == ["data.heldout: 2 of 3 classes have one image, and none held out: 'dog', 'owl'"]
+
+
 def test_samples_to_distil_from_are_those_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed({"cat": 40, "dog": 12}, monkeypatch)
     (line,) = preflight.shortages(job(str(tmp_path), per_class=4))

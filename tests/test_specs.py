@@ -247,6 +247,26 @@ def test_a_value_out_of_range_is_refused(document: dict[str, Any], path: str, va
     assert_says(refusal(put(document, path, value)), path, repr(value), accepted)
 
 
+@pytest.mark.parametrize("guidance", [0, 1.5, 4])
+@pytest.mark.parametrize("section", ["weights", "finetune"])
+def test_guidance_needs_a_null_class_that_every_training_trains(
+    document: dict[str, Any], section: str, guidance: float
+) -> None:
+    put(document, f"{section}.label_dropout", 0)
+    put(document, "evaluate.sampler.guidance", guidance)
+    assert_says(refusal(document), f"{section}.label_dropout", "0", "more than 0, which trains the null class")
+    put(document, "evaluate.sampler.guidance", 1)
+    JobSpec.model_validate(document)
+
+
+def test_finetuning_a_checkpoint_without_dropped_labels_would_leave_its_null_class_behind(
+    document: dict[str, Any],
+) -> None:
+    document["weights"] = {"kind": "checkpoint", "path": "dit.pt"}
+    put(document, "finetune.label_dropout", 0)
+    assert_says(refusal(document), "finetune.label_dropout", "0", "or guidance 1")
+
+
 @pytest.mark.parametrize("gpu", [0.5, 2])
 @pytest.mark.parametrize(("stage", "section"), [("base", "weights"), ("finetune", "finetune")])
 def test_workers_that_train_together_have_a_gpu_each(
