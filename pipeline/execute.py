@@ -48,6 +48,7 @@ WARM = (
     "graftwork.stages.sources",
     "graftwork.stages.classifier",
     "graftwork.stages.pictures",
+    "matplotlib.backends.backend_agg",
     "graftwork.cluster.sharded",
     "torch._dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer",

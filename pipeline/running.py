@@ -27,6 +27,7 @@ from graftwork.pipeline.store import Manifest, RottenArtifact, State, Store
 from graftwork.pipeline.view import View
 from graftwork.specs.load import SpecError
 from graftwork.specs.secrets import redacted
+from graftwork.stages import NOTES
 
 if TYPE_CHECKING:
     from graftwork.cluster.board import News
@@ -173,6 +174,10 @@ class Run:
         self._note(step, "done", result.seconds, self.record.run)
         self.tracker.ended(self.plan[step], result.seconds, self.store.artifact(result.key))
         self.view.change(step, "done", seconds=result.seconds)
+        manifest = self.store.manifest(result.key)
+        if manifest is not None and NOTES in manifest.files:
+            for line in json.loads(self.store.artifact(result.key).read(NOTES)):
+                self.view.say(f"{step}: {line}")
         if self.plan[step].stage == "search":
             for warning in json.loads(self.store.artifact(result.key).read("search.json"))["warnings"]:
                 self.view.say(f"{step}: {warning}")

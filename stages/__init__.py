@@ -45,6 +45,9 @@ STAGES = {
 }
 
 
+NOTES = "notes.json"  # of an artifact: lines that the run which made it tells its user
+
+
 class Stopped(Exception):
     """The work was asked to stop; what it had done is saved."""
 
