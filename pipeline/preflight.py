@@ -13,7 +13,7 @@ from graftwork.pipeline.store import Store
 from graftwork.specs.data import ImageFolderData, VaeCodec
 from graftwork.specs.evaluate import inception_file
 from graftwork.specs.graft import OperatorEdits, overlapping
-from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
+from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
@@ -126,8 +126,7 @@ def absent(job: JobSpec) -> list[str]:
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
-    hub = inception_file(None)
-    if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not hub.is_file():
+    if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not (hub := inception_file(None)).is_file():
         lines.append(
             f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights ({hub.name}), named here or "
             f"placed at {hub}"
@@ -180,11 +179,19 @@ def fetch(job: JobSpec) -> None:
     """Have every hub id that the job names in the local cache; raises SpecError where one cannot be had."""
     for field, path in _weights(job):
         try:
-            local_path(path)
+            local_path(path, _part(field))
         except Exception as error:  # whatever the network, the hub or its library says
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             accepted = "accepted: a file or folder on this machine, or a hub id that can be fetched"
-            raise SpecError([f"{field}: got {path!r}, which cannot be fetched: {reason}; {accepted}"]) from None
+            place = whereabouts(path, _part(field))
+            raise SpecError(
+                [f"{field}: got {path!r}, {place}, and it cannot be fetched: {reason}; {accepted}"]
+            ) from None
+
+
+def _part(field: str) -> str:
+    """Return the folder, in that of a pipeline, that the weights of a field lie in."""
+    return "vae" if field == "codec.path" else "transformer"
 
 
 def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
@@ -212,9 +219,9 @@ def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
 
 def _absent_weights(field: str, path: str) -> str | None:
     if is_hub_id(path):
-        return (
-            None if local_snapshot(path) else f"{field}: got {path!r}, not in the hub's local cache; a run fetches it"
-        )
+        place = whereabouts(path, _part(field))
+        then = "HF_HUB_OFFLINE keeps a run from fetching it" if is_offline() else "a run asks the hub for it"
+        return None if place is None else f"{field}: got {path!r}, {place}; {then}"
     if Path(path).exists():
         return None
     return f"{field}: got {path!r}, no such file; accepted: a file or folder with weights, or a hub id"

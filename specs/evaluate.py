@@ -69,6 +69,8 @@ class EvaluateSpec(Spec):
 
 def inception_file(given: str | None) -> Path:
     """The Inception weights: the file given, or where torch's hub keeps them (found without importing torch)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch"
-    hub = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / WEIGHTS_FILE
-    return Path(given) if given is not None else hub
+    if given is not None:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    torch_home = os.path.expanduser(os.environ.get("TORCH_HOME", os.path.join(cache, "torch")))  # noqa: PTH111, PTH118  # needs no home
+    return Path(torch_home) / "hub" / "checkpoints" / WEIGHTS_FILE

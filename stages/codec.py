@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from graftwork.specs.data import Codec, Data, PixelCodec, VaeCodec
-from graftwork.specs.hub import is_hub_id, local_path, local_snapshot
+from graftwork.specs.hub import is_hub_id, local_path, local_snapshot, missing_from
 from graftwork.specs.vae import VaeConfig, vae_folder
 
 if TYPE_CHECKING:
@@ -164,9 +164,12 @@ def to_images(pixels: Tensor) -> NDArray[np.uint8]:
 
 
 def vae_place(codec: VaeCodec) -> Path | None:
-    """Return the folder of the VAE if it is on this machine."""
-    place = local_snapshot(codec.path) if is_hub_id(codec.path) else Path(codec.path)
-    return vae_folder(place) if place is not None and place.exists() else None
+    """Return the folder of the VAE if it is on this machine, and of a hub id all that is needed."""
+    if is_hub_id(codec.path):
+        snapshot = local_snapshot(codec.path)
+        return vae_folder(snapshot) if snapshot is not None and not missing_from(snapshot, "vae") else None
+    place = Path(codec.path)
+    return vae_folder(place) if place.exists() else None
 
 
 def vae_config(codec: VaeCodec) -> VaeConfig:
@@ -210,7 +213,7 @@ def misfits(codec: Codec, data: Data | None = None) -> list[str]:
 def require_fit(codec: Codec, data: Data | None = None) -> None:
     """Raise UnfitCodec where the VAE, fetched if need be, contradicts its spec, or is not there."""
     if isinstance(codec, VaeCodec):
-        local_path(codec.path)
+        local_path(codec.path, "vae")
         vae_config(codec)
     lines = misfits(codec, data)
     if lines:
@@ -224,6 +227,6 @@ def _read(codec: VaeCodec, dtype: torch.dtype) -> Any:
     from graftwork.models.checkpoints.vae import read_vae
 
     try:
-        return read_vae(vae_folder(local_path(codec.path)), dtype)
+        return read_vae(vae_folder(local_path(codec.path, "vae")), dtype)
     except UnfitCheckpoint as unfit:
         raise UnfitCodec(str(unfit)) from None

@@ -828,7 +828,7 @@ def test_a_hub_id_in_the_cache_is_read_without_a_network(hub: Path, grafted: DiT
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused(hub: Path) -> None:
-    assert "nor to be had: Got: ConnectError" in refusal("grafting/dit-xl2")
+    assert "cannot be fetched: Got: ConnectError" in refusal("grafting/dit-xl2")
 
 
 # -- refused

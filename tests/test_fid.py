@@ -254,6 +254,8 @@ def test_other_weights_are_refused_in_one_line_that_names_the_file(tmp_path: Pat
         {"TORCH_HOME": "/cache/torch"},
         {"XDG_CACHE_HOME": "/cache"},
         {"TORCH_HOME": "~/t", "XDG_CACHE_HOME": "/cache"},
+        {"TORCH_HOME": "$HOME/t"},
+        {"XDG_CACHE_HOME": ""},
     ],
     ids=str,
 )

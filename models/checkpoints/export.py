@@ -93,7 +93,7 @@ def export(
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:
     try:
-        folder = vae_folder(located(vae, "the folder or hub id of an AutoencoderKL"))
+        folder = vae_folder(located(vae, "the folder or hub id of an AutoencoderKL", "vae"))
         config, autoencoder = VaeConfig.of(folder), read_vae(folder)
     except UnfitCheckpoint as unfit:
         raise ExportRefused(f"vae: {unfit}") from None

@@ -16,7 +16,7 @@ from graftwork.models.checkpoints.fit import build, fitting
 from graftwork.models.checkpoints.recognition import Found, recognised
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.specs.graft import Edit
-from graftwork.specs.hub import local_path
+from graftwork.specs.hub import local_path, whereabouts
 from graftwork.specs.problems import shown
 
 ACCEPTED = "a .pt or .safetensors file, whole or in parts, or a folder with one; ours, or one of diffusers' DiTs"
@@ -52,13 +52,13 @@ def check(source: str | Path, config: DiTConfig) -> tuple[str, ...]:
     return found.notes
 
 
-def located(source: str | Path, accepted: str = ACCEPTED) -> Path:
-    """The file or folder on this machine; a hub id is fetched unless the hub's cache has it."""
+def located(source: str | Path, accepted: str = ACCEPTED, part: str = "transformer") -> Path:
+    """The file or folder on this machine; a hub id is fetched unless the hub's cache has it, see `local_path`."""
     try:
-        path = local_path(str(source))
+        path = local_path(str(source), part)
     except (OSError, ValueError) as error:  # what the hub's library raises of the network, and of names
         reason = str(error).splitlines()[0]
-        raise UnfitCheckpoint(f"{source}: neither here, nor in the hub's cache, nor to be had: {reason}") from None
+        raise UnfitCheckpoint(f"{source}: {whereabouts(str(source), part)}, and cannot be fetched: {reason}") from None
     if not path.exists():
         raise UnfitCheckpoint(f"{source}: no such file or folder", accepted)
     return path
