@@ -18,10 +18,10 @@ from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.record import Expected, RunRecord
 from graftwork.pipeline.running import Run
 from graftwork.pipeline.store import Manifest, State, Store
-from graftwork.pipeline.tables import amount
 from graftwork.pipeline.view import SilentView, View
 from graftwork.specs.costs import GraftCost
 from graftwork.specs.export import Layout
+from graftwork.specs.figures import amount
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, job_from, load

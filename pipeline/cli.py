@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from graftwork.pipeline.tables import (
-    amount,
-    cell,
     columns,
     document,
     show_costs,
@@ -32,6 +30,7 @@ from graftwork.pipeline.tables import (
     show_submissions,
 )
 from graftwork.specs.export import Layout
+from graftwork.specs.figures import amount, figure
 from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
 
@@ -274,7 +273,7 @@ def compare(
             document(rows)
             return
         names_of_columns = list(dict.fromkeys(column for row in rows for column in row))
-        columns([[column, *(cell(row.get(column, "")) for row in rows)] for column in names_of_columns])
+        columns([[column, *(figure(column, row.get(column)) for row in rows)] for column in names_of_columns])
 
 
 @app.command()

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.store import Store, canonical
-from graftwork.pipeline.tables import amount, counted
+from graftwork.pipeline.tables import counted
 from graftwork.specs.data import ImageFolderData
+from graftwork.specs.figures import amount
 from graftwork.specs.load import SpecError
 from graftwork.specs.problems import plain, text
 from graftwork.stages.hashes import DIGEST_BYTES, ImageHashes, cut

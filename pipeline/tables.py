@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from graftwork.specs.figures import amount, figure, flops, number
 from graftwork.specs.problems import plain
 from graftwork.specs.secrets import redacted
 
@@ -27,13 +28,13 @@ def show_costs(cost: GraftCost) -> None:
         ("operators before", cost.replaced, None),
         ("operators after", cost.scions, cost.replaced),
     ]
-    print(f"{'costs':18}{'parameters':>16}{'':9}{'GFLOP a pass':>16}")
+    print(f"{'costs':18}{'parameters':>16}{'':9}{'a forward pass':>16}")
     for name, of, against in rows:
-        params, flops = (
+        more_params, more_flops = (
             f" {new / old - 1:+8.1%}" if against is not None and old else f"{'':9}"
             for new, old in ((of.params, against and against.params), (of.flops, against and against.flops))
         )
-        print(f"{name:18}{of.params:16,}{params}{of.flops / 1e9:16,.4g}{flops}".rstrip())
+        print(f"{name:18}{number(of.params):>16}{more_params}{flops(of.flops):>16}{more_flops}".rstrip())
 
 
 def show_expected(expected: Expected, steps: int, last: RunRecord | None) -> None:
@@ -115,21 +116,10 @@ def show_results(found: RunRecord) -> None:
     if not found.results:
         return
     names = list(next(iter(found.results.values())))
-    columns([["row", *names]] + [[row, *(cell(found.results[row][name]) for name in names)] for row in found.results])
-
-
-def cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def amount(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+    columns(
+        [["row", *names]]
+        + [[row, *(figure(name, found.results[row].get(name)) for name in names)] for row in found.results]
+    )
 
 
 def columns(lines: list[list[str]]) -> None:

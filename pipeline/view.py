@@ -9,6 +9,7 @@ from typing import Protocol
 
 from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.record import RunRecord, StepState
+from graftwork.specs.figures import figure
 
 
 class View(Protocol):
@@ -60,4 +61,4 @@ def duration(seconds: float) -> str:
 
 
 def shown(metrics: Mapping[str, float]) -> str:
-    return "".join(f" {name} {value:.4g}" for name, value in metrics.items())
+    return "".join(f" {name} {figure(name, value)}" for name, value in metrics.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,13 +26,44 @@ MAX_DEPTH = 32  # of sections and lists
 MAX_VALUES = 20_000  # with aliases written out
 MAX_FILES = 16  # that extend each other
 MAX_LINES = 50  # of problems
+MAX_BESIDE = 500  # files beside a base that are looked at
+NAMED_FILES = 3  # of those that extend a base
 NAME = "letters, digits, '.', '_' and '-', at most 100 in all, the first a letter or a digit"  # specs.job.Name
 EXTENDS = "the path of another job's file, from this one: it gives the fields that this file leaves out"
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job in a YAML file, with `section.field=value` overrides applied before it is checked."""
-    return job_from(read_job(_expanded(str(path), "the job's file")), overrides)
+    file = _expanded(str(path), "the job's file")
+    document = read_job(file)
+    try:
+        return job_from(document, overrides)
+    except SpecError as error:
+        missing = [name for name, field in JobSpec.model_fields.items() if field.is_required() and name not in document]
+        extending = files_extending(file) if missing else []
+        if not extending:
+            raise
+        others = [line for line in error.lines if not line.startswith(tuple(f"{name}: missing" for name in missing))]
+        raise SpecError([_base(file, missing, extending), *others]) from None
+
+
+def files_extending(base: Path) -> list[str]:
+    """The names of the files beside a job's file that say `extends` of it."""
+    named = re.compile(rf"""^extends:\s*(['"]?)(?:\./)?{re.escape(base.name)}\1\s*(?:#.*)?$""", re.MULTILINE)
+    beside = sorted(path for suffix in ("*.yaml", "*.yml") for path in base.parent.glob(suffix))[:MAX_BESIDE]
+    found = []
+    for path in beside:
+        with suppress(OSError, UnicodeDecodeError):
+            if path.stat().st_size <= MAX_BYTES and named.search(path.read_text(encoding="utf-8")):
+                found.append(path.name)
+    return found
+
+
+def _base(file: Path, missing: Sequence[str], extending: Sequence[str]) -> str:
+    more = f" and {len(extending) - NAMED_FILES} more" if len(extending) > NAMED_FILES else ""
+    names = ", ".join(extending[:NAMED_FILES]) + more
+    found = f"which has no {', '.join(missing)}: it is a base that others extend"
+    return f"{file}: got a file {found}; accepted: one of those beside it, {names}; or one with extends: {file.name}"
 
 
 def job_schema() -> dict[str, Any]:

@@ -784,3 +784,21 @@ def test_what_is_accepted_is_said_once() -> None:
 @pytest.mark.parametrize("text", ["x" * 2000, "word " * 400, "; accepted: " + "y" * 2000, ""])
 def test_no_line_is_longer_than_its_limit(text: str) -> None:
     assert len(problem(text)) <= 600
+
+
+def test_a_base_that_others_extend_says_that_it_is_one(tmp_path: Path) -> None:
+    base = ROOT / "examples" / "imagenet" / "dit-xl-2.yaml"
+    with pytest.raises(SpecError) as caught:
+        load(base)
+    (line,) = caught.value.lines
+    assert "which has no graft: it is a base that others extend; accepted: one of those beside it, depth-to" in line
+    assert "and 16 more; or one with extends: dit-xl-2.yaml" in line
+    assert load(base, ["graft=[{kind: parallel}]"]).graft
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(base.read_text())
+    with pytest.raises(SpecError, match=r"^graft: missing; accepted: "):
+        load(alone)
+    (tmp_path / "other.yaml").write_text("extends: ./alone.yaml  # with more\n")
+    with pytest.raises(SpecError) as caught:
+        load(alone, ["seed=x"])
+    assert [line.partition(": ")[0] for line in caught.value.lines] == [str(alone), "seed"]

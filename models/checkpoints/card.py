@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from graftwork.specs.figures import figure
 from graftwork.specs.graft import Edit
 from graftwork.specs.hub import is_hub_id
 
@@ -44,7 +45,7 @@ def write_card(folder: Path, card: Card, edits: Sequence[Edit], usage: str = "",
         sections.append(note)
     if card.results:
         columns = list(dict.fromkeys(column for row in card.results.values() for column in row))
-        rows = [[name, *(_number(row.get(column)) for column in columns)] for name, row in card.results.items()]
+        rows = [[name, *(figure(column, row.get(column)) for column in columns)] for name, row in card.results.items()]
         sections.append(f"## Results\n\n{_table(['', *columns], rows)}")
     if card.recipe:
         sections.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(_placeless(card.recipe), sort_keys=False)}```")
@@ -93,9 +94,3 @@ def _operator(edit: Edit) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
