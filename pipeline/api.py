@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def plan(
     """Return what a job comes to, step by step; raise SpecError where it cannot be done.
 
     Files that the job names may lie elsewhere: `preflight.absent` lists them, and the keys are not those of a run. Nor
-    are they if files that were never read are too many to be read for a plan, unless `read` says so.
+    are they if files that were never read are too many to be read for a plan, unless `read` says so. Checkpoints and
+    references that are here, and that a step will read, are looked into: torch loads for a checkpoint.
 
     contents: of the job's files; it has notes on what changed in them, and what was not read.
     """
@@ -51,7 +53,9 @@ def plan(
         shortages = preflight.shortages(spec)
         if shortages:
             raise SpecError(shortages)
-        return planning.make_plan(spec, contents or Contents(Store(spec.store), quick=not read))
+        store = Store(spec.store)
+        made = planning.make_plan(spec, contents or Contents(store, quick=not read))
+        return replace(made, notes=tuple(preflight.check_pending(made, store)))
 
 
 def costs(job: JobSpec) -> GraftCost | None:

@@ -175,7 +175,8 @@ def plan(
         made = api.plan(spec, contents=contents)
         if read:
             contents.keep()
-        absent, notes = preflight.absent(spec), [*preflight.notes(spec), *contents.notes, *api.untracked(made)]
+        absent = preflight.absent(spec)
+        notes = [*preflight.notes(spec), *contents.notes, *made.notes, *api.untracked(made)]
         classes = labels_line(made.job.data)
         cost = api.costs(made.job)
         store = Store(made.job.store)

@@ -10,7 +10,7 @@ from pathlib import Path
 from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.store import canonical, digest
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
-from graftwork.specs.hub import is_hub_id, local_snapshot
+from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
 from graftwork.stages.hashes import ImageHashes
 from graftwork.stages.sources import items, split
 
@@ -61,6 +61,8 @@ def weights_fingerprint(role: str, path: str, contents: Contents, field: str) ->
     if place.is_dir():
         names = [file.relative_to(place).as_posix() for file in sorted(place.rglob("*")) if file.is_file()]
         return _folder(role, place, names, contents, field)
+    if len(parts := parts_of(place)) > 1:
+        return _folder(role, place.parent, [part.name for part in parts], contents, field)
     if not place.is_file():
         return {role: ABSENT}
     found = contents.files(field, place, [""])

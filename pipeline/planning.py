@@ -57,6 +57,7 @@ class Plan:
 
     job: JobSpec
     steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()  # on the files that it will read
 
     def __getitem__(self, name: str) -> Step:
         return self._by_name[name]

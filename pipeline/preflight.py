@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from graftwork.cluster.address import check_cluster, cluster_address
 from graftwork.cluster.scratch import scratch_problem
 from graftwork.pipeline.files import StoreError
-from graftwork.pipeline.planning import carried_edits
+from graftwork.pipeline.planning import Plan, carried_edits
 from graftwork.pipeline.store import Store
 from graftwork.specs.data import ImageFolderData, VaeCodec
 from graftwork.specs.evaluate import inception_file
@@ -20,8 +20,18 @@ from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.problems import refusal
 from graftwork.stages.codec import misfits, vae_place
 from graftwork.stages.listing import counted, list_images, listed
-from graftwork.stages.sources import MIN_HELDOUT, class_folders, class_sizes, heldout_of, scarce, split_sizes
+from graftwork.stages.sources import (
+    MIN_HELDOUT,
+    class_folders,
+    class_names,
+    class_sizes,
+    heldout_of,
+    num_classes,
+    scarce,
+    split_sizes,
+)
 
+ACCEPTED_CHECKPOINT = "a checkpoint of the job's model and classes"
 ACCEPTED_VAE = "an AutoencoderKL with all of its weights, as floating-point numbers"
 ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
 PLANNED_HEADERS = 1000  # of images that a plan reads
@@ -59,62 +69,121 @@ def check_places(store: Store) -> None:
         raise SpecError([str(error)]) from None
 
 
-def reads_files(job: JobSpec) -> bool:
-    """Whether steps read checkpoints, a VAE or statistics that somebody else made."""
+def check_pending(made: Plan, store: Store) -> list[str]:
+    """Check the files that the plan's steps read, but for those in the store; see `check_files`."""
+    job = made.job
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
     weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
-    return weights or scions or "fid" in job.evaluate.metrics
+    if not (weights or scions or "fid" in job.evaluate.metrics):
+        return []
+    return check_files(job, [step for step, state in made.states(store).items() if state != "cached"])
 
 
-def check_files(job: JobSpec, pending: Collection[str]) -> None:
-    """Raise SpecError where a file that a pending step reads is another one than it needs; torch is loaded for it.
+def check_files(job: JobSpec, pending: Collection[str]) -> list[str]:
+    """Return lines on what pending steps will read; raise SpecError if they need other files than those that are here.
 
-    Names, shapes and headers are read here; what the numbers are shows when the step reads them.
+    Names, shapes and headers are read; what the numbers are shows when the step reads them. A file on another machine
+    is not looked for: `absent` names it.
     """
-    from graftwork.models import checkpoints
-    from graftwork.models.checkpoints.vae import check_vae
-    from graftwork.models.dit import DiTConfig
-    from graftwork.stages.inception import read_statistics, reference_images, require_one_size
+    lines: list[str] = []
+    notes: list[str] = []
+    for field, source in _checkpoints(job, pending):
+        if _absent_weights(field, source):
+            continue
+        from graftwork.models.checkpoints import UnfitCheckpoint  # torch loads with it
 
-    lines = []
-    sources = [("weights.path", job.weights.path)] if isinstance(job.weights, CheckpointWeights) else []
-    sources = sources if "base" in pending else []
+        try:
+            notes += [f"{field}: {note}" for note in _check_checkpoint(job, field, source)]
+        except UnfitCheckpoint as error:
+            lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
+    lines += [*_check_vae(job, pending), *_check_reference(job, pending)]
+    if lines:
+        raise SpecError(lines)
+    return notes
+
+
+def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The fields and paths of the checkpoints that pending steps read."""
+    if isinstance(job.weights, CheckpointWeights) and "base" in pending:
+        yield "weights.path", job.weights.path
     for number, edit in enumerate(job.graft):
         names = {f"distill/{one.name}" for one in edit.edits(job.model.depth)}
         if isinstance(edit, OperatorEdits) and edit.scions is not None and names & set(pending):
-            sources.append((f"graft.{number}.scions", edit.scions))
-    for field, source in sources:
-        config = DiTConfig(
-            input_size=job.latent_side(),
-            in_channels=job.codec.latent_channels(job.data),
-            patch=job.model.patch,
-            depth=job.model.depth,
-            width=job.model.width,
-            heads=job.model.heads,
-            num_classes=len(class_sizes(job.data)),
-            learn_sigma=job.model.learn_sigma,
-        )
-        try:
-            checkpoints.check(source, config)
-        except checkpoints.UnfitCheckpoint as error:
-            accepted = error.accepted or "a checkpoint of the job's model and classes"
-            lines.append(f"{field}: got {error.problem}; accepted: {accepted}")
-    if isinstance(job.codec, VaeCodec) and "features" in pending and (folder := vae_place(job.codec)) is not None:
-        try:
-            check_vae(folder)
-        except checkpoints.UnfitCheckpoint as error:
-            lines.append(f"codec.path: got {error.problem}; accepted: {error.accepted or ACCEPTED_VAE}")
+            yield f"graft.{number}.scions", edit.scions
+
+
+def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
+    """Yield what is to be said of a checkpoint that fits the job; raise UnfitCheckpoint for another."""
+    from graftwork.models import checkpoints
+    from graftwork.models.dit import DiTConfig
+
+    count = num_classes(job.data)
+    config = DiTConfig(
+        input_size=job.latent_side(),
+        in_channels=job.codec.latent_channels(job.data),
+        patch=job.model.patch,
+        depth=job.model.depth,
+        width=job.model.width,
+        heads=job.model.heads,
+        num_classes=count or 0,
+        learn_sigma=job.model.learn_sigma,
+    )
+    labels = None
+    if field == "weights.path" and isinstance(job.weights, CheckpointWeights) and _data_are_here(job):
+        names = class_names(job.data)
+        if (rows := job.weights.rows(names)) is not None:
+            labels = checkpoints.Labels(names, rows, job.seed)
+            yield _labels_line(rows)
+    # Scions do not see labels; the number of classes may be in data that are elsewhere.
+    any_classes = field != "weights.path" or (labels is None and (count is None or _has_own_classes(job)))
+    yield from checkpoints.check(source, config, labels=labels, any_classes=any_classes)
+
+
+def _has_own_classes(job: JobSpec) -> bool:
+    return isinstance(job.weights, CheckpointWeights) and job.weights.classes is not None
+
+
+def _data_are_here(job: JobSpec) -> bool:
+    return not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
+
+
+def _labels_line(rows: Sequence[int | None]) -> str:
+    fresh = rows.count(None)
+    known = f"{len(rows) - fresh:,} of {len(rows):,} classes begin with rows of its label table"
+    return f"{known}, {fresh:,} with fresh ones, and the null class with its own"
+
+
+def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
+    """A line if the VAE is not one, or not whole."""
+    if not isinstance(job.codec, VaeCodec) or "features" not in pending or (folder := vae_place(job.codec)) is None:
+        return []
+    from graftwork.models.checkpoints import UnfitCheckpoint
+    from graftwork.models.checkpoints.vae import check_vae
+
+    try:
+        check_vae(folder)
+    except UnfitCheckpoint as error:
+        return [refusal("codec.path", error, ACCEPTED_VAE)]
+    return []
+
+
+def _check_reference(job: JobSpec, pending: Collection[str]) -> list[str]:
+    """A line if what samples are held against is not that."""
     reference = job.evaluate.reference
-    if "fid" in job.evaluate.metrics and reference and "reference/fid" in pending:
-        try:
-            if Path(reference).is_dir():
-                require_one_size(reference, reference_images(reference))
-            else:
-                read_statistics(reference)
-        except ValueError as error:
-            lines.append(refusal("evaluate.reference", error, ACCEPTED_REFERENCE))
-    if lines:
-        raise SpecError(lines)
+    if "fid" not in job.evaluate.metrics or reference is None or "reference/fid" not in pending:
+        return []
+    if not Path(reference).exists():
+        return []
+    from graftwork.stages.inception import read_statistics, reference_images, require_one_size
+
+    try:
+        if Path(reference).is_dir():
+            require_one_size(reference, reference_images(reference))
+        else:
+            read_statistics(reference)
+    except ValueError as error:
+        return [refusal("evaluate.reference", error, ACCEPTED_REFERENCE)]
+    return []
 
 
 def absent(job: JobSpec) -> list[str]:
@@ -233,7 +302,20 @@ def shortages(job: JobSpec) -> list[str]:
     pairs = (
         [f"graft: got {pair}; accepted: pairs of blocks that are in no parallel block of the weights"] if pair else []
     )
-    return [*misfits(job.codec, job.data), *pairs, *_data_shortages(job), *_reference_shortages(job)]
+    data = _data_shortages(job)
+    labels = [] if data else _label_shortages(job)
+    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *_reference_shortages(job)]
+
+
+def _label_shortages(job: JobSpec) -> list[str]:
+    """A line if `weights.classes` names what is not a class of the job."""
+    if not isinstance(job.weights, CheckpointWeights) or not isinstance(job.weights.classes, dict):
+        return []
+    names = class_names(job.data) if _data_are_here(job) else ()
+    unknown = [name for name in job.weights.classes if name not in names]
+    if not names or not unknown:
+        return []
+    return [f"weights.classes: got {listed(unknown)}; accepted: the job's classes, {listed(names)}"]
 
 
 def _reference_shortages(job: JobSpec) -> list[str]:

@@ -75,11 +75,10 @@ class Run:
             return self._finish()
         if not self._is_tracked_there():  # a run that goes on does so without MLflow too: what it would tell is kept
             self.destination().check()
-        pending = [step for step, state in self.plan.states(self.store).items() if state != "cached"]
-        if pending:
+        if not self._all_cached():
             preflight.check_ray()
-        if preflight.reads_files(self.plan.job):
-            preflight.check_files(self.plan.job, pending)
+        for line in preflight.check_pending(self.plan, self.store):
+            self.view.say(line)
         preflight.check_places(self.store)  # the last check: a local store is a folder from then on
         with self.stop.listening(), leases.releasing(self._lease()):
             self.record, self.past = self._open_record()  # whoever held the lease may have gone on with the run

@@ -102,6 +102,11 @@ class Unkeyed:
     """Marks a field that cannot change a result: `Annotated[int, Unkeyed()]`."""
 
 
+@dataclass(frozen=True)
+class KeyedIfSet:
+    """Marks a field that is in the key unless it is None: jobs of before there was such a field keep their keys."""
+
+
 def keyed(value: Any) -> Any:
     """The part of a spec that decides a result, as plain JSON values."""
     if isinstance(value, BaseModel):
@@ -109,6 +114,7 @@ def keyed(value: Any) -> Any:
             name: keyed(getattr(value, name))
             for name, field in type(value).model_fields.items()
             if not any(isinstance(mark, Unkeyed) for mark in field.metadata)
+            and not (getattr(value, name) is None and any(isinstance(mark, KeyedIfSet) for mark in field.metadata))
         }
     if isinstance(value, Mapping):
         return {str(name): keyed(item) for name, item in value.items()}

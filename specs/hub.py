@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")  # a file of several
+INDEX = ".index.json"
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _FILES = (*_WEIGHTS, ".json", ".yaml", ".npz")
 
@@ -114,3 +116,18 @@ def whereabouts(path: str, part: str) -> str | None:
     near = difflib.get_close_matches(here.name, beside, 1)
     like = f", but {Path(path).with_name(near[0])}" if near else ""
     return f"no file or folder here ({here}{like}), and not in the hub's cache ({hub_cache()})"
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that hold one checkpoint with this one: those that an index names, or all of a number; else itself."""
+    if path.name.endswith(INDEX):
+        try:
+            names = set(json.loads(path.read_text())["weight_map"].values())
+            return [path, *(file for name in sorted(names) if (file := path.with_name(name)).is_file())]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return [path]  # whoever reads it says what is wrong
+    if not (part := SHARD.fullmatch(path.name)) or not path.parent.is_dir():
+        return [path]
+    others = ((SHARD.fullmatch(other.name), other) for other in sorted(path.parent.iterdir()))
+    keys = ("stem", "count", "suffix")
+    return [other for match, other in others if match and all(match[key] == part[key] for key in keys)] or [path]

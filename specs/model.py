@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from graftwork.specs.fields import Spec, Unkeyed, WeightsPath, refuse
+from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, WeightsPath, is_integer, refuse
 from graftwork.specs.layers import MAX_DEPTH
 from graftwork.specs.training import TrainingSpec
 
@@ -68,6 +69,29 @@ class CheckpointWeights(Spec):
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: Annotated[WeightsPath, Unkeyed()]  # its content is in the key
+    classes: Annotated[Literal["fresh"] | dict[str, int] | None, KeyedIfSet()] = Field(
+        None,
+        description="for other classes than the checkpoint's: rows of its label table by the names of the job's "
+        "classes, as {cat: 281}; the classes that are not named, or all with `fresh`, begin with random rows",
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _rows(cls, given: Any) -> Any:
+        if given is None or given == "fresh":
+            return given
+        if not isinstance(given, dict) or not given:
+            refuse([], given, "fresh, or a row of the checkpoint's label table for a class, as {cat: 281}")
+        for name, row in given.items():
+            if not is_integer(row) or row < 0:
+                refuse([str(name)], row, "the number of a row in the checkpoint's label table, 0 or more")
+        return {str(name): row for name, row in given.items()}
+
+    def rows(self, names: Sequence[str]) -> tuple[int | None, ...] | None:
+        """The row of the checkpoint's label table for each class, None for a fresh one; None to keep the table."""
+        if self.classes is None:
+            return None
+        return tuple(None if self.classes == "fresh" else self.classes.get(name) for name in names)
 
 
 Weights = Annotated[PretrainWeights | CheckpointWeights, Field(discriminator="kind")]

@@ -26,9 +26,11 @@ def run(context: Context) -> None:
     params: BaseParams = context.params
     edits: tuple[Edit, ...] = ()
     if isinstance(params.weights, CheckpointWeights):
-        expected = read_meta(context.input("features")).dit_config(params.model)
+        meta = read_meta(context.input("features"))
+        rows = params.weights.rows(meta.classes)
+        labels = None if rows is None else checkpoints.Labels(meta.classes, rows, params.seed)
         try:
-            model, edits = checkpoints.read(params.weights.path, config=expected)
+            model, edits = checkpoints.read(params.weights.path, config=meta.dit_config(params.model), labels=labels)
         except checkpoints.UnfitCheckpoint as error:
             raise checkpoints.UnfitCheckpoint(f"weights.path: {error}") from None
     else:

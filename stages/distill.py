@@ -79,7 +79,7 @@ def _new_scion(rootstock: Rootstock, context: Context) -> nn.Module:
 
 def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> None:
     """Fill the scion from a graft of such a rootstock, which has one of its kind in the same site."""
-    graft, carried = checkpoints.read(source, config=rootstock)
+    graft, carried = checkpoints.read(source, config=rootstock, any_classes=True)
     for other in carried:
         if other.site == edit.site and not alike(other, edit):
             found, wanted = (one.operator.model_dump(exclude={"backend"}) for one in (other, edit))

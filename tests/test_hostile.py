@@ -364,17 +364,53 @@ def tiny(*overrides: str) -> Any:
 FEWER = [("num_classes", 7, "y_embedder.embedding_table.weight: (8, 32), expected (11, 32)"), ("depth", 2, "blocks.2")]
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize(("field", "value", "told"), FEWER)
 def test_a_checkpoint_of_another_model_or_of_fewer_classes_is_known_before_anything_runs(
-    tmp_path: Path, field: str, value: int, told: str
+    tmp_path: Path, field: str, value: int, told: str, command: str
 ) -> None:
     shape = {"input_size": 16, "in_channels": 1, "patch": 2, "depth": 4, "width": 32, "heads": 2, "num_classes": 10}
     torch.save(DiT(DiTConfig(**{**shape, field: value})).state_dict(), "other.pt")
-    done = graft("run", str(TINY), "--set", "weights={kind: checkpoint, path: other.pt}")
+    done = graft(command, str(TINY), "--set", "weights={kind: checkpoint, path: other.pt}")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
+    assert line.count("; accepted: ") == 1 and " .. " not in line
     assert line.startswith(f"graft: weights.path: got {tmp_path}/other.pt: does not fit the model: ") and told in line
     assert not list((tmp_path / ".graftwork").glob("runs/*.json"))
+
+
+FILES_THAT_DO_NOT_FIT = {
+    "weights.path": ["weights={kind: checkpoint, path: other.pt}"],
+    "graft.0.scions": ["graft.0.scions=other.pt"],
+    "evaluate.reference": ["evaluate={samples: 4, metrics: [fid], reference: other.npz, inception: other.pt}"],
+}
+
+
+@pytest.mark.parametrize("field", FILES_THAT_DO_NOT_FIT)
+def test_a_plan_refuses_a_file_in_the_words_of_the_run(tmp_path: Path, field: str) -> None:
+    torch.save({"layer.weight": torch.zeros(2)}, "other.pt")
+    np.savez("other.npz", mu=np.zeros(64), sigma=np.zeros((64, 64)))
+    settings = [part for one in FILES_THAT_DO_NOT_FIT[field] for part in ("--set", one)]
+    planned, ran = (graft(command, str(TINY), *settings) for command in ("plan", "run"))
+    assert planned.exit_code == ran.exit_code == 2 and planned.stderr == ran.stderr
+    assert planned.stderr.startswith(f"graft: {field}: got ") and len(planned.stderr.splitlines()) == 1
+    assert not list((tmp_path / ".graftwork").glob("runs/*.json"))
+
+
+def test_a_plan_says_what_is_read_of_a_checkpoint_that_holds_several_models(tmp_path: Path) -> None:
+    model = DiT(DiTConfig(input_size=16, in_channels=1, patch=2, depth=4, width=32, heads=2, num_classes=10))
+    torch.save({"ema": model.state_dict(), "model": model.state_dict()}, "both.pt")
+    done = graft("plan", str(TINY), "--set", "weights={kind: checkpoint, path: both.pt}")
+    assert done.exit_code == 0
+    assert done.stderr.endswith(f"\ngraft: weights.path: {tmp_path}/both.pt: ema is read, not model\n")
+
+
+def test_a_line_on_a_file_shows_names_whole(tmp_path: Path) -> None:
+    state = {f"module.{'x' * 30}{number}.weight": torch.zeros(2) for number in range(30)}
+    torch.save(state, "other.pt")
+    done = graft("plan", str(TINY), "--set", "weights={kind: checkpoint, path: other.pt}")
+    assert " .. " not in done.stderr and "..." not in done.stderr
+    assert all(name in done.stderr for name in sorted(state)[:3])
 
 
 STATISTICS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,11 @@ from graftwork.models.checkpoints.card import Card, write_card
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.export import ExportRefused, export
 from graftwork.models.checkpoints.fit import fill
+from graftwork.models.checkpoints.labels import Labels
 from graftwork.models.checkpoints.native import load, save
 from graftwork.models.checkpoints.reading import check, read
 
-__all__ = ["Card", "ExportRefused", "UnfitCheckpoint", "check", "export", "fill", "load", "read", "save", "write_card"]
+__all__ = [
+    "Card", "ExportRefused", "Labels", "UnfitCheckpoint", "check", "export", "fill", "load", "read", "save",
+    "write_card",
+]  # fmt: skip

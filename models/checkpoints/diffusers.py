@@ -98,7 +98,8 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     _require_ours(folder, config)
     heads, sample_size = _count(folder, config, "num_attention_heads", 16), _count(folder, config, "sample_size", 32)
     tensors, notes = unwrapped(tensors, DIFFUSERS)
-    return Found(_translated(tensors, sample_size, heads), heads=heads, notes=tuple(notes))
+    count = _count(folder, config, "num_embeds_ada_norm", CLASSES_OF_PIPELINE)
+    return Found(_translated(tensors, sample_size, heads), heads=heads, num_classes=count, notes=tuple(notes))
 
 
 def _require_ours(folder: Path, config: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.pickles import first_line, read_torch
+from graftwork.specs.hub import SHARD
 
 Shape = tuple[int, ...]
 UNREADABLE = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError)  # what damaged files raise
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 SAFETENSORS_FLOATS = {"F64", "F32", "F16", "BF16"}
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,6 @@ def read_shards(files: Sequence[Path]) -> Tensors:
             raise UnfitCheckpoint(f"{file}: has {named(double, 3)}, as another part of its checkpoint has")
         owners |= dict.fromkeys(shard.shapes, shard)
     return _joined(str(files[0].parent), owners)
-
-
-def shards_of(file: Path) -> list[Path]:
-    """The files that hold one checkpoint with this one, itself among them; empty if it is none of several."""
-    if not (part := SHARD.fullmatch(file.name)):
-        return []
-    others = ((SHARD.fullmatch(other.name), other) for other in sorted(file.parent.iterdir()))
-    keys = ("stem", "count", "suffix")
-    return [other for match, other in others if match and all(match[key] == part[key] for key in keys)]
 
 
 def _joined(source: str, owners: Mapping[str, Tensors]) -> Tensors:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors, odd_kind
+from graftwork.models.checkpoints.labels import TABLE
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.costs import rootstock_cost
@@ -19,6 +20,8 @@ from graftwork.specs.graft import Edit
 
 MAX_NAMED = 3  # tensors of a kind of misfit that an error names
 LARGER = 16  # times, at most, that a rootstock has the numbers of its graft
+OTHER_CLASSES = "a checkpoint of the job's classes, or weights.classes: fresh or {class: row}, for one's own classes"
+VARIANCE = "final_layer.linear"  # has rows for the variance behind those for the noise
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 
@@ -115,4 +118,19 @@ def _check(wanted: Mapping[str, Shape], given: Mapping[str, Shape], source: str)
     problems += [f"missing {named(missing, MAX_NAMED, ', ')}"] if missing else []
     problems += [f"has {named(unknown, MAX_NAMED, ', ')}, expected none of that name"] if unknown else []
     if problems:
-        raise UnfitCheckpoint(f"{source}: does not fit the model: {'; '.join(problems)}")
+        accepted = "" if missing or unknown else _setting_for(wanted, given)
+        raise UnfitCheckpoint(f"{source}: does not fit the model: {'; '.join(problems)}", accepted)
+
+
+def _setting_for(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
+    """What to set in a job for a checkpoint with these shapes, if one setting is all that differs; else nothing."""
+    differing = {name for name in wanted if wanted[name] != given[name]}
+    if differing == {TABLE} and wanted[TABLE][1:] == given[TABLE][1:]:
+        return OTHER_CLASSES
+    if differing <= {f"{VARIANCE}.weight", f"{VARIANCE}.bias"}:
+        rows, ours = given[f"{VARIANCE}.bias"], wanted[f"{VARIANCE}.bias"]
+        if ours == (2 * rows[0],):
+            return "a checkpoint that predicts its variance, or model.learn_sigma: false"
+        if rows == (2 * ours[0],):
+            return "a checkpoint that predicts no variance, or model.learn_sigma: true"
+    return ""

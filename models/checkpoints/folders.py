@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
-from graftwork.models.checkpoints.files import SHARD
 from graftwork.models.checkpoints.wrappers import AVERAGED
+from graftwork.specs.hub import INDEX, SHARD
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-INDEX = ".index.json"
 # What tools save beside a model that has the suffix of one.
 BESIDE_MODELS = re.compile(r"optim|scheduler|lr_scheduler|sampler|random_states|rng|scaler|training_args|custom_", re.I)
 # Stems by which a folder's model is known among others, the first before the next.

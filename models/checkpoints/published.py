@@ -21,7 +21,7 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors, is_safetensors, read_safetensors
 from graftwork.models.checkpoints.pickles import read_torch
 from graftwork.models.checkpoints.recognition import Found, edits_json, said
-from graftwork.models.checkpoints.wrappers import model_in, unwrapped
+from graftwork.models.checkpoints.wrappers import OURS, model_in, unwrapped
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.specs.graft import Edit
 from graftwork.specs.model import SIZES
@@ -40,7 +40,9 @@ def find(path: Path) -> Found:
     args = _arguments(content.get("args")) if isinstance(content, dict) else {}
     ours = args.get("graftwork")
     if not isinstance(ours, dict):
-        return Found(tensors, heads=_heads(args), notes=tuple(notes))
+        count = args.get("num_classes")
+        count = count if type(count) is int else None
+        return Found(tensors, heads=_heads(args, tensors), num_classes=count, notes=tuple(notes))
     rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
     return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits, notes=tuple(notes))
 
@@ -83,7 +85,8 @@ def _arguments(args: object) -> dict[str, Any]:
     return args if isinstance(args, dict) else dict(getattr(args, "__dict__", {}))
 
 
-def _heads(args: dict[str, Any]) -> int | None:
-    """Attention heads, as the name of the model tells that was trained: `DiT-XL/2`."""
+def _heads(args: dict[str, Any], tensors: Tensors) -> int | None:
+    """Attention heads, as the name of the model tells that was trained (`DiT-XL/2`), if its tensors can have them."""
     letter = str(args.get("model", "")).removeprefix("DiT-").partition("/")[0]
-    return SIZES[letter][2] if letter in SIZES else None
+    width = next(iter(tensors.shapes.get(OURS, ())), 0)
+    return SIZES[letter][2] if letter in SIZES and width % SIZES[letter][2] == 0 else None

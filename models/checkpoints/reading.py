@@ -11,12 +11,13 @@ import torch
 
 from graftwork.models.checkpoints import diffusers, folders, native, published
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
-from graftwork.models.checkpoints.files import read_index, read_shards, shards_of
+from graftwork.models.checkpoints.files import read_index, read_shards
 from graftwork.models.checkpoints.fit import build, fitting
+from graftwork.models.checkpoints.labels import Labels, num_classes, relabelled
 from graftwork.models.checkpoints.recognition import Found, recognised
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.specs.graft import Edit
-from graftwork.specs.hub import local_path, whereabouts
+from graftwork.specs.hub import INDEX, SHARD, local_path, parts_of, whereabouts
 from graftwork.specs.problems import shown
 
 ACCEPTED = "a .pt or .safetensors file, whole or in parts, or a folder with one; ours, or one of diffusers' DiTs"
@@ -28,28 +29,43 @@ def read(
     config: DiTConfig | None = None,
     heads: int | None = None,
     device: torch.device | str | None = None,
+    labels: Labels | None = None,
+    any_classes: bool = False,
 ) -> tuple[DiT, tuple[Edit, ...]]:
     """The model in a file or folder, or under a hub id, and the edits that it carries.
 
     config: the rootstock that it has to be of; without it, the one that its shapes tell.
     heads: attention heads, which shapes do not tell; needed where neither the file nor a published size does.
+    labels: the rows of another label table, for the classes of `config`.
+    any_classes: whether it may have other classes than `config`.
 
     Raises UnfitCheckpoint, in one line, for what is no checkpoint or one of another model.
     """
-    found = find(located(source))
-    rootstock, edits = recognised(found, config, heads)
+    found, rootstock, edits = _recognised(source, config, heads, labels, any_classes)
     return build(rootstock, edits, found.tensors, device), edits
 
 
-def check(source: str | Path, config: DiTConfig) -> tuple[str, ...]:
+def check(
+    source: str | Path, config: DiTConfig, *, labels: Labels | None = None, any_classes: bool = False
+) -> tuple[str, ...]:
     """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read.
 
     Returns what is to be said of a checkpoint that fits: which model of several is read, what is left out.
     """
-    found = find(located(source))
-    rootstock, edits = recognised(found, config, None)
+    found, rootstock, edits = _recognised(source, config, None, labels, any_classes)
     fitting(rootstock, edits, found.tensors)
     return found.notes
+
+
+def _recognised(
+    source: str | Path, config: DiTConfig | None, heads: int | None, labels: Labels | None, any_classes: bool
+) -> tuple[Found, DiTConfig, tuple[Edit, ...]]:
+    found = find(located(source))
+    if labels is not None:
+        found = replace(found, tensors=relabelled(found.tensors, labels, found.num_classes))
+    if config is not None and any_classes:
+        config = replace(config, num_classes=num_classes(found.tensors) or config.num_classes)
+    return found, *recognised(found, config, heads)
 
 
 def located(source: str | Path, accepted: str = ACCEPTED, part: str = "transformer") -> Path:
@@ -74,10 +90,10 @@ def _in_file(path: Path) -> Found:
     config = _config(path.parent)
     if path.name in (native.WEIGHTS, *diffusers.WEIGHTS) and _is_known(config):
         return find(path.parent)
-    if path.name.endswith(folders.INDEX):
+    if path.name.endswith(INDEX):
         return published.of_tensors(read_index(path), path)
-    if parts := shards_of(path):
-        return published.of_tensors(read_shards(parts), path)
+    if SHARD.fullmatch(path.name):
+        return published.of_tensors(read_shards(parts_of(path)), path)
     return published.find(path)
 
 
@@ -99,7 +115,7 @@ def _in_folder(path: Path) -> Found:
         return replace(found, notes=(*notes, *found.notes))
     files, others = folders.model_files(path, ACCEPTED)
     notes = tuple(f"{path}: {files[0].name} is read, not {other.name}" for other in others)
-    found = published.of_tensors(read_shards(files), files[0]) if shards_of(files[0]) else _in_file(files[0])
+    found = _in_file(files[0])
     return replace(found, notes=(*notes, *found.notes))
 
 

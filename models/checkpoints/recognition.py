@@ -51,6 +51,7 @@ class Found:
     heads: int | None = None
     config: DiTConfig | None = None
     edits: tuple[Edit, ...] | None = None
+    num_classes: int | None = None  # that it says it was trained on
     notes: tuple[str, ...] = ()  # what was chosen, or left out, where the file holds more than one model
 
 
@@ -182,6 +183,8 @@ def _require_dit(tensors: Tensors) -> None:
             f"{tensors.source}: its tensors are empty, as those are that DeepSpeed's ZeRO 3 keeps in parts elsewhere",
             f"the file that {ZERO_TOOL} joins them in",
         )
+    if not TELLING.keys() & tensors.shapes.keys():
+        raise _is_none(tensors, TELLING)
     for pattern, family in FAMILIES.items():
         if telling := sorted(name for name in tensors.shapes if re.match(pattern, name)):
             raise UnfitCheckpoint(
@@ -189,13 +192,20 @@ def _require_dit(tensors: Tensors) -> None:
             )
 
 
+def _is_none(tensors: Tensors, absent: Iterable[str]) -> UnfitCheckpoint:
+    """The error for tensors that are not a DiT's, with some of their names beside those that a DiT has."""
+    held = named(sorted(tensors.shapes), MAX_NAMED, ", ") or "no tensor"
+    of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors.shapes)
+    accepted = "the folder of a diffusers model, with its config.json" if of_diffusers else ""
+    return UnfitCheckpoint(f"{tensors.source}: is no DiT, has no {', '.join(absent)}; holds {held}", accepted)
+
+
 def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
     """The rootstock's shape; its heads cannot be seen, and are those of the published size unless they are given."""
     shapes, source = tensors.shapes, tensors.source
     absent = [name for name, rank in TELLING.items() if len(shapes.get(name, ())) != rank]
     if absent:
-        held = named(sorted(shapes), MAX_NAMED, ", ") or "no tensor"
-        raise UnfitCheckpoint(f"{source}: is no DiT, has no {', '.join(absent)}; holds {held}")
+        raise _is_none(tensors, absent)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     num_tokens, rows = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
     blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
