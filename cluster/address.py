@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import urlsplit
 
+from graftwork.cluster.variables import environment
 from graftwork.specs.load import SpecError
 
 ANSWER_SECONDS = 5.0
@@ -38,66 +41,105 @@ def check_cluster(address: str) -> bool:
 
     It is asked once without a token, unless RAY_AUTH_MODE says so, and once with it.
     """
-    given, address = address, _found(address)
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     secret = token() if mode == "token" else None
-    answer = _ask(given, address, secret)
-    if answer is None and not mode and (secret := token()):
-        answer = _ask(given, address, secret)
-    if answer is None:
-        kind = "refuses the token that is here" if secret else "asks for a token"
-        accepted = f"RAY_AUTH_MODE=token and {WHERE_TOKENS_ARE.format(token_path())}"
-        raise SpecError([f"RAY_ADDRESS: got {given!r}, which {kind}; accepted: {accepted}"])
-    _check_version(given, answer)
+    with _Head(address) as head:
+        versions = head.versions(secret)
+        if versions is None and not mode and (secret := token()):
+            versions = head.versions(secret)
+        if versions is None:
+            kind = "which refuses the token that is here" if secret else "which asks for a token"
+            raise head.refused(kind, f"RAY_AUTH_MODE=token and {WHERE_TOKENS_ARE.format(token_path())}")
+        _check_versions(head, versions)
+        if not head.nodes(secret) & _nodes_here():
+            elsewhere = "from elsewhere, graft submit JOB.yaml --address http://HEAD:8265"
+            raise head.refused("a cluster that has no node on this machine", f"one that has; {elsewhere}")
     return secret is not None
 
 
-def _found(address: str) -> str:
+def head_of(address: str) -> str:
+    """Return `host:port`, also for `auto`: the Ray that was started on this machine. Raise SpecError."""
     if address != "auto":
         return address
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
-        return str(canonicalize_bootstrap_address(address))
+        with environment({"RAY_ADDRESS": None}):  # which Ray would read as it is written
+            return str(canonicalize_bootstrap_address(address))
     except ConnectionError:
         raise SpecError([f"RAY_ADDRESS: got 'auto', with no Ray on this machine; accepted: {HEAD}"]) from None
 
 
-def _ask(given: str, address: str, secret: str | None) -> bytes | None:
-    """Return what a cluster's head says of its versions; None if it wants a token, or another one."""
-    import grpc
-    from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
-    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+class _Head:
+    """A cluster's head, asked by what Ray itself asks it."""
 
-    said = [("authorization", f"Bearer {secret}")] if secret else []
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray itself
+    def __init__(self, address: str) -> None:
+        import grpc
+
+        self._given, self._grpc = address, grpc
+        # Past a proxy, as Ray itself.
+        self._channel = grpc.insecure_channel(head_of(address), options=[("grpc.enable_http_proxy", 0)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def versions(self, secret: str | None) -> dict[str, str] | None:
+        """Return `ray_version` and `python_version`; None if it wants a token, or another one."""
+        from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
+        from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
+
+        request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+        answer = self._answer(InternalKVGcsServiceStub(self._channel).InternalKVGet, request, secret)
+        return None if answer is None else json.loads(answer.value or b"{}")
+
+    def nodes(self, secret: str | None) -> set[str]:
+        """Return the ids of the nodes that are alive."""
+        from ray.core.generated.gcs_pb2 import GcsNodeInfo
+        from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+        request = GetAllNodeInfoRequest(state_filter=GcsNodeInfo.ALIVE)
+        answer = self._answer(NodeInfoGcsServiceStub(self._channel).GetAllNodeInfo, request, secret)
+        return set() if answer is None else {node.node_id.hex() for node in answer.node_info_list}
+
+    def refused(self, found: str, accepted: str = HEAD) -> SpecError:
+        return SpecError([f"RAY_ADDRESS: got {self._given!r}, {found}; accepted: {accepted}"])
+
+    def _answer(self, method: Any, request: Any, secret: str | None) -> Any:
+        said, status = [("authorization", f"Bearer {secret}")] if secret else [], self._grpc.StatusCode
         try:
-            question = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
-            answer = InternalKVGcsServiceStub(channel).InternalKVGet(question, timeout=ANSWER_SECONDS, metadata=said)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return method(request, timeout=ANSWER_SECONDS, metadata=said)
+        except self._grpc.RpcError as error:
+            if error.code() == status.UNAUTHENTICATED:
                 return None
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if error.code() in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED):
                 reason = " ".join(str(error.details()).split()).rpartition(": ")[2]
-                line = f"RAY_ADDRESS: got {given!r}, which does not answer as a Ray cluster's head ({reason})"
-                raise SpecError([f"{line}; accepted: {HEAD}"]) from None
-            raise SpecError([f"RAY_ADDRESS: got {given!r}, not a Ray cluster's head; accepted: {HEAD}"]) from None
-    return bytes(answer.value)
+                raise self.refused(f"which does not answer as a Ray cluster's head ({reason})") from None
+            raise self.refused("not a Ray cluster's head") from None
 
 
-def _check_version(given: str, answer: bytes) -> None:
+def _nodes_here() -> set[str]:
+    """Return the ids of the nodes that run on this machine: Ray joins a cluster by one of its own."""
+    from ray._private.services import find_node_ids
+
+    return set(find_node_ids())
+
+
+def _check_versions(head: _Head, theirs: Mapping[str, str]) -> None:
     """Raise SpecError if the cluster's Ray or Python is not the one here: Ray joins no other."""
     import platform
 
     import ray
 
-    theirs = json.loads(answer or b"{}")
     here = {"Ray": ray.__version__, "Python": platform.python_version()}
     for name, version in here.items():
         there = theirs.get(f"{name.lower()}_version", version)
         if there.split(".")[:2] != version.split(".")[:2] or (name == "Ray" and there != version):
-            line = f"RAY_ADDRESS: got {given!r}, a cluster with {name} {there}"
-            raise SpecError([f"{line}; accepted: {name} {version}, the version that is installed here"])
+            accepted = f"{name} {version}, the version that is installed here"
+            raise head.refused(f"a cluster with {name} {there}", accepted)
 
 
 def token() -> str | None:

@@ -29,7 +29,7 @@ from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
 from graftwork.cluster.address import WHERE_TOKENS_ARE, token, token_path
-from graftwork.cluster.local import environment
+from graftwork.cluster.variables import environment
 from graftwork.specs.load import SpecError
 
 CONNECT_SECONDS = 10.0

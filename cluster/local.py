@@ -9,10 +9,9 @@ come into it.
 
 from __future__ import annotations
 
-import os
 import secrets
 import site
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ray.job_config import JobConfig
 import graftwork
 from graftwork.cluster import machine
 from graftwork.cluster.scratch import scratch
+from graftwork.cluster.variables import environment
 
 
 @contextmanager
@@ -81,25 +81,6 @@ def read_authentication() -> None:
     """Have Ray read anew from the environment whether there is a token, and which."""
     _raylet.Config.initialize("")  # type: ignore[attr-defined]
     _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables, or, with None, unset them, for as long as the context lasts."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set(changes)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(changes: Mapping[str, str | None]) -> None:
-    for name, value in changes.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from ray._private.state import state
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
-from graftwork.cluster.address import check_cluster, cluster_address
-from graftwork.cluster.local import code_folders, environment, job_config, local_settings, read_authentication
+from graftwork.cluster.address import check_cluster, cluster_address, head_of
+from graftwork.cluster.local import code_folders, job_config, local_settings, read_authentication
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
+from graftwork.cluster.variables import environment
 from graftwork.cluster.warm import Nursery
 from graftwork.specs.job import StepResources
 
@@ -90,7 +91,7 @@ def _joined(address: str) -> Iterator[None]:
     try:
         with environment(mode):
             read_authentication()
-            with _initialised(address=address):
+            with _initialised(address=head_of(address)):
                 yield
     finally:
         read_authentication()

@@ -229,6 +229,37 @@ with session([], together=1):
     assert {*looked.stdout.split()} and {*looked.stdout.split()} <= LOOPBACKS
 
 
+ON_THE_CLUSTER = """
+import ray
+from graftwork.cluster.runtime import session
+@ray.remote(num_cpus=1)
+def look():
+    import sys, graftwork.stages.sources
+    return sorted({"cluster", "models", "pipeline", "specs", "stages"} & {*sys.modules}), sys.path
+with session([], together=1):
+    print(ray.get(look.remote()))
+"""
+
+
+def test_a_driver_on_the_cluster_needs_the_token_alone_and_imports_nothing_of_its_folder(site: Site) -> None:
+    secret = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"}
+    env = {name: value for name, value in site.cluster.driver_environment.items() if name not in secret}
+    env |= {"PYTHONPATH": str(ROOT), "HOME": str(site.folder)}
+    here = site.folder / "beside"
+    here.mkdir()
+    shadow(here)
+    refused = subprocess.run([GRAFT, "run", str(TINY)], cwd=here, env=env, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and not (here / ".graftwork").exists()
+    assert "RAY_ADDRESS: got '" in refused.stderr and "which asks for a token; accepted: " in refused.stderr
+    env |= {"RAY_AUTH_TOKEN": site.cluster.token}
+    (here / "script.py").write_text(ON_THE_CLUSTER)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=here, env=env, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("([], [") and str(here) not in done.stdout
+
+
 @pytest.mark.parametrize("token", ["", "0" * 64])
 def test_without_the_right_token_one_line_says_so(site: Site, token: str, tmp_path: Path) -> None:
     no_file = {"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}

@@ -18,10 +18,11 @@ import grpc
 import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from typer.testing import CliRunner
 
 from graftwork.cluster import local, runtime, scratch
-from graftwork.cluster.address import check_cluster, cluster_address
+from graftwork.cluster.address import check_cluster, cluster_address, head_of
 from graftwork.pipeline.cli import app
 from graftwork.specs import paths
 from graftwork.specs.load import SpecError
@@ -262,6 +263,16 @@ def test_a_plan_says_what_is_wrong_with_an_address(tmp_path: Path, monkeypatch: 
     assert done.exit_code == 0 and "RAY_ADDRESS: got 'http://127.0.0.1:8265', a dashboard's" in done.stderr
 
 
+NODE = "ab" * 28
+
+
+class Nodes(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+    """The nodes of a cluster: one."""
+
+    def GetAllNodeInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return gcs_service_pb2.GetAllNodeInfoReply(node_info_list=[GcsNodeInfo(node_id=bytes.fromhex(NODE))])
+
+
 class Head(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):  # type: ignore[misc]
     """What a cluster's head answers when it is asked for its versions."""
 
@@ -282,6 +293,7 @@ def head(token: str | None = None, **other: str) -> Iterator[tuple[str, Head]]:
     versions = {"ray_version": ray.__version__, "python_version": sys.version.split()[0], **other}
     server, answering = grpc.server(ThreadPoolExecutor(2)), Head(versions, token)
     gcs_service_pb2_grpc.add_InternalKVGcsServiceServicer_to_server(answering, server)
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -295,6 +307,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {NODE})
 
 
 def line_about(address: str) -> str:
@@ -302,6 +315,17 @@ def line_about(address: str) -> str:
         check_cluster(address)
     (line,) = refused.value.lines
     return line
+
+
+def test_auto_is_the_ray_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", " auto ")
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: {"10.1.2.3:6399"})
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: "10.1.2.3:6399")
+    address = cluster_address()
+    assert address is not None and head_of(address) == "10.1.2.3:6399"
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: None)
+    assert line_about("auto").startswith("RAY_ADDRESS: got 'auto', with no Ray on this machine; accepted: ")
 
 
 @pytest.mark.usefixtures("no_token")
@@ -346,6 +370,16 @@ class TestACluster:
     def test_of_another_version_is_refused(self, other: dict[str, str], said: str) -> None:
         with head(**other) as (address, _):
             assert f"got '{address}', a cluster with {said}" in line_about(address)
+
+    def test_without_a_node_on_this_machine_is_joined_by_submitting_to_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ray._private.services.find_node_ids", lambda: {"another" * 8})
+        with head() as (address, _):
+            line = line_about(address)
+        assert (
+            "a cluster that has no node on this machine; accepted: one that has; from elsewhere, graft submit" in line
+        )
 
     def test_is_asked_past_a_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("http_proxy", "grpc_proxy", "https_proxy"):
