@@ -171,7 +171,7 @@ def plan(
 
     with problems(debug), listing_once():
         spec = load(job, overrides or ())
-        contents = Contents(Store(spec.store), quick=not read)
+        contents = Contents(Store(spec.store), quick=not read, report=api.reading(_view()) if read else None)
         made = api.plan(spec, contents=contents)
         if read:
             contents.keep()

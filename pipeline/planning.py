@@ -34,6 +34,8 @@ from graftwork.stages.hashes import IMAGES, ImageHashes, escaped, read_hashes
 
 FOUNDATIONS = ("features", "base")  # stages on whose steps all others rest
 MAX_DIFFERENCES = 5  # of a step, that a plan shows
+OTHER_DATA = "other data"
+UNKNOWN = {ABSENT: "which are not here", UNREAD: "which were never read"}  # fingerprints that are none
 MAX_VALUE = 32  # characters of a value that differs
 
 
@@ -163,8 +165,13 @@ def difference(step: Step, manifests: Sequence[Manifest], store: Store | None = 
             nearest = differing, manifest
     if nearest is None:
         return None
-    parts = [*_params_apart(step.identity, nearest[1].identity), *_outside_apart(step, nearest[1], store)]
-    parts += _needs_apart(step.identity["needs"], nearest[1].identity["needs"])
+    manifest = nearest[1]
+    images = _images_apart(step, manifest, store)
+    if images == OTHER_DATA:
+        return None
+    parts = [*_params_apart(step.identity, manifest.identity), *([images] if images else [])]
+    parts += _outside_apart(step.identity["outside"], manifest.identity["outside"])
+    parts += _needs_apart(step.identity["needs"], manifest.identity["needs"])
     more = len(parts) - MAX_DIFFERENCES
     return ", ".join(parts[:MAX_DIFFERENCES]) + (f" and {more} more" if more > 0 else "") if parts else None
 
@@ -204,36 +211,40 @@ def _short(value: Any) -> str:
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}.."
 
 
-def _outside_apart(step: Step, manifest: Manifest, store: Store | None) -> Iterator[str]:
-    """Yield what is another in the files that the job brings along, in words."""
-    ours, theirs = step.identity["outside"], manifest.identity["outside"]
-    for role in sorted(ours.keys() | theirs.keys()):
-        if ours.get(role) == theirs.get(role):
-            continue
-        if ours.get(role) in (ABSENT, UNREAD):
-            yield f"{role} that {'are not here' if ours[role] == ABSENT else 'were not read'}"
-        elif role == "images":
-            yield _images_apart(step.images, manifest, store)
-        else:
+def _outside_apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is another in the files that the job brings along, but for its images, in words."""
+    for role in sorted((ours.keys() | theirs.keys()) - {"images"}):
+        if ours.get(role) in UNKNOWN:
+            yield f"the {role}, {UNKNOWN[ours[role]]}"
+        elif ours.get(role) != theirs.get(role):
             yield f"other contents of the {role}"
 
 
-def _images_apart(images: ImageHashes | None, manifest: Manifest, store: Store | None) -> str:
-    if images is None or store is None or IMAGES not in manifest.files:
+def _images_apart(step: Step, manifest: Manifest, store: Store | None) -> str | None:
+    """Return how the images differ, in words; OTHER_DATA if the step has none of those of the manifest's."""
+    ours, theirs = (identity["outside"].get("images") for identity in (step.identity, manifest.identity))
+    if ours == theirs:
+        return None
+    if ours in UNKNOWN:
+        return f"the images, {UNKNOWN[ours]}"
+    if step.images is None or store is None or IMAGES not in manifest.files:
         return "other images"
     try:
         before = read_hashes(store.artifact(manifest.key).read(IMAGES))
     except RottenArtifact:
         return "other images"
-    after = {escaped(name): digest.hex() for name, digest in images.by_name.items()}
+    after = {escaped(name): digest.hex() for name, digest in step.images.by_name.items()}
     both = before.keys() & after.keys()
     counts = {
         "with other contents": sum(before[name] != after[name] for name in both),
         "more": len(after.keys() - both),
         "gone": len(before.keys() - both),
     }
+    if not both:
+        known = set(before.values())
+        counts = {"under other names": sum(digest in known for digest in after.values())}
     parts = [f"{count:,} {'image' if count == 1 else 'images'} {what}" for what, count in counts.items() if count]
-    return ", ".join(parts) or "the order of the classes"
+    return ", ".join(parts) or ("another order of the classes" if both else OTHER_DATA)
 
 
 def _needs_apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
@@ -243,4 +254,5 @@ def _needs_apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator
         if ours.get(role) != theirs.get(role):
             kinds.setdefault(role.partition("/")[0], []).append(role)
     for kind, roles in kinds.items():
-        yield f"another {roles[0]}" if len(roles) == 1 else f"{len(roles)} other {kind}"
+        one = f"{'other' if roles[0].endswith('s') else 'another'} {roles[0]}"
+        yield one if len(roles) == 1 else f"{len(roles)} other {kind}"

@@ -418,6 +418,25 @@ def test_a_plan_counts_the_images_that_differ_and_shows_no_hashes(photos: Path, 
     assert found["features"] == "4 images with other contents, 1 image more"
 
 
+def test_the_same_images_in_renamed_classes_are_said_to_have_other_names(photos: Path, store: Store) -> None:
+    remembered(store)
+    commit_features(store, make_plan(job(photos)))
+    for name in ("cat", "dog"):
+        (photos / name).rename(photos / f"a-{name}")
+    made = make_plan(job(photos))
+    assert differences(made, made.states(store), store.manifests(), store)["features"] == "20 images under other names"
+
+
+def test_a_plan_compares_with_nothing_beside_a_store_of_other_images(photos: Path, store: Store) -> None:
+    remembered(store)
+    commit_features(store, make_plan(job(photos)))
+    for number, file in enumerate(sorted(photos.rglob("*.png"))):
+        file.with_name(f"other-{number}.png").write_bytes(f"other {number}".encode())
+        file.unlink()
+    made = make_plan(job(photos))
+    assert differences(made, made.states(store), store.manifests(), store) == {}
+
+
 def commit_features(store: Store, plan: Plan) -> None:
     """Leave the artifact of `features` as far as a plan looks at it."""
     step = plan["features"]
