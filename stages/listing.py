@@ -20,7 +20,6 @@ from graftwork.specs.data import ImageFolderData
 from graftwork.specs.problems import plain, shown, text
 from graftwork.stages.images import IMAGE_SUFFIXES
 
-ANY_CASE = tuple(variant for suffix in IMAGE_SUFFIXES for variant in (suffix, suffix.upper()))  # for a quick look
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 LISTING_THREADS = 16  # folders that are listed at once: over a network, each takes a while
 MAX_ORDER_BYTES = 2**24  # of a file that names the classes
@@ -251,7 +250,7 @@ def _files(folder: Path) -> tuple[list[str], Counter[str], list[str]]:
     for name in os.listdir(folder):  # noqa: PTH208
         if name[0] == ".":
             continue
-        if name.endswith(ANY_CASE) or _suffix(name) in IMAGE_SUFFIXES:
+        if name[name.rfind(".") :].lower() in IMAGE_SUFFIXES:  # `_suffix`, in a third of the time
             images.append(name)
         elif (folder / name).is_dir():
             folders.append(name)
