@@ -124,7 +124,10 @@ class Setting:
 
     @cached_property
     def batches(self) -> list[Any]:
-        return batches_of(self.params, 0)
+        return batches_of(self.params, ())
+
+    def labels(self, indices: range) -> Tensor:
+        return labels_of(indices, self.params.samples, len(self.meta.classes))
 
     def png(self, index: int) -> Path:
         return self.home / f"{index:06d}.png"
@@ -133,13 +136,13 @@ class Setting:
 def public(setting: Setting) -> Gaussian:
     """Draw, save, read back, and take the statistics of all features at once."""
     for batch, noise in zip(setting.batches, setting.noise, strict=True):
-        latents = public_sample(setting, labels_of(batch.samples, setting.meta).to(setting.device), iter(noise))
+        latents = public_sample(setting, setting.labels(batch.samples).to(setting.device), iter(noise))
         for index, image in zip(batch.samples, setting.codec.decode(latents), strict=True):
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(setting.png(index))
     features = []
     for start in range(0, setting.params.samples, READ_BATCH):
         indices = range(start, min(start + READ_BATCH, setting.params.samples))
-        images, labels = read_back(setting, indices), labels_of(indices, setting.meta)
+        images, labels = read_back(setting, indices), setting.labels(indices)
         features.append(setting.judges.look(images, labels).features[setting.metric].cpu().numpy())
     found = np.concatenate(features)
     return Gaussian(found.mean(0), np.cov(found, rowvar=False))
@@ -191,9 +194,9 @@ def largest_difference(setting: Setting) -> int:
     keeping = setting.params.model_copy(update={"keep_samples": True})
     found = [
         np.abs(
-            sample_batch(setting.context, batch, setting.device).images.astype(int) - read_back(setting, batch.samples)
+            sample_batch(setting.context, batch, setting.device).kept.astype(int) - read_back(setting, batch.samples)
         ).max()
-        for batch in batches_of(keeping, 0)
+        for batch in batches_of(keeping, ())
     ]
     return int(max(found))
 

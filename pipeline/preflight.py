@@ -226,11 +226,17 @@ def _absent_data(data: ImageFolderData) -> list[str]:
 
 
 def notes(job: JobSpec) -> list[str]:
-    """Return lines on what a plan and a run do that the job does not say: files that are left out."""
-    if not isinstance(job.data, ImageFolderData) or not Path(job.data.path).is_dir():
-        return []
-    line = list_images(job.data).left_out_line()
-    return [*([line] if line else []), *_without_heldout(job.data)]
+    """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples."""
+    lines = []
+    if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
+        left_out = list_images(job.data).left_out_line()
+        lines = [*([left_out] if left_out else []), *_without_heldout(job.data)]
+    classes, samples = num_classes(job.data) or 0, job.evaluate.samples
+    if samples < classes:
+        lines.append(
+            f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
+        )
+    return lines
 
 
 def _without_heldout(data: ImageFolderData) -> list[str]:

@@ -18,6 +18,7 @@ from graftwork.specs.layers import LocalityLayers
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.vae import vae_folder
 from graftwork.stages.hashes import ImageHashes
+from graftwork.stages.sources import num_classes
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}
@@ -60,11 +61,13 @@ def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     yield Draft("base", "base", base, FEATURES, outside)
     if "classifier" in job.evaluate.metrics:
         yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
-    yield Draft("profile", "profile", params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES), ROOTSTOCK)
+    profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES)
+    yield Draft("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
 
 
 def _distillation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     edits = job.edits()
+    few = _few(job, job.distill.samples, job.distill.heldout or job.distill.samples)
     lenders = sorted({edit.scions for edit in edits if edit.scions})
     lent = {path: weights_fingerprint("scions", path, contents, "graft.scions") for path in lenders}
     for edit in edits:
@@ -73,7 +76,7 @@ def _distillation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
         if job.distill.loss == "auto":
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
-        outside = lent.get(edit.scions or "", {})
+        outside = {**lent.get(edit.scions or "", {}), **few}
         yield Draft(f"distill/{edit.name}", "distill", told, needs, outside)
 
 
@@ -156,12 +159,24 @@ def _evaluation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
             inception=asked.inception,
             compile=asked.compile,
         )
-        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, weights)
+        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, {**weights, **_last_turn(job)})
 
     needs = {role: step for models in rows.values() for role, step in models.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
     needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
     yield Draft("evaluate", "evaluate", params.EvaluateParams(seed=job.seed, recipe=asked), needs)
+
+
+def _last_turn(job: JobSpec) -> dict[str, str]:
+    """Say, in the keys of those that have one, how the classes of a turn that is not full are chosen."""
+    classes = num_classes(job.data)
+    return {"last_turn": "spread"} if classes and job.evaluate.samples % classes else {}
+
+
+def _few(job: JobSpec, *counts: int) -> dict[str, str]:
+    """Say, in the keys of those that it concerns, how fewer samples than classes are chosen."""
+    classes = num_classes(job.data)
+    return {"few_samples": "spread"} if classes and min(counts) < classes else {}
 
 
 def _references(
@@ -181,4 +196,4 @@ def _references(
         told = params.FidStatisticsParams(reference=asked.reference, background=background, inception=asked.inception)
         yield Draft("reference/fid", "reference", told, {}, outside)
     heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
-    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, weights)
+    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, {**weights, **_last_turn(job)})

@@ -181,8 +181,8 @@ def read_rootstock(
     return Rootstock(
         model.to(device),
         tuple(carried),
-        noised(training.first(recipe.samples), recipe.draws, params.seed, "distill"),
-        noised(heldout.first(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout"),
+        noised(training.stratified(recipe.samples), recipe.draws, params.seed, "distill"),
+        noised(heldout.stratified(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout"),
         recipe,
         device,
         stopping,

@@ -26,7 +26,7 @@ from graftwork.stages import Context
 from graftwork.stages.hybrid import row_model
 from graftwork.stages.latents import read_meta
 from graftwork.stages.pictures import quality_against_cost
-from graftwork.stages.rows import draw, sample_row
+from graftwork.stages.rows import draw, labels_of, sample_row
 from graftwork.stages.scores import read_scores, read_statistics_of
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3
@@ -84,14 +84,13 @@ def _cost(context: Context, table: Table, device: torch.device) -> None:
     models = {row: row_model(context, row, params.seed).to(device) for row in _rows(context)}
     seconds: dict[Row, list[float]] = {row: [] for row in models}
     latency: dict[Row, list[float]] = {row: [] for row in models}
-    meta = read_meta(context.input("features"))
+    meta, timed = read_meta(context.input("features")), range(TIMED_SAMPLES)
+    labels = labels_of(timed, TIMED_SAMPLES, len(meta.classes))
     with computing(params.recipe.precision, device):
         # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
         for round_ in range(TIMED_RUNS + 1):
             for row, model in models.items():
-                elapsed = _timed(
-                    partial(draw, model, meta, range(TIMED_SAMPLES), params.recipe.sampler, params.seed, device)
-                )
+                elapsed = _timed(partial(draw, model, meta, timed, labels, params.recipe.sampler, params.seed, device))
                 one_pass = forward_seconds(model, forward_inputs(model, params.recipe.batch, device))
                 if round_ > 0:
                     seconds[row].append(elapsed)

@@ -131,6 +131,22 @@ class Latents:
         mirrored = None if self.mirrored is None else self.mirrored[:count]
         return Latents(self.x[:count], self.labels[:count], mirrored)
 
+    def spread(self, count: int) -> Latents:
+        """Return the first turns of the classes, and of the turn that is not full some that are spread over it."""
+        turn = len(self.labels.unique())
+        rest = count % turn
+        full = count - rest
+        if rest == 0 or count >= len(self.x):
+            return self.first(count)
+        chosen = full + torch.arange(rest) * min(turn, len(self.x) - full) // rest
+        mirrored = None if self.mirrored is None else _extended(self.mirrored[:full], self.mirrored[chosen])
+        labels = torch.cat([self.labels[:full], self.labels[chosen]])
+        return Latents(_extended(self.x[:full], self.x[chosen]), labels, mirrored)
+
+    def stratified(self, count: int) -> Latents:
+        """Return the first; but some that are spread over the classes if there are fewer than those."""
+        return self.spread(count) if count < len(self.labels.unique()) else self.first(count)
+
     def share(self, fraction: float) -> Latents:
         """The same share of each class; at least one latent."""
         return self.first(max(1, round(len(self.x) * fraction)))
@@ -138,6 +154,11 @@ class Latents:
     def tensor(self) -> Tensor:
         """All of x, in memory where it lies in more than one file: for splits that are known to be small."""
         return self.x if isinstance(self.x, Tensor) else self.x.tensor()
+
+
+def _extended(x: Tensor | Shards, more: Tensor) -> Tensor | Shards:
+    """Return x and what follows it, of which no more is read than was."""
+    return torch.cat([x, more]) if isinstance(x, Tensor) else Shards([*x.parts, more])
 
 
 def either(x: Tensor | Shards, mirrored: Tensor | Shards, chosen: Tensor, mirror: Tensor) -> Tensor:

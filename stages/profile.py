@@ -45,7 +45,7 @@ def run(context: Context) -> None:
     tallies = {site: Tally(context.device) for site in sites}
     localities = {site: Locality(side, context.device) for site in attentions}
 
-    shown = noised(read(context.input("features"), "training").first(params.samples), 1, params.seed, "profile")
+    shown = noised(read(context.input("features"), "training").stratified(params.samples), 1, params.seed, "profile")
     batch, done = batch_size(model.config, len(sites)), 0
     for parts in zip(shown.z.split(batch), shown.t.split(batch), shown.labels.split(batch), strict=True):
         z, t, labels = (part.to(context.device) for part in parts)

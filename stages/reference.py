@@ -58,10 +58,10 @@ def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:
     from graftwork.stages.pictures import CELLS, sample_grid
 
     judges = Judges(context, params.metrics, params.inception, context.device)
-    heldout = read(context.input("features"), "heldout").first(params.samples)
+    heldout = read(context.input("features"), "heldout").spread(params.samples)
     _judged(context, judges, params.codec, heldout).write(context.out)
     classes = read_meta(context.input("features")).classes
-    images, labels = next(_decoded(context, params.codec, heldout.first(CELLS)))
+    images, labels = next(_decoded(context, params.codec, heldout.stratified(CELLS)))
     sample_grid(images, [classes[label] for label in labels], "heldout", context.out / "grid")
 
 

@@ -43,10 +43,10 @@ KEPT_MODELS = 4  # rows whose batches may come to one process in turn
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that are drawn together, and how many of them, the first ones, are wanted as images."""
+    """Samples that are drawn together, and the places among them of those in the row's picture."""
 
     samples: range
-    images: int
+    shown: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Drawn:
     """What comes back of a batch."""
 
     verdict: Verdict
-    images: NDArray[np.uint8]
+    shown: NDArray[np.uint8]
+    kept: NDArray[np.uint8]  # all of them, or none
 
 
 @dataclass
@@ -63,13 +64,12 @@ class Progress:
 
     batches: int
     scores: Scores
-    shown: NDArray[np.uint8] | None = None  # the first samples
+    shown: NDArray[np.uint8] | None = None  # samples in the picture
 
-    def add(self, drawn: Drawn, cells: int) -> None:
+    def add(self, drawn: Drawn) -> None:
         self.batches += 1
         self.scores.add(drawn.verdict)
-        shown = drawn.images[:0] if self.shown is None else self.shown
-        self.shown = np.concatenate([shown, drawn.images[: cells - len(shown)]])
+        self.shown = drawn.shown if self.shown is None else np.concatenate([self.shown, drawn.shown])
 
     def save(self, context: Context) -> None:
         state = {"batches": torch.tensor(self.batches), "shown": torch.from_numpy(self.shown), **self.scores.state()}
@@ -80,15 +80,17 @@ def sample_row(context: Context) -> None:
     from graftwork.stages.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
 
     params: SampleParams = context.params
-    batches = batches_of(params, CELLS)
+    meta = read_meta(context.input("features"))
+    shown = shown_of(params.samples, len(meta.classes), CELLS)
+    batches = batches_of(params, shown)
     progress = _resumed(context, batches)
     saved = time.monotonic()
     context.report(progress.scores.count, params.samples)
     missing = batches[progress.batches :]
     for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
         if params.keep_samples:
-            context.partial.save(_file(batch), partial(_save, drawn.images))
-        progress.add(drawn, CELLS)
+            context.partial.save(_file(batch), partial(_save, drawn.kept))
+        progress.add(drawn)
         context.report(progress.scores.count, params.samples)
         stopping = context.stopping()
         if stopping or time.monotonic() - saved > SAVE_SECONDS:
@@ -97,22 +99,24 @@ def sample_row(context: Context) -> None:
         if stopping:
             context.stop_if_asked()
     progress.scores.write(context.out)
-    meta = read_meta(context.input("features"))
-    labels = labels_of(range(params.samples), meta)
+    labels = labels_of(range(params.samples), params.samples, len(meta.classes))
     if params.keep_samples:
         _gather(context, batches)
         np.save(context.out / "labels.npy", labels.numpy())
     assert progress.shown is not None
-    sample_grid(progress.shown, [meta.classes[label] for label in labels], params.row, context.out / "grid")
+    sample_grid(progress.shown, [meta.classes[label] for label in labels[shown]], params.row, context.out / "grid")
 
 
-def batches_of(params: SampleParams, cells: int) -> list[Batch]:
+def batches_of(params: SampleParams, shown: Sequence[int]) -> list[Batch]:
     starts = range(0, params.samples, params.batch)
     samples = [range(start, min(start + params.batch, params.samples)) for start in starts]
-    return [
-        Batch(part, len(part) if params.keep_samples else min(len(part), max(0, cells - part.start)))
-        for part in samples
-    ]
+    return [Batch(part, tuple(index - part.start for index in shown if index in part)) for part in samples]
+
+
+def shown_of(samples: int, num_classes: int, cells: int) -> list[int]:
+    """Return which samples the picture has: the first, or some of classes all over where it has no cell for each."""
+    turn = min(samples, num_classes)
+    return [cell * turn // cells for cell in range(cells)] if turn > cells else list(range(min(samples, cells)))
 
 
 def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
@@ -128,16 +132,29 @@ def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
     return Progress(0, Scores())
 
 
-def labels_of(indices: Iterable[int], meta: LatentsMeta) -> Tensor:
-    """Labels take turns: sample i is of class i modulo their number."""
-    return torch.tensor([index % len(meta.classes) for index in indices])
+def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
+    """Return the labels of some of `total` samples: they take turns, sample i is of class i modulo their number.
+
+    Those of a last turn that is not full are spread over all classes, which the first few would not stand for.
+    """
+    rest = total % num_classes
+    full = total - rest
+    return torch.tensor(
+        [index % num_classes if index < full else (index - full) * num_classes // rest for index in indices]
+    )
 
 
 def draw(
-    network: Network, meta: LatentsMeta, indices: range, sampler: Sampler, seed: int, device: torch.device
+    network: Network,
+    meta: LatentsMeta,
+    indices: range,
+    labels: Tensor,
+    sampler: Sampler,
+    seed: int,
+    device: torch.device,
 ) -> Tensor:
     """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
-    labels = labels_of(indices, meta).to(device)
+    labels = labels.to(device)
     noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
     return sample(network, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
 
@@ -146,11 +163,12 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
     params: SampleParams = context.params
     loaded = _loaded(context, device)
     meta = read_meta(context.input("features"))
+    labels = labels_of(batch.samples, params.samples, len(meta.classes))
     with computing(params.precision, device):
-        latents = draw(loaded.network, meta, batch.samples, params.sampler, params.seed, device)
+        latents = draw(loaded.network, meta, batch.samples, labels, params.sampler, params.seed, device)
     images = loaded.codec.decode(latents)
-    verdict = loaded.judges.look(images, labels_of(batch.samples, meta))
-    return Drawn(verdict.cpu(), images[: batch.images])
+    verdict = loaded.judges.look(images, labels)
+    return Drawn(verdict.cpu(), images[list(batch.shown)], images if params.keep_samples else images[:0])
 
 
 @dataclass(frozen=True)

@@ -601,8 +601,9 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
         resources=StepResources(),
         device=CPU,
     )
-    found = rows.sample_batch(context, rows.Batch(range(3, 5), images=2), CPU).images
-    drawn = rows.draw(model.eval(), read_meta(encoded), range(3, 5), sampler, 0, CPU)
+    found = rows.sample_batch(context, rows.Batch(range(3, 5), shown=(0, 1)), CPU).shown
+    labels = rows.labels_of(range(3, 5), 5, 3)
+    drawn = rows.draw(model.eval(), read_meta(encoded), range(3, 5), labels, sampler, 0, CPU)
     assert drawn.abs().max() > 1
     with torch.no_grad():
         assert_truncated(found, official.decode(drawn / 0.18215).sample)

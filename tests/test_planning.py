@@ -680,3 +680,23 @@ def test_of_the_smallest_classes_an_image_stays_on_each_side(tmp_path: Path, siz
 def test_classes_of_any_size_take_turns() -> None:
     big, small = [Item(f"b{i}", 0) for i in range(6)], [Item(f"s{i}", 1) for i in range(2)]
     assert [item.name for item in interleave([big, small])] == ["b0", "b1", "s0", "b2", "b3", "b4", "s1", "b5"]
+
+
+def test_a_plan_says_which_classes_have_no_sample() -> None:
+    assert preflight.notes(job("evaluate.samples=4")) == [
+        "evaluate.samples: 4 for 10 classes, spread over them: 6 have none"
+    ]
+    assert preflight.notes(job("evaluate.samples=10")) == []
+
+
+def test_the_choice_of_classes_is_in_the_keys_that_it_concerns_and_in_no_other() -> None:
+    def outside(plan: Plan) -> dict[str, set[str]]:
+        return {step.name: {"last_turn", "few_samples"} & set(step.identity["outside"]) for step in plan.steps}
+
+    assert not any(outside(planned("evaluate.samples=20", "distill.samples=10")).values())
+    assert {name for name, marks in outside(planned("evaluate.samples=25")).items() if marks} == {
+        *ROWS,
+        "reference/heldout",
+    }
+    few = outside(planned("evaluate.samples=20", "distill.samples=9"))
+    assert {name for name, marks in few.items() if marks} == {name for name in few if name.startswith("distill/")}

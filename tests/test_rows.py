@@ -25,7 +25,7 @@ from graftwork.specs.evaluate import DdimSampler
 from graftwork.specs.job import StepResources
 from graftwork.specs.steps import HeldoutParams, SampleParams, TrainingStatisticsParams
 from graftwork.stages import Context, Stopped, pictures, reference, rows
-from graftwork.stages.latents import LatentsMeta, write_meta
+from graftwork.stages.latents import Latents, LatentsMeta, Shards, write_meta
 from tests.small import lively
 from tests.stores import KEY
 
@@ -162,7 +162,9 @@ def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     came_back = []
     add = rows.Progress.add
     monkeypatch.setattr(
-        rows.Progress, "add", lambda self, drawn, cells: (came_back.append(len(drawn.images)), add(self, drawn, cells))
+        rows.Progress,
+        "add",
+        lambda self, drawn: (came_back.append(len(drawn.shown) + len(drawn.kept)), add(self, drawn)),
     )
     rows.sample_row(context)
     assert set(files(context.out)) == {"classifier.npz", "scores.json", "grid.png"}
@@ -241,6 +243,56 @@ def test_the_network_is_compiled_where_that_is_asked_for(
     rows.sample_row(replace(context, params=context.params.model_copy(update={"compile": asked})))
     assert [type(model) for model in compiled] == [DiT] * asked
     rows._LOADED.clear()
+
+
+@pytest.mark.parametrize(
+    ("samples", "labels"),
+    [
+        (4, [0, 2, 5, 7]),
+        (10, list(range(10))),
+        (13, [*range(10), 0, 3, 6]),
+        (30, [i % 10 for i in range(30)]),
+    ],
+)
+def test_labels_of_a_turn_that_is_not_full_are_spread_over_all_classes(samples: int, labels: list[int]) -> None:
+    assert rows.labels_of(range(samples), samples, 10).tolist() == labels
+    assert rows.labels_of(range(2, 4), samples, 10).tolist() == labels[2:4]
+
+
+def test_fewer_samples_than_classes_are_drawn_of_classes_all_over(context: Context) -> None:
+    few = keeping(replace(context, params=context.params.model_copy(update={"samples": 2})))
+    rows.sample_row(few)
+    labels = np.load(few.out / "labels.npy").tolist()
+    assert labels == rows.labels_of(range(2), 2, len(CLASSES)).tolist() == [0, 1]
+
+
+def test_the_picture_shows_classes_all_over_where_it_has_no_room_for_all() -> None:
+    assert rows.shown_of(50_000, 1000, 40) == list(range(0, 1000, 25))
+    assert rows.shown_of(50_000, 10, 40) == list(range(40))
+    assert rows.shown_of(7, 1000, 40) == list(range(7))
+    assert rows.shown_of(60, 1000, 40)[-1] == 58
+
+
+def test_samples_of_the_picture_are_taken_from_whichever_batch_has_them(context: Context) -> None:
+    params = context.params.model_copy(update={"samples": 10, "batch": 4})
+    assert [batch.shown for batch in rows.batches_of(params, [0, 3, 5, 9])] == [(0, 3), (1,), (1,)]
+    shown = rows.sample_batch(context, rows.Batch(range(8), (1, 6)), CPU).shown
+    every = rows.sample_batch(keeping(context), rows.Batch(range(8), ()), CPU).kept
+    assert np.array_equal(shown, every[[1, 6]])
+
+
+def test_held_out_images_that_are_fewer_than_the_classes_are_spread_over_them() -> None:
+    labels = torch.arange(100) % 10
+    for x in (torch.arange(100), Shards([torch.arange(60), torch.arange(60, 100)])):
+        held = Latents(x, labels, x)
+        assert held.spread(4).labels.tolist() == [0, 2, 5, 7]
+        found = held.spread(23)
+        assert found.tensor().tolist() == [*range(20), 20, 23, 26] and len(found.labels) == 23
+        assert found.mirrored is not None and len(found.mirrored) == 23
+        for count in (20, 100, 1000):
+            assert torch.equal(held.spread(count).tensor(), held.first(count).tensor())
+        assert held.stratified(4).labels.tolist() == [0, 2, 5, 7]
+        assert held.stratified(23).labels.tolist() == [i % 10 for i in range(23)]
 
 
 def as_images(context: Context, split: str, count: int) -> NDArray[np.uint8]:
