@@ -103,7 +103,7 @@ def check_files(job: JobSpec, pending: Collection[str]) -> list[str]:
 
 
 def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The fields and paths of the checkpoints that pending steps read."""
+    """Yield the fields and paths of the checkpoints that pending steps read."""
     if isinstance(job.weights, CheckpointWeights) and "base" in pending:
         yield "weights.path", job.weights.path
     for number, edit in enumerate(job.graft):
@@ -154,7 +154,7 @@ def _labels_line(rows: Sequence[int | None]) -> str:
 
 
 def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
-    """A line if the VAE is not one, or not whole."""
+    """Return a line if the VAE is not one, or not whole."""
     if not isinstance(job.codec, VaeCodec) or "features" not in pending or (folder := vae_place(job.codec)) is None:
         return []
     from graftwork.models.checkpoints import UnfitCheckpoint
@@ -168,7 +168,7 @@ def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
 
 
 def _check_reference(job: JobSpec, pending: Collection[str]) -> list[str]:
-    """A line if what samples are held against is not that."""
+    """Return a line if what samples are held against is not that."""
     reference = job.evaluate.reference
     if "fid" not in job.evaluate.metrics or reference is None or "reference/fid" not in pending:
         return []
@@ -314,7 +314,7 @@ def shortages(job: JobSpec) -> list[str]:
 
 
 def _label_shortages(job: JobSpec) -> list[str]:
-    """A line if `weights.classes` names what is not a class of the job."""
+    """Return a line if `weights.classes` names what is not a class of the job."""
     if not isinstance(job.weights, CheckpointWeights) or not isinstance(job.weights.classes, dict):
         return []
     names = class_names(job.data) if _data_are_here(job) else ()

@@ -119,7 +119,7 @@ def whereabouts(path: str, part: str) -> str | None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files that hold one checkpoint with this one: those that an index names, or all of a number; else itself."""
+    """Return the files that hold one checkpoint with this one: those that an index names, or all of a number."""
     if path.name.endswith(INDEX):
         try:
             names = set(json.loads(path.read_text())["weight_map"].values())

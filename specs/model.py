@@ -88,7 +88,7 @@ class CheckpointWeights(Spec):
         return {str(name): row for name, row in given.items()}
 
     def rows(self, names: Sequence[str]) -> tuple[int | None, ...] | None:
-        """The row of the checkpoint's label table for each class, None for a fresh one; None to keep the table."""
+        """Return the row of the checkpoint's label table for each class, None for a fresh one; or None to keep it."""
         if self.classes is None:
             return None
         return tuple(None if self.classes == "fresh" else self.classes.get(name) for name in names)

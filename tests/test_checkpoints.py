@@ -438,6 +438,32 @@ def test_a_file_of_zero_3_holds_no_weights(model: DiT, tmp_path: Path) -> None:
     assert "zero_to_fp32.py" in refusal(tmp_path / "mp_rank_00_model_states.pt")
 
 
+def test_a_link_to_the_latest_checkpoint_is_not_deepspeeds(model: DiT, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "0050000.pt")
+    (tmp_path / "latest").symlink_to("0050000.pt")
+    assert same(checkpoints.read(tmp_path, heads=2)[0], model)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_what_git_lfs_left_of_a_file_is_told_from_a_checkpoint(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2700000000\n"
+    (tmp_path / name).write_text(pointer)
+    assert refusal(tmp_path / name).endswith("accepted: the file, which git lfs pull fetches")
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "MODEL.SAFETENSORS"])
+def test_a_files_format_is_known_by_its_content(model: DiT, tmp_path: Path, name: str) -> None:
+    save_file(model.state_dict(), tmp_path / name)
+    assert same(checkpoints.read(tmp_path / name, heads=2)[0], model)
+
+
+def test_a_file_of_torchs_in_another_formats_name_is_told_from_it(model: DiT, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.safetensors")
+    assert refusal(tmp_path / "model.safetensors").endswith(
+        "is torch's, by its content; accepted: a file of torch's with a name in .pt"
+    )
+
+
 def test_a_distributed_checkpoint_of_torch_is_refused_with_the_tool_that_joins_it(tmp_path: Path) -> None:
     for name in (".metadata", "__0_0.distcp"):
         (tmp_path / name).touch()
@@ -523,6 +549,7 @@ OURS: list[dict[str, Any]] = [
     {"prediction": "noise", "path_type": None, "use_flow_matching": False},
     {"prediction_type": "epsilon", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     {"objective": "pred_noise", "loss_type": "l2", "parameterization": "eps", "num_train_timesteps": 1000},
+    {"beta_start": "1e-4", "type": "x", "loss_type": "mse"},  # YAML reads 1e-4 as text
     {"name": "sit-down", "vae": "stabilityai/sd-vae-ft-mse", "sampler": "ddim", "results_dir": "flow/velocity"},
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -220,6 +221,19 @@ def test_another_site_adds_one_distillation_and_keeps_the_others() -> None:
 def test_a_site_has_the_same_key_whatever_chose_it() -> None:
     interleaved = planned("graft.0.layers={kind: interleaved, ratio: 0.5}")
     assert not {name for name in changed(planned(), interleaved) if name.startswith("distill")}
+
+
+def test_all_parts_of_a_checkpoint_are_in_the_key(tmp_path: Path) -> None:
+    index, parts = tmp_path / "model.safetensors.index.json", []
+    for number in (1, 2):
+        parts.append(tmp_path / f"model-{number:05d}-of-00002.safetensors")
+        parts[-1].write_bytes(b"x")
+    index.write_text(json.dumps({"weight_map": {"a": parts[0].name, "b": parts[1].name}}))
+    wishes = [f"weights={{kind: checkpoint, path: {path}}}" for path in (index, parts[0])]
+    before = [keys(planned(wish))["base"] for wish in wishes]
+    parts[1].write_bytes(b"y")
+    after = [keys(planned(wish))["base"] for wish in wishes]
+    assert all(first != second for first, second in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if (ROOT / "stages" / f"{name}.py").is_file()])

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
-from graftwork.models.checkpoints.pickles import first_line, read_torch
+from graftwork.models.checkpoints.pickles import first_line, read_torch, require_content
 from graftwork.specs.hub import SHARD
 
 Shape = tuple[int, ...]
@@ -32,7 +32,7 @@ class Tensors:
     metadata: Mapping[str, str] = field(default_factory=dict)  # text beside the tensors
 
     def renamed(self, names: Mapping[str, str]) -> Tensors:
-        """The tensors under other names. names: new name -> the tensor's name here; others are left out."""
+        """Return the tensors under other names. names: new name -> the tensor's name here; others are left out."""
         odd = {new: self.odd[old] for new, old in names.items() if old in self.odd}
         shapes = {new: self.shapes[old] for new, old in names.items()}
         return Tensors(self.source, shapes, lambda new: self.get(names[new]), odd, self.metadata)
@@ -45,7 +45,7 @@ def in_memory(source: str, state: Mapping[str, Tensor]) -> Tensors:
 
 
 def odd_kind(value: Tensor) -> str | None:
-    """What a tensor is that is no plain array of floats, as `int8` or `sparse_coo float32`; None for those."""
+    """Return what a tensor is that is no plain array of floats, as `int8` or `sparse_coo float32`; None for those."""
     dtype = str(value.dtype).removeprefix("torch.")
     if value.is_meta:
         return f"{dtype} without values (meta)"
@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def read_index(index: Path) -> Tensors:
-    """The tensors of the files that an index beside them names: {"weight_map": {tensor: file}}."""
+    """Return the tensors of the files that an index beside them names: {"weight_map": {tensor: file}}."""
     try:
         weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         files = sorted(set(weight_map.values()))
@@ -84,7 +84,7 @@ def read_index(index: Path) -> Tensors:
 
 
 def read_shards(files: Sequence[Path]) -> Tensors:
-    """The tensors of files numbered `-00001-of-00002` and on, without an index."""
+    """Return the tensors of files numbered `-00001-of-00002` and on, without an index."""
     first = SHARD.fullmatch(files[0].name)
     assert first is not None
     numbers = range(1, int(first["count"]) + 1)
@@ -101,7 +101,7 @@ def read_shards(files: Sequence[Path]) -> Tensors:
 
 
 def _joined(source: str, owners: Mapping[str, Tensors]) -> Tensors:
-    """The tensors of several files. owners: by the tensor's name."""
+    """Return the tensors of several files. owners: by the tensor's name."""
     shapes = {name: owner.shapes[name] for name, owner in owners.items()}
     odd = {name: owner.odd[name] for name, owner in owners.items() if name in owner.odd}
     metadata: dict[str, str] = {}
@@ -111,18 +111,21 @@ def _joined(source: str, owners: Mapping[str, Tensors]) -> Tensors:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is of that format: by its first bytes, whatever it is called."""
-    if path.suffix.lower() == ".safetensors":
-        return True
+    """Return whether a file is of that format: by its first bytes, whatever it is called."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError:
-        return False
+        start = b""
+    if path.suffix.lower() == ".safetensors":
+        if start.startswith(b"PK"):  # torch.load goes by the name, too
+            raise UnfitCheckpoint(f"{path}: is torch's, by its content", "a file of torch's with a name in .pt")
+        return True
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def read_safetensors(path: Path) -> Tensors:
+    require_content(path)
     try:
         # Read, not mapped: tensors lie unaligned in these files, and have to be copied (see `fit.settled`).
         file = safe_open(path, "pt", backend="pread")
@@ -137,7 +140,7 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def _torch_name(dtype: str) -> str:
-    """`I8` as torch says it, `int8`."""
+    """Return `I8` as torch says it, `int8`."""
     kinds = {"I": "int", "U": "uint", "F": "float", "C": "complex"}
     name = f"{kinds[dtype[0]]}{dtype[1:].lower()}" if dtype[0] in kinds else dtype.lower()
     return {"float8_e4m3": "float8_e4m3fn", "float8_e8m0": "float8_e8m0fnu"}.get(name, name)

@@ -123,7 +123,7 @@ def _check(wanted: Mapping[str, Shape], given: Mapping[str, Shape], source: str)
 
 
 def _setting_for(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
-    """What to set in a job for a checkpoint with these shapes, if one setting is all that differs; else nothing."""
+    """Return what to set in a job for a checkpoint with these shapes, if that is all that differs; else nothing."""
     differing = {name for name in wanted if wanted[name] != given[name]}
     if differing == {TABLE} and wanted[TABLE][1:] == given[TABLE][1:]:
         return OTHER_CLASSES

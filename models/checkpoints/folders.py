@@ -15,12 +15,13 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 BESIDE_MODELS = re.compile(r"optim|scheduler|lr_scheduler|sampler|random_states|rng|scaler|training_args|custom_", re.I)
 # Stems by which a folder's model is known among others, the first before the next.
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
+MAX_NAME_BYTES = 255
 ZERO_TOOL = "zero_to_fp32.py"  # DeepSpeed saves it beside its checkpoints
 ZERO_PART = re.compile(r"(\w*_)?zero_pp_rank_\d+.*|mp_rank_\d+_model_states\.pt")
 
 
 def model_files(folder: Path, accepted: str) -> tuple[list[Path], list[Path]]:
-    """The files of the folder's model (one, its numbered parts, or their index), and those of other models in it.
+    """Return the files of the folder's model (one, its numbered parts, or their index), and those of others in it.
 
     Averaged weights come before others. Raises UnfitCheckpoint if there is no model, or several of equal right.
     """
@@ -38,7 +39,7 @@ def model_files(folder: Path, accepted: str) -> tuple[list[Path], list[Path]]:
 
 
 def _models(folder: Path) -> dict[str, list[Path]]:
-    """The files of each model in a folder by their stem; a `.pt` before a `.safetensors`, an index before its parts."""
+    """Return the files of each model in a folder by stem: a `.pt` before a `.safetensors`, an index before parts."""
     whole: dict[str, list[Path]] = {}
     parts: dict[str, list[Path]] = {}
     indices: dict[str, list[Path]] = {}
@@ -55,14 +56,14 @@ def _models(folder: Path) -> dict[str, list[Path]]:
 
 
 def _stem(path: Path) -> str:
-    """The name of a model's file or index without what says which of the two it is, and of which format."""
+    """Return the name of a model's file or index without what says which of the two it is, and of which format."""
     return path.name.removesuffix(INDEX).rpartition(".")[0]
 
 
 def _refuse_parts(folder: Path) -> None:
     """Raise UnfitCheckpoint, with the tool that joins them, if the folder has a model in parts of a training's own."""
-    if (folder / "latest").is_file() or any(_zero_parts(folder)):
-        top = folder.parent if (folder.parent / "latest").is_file() else folder
+    if _names_a_step(folder) or any(_zero_parts(folder)):
+        top = folder.parent if _names_a_step(folder.parent) else folder
         raise UnfitCheckpoint(
             f"{folder}: is a DeepSpeed checkpoint, whose weights are in parts",
             f"the file that {ZERO_TOOL} joins them in: python {top / ZERO_TOOL} {top} OUT",
@@ -75,7 +76,16 @@ def _refuse_parts(folder: Path) -> None:
         )
 
 
+def _names_a_step(folder: Path) -> bool:
+    """Return whether the folder has DeepSpeed's `latest`, a text with the name of a folder beside it."""
+    latest = folder / "latest"
+    if not latest.is_file() or latest.stat().st_size > MAX_NAME_BYTES:
+        return False
+    name = latest.read_text(errors="replace").strip()
+    return "\0" not in name and Path(name).name == name != "" and (folder / name).is_dir()
+
+
 def _zero_parts(folder: Path) -> Iterator[Path]:
-    """The files of DeepSpeed's in a folder, or in those of its steps."""
+    """Yield the files of DeepSpeed's in a folder, or in those of its steps."""
     for place in (folder, *folder.glob("global_step*")):
         yield from (path for path in place.iterdir() if place.is_dir() and ZERO_PART.fullmatch(path.name))

@@ -27,13 +27,13 @@ class Labels:
 
 
 def num_classes(tensors: Tensors) -> int | None:
-    """How many classes a checkpoint's label table has beside the null class; None if it has no such table."""
+    """Return how many classes a checkpoint's label table has beside the null class; None if it has no such table."""
     shape = tensors.shapes.get(TABLE, ())
     return shape[0] - 1 if len(shape) == 2 and shape[0] > 1 else None
 
 
 def relabelled(tensors: Tensors, labels: Labels, trained: int | None) -> Tensors:
-    """The tensors with a label table for the classes of a job; the null class keeps its row, the last.
+    """Return the tensors with a label table for the classes of a job; the null class keeps its row, the last.
 
     trained: how many classes the checkpoint says it was trained on, if it does.
     """
@@ -60,7 +60,7 @@ def relabelled(tensors: Tensors, labels: Labels, trained: int | None) -> Tensors
 
 
 def _table(theirs: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """The rows (classes + 1, D) of a job's label table, from those of the checkpoint."""
+    """Return the rows (classes + 1, D) of a job's label table, from those of the checkpoint."""
     width = theirs.shape[1]
     rows = [
         FRESH_STD * torch.randn(width, generator=generator(labels.seed, "base", "class", name))

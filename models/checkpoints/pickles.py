@@ -24,6 +24,7 @@ import torch
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 
+LFS = b"version https://git-lfs.github.com/"
 NO_TENSORS = "holds no tensors in torch's format"
 GLOBAL = r"[A-Za-z_][\w.]*\.\w+"  # module and name; in text taken for a pickle, hardly ever
 CONVERT = (
@@ -47,12 +48,12 @@ class _Text:
 
 
 def _sequence(items: tuple[Any, ...] = (), *_: object) -> list[Any]:
-    """What a pickled deque begins as."""
+    """Return what a pickled deque begins as."""
     return list(items)
 
 
 def _harmless() -> Iterator[tuple[Any, str]]:
-    """What a pickle may name, with the names that it has there."""
+    """Yield what a pickle may name, with the names that it has there."""
     for value in (argparse.Namespace, types.SimpleNamespace, decimal.Decimal):
         yield value, f"{value.__module__}.{value.__name__}"
     for moment in (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone):
@@ -87,6 +88,7 @@ def read_torch(path: Path) -> Any:
 
     Raises UnfitCheckpoint for any other pickle, of which nothing is run.
     """
+    require_content(path)
     try:
         mappable = zipfile.is_zipfile(path)  # torch's format since 1.6
         if mappable and _inflates(path):
@@ -106,6 +108,13 @@ def read_torch(path: Path) -> Any:
         raise UnfitCheckpoint(f"{path}: cannot be read as tensors: {first_line(error)}") from None
     except Exception:  # text or noise, taken for a pickle, raises whatever its bytes happen to stand for
         raise UnfitCheckpoint(f"{path}: {NO_TENSORS}") from None
+
+
+def require_content(path: Path) -> None:
+    """Raise UnfitCheckpoint for what Git LFS leaves in a clone in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UnfitCheckpoint(f"{path}: is Git LFS's pointer to a file", "the file, which git lfs pull fetches")
 
 
 def _inflates(path: Path) -> bool:
@@ -134,7 +143,7 @@ def _refused_global(path: Path, message: str) -> str | None:
 
 
 def _pickle(path: Path) -> IO[bytes]:
-    """The pickle of a torch file: the file itself, or what its archive calls data.pkl."""
+    """Return the pickle of a torch file: the file itself, or what its archive calls data.pkl."""
     if not zipfile.is_zipfile(path):
         return path.open("rb")
     archive = zipfile.ZipFile(path)

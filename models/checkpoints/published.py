@@ -31,7 +31,7 @@ PIXELS = 8  # along a side of a latent's element, in the published autoencoder
 
 
 def find(path: Path) -> Found:
-    """The weights in a file of whatever a training script puts there, the averaged ones before others."""
+    """Return the weights in a file of whatever a training script puts there, the averaged ones before others."""
     if is_safetensors(path):
         return of_tensors(read_safetensors(path), path)
     content = read_torch(path)
@@ -48,7 +48,7 @@ def find(path: Path) -> Found:
 
 
 def of_tensors(tensors: Tensors, path: Path) -> Found:
-    """The weights in files of nothing but tensors, one of which is at `path`."""
+    """Return the weights in files of nothing but tensors, one of which is at `path`."""
     _require_ours(path, statements.of_metadata(tensors.metadata))
     model, notes = unwrapped(tensors)
     return Found(model, notes=tuple(notes))
@@ -56,7 +56,7 @@ def of_tensors(tensors: Tensors, path: Path) -> Found:
 
 def _require_ours(path: Path, said: Iterator[tuple[str, Any]]) -> None:
     """Raise UnfitCheckpoint if the file, its name or a document beside it says that it is of another model."""
-    if statements.is_of_another_family(path.stem):
+    if statements.SIZED.fullmatch(path.stem) and statements.is_of_another_family(path.stem):
         raise UnfitCheckpoint(f"{path}: is of another model, by its name", statements.ACCEPTED)
     statements.require_ours(str(path), chain(said, statements.beside(path)))
 

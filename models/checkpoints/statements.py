@@ -22,7 +22,7 @@ from graftwork.specs.problems import shown
 
 BESIDE = ("config.json", "args.json", "model_index.json", "hparams.yaml", "config.yaml", "config.yml")
 MAX_BYTES = 2**20  # of a file beside the weights
-MAX_DEPTH, MAX_STATEMENTS = 12, 10_000
+MAX_DEPTH, MAX_STATEMENTS = 12, 100_000
 ACCEPTED = f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas"
 
 NOISE = re.compile(r"(pred_|predict_)?(e|eps|epsilons?|noise)|modelmeantype\.epsilon")
@@ -36,7 +36,7 @@ OTHER_SETTING = re.compile(
     r"(use_|is_)?(flow|flow_matching|rectified_flow|reflow|velocity|v_pred|v_prediction|v_parameterization)|"
     r"(predict|pred|prediction)_(x_?0|x_?start|v|velocity|flow|sample)|velocity_prediction|rescale_betas_zero_snr"
 )
-OBJECTIVE = re.compile(r"(training_|diffusion_|loss_)?(objective|target|formulation|framework|type)")
+OBJECTIVE = re.compile(r"(training_|diffusion_|loss_)?(objective|target|formulation|framework)|(diffusion|loss)_type")
 OTHER_OBJECTIVE = re.compile(
     r"(.*[^a-z0-9])?(v|velocity|v_?pred\w*|x|x_?0|x_?start|x_?pred\w*|start_x|(flow|rectified)[^a-z0-9]?\w*|"
     r"(stochastic_)?interpolants?|edm|sample|consistency)([^a-z0-9].*)?"
@@ -59,7 +59,7 @@ FAMILIES = re.compile(
 
 
 def statements(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values in a file, or in a document beside it, with their dotted names; tensors are none."""
+    """Yield the plain values in a file, or in a document beside it, with their dotted names; tensors are none."""
     yield from _within(value, path, 0)
 
 
@@ -79,14 +79,14 @@ def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def beside(path: Path) -> Iterator[tuple[str, Any]]:
-    """What documents beside a file say, each value with the document's name; those that cannot be read say nothing."""
+    """Yield what documents beside a file say, with the document's name; those that cannot be read say nothing."""
     for name in BESIDE:
         for one, value in statements(document(path.parent / name)):
             yield f"{name}: {one}", value
 
 
 def document(path: Path) -> Any:
-    """A small JSON or YAML file as plain values; None if there is none that can be read."""
+    """Return a small JSON or YAML file as plain values; None if there is none that can be read."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             return None
@@ -97,7 +97,7 @@ def document(path: Path) -> Any:
 
 
 def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """What the text in a safetensors file's header says, part of which may be JSON."""
+    """Yield what the text in a safetensors file's header says, part of which may be JSON."""
     for name, text in metadata.items():
         try:
             value = json.loads(text)
@@ -121,10 +121,10 @@ def require_ours(source: str, said: Iterator[tuple[str, Any]]) -> None:
 
 
 def _of_another(name: str, value: Any) -> bool:
-    """Whether a setting and its value are those of another model or objective than ours."""
+    """Return whether a setting and its value are those of another model or objective than ours."""
     text = str(value).strip().lower() if isinstance(value, str | int | float) else ""
     if name in SCHEDULE and value is not None:
-        return value not in SCHEDULE[name]
+        return text not in map(str, SCHEDULE[name]) and _number(text) not in SCHEDULE[name]
     if OTHER_SETTING.fullmatch(name):
         return text not in ("", "none", "false", "0", "no")
     if PREDICTION.fullmatch(name) and isinstance(value, str):
@@ -134,8 +134,16 @@ def _of_another(name: str, value: Any) -> bool:
     return MODEL.fullmatch(name) is not None and isinstance(value, str) and is_of_another_family(value)
 
 
+def _number(text: str) -> float | None:
+    """Return the number that text stands for, as 1e-4 in YAML is text; None if it stands for none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def is_of_another_family(model: str) -> bool:
-    """Whether a model's name is that of a known other family, or of a size, as DiT-XL/2 is, of another than DiT."""
+    """Return whether a model's name is that of a known other family, or of a size, as DiT-XL/2 is, of another."""
     if FAMILIES.search(model):
         return True
     sized = SIZED.fullmatch(model)

@@ -37,7 +37,7 @@ class Model:
 
 
 def model_in(source: str, content: Any, anchor: str = OURS) -> tuple[Tensors, list[str]]:
-    """The tensors of the model that a torch file holds, and what is to be said of the choice.
+    """Return the tensors of the model that a torch file holds, and what is to be said of the choice.
 
     Where no model is to be seen in it, those of its only state dict; raises UnfitCheckpoint if there is not one.
     """
@@ -54,13 +54,13 @@ def model_in(source: str, content: Any, anchor: str = OURS) -> tuple[Tensors, li
 
 
 def unwrapped(tensors: Tensors, anchor: str = OURS) -> tuple[Tensors, list[str]]:
-    """As `model_in`, of a file that holds nothing but tensors."""
+    """Do as `model_in` does, for a file that holds nothing but tensors."""
     models = list(_models("", tensors, anchor))
     return _chosen(tensors.source, models) if models else (tensors, [])
 
 
 def _state_dicts(content: Any, label: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dicts in a file, with the keys that lead to them; other values may stand in them, as counters do."""
+    """Yield the state dicts in a file, with the keys that lead to them; other values may stand in them."""
     if not isinstance(content, Mapping) or OPTIMIZER.match(label.rpartition(".")[2]):
         return
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -71,7 +71,7 @@ def _state_dicts(content: Any, label: str = "") -> Iterator[tuple[str, dict[str,
 
 
 def _models(label: str, tensors: Tensors, anchor: str) -> Iterator[Model]:
-    """The models in a state dict: one for each prefix that the anchor has in it."""
+    """Yield the models in a state dict: one for each prefix that the anchor has in it."""
     names = _without_modules_around(tensors.shapes)
     prefixes = [name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")]
     members = {prefix: _members(prefix, prefixes, names) for prefix in prefixes}
@@ -91,7 +91,7 @@ def _joined(*labels: str) -> str:
 
 
 def _dotless_averages(prefix: str, own: Mapping[str, str], beside: Iterable[str]) -> dict[str, str]:
-    """Averages of a model's tensors under names without dots, as LitEma keeps them: `model.a.b` as `model_ema.ab`.
+    """Find averages of a model's tensors under names without dots, as LitEma keeps them: `model.a.b` as `model_ema.ab`.
 
     What is not trained, as the embedding of positions, has none.
     """
@@ -101,7 +101,7 @@ def _dotless_averages(prefix: str, own: Mapping[str, str], beside: Iterable[str]
 
 
 def _members(prefix: str, prefixes: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
-    """A model's tensors by their own names; those of another model within it are not its own."""
+    """Return a model's tensors by their own names; those of another model within it are not its own."""
     within = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     return {
         name.removeprefix(prefix): given
@@ -111,14 +111,14 @@ def _members(prefix: str, prefixes: Iterable[str], names: Mapping[str, str]) -> 
 
 
 def _without_modules_around(given: Iterable[str]) -> dict[str, str]:
-    """Names without the modules around others, and what they were; as they were if two would be the same."""
+    """Return names without the modules around others, and what they were; as they were if two would be the same."""
     given = list(given)
     names = {AROUND.sub("", name): name for name in given}
     return names if len(names) == len(given) else {name: name for name in given}
 
 
 def _chosen(source: str, models: list[Model]) -> tuple[Tensors, list[str]]:
-    """The averaged model, else the trained one, else the only one; raises UnfitCheckpoint if that leaves several."""
+    """Return the averaged model, else the trained one, else the only one; raise UnfitCheckpoint if several are left."""
     labels = [model.label for model in models]
     averaged = [model for model in models if AVERAGED.search(model.label)]
     trained = [model for model in models if set(model.label.split(".")) <= TRAINED]
