@@ -55,7 +55,7 @@ def plan(
             raise SpecError(shortages)
         store = Store(spec.store)
         made = planning.make_plan(spec, contents or Contents(store, quick=not read))
-        return replace(made, notes=tuple(preflight.check_pending(made, store)))
+        return replace(made, notes=tuple(preflight.check_pending(made, store, preflight.PLANNED_HEADERS)))
 
 
 def costs(job: JobSpec) -> GraftCost | None:

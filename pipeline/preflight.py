@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -69,21 +70,21 @@ def check_places(store: Store) -> None:
         raise SpecError([str(error)]) from None
 
 
-def check_pending(made: Plan, store: Store) -> list[str]:
+def check_pending(made: Plan, store: Store, max_headers: int | None = None) -> list[str]:
     """Check the files that the plan's steps read, but for those in the store; see `check_files`."""
     job = made.job
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
     weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
     if not (weights or scions or "fid" in job.evaluate.metrics):
         return []
-    return check_files(job, [step for step, state in made.states(store).items() if state != "cached"])
+    return check_files(job, [step for step, state in made.states(store).items() if state != "cached"], max_headers)
 
 
-def check_files(job: JobSpec, pending: Collection[str]) -> list[str]:
+def check_files(job: JobSpec, pending: Collection[str], max_headers: int | None = None) -> list[str]:
     """Return lines on what pending steps will read; raise SpecError if they need other files than those that are here.
 
     Names, shapes and headers are read; what the numbers are shows when the step reads them. A file on another machine
-    is not looked for: `absent` names it.
+    is not looked for: `absent` names it. max_headers: of images, beyond which none of a folder's are read.
     """
     lines: list[str] = []
     notes: list[str] = []
@@ -96,7 +97,11 @@ def check_files(job: JobSpec, pending: Collection[str]) -> list[str]:
             notes += [f"{field}: {note}" for note in _check_checkpoint(job, field, source)]
         except UnfitCheckpoint as error:
             lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
-    lines += [*_check_vae(job, pending), *_check_reference(job, pending)]
+    lines += _check_vae(job, pending)
+    try:
+        notes += _check_reference(job, pending, max_headers)
+    except ValueError as error:
+        lines.append(refusal("evaluate.reference", error, ACCEPTED_REFERENCE))
     if lines:
         raise SpecError(lines)
     return notes
@@ -167,8 +172,8 @@ def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
     return []
 
 
-def _check_reference(job: JobSpec, pending: Collection[str]) -> list[str]:
-    """Return a line if what samples are held against is not that."""
+def _check_reference(job: JobSpec, pending: Collection[str], max_headers: int | None) -> list[str]:
+    """Return notes on what is left out, or not looked at now; raise ValueError if samples cannot be held against it."""
     reference = job.evaluate.reference
     if "fid" not in job.evaluate.metrics or reference is None or "reference/fid" not in pending:
         return []
@@ -176,14 +181,18 @@ def _check_reference(job: JobSpec, pending: Collection[str]) -> list[str]:
         return []
     from graftwork.stages.inception import read_statistics, reference_images, require_one_size
 
-    try:
-        if Path(reference).is_dir():
-            require_one_size(reference, reference_images(reference))
-        else:
-            read_statistics(reference)
-    except ValueError as error:
-        return [refusal("evaluate.reference", error, ACCEPTED_REFERENCE)]
-    return []
+    if not Path(reference).is_dir():
+        read_statistics(reference)
+        return []
+    images = reference_images(reference)
+    others = {entry.name for entry in Path(reference).iterdir() if entry.is_file() and not entry.name.startswith(".")}
+    kinds = Counter(Path(name).suffix.lower() for name in others - {image.name for image in images})
+    notes = [f"evaluate.reference: left out, by suffix: {counted(kinds)}"] if kinds else []
+    if max_headers is not None and len(images) > max_headers:
+        some = f"whether its {len(images):,} images are all of one size is looked at before a run"
+        return [*notes, f"evaluate.reference: {some}"]
+    require_one_size(reference, images)
+    return notes
 
 
 def absent(job: JobSpec) -> list[str]:
@@ -310,7 +319,7 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *_reference_shortages(job)]
+    return [*misfits(job.codec, job.data), *pairs, *data, *labels]
 
 
 def _label_shortages(job: JobSpec) -> list[str]:
@@ -322,22 +331,6 @@ def _label_shortages(job: JobSpec) -> list[str]:
     if not names or not unknown:
         return []
     return [f"weights.classes: got {listed(unknown)}; accepted: the job's classes, {listed(names)}"]
-
-
-def _reference_shortages(job: JobSpec) -> list[str]:
-    """A line where a folder of images is no reference; the sizes of many images are left to `check_files`."""
-    from graftwork.stages.inception import reference_images, require_one_size
-
-    reference = job.evaluate.reference
-    if "fid" not in job.evaluate.metrics or reference is None or not Path(reference).is_dir():
-        return []
-    try:
-        images = reference_images(reference)
-        if len(images) <= PLANNED_HEADERS:
-            require_one_size(reference, images)
-    except ValueError as error:
-        return [refusal("evaluate.reference", error, ACCEPTED_REFERENCE)]
-    return []
 
 
 def _data_shortages(job: JobSpec) -> list[str]:

@@ -352,9 +352,19 @@ def test_sizes_of_many_images_are_looked_at_before_the_run(
     monkeypatch.setattr(preflight, "PLANNED_HEADERS", 10)
     path = wrong_reference("images of two sizes", tmp_path)
     job = load(TINY, [f"evaluate={{samples: 8, metrics: [fid], reference: {path}, inception: {weights}}}"])
-    assert preflight.shortages(job) == []
+    (note,) = preflight.check_files(job, ["reference/fid"], preflight.PLANNED_HEADERS)
+    assert note == "evaluate.reference: whether its 52 images are all of one size is looked at before a run"
     with pytest.raises(SpecError, match="images of 2 sizes"):
         preflight.check_files(job, ["reference/fid"])
+
+
+def test_files_that_a_reference_leaves_out_are_counted(tmp_path: Path, weights: Path) -> None:
+    as_folder(images(0), tmp_path / "reference")
+    for name in ("a.heic", "b.HEIC", "c.txt", ".hidden"):
+        (tmp_path / "reference" / name).touch()
+    evaluate = f"evaluate={{samples: 8, metrics: [fid], reference: {tmp_path}/reference, inception: {weights}}}"
+    (note,) = preflight.check_files(load(TINY, [evaluate]), ["reference/fid"])
+    assert note == "evaluate.reference: left out, by suffix: 2 .heic, 1 .txt"
 
 
 def test_the_reference_is_read_as_the_training_images_are(tmp_path: Path, network: Any) -> None:
