@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -60,6 +61,14 @@ StoreUrl = Annotated[str, typer.Option("--store", help="where the runs are kept"
 Address = Annotated[str | None, typer.Option("--address", metavar="URL", help="do it on that Ray cluster")]
 Dashboard = Annotated[str, typer.Option("--address", metavar="URL", help="a Ray dashboard, as http://head:8265")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+@app.callback()
+def every_command() -> None:
+    """Spell out the signs of a name that a terminal's encoding has not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -229,6 +238,7 @@ def status(
 ) -> None:
     """Show all runs, or one's steps; of a cluster, its submissions."""
     from graftwork.pipeline import record, remote
+    from graftwork.pipeline.outbox import waiting
     from graftwork.pipeline.store import Store
 
     if address is not None and name is not None:
@@ -245,6 +255,10 @@ def status(
         if name is not None:
             one = record.as_it_is(place, record.find(place, name))
             document(one.model_dump(mode="json")) if as_json else show_run(one)
+            left = waiting(place, one.run)
+            if left and not as_json:
+                count = len(left.entries) + len(left.refused)
+                print(f"MLflow lacks {count} of its entries; deliver them: {one.resume_command()}")
             return
         runs = [record.as_it_is(place, record.load(place, run)) for run in place.runs()]
         if as_json:

@@ -96,6 +96,10 @@ def destination(job: JobSpec, store: Store, past: RunRecord | None) -> Destinati
         if secret_in(before.replace("***", "secret")):
             raise SpecError([f"{URI}: got nothing; accepted: the URI that this run's figures went to, {before}"])
     elif store.local:
+        if "?" in str(store.root):  # what follows would be no part of the database's path
+            raise SpecError(
+                [f"store: got {shown(str(store.root))}; accepted: a path without ?, or tracking.uri as well"]
+            )
         uri, kept, field = f"sqlite:///{store.root}/{OWN}", OWN, "tracking.uri"
     else:
         accepted = f"an MLflow server, here or in {URI}, needed when the store is not a folder"

@@ -86,7 +86,7 @@ def fault(error: BaseException, uri: str) -> Fault:
     if status is not None and 400 <= status < 500 and status not in OTHERS_FAULT:
         return Fault(f"refuses an entry: {one_line(error)}", is_ours=True)
     via = _proxy(uri) if status is not None else ""
-    return Fault(f"cannot take anything now ({one_line(error)}){via}")
+    return Fault(f"fails ({one_line(error)}){via}")
 
 
 def one_line(error: BaseException) -> str:

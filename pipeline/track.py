@@ -8,6 +8,7 @@ everything goes through the outbox.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,9 +37,12 @@ from graftwork.pipeline.planning import Plan, Step
 from graftwork.pipeline.record import RunRecord
 from graftwork.pipeline.store import Artifact, Store
 from graftwork.specs.fields import keyed
+from graftwork.specs.problems import plain
 
 FLUSH_SECONDS = 2.0
 SHOWN = (".png", ".json", ".csv")  # artifact files that go to MLflow; tensors stay in the store
+UNFIT = re.compile(r"[^\w.\- ]")  # in the name of a parameter; MLflow takes a slash for a path
+MAX_NAME, MAX_VALUE = 250, 6000  # characters of a parameter
 ENDS: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "KILLED"}
 END_SECONDS = 30.0  # that a finished job gives MLflow to take what waits
 BREAK_SECONDS = 10.0  # and one that breaks off
@@ -174,7 +178,8 @@ class Tracker:
 
 
 def _params(document: Mapping[str, Any]) -> dict[str, str]:
-    return {name: value[:6000] for name, value in flattened(document)}
+    """A document as MLflow's parameters, whose names hold fewer signs than those of classes and resources do."""
+    return {UNFIT.sub("_", name)[:MAX_NAME]: plain(value)[:MAX_VALUE] for name, value in flattened(document)}
 
 
 def flattened(values: Any, path: str = "") -> list[tuple[str, str]]:

@@ -118,7 +118,7 @@ class WebServer:
 
         self.http = Quiet((LOOPBACK, 0), Handler)
         self.address = f"http://{LOOPBACK}:{self.http.server_port}"
-        Thread(target=self.http.serve_forever, daemon=True).start()
+        Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
 
     def forwarded(
         self, method: str, path: str, body: bytes, headers: dict[str, str]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from graftwork.pipeline.execute import StepFailed
 from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.record import RunRecord
 from graftwork.pipeline.running import RunFailed
-from tests.conftest import TINY
+from tests.conftest import GRAFT, ROOT, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +171,9 @@ def test_to_resume_is_advised_only_where_it_can_help(
     assert left.value.exit_code == 1
     advice = "graft: resume with: graft resume a-1 --store s"
     assert (advice in capsys.readouterr().err.splitlines()) == (not repeats)
+
+
+def test_a_name_that_the_terminal_cannot_show_is_spelt_out(tmp_path: Path) -> None:
+    settings = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([GRAFT, "plan", "猫.yaml"], cwd=tmp_path, env=settings, capture_output=True, check=False)
+    assert done.returncode == 2 and b"\\u732b.yaml" in done.stderr and b"Traceback" not in done.stderr

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
-from graftwork.pipeline import api, mlflow_database, remote
+from graftwork.pipeline import api, mlflow_database, record, remote
+from graftwork.pipeline.cli import app
 from graftwork.pipeline.destination import OWN, Destination, destination
 from graftwork.pipeline.outbox import waiting
 from graftwork.pipeline.record import RunRecord
@@ -115,6 +117,13 @@ def test_a_password_in_the_variable_is_kept_nowhere(store: Store, monkeypatch: p
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(SpecError, match=r"MLFLOW_TRACKING_URI: got nothing; accepted: .* http://me:\*\*\*@host:5000"):
         destination(job(), store, past(there.kept, None))
+
+
+def test_a_store_whose_path_no_database_uri_can_hold_is_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "what?"))
+    with pytest.raises(SpecError, match=r"^store: got .*what\?.*; accepted: a path without \?"):
+        destination(job(), store, None)
+    assert destination(job("tracking.uri=http://host:5000"), store, None).uri == "http://host:5000"
 
 
 def test_a_store_s_database_by_its_path_is_the_store_s_own(store: Store) -> None:
@@ -395,6 +404,10 @@ def test_figures_wait_for_a_database_that_takes_none_and_all_are_delivered(
     (told, missing) = [line for line in one.said if words in line]
     assert "the job goes on" in told and f"deliver them: graft resume {one.record.run}" in missing
     assert waiting(one.store, one.record.run).entries and not waiting(one.store, one.record.run).refused
+
+    record.save(one.store, one.record)
+    status = CliRunner().invoke(app, ["status", one.record.run, "--store", str(tmp_path / "store")]).stdout
+    assert "MLflow lacks " in status and f"deliver them: {one.record.resume_command()}" in status
 
     if experiment == "deleted":
         client.restore_experiment("1")

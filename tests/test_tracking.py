@@ -545,6 +545,14 @@ def test_figures_go_through_a_proxy(job: Job, server: MlflowServer, monkeypatch:
     assert all(path.startswith("http://mlflow.invalid:5000/") for path in proxy.asked)
 
 
+def test_a_name_that_mlflow_takes_for_no_parameter_costs_no_figures(job: Job) -> None:
+    job.record.job["resources"]["distill"]["custom"] = {"US$5_^x/y": 1.0, "n" * 400: 1.0, "猫": 2.0}
+    job.finish(job.opened())
+    params = all_runs(MlflowClient(job.uri), job.experiment)[job.record.run].data.params
+    assert params["resources.distill.custom.US_5__x_y"] == "1.0" and params["resources.distill.custom.猫"] == "2.0"
+    assert params["finetune.lr"] == "0.0005" and not waiting(job.store, job.record.run)
+
+
 def test_points_are_delivered_before_the_step_s_end_whatever_mlflow_s_own_settings(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
