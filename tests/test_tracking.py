@@ -600,8 +600,11 @@ def test_a_loss_that_is_no_number_waits_as_any_other(job: Job, line: Line) -> No
 def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
     tiny_copy: Finished, line: Line, request: pytest.FixtureRequest
 ) -> None:
-    line.is_cut = True  # it takes connections, as a proxy would, and closes them
-    experiment, said = request.node.name, Saying()
+    class Cutting(Saying):
+        def open(self, *_: object) -> None:
+            line.is_cut = True  # it takes connections, as a proxy would, and closes them
+
+    experiment, said = request.node.name, Cutting()
     changes = [f"tracking.uri={line.address}", f"tracking.experiment={experiment}", f"store={tiny_copy.store}"]
     began = time.monotonic()
     done = api.run(str(TINY), changes, view=said)
