@@ -68,6 +68,7 @@ def test_a_bad_field_is_one_line_and_exit_code_2(override: str, told: str) -> No
     assert line.startswith("graft: " + told.replace("{port}", port).replace("{here}", str(Path.cwd())))
     assert "accepted: " in line
     assert done.stdout == ""
+    assert not Path(".graftwork").exists()  # nothing is made before the request is known to be good
 
 
 def test_an_unreadable_yaml_names_the_line(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_a_checkpoint_of_another_model_or_of_fewer_classes_is_known_before_anyth
     (line,) = done.stderr.splitlines()
     assert line.count("; accepted: ") == 1 and " .. " not in line
     assert line.startswith(f"graft: weights.path: got {tmp_path}/other.pt: does not fit the model: ") and told in line
-    assert not list((tmp_path / ".graftwork").glob("runs/*.json"))
+    assert not (tmp_path / ".graftwork").exists()
 
 
 FILES_THAT_DO_NOT_FIT = {
