@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from graftwork.pipeline.files import StoreError
 from graftwork.pipeline.store import Store, canonical
 from graftwork.pipeline.tables import counted
 from graftwork.specs.data import ImageFolderData
@@ -160,7 +159,7 @@ class Contents:
         if self.store is None:
             return
         waiting, self._waiting = self._waiting, {}
-        with suppress(StoreError):
+        with suppress(OSError):  # a StoreError is one
             for place, snapshot in waiting.items():
                 self.store.files.write(_document(place), snapshot.encode())
 
@@ -217,7 +216,7 @@ class Contents:
         assert self.store is not None
         try:
             return Snapshot.decode(self.store.files.read(document))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 

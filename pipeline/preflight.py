@@ -20,7 +20,7 @@ from graftwork.specs.load import SpecError
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.problems import refusal
 from graftwork.stages.codec import misfits, vae_place
-from graftwork.stages.listing import counted, list_images, listed
+from graftwork.stages.listing import Listing, counted, list_images, listed
 from graftwork.stages.sources import (
     MIN_HELDOUT,
     class_folders,
@@ -342,10 +342,17 @@ def _data_shortages(job: JobSpec) -> list[str]:
         return []  # `absent` says so
     except ValueError as misfit:
         return [str(misfit)]
-    line = listing.nested() or listing.empty() or _other_classes(job.data, len(listing.folders))
+    line = listing.nested() or _empty_classes(job, listing) or _other_classes(job.data, len(listing.folders))
     if not listing.num_images and not listing.nested():
         return []  # `absent` says so
     return [line] if line else _sizes(job)
+
+
+def _empty_classes(job: JobSpec, listing: Listing) -> str | None:
+    line = listing.empty()
+    if line is None or not isinstance(job.weights, CheckpointWeights):
+        return line
+    return f"{line}; weights.classes takes the rows of fewer classes from a checkpoint, without empty folders"
 
 
 def _other_classes(data: ImageFolderData, number: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from graftwork.models import checkpoints
 from graftwork.models.dit import DiT, DiTConfig, initialise
 from graftwork.models.streams import generator, initialising
 from graftwork.pipeline import api, preflight, record
+from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.planning import Plan, make_plan
 from graftwork.pipeline.record import RunRecord, StepRecord
 from graftwork.pipeline.store import Store
@@ -33,6 +35,7 @@ from graftwork.specs.load import SpecError, job_from
 from graftwork.specs.steps import FeaturesParams, SampleParams
 from graftwork.stages import Context, codec, features, rows
 from graftwork.stages.codec import UnfitCodec, load_codec, misfits
+from graftwork.stages.hashes import ChangedImage, ImageHashes
 from graftwork.stages.images import read_image, scaled
 from graftwork.stages.latents import read, read_meta
 from graftwork.stages.sources import split
@@ -501,7 +504,9 @@ def two_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
-def encode_photos(photos: Path, codec: Codec, out: Path, cpu: float = 1, **settings: Any) -> Path:
+def encode_photos(
+    photos: Path, codec: Codec, out: Path, cpu: float = 1, hashed: ImageHashes | None = None, **settings: Any
+) -> Path:
     out.mkdir()
     data = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25, **settings)
     features.run(
@@ -514,6 +519,7 @@ def encode_photos(photos: Path, codec: Codec, out: Path, cpu: float = 1, **setti
             report=lambda done, total, metrics=None: None,
             resources=StepResources(cpu=cpu),
             device=CPU,
+            images=hashed or Contents().images(data),
         )
     )
     return out
@@ -567,6 +573,19 @@ def test_weights_that_a_worker_cannot_read_are_one_line(photos: Path, tmp_path: 
     with pytest.raises(UnfitCodec) as caught:
         encode_photos(photos, spec(tmp_path / "vae"), tmp_path / "out")
     assert str(caught.value).startswith(f"{tmp_path}/vae: {WEIGHTS}: cannot be read as tensors: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_photograph_that_changed_since_it_was_hashed_is_one_line_of_a_worker(
+    photos: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    hashed = Contents().images(ImageFolderData(path=str(tmp_path / "photos"), image_size=SIDE, heldout=0.25))
+    shutil.copy(photos / "class-0" / "1.png", tmp_path / "photos" / "class-2" / "3.png")
+    with pytest.raises(ChangedImage) as caught:
+        encode_photos(tmp_path / "photos", spec(folder), tmp_path / "out", hashed=hashed)
+    assert str(caught.value).startswith("data.path: class-2/3.png holds something else than when the job began; acc")
     assert "\n" not in str(caught.value)
 
 

@@ -124,6 +124,10 @@ def test_of_many_classes_without_images_the_first_are_named_and_the_rest_counted
     for number in range(2, 12):
         (home / str(number)).mkdir()
     assert "with none in '2', '3', '4', '5', '6' and 5 more; accepted: " in refusal(job(home))
+    (tmp_path / "imagenet.pt").touch()
+    fields = f"data={{kind: image_folder, path: '{home}', image_size: 16}}"
+    (line,) = preflight.shortages(load(TINY, [fields, "weights={kind: checkpoint, path: imagenet.pt}", *FEW]))
+    assert line.endswith("; weights.classes takes the rows of fewer classes from a checkpoint, without empty folders")
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
