@@ -16,7 +16,7 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, load
 from graftwork.stages import listing
 from graftwork.stages.images import IMAGE_SUFFIXES
-from graftwork.stages.listing import listing_once
+from graftwork.stages.listing import list_images, listing_once
 from graftwork.stages.sources import class_folders, class_names, class_sizes, items, split
 from tests.conftest import TINY
 
@@ -193,7 +193,9 @@ def test_linked_folders_are_read_and_a_link_to_where_it_lies_is_no_circle(tmp_pa
     (home / "cat").symlink_to(tmp_path / "elsewhere" / "cats")
     (home / "dog" / "again").symlink_to(home / "dog")
     (home / "gone").symlink_to(tmp_path / "nowhere")
-    assert class_sizes(ImageFolderData(path=str(home))) == (4, 4)
+    data = ImageFolderData(path=str(home))
+    assert class_sizes(data) == (4, 4)
+    assert not any(folder.elsewhere for folder in list_images(data).folders)
 
 
 # -- which label a class has
