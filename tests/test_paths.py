@@ -201,6 +201,9 @@ def test_a_submitted_job_says_which_paths_of_this_machine_the_nodes_need(tmp_pat
     with remote.staged(job) as folder:
         assert load(folder / remote.JOB_FILE) == job
     assert remote.needed_there(load(TINY, [FIELDS["data.path"]("/only/there")])) == []
+    (home / "order.txt").write_text("a\nb\n")
+    (line,) = remote.needed_there(load(TINY, [FIELDS["data.path"]("/only/there"), "data.classes=~/order.txt"]))
+    assert line.startswith(f"data.classes: '{home}/order.txt' is a path of this machine")
 
 
 def test_a_plan_reads_a_job_at_home(home: Path) -> None:
