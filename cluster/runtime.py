@@ -22,6 +22,7 @@ from graftwork.cluster.address import check_cluster, cluster_address, head_of
 from graftwork.cluster.local import code_folders, job_config, local_settings, read_authentication
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
+from graftwork.cluster.scratch import RayDidNotStart
 from graftwork.cluster.variables import environment
 from graftwork.cluster.warm import Nursery
 from graftwork.specs.job import StepResources
@@ -99,7 +100,13 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextmanager
 def _initialised(**settings: Any) -> Iterator[None]:
-    ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        if "_temp_dir" in settings:
+            raise RayDidNotStart(f"{reason}; its logs are below {Path(settings['_temp_dir']).resolve()}") from error
+        raise RayDidNotStart(f"{settings['address']} cannot be joined from here: {reason}") from error
     try:
         yield
     finally:

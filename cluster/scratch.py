@@ -44,9 +44,16 @@ def _place() -> str:
     return next(filter(None, map(os.environ.get, VARIABLES)), None) or tempfile.gettempdir()
 
 
+class RayDidNotStart(Exception):
+    """Why not, and where Ray's logs are, which stay."""
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A new folder for Ray's files, by a path that is short enough for its sockets; it goes in the end."""
+    """A new folder for Ray's files, by a path that is short enough for its sockets; it goes in the end.
+
+    It stays where the context raises RayDidNotStart.
+    """
     if (problem := scratch_problem()) is not None:
         raise SpecError([problem])
     folder = Path(tempfile.mkdtemp(prefix="graft-", dir=Path(_place()).absolute()))
@@ -56,10 +63,15 @@ def scratch() -> Iterator[Path]:
             link = short / f"{folder.name}-{secrets.token_hex(4)}"
             link.symlink_to(folder)
         yield link or folder
+    except BaseException as error:
+        if not isinstance(error, RayDidNotStart):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         if link is not None:
             link.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fits(folder: Path) -> bool:

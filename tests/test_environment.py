@@ -168,6 +168,24 @@ def test_a_long_temporary_folder_has_a_short_name_or_is_one_line(
     assert problem is not None and problem.startswith(f"TMPDIR: got '{long}', too long a path for sockets; accepted: ")
 
 
+def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def init(_temp_dir: str, **_: Any) -> None:
+        (Path(_temp_dir) / "session" / "logs").mkdir(parents=True)
+        raise RuntimeError("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(runtime.ray, "init", init)
+    with pytest.raises(scratch.RayDidNotStart) as failed, runtime.session([], together=1):
+        pass
+    reason, _, folder = str(failed.value).partition("; its logs are below ")
+    assert reason == "The current node timed out during startup."
+    assert folder.startswith(str(long)) and (Path(folder) / "session" / "logs").is_dir()
+
+
 # -- nobody's home
 
 
