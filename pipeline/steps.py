@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
 from graftwork.specs import steps as params
-from graftwork.specs.data import VaeCodec
+from graftwork.specs.data import DigitsData, VaeCodec
 from graftwork.specs.evaluate import Metric, inception_file
 from graftwork.specs.fields import Spec
 from graftwork.specs.graft import Edit
@@ -18,7 +19,7 @@ from graftwork.specs.layers import LocalityLayers
 from graftwork.specs.model import CheckpointWeights
 from graftwork.specs.vae import vae_folder
 from graftwork.stages.hashes import ImageHashes
-from graftwork.stages.sources import num_classes
+from graftwork.stages.sources import num_classes, split_sizes
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}
@@ -100,7 +101,8 @@ def _searches(job: JobSpec) -> Iterator[Draft]:
         told = params.SearchParams(
             seed=job.seed, candidates=candidates, groups=groups, budget=layers.budget, recipe=layers.search
         )
-        yield Draft(f"search/{number}", "search", told, ROOTSTOCK | _scions(candidates))
+        few = _few(job, _share(job, layers.search.fraction))
+        yield Draft(f"search/{number}", "search", told, ROOTSTOCK | _scions(candidates), few)
 
 
 def _selection(job: JobSpec) -> Draft:
@@ -123,10 +125,11 @@ def _finetuning(job: JobSpec) -> Iterator[Draft]:
     for number, layers in job.learned().items():
         if layers.finetune_from == "search":
             needs |= {"searched": f"search/{number}"}
-    yield Draft("finetune", "finetune", distilled, needs)
+    few = _few(job, _share(job, job.finetune.fraction))
+    yield Draft("finetune", "finetune", distilled, needs, few)
     if job.finetune.control:
         random = distilled.model_copy(update={"scions": "random"})
-        yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"})
+        yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"}, few)
 
 
 def _evaluation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
@@ -173,10 +176,16 @@ def _last_turn(job: JobSpec) -> dict[str, str]:
     return {"last_turn": "spread"} if classes and job.evaluate.samples % classes else {}
 
 
-def _few(job: JobSpec, *counts: int) -> dict[str, str]:
+def _few(job: JobSpec, *counts: float) -> dict[str, str]:
     """Say, in the keys of those that it concerns, how fewer samples than classes are chosen."""
     classes = num_classes(job.data)
     return {"few_samples": "spread"} if classes and min(counts) < classes else {}
+
+
+def _share(job: JobSpec, fraction: float) -> float:
+    """Return how many training images a share of them is; infinity if they are elsewhere."""
+    here = isinstance(job.data, DigitsData) or Path(job.data.path).is_dir()
+    return max(1, round(split_sizes(job.data)[0] * fraction)) if here else math.inf
 
 
 def _references(

@@ -148,8 +148,8 @@ class Latents:
         return self.spread(count) if count < len(self.labels.unique()) else self.first(count)
 
     def share(self, fraction: float) -> Latents:
-        """The same share of each class; at least one latent."""
-        return self.first(max(1, round(len(self.x) * fraction)))
+        """The same share of each class; at least one latent. Of fewer than there are classes, see `stratified`."""
+        return self.stratified(max(1, round(len(self.x) * fraction)))
 
     def tensor(self) -> Tensor:
         """All of x, in memory where it lies in more than one file: for splits that are known to be small."""

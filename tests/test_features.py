@@ -161,7 +161,7 @@ def test_training_on_both_views_that_was_killed_ends_in_the_same_bits(tmp_path: 
 
 
 def test_a_prefix_keeps_its_mirror_images() -> None:
-    latents = Latents(torch.arange(8.0), torch.arange(8), -torch.arange(8.0)).share(0.5)
+    latents = Latents(torch.arange(8.0), torch.arange(8) % 2, -torch.arange(8.0)).share(0.5)
     assert latents.mirrored is not None and latents.mirrored.tolist() == [0, -1, -2, -3]
 
 
@@ -180,7 +180,7 @@ def test_so_many_of_each_class_are_the_fraction_that_finetuning_took(monkeypatch
     settings = {"path": "imagenet", "heldout": 0.0078}
     everything, heldout = split(ImageFolderData(**settings))
     kept, held = split(ImageFolderData(**settings, per_class=128))
-    tenth = Latents(torch.arange(len(everything)), torch.arange(len(everything))).share(0.1).labels
+    tenth = Latents(torch.arange(len(everything)), torch.arange(len(everything)) % 20).share(0.1).tensor()
     assert len(everything) == 20 * 1280 and len(kept) == 20 * 128
     assert kept == [everything[index] for index in tenth.tolist()]
     assert held == heldout

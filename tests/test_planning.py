@@ -712,5 +712,7 @@ def test_the_choice_of_classes_is_in_the_keys_that_it_concerns_and_in_no_other()
         *ROWS,
         "reference/heldout",
     }
+    shares = outside(planned("evaluate.samples=20", "finetune.fraction=0.01"))
+    assert {name for name, marks in shares.items() if marks} == {"finetune", "finetune/random_init"}
     few = outside(planned("evaluate.samples=20", "distill.samples=9"))
     assert {name for name, marks in few.items() if marks} == {name for name in few if name.startswith("distill/")}

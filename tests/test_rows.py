@@ -291,7 +291,7 @@ def test_held_out_images_that_are_fewer_than_the_classes_are_spread_over_them() 
         assert found.mirrored is not None and len(found.mirrored) == 23
         for count in (20, 100, 1000):
             assert torch.equal(held.spread(count).tensor(), held.first(count).tensor())
-        assert held.stratified(4).labels.tolist() == [0, 2, 5, 7]
+        assert held.stratified(4).labels.tolist() == held.share(0.04).labels.tolist() == [0, 2, 5, 7]
         assert held.stratified(23).labels.tolist() == [i % 10 for i in range(23)]
 
 
