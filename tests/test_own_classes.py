@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from graftwork.stages import Context, base
 from graftwork.stages.latents import LatentsMeta, write_meta
 from tests.conftest import TINY
 from tests.small import Folder, lively
+from tests.stores import commit
 from tests.tiny_training import CPU, Reports
 
 IMAGENET = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=20)
@@ -178,3 +181,28 @@ def test_a_plan_says_which_classes_begin_fresh(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match="has 20 classes, so no row 20 for the class '7'"):
         api.plan(job("{7: 20}", path))
+
+
+# -- what a plan loads
+
+
+def loaded_by_a_plan(tmp_path: Path, *overrides: str) -> set[str]:
+    """Those of the heavy libraries that a plan loads, in a process of its own."""
+    code = (
+        "import sys; from graftwork.pipeline import api; "
+        f"api.plan({str(TINY)!r}, {[f'store={tmp_path}/store', *overrides]!r}, read=True); "
+        "print(*{'torch', 'ray', 'mlflow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_plan_loads_torch_only_for_a_checkpoint_that_a_step_will_read(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pt"
+    shape = DiTConfig(input_size=16, in_channels=1, patch=2, depth=4, width=32, heads=2, num_classes=10)
+    torch.save(DiT(shape).state_dict(), path)
+    wish = f"weights={{kind: checkpoint, path: {path}}}"
+    assert loaded_by_a_plan(tmp_path, wish) == {"torch"}
+    made = api.plan(load(TINY, [f"store={tmp_path}/store", wish]), read=True)
+    commit(Store(str(tmp_path / "store")), made["base"].key)
+    assert loaded_by_a_plan(tmp_path, wish) == set()
