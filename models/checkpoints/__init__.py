@@ -7,6 +7,9 @@
     diffusers       a DiTTransformer2DModel, in a folder of its own or in that of a DiTPipeline
     a hub id        a repository with one of these
 
+What training tools wrap around those comes off (`wrappers`), numbered parts are joined (`folders`, `files`), and what a
+file says of itself is obeyed or refused (`statements`).
+
 `save` and `load` are what the steps of a job use for ours; `export` writes any of the three for other people.
 
 Only tensors are read: safetensors, or torch.load with weights_only. A file is never in memory twice: the model is
