@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from graftwork.pipeline.store import RottenArtifact, Store
 BATCH = 500  # metrics that MLflow takes at once, at most 1000
 FEW = 100  # params or tags that it takes at once
 MAX_LOST_FILES = 3  # one after another, before no more are tried
+LOST_SECONDS = 60.0  # that none is tried then
 ID = "graftwork.id"  # the tag by which a run is found whose creation was not answered
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -143,6 +145,7 @@ class Desk:
         self.curves: dict[str, dict[str, set[int]]] = {}  # name -> metric -> its points that stand
         self.doubtful: set[str] = set()  # names under which an unanswered request may yet make another run
         self.lost_files = 0  # one after another, that could not be put where MLflow keeps files
+        self.lost_at = 0.0  # when the last one was tried
 
     def take(self, entry: AnyEntry) -> None:
         """Deliver an entry, for the first time or again; raises Unanswered, Refused or Gone."""
@@ -208,7 +211,8 @@ class Desk:
         return self._note(entry.run, made.info.run_id)
 
     def _file(self, run: str, entry: File) -> None:
-        if self.lost_files >= MAX_LOST_FILES:  # each may take as long as a server that is away
+        # Each may take as long as a server that is away.
+        if self.lost_files >= MAX_LOST_FILES and time.monotonic() - self.lost_at < LOST_SECONDS:
             raise Refused(f"takes no files; {entry.name} of {entry.run} was not tried")
         try:
             content = self.store.artifact(entry.key).read(entry.name)
@@ -373,9 +377,10 @@ class Desk:
     def _verdict(self, entry: AnyEntry, error: Exception) -> Unanswered | Refused:
         """Whether the server can take nothing now, or alone this entry."""
         fault = mlflow_server.fault(error, self.uri)
-        if isinstance(entry, File | Json):
-            self.lost_files += 1
-            return self._trouble() or Refused(f"takes no file {entry.name} ({one_line(error)})")
+        if isinstance(entry, File | Json | Unseen):
+            self.lost_files, self.lost_at = self.lost_files + 1, time.monotonic()
+            file = f"of {entry.run}" if isinstance(entry, Unseen) else entry.name
+            return self._trouble() or Refused(f"takes no file {file} ({one_line(error)})")
         if fault.is_ours:
             return self._trouble() or Refused(fault.reason)
         alone = not fault.is_silence and self.destination.database is None and self._trouble() is None

@@ -418,6 +418,28 @@ def test_figures_wait_for_a_database_that_takes_none_and_all_are_delivered(
     assert pictures(tmp_path / "store", tmp_path)["features"] == {"loss.png"}
 
 
+def test_files_of_a_step_whose_driver_died_hold_up_no_figures(tmp_path: Path, empty_database: Path) -> None:
+    one, place = tracked(tmp_path / "store", empty_database), tmp_path / "place"
+    client = MlflowClient(one.uri)
+    client.create_experiment("graftwork", artifact_location=(place / "files").as_uri())
+    place.write_text("not a folder")
+    first = one.opened()
+    first.started(one.step("features"))
+    first.close()
+    one.commit("features")
+    step = one.record.step("features")
+    step.state, step.made_by, step.seconds = "cached", one.record.run, 1.0
+    one.finish(one.opened())
+    assert all_runs(client)[one.record.run].info.status == "FINISHED"
+    assert waiting(one.store, one.record.run).refused and not waiting(one.store, one.record.run).entries
+
+    place.unlink()
+    one.tracker().close()
+    assert not waiting(one.store, one.record.run)
+    run = all_runs(client)["features"].info
+    assert run.status == "FINISHED" and [file.path for file in client.list_artifacts(run.run_id)] == ["loss.png"]
+
+
 def change(database: Path, statement: str) -> list[tuple[str, ...]]:
     with closing(sqlite3.connect(database)) as connection, connection:
         return connection.execute(statement).fetchall()
