@@ -380,14 +380,14 @@ def _difference(field: str, before: Snapshot, after: Snapshot, read: int) -> str
     then, now = (dict(zip(one.names, cut(one.digests), strict=True)) for one in (before, after))
     both = then.keys() & now.keys()
     counts = {
-        "have other contents": sum(then[name] != now[name] for name in both),
-        "are new": len(now.keys() - both),
-        "are gone": len(then.keys() - both),
+        "with other contents": sum(then[name] != now[name] for name in both),
+        "new": len(now.keys() - both),
+        "gone": len(then.keys() - both),
     }
-    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if not parts and read:
-        parts = [f"{read:,} were touched, same contents"]
-    return f"{field}: of the files, {', '.join(parts)}" if parts else None
+    if not any(counts.values()):
+        counts = {"touched, with the same contents": read}
+    parts = [f"{counted(count, 'file')} {what}" for what, count in counts.items() if count]
+    return f"{field}: {', '.join(parts)}" if parts else None
 
 
 def _origin(field: str, others: Sequence[Snapshot], after: Snapshot) -> str | None:

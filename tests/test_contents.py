@@ -388,9 +388,9 @@ def test_a_plan_reads_by_itself_what_changed_and_says_what_it_was(photos: Path) 
     graft_plan(photos, options=("--read",))
     for number in range(4):
         (photos / "cat" / f"{number}.png").write_bytes(b"another")
-    assert "graft: data.path: of the files, 4 have other contents\n" in graft_plan(photos).stderr
+    assert "graft: data.path: 4 files with other contents\n" in graft_plan(photos).stderr
     os.utime(photos / "cat" / "0.png", LONG_AGO)
-    assert "graft: data.path: of the files, 1 were touched, same contents\n" in graft_plan(photos).stderr
+    assert "graft: data.path: 1 file touched, with the same contents\n" in graft_plan(photos).stderr
     shutil.copytree(photos, photos.parent / "copy")
     said = graft_plan(photos.parent / "copy").stderr
     assert f"graft: data.path: moved or copied from {photos}, same contents\n" in said
