@@ -41,12 +41,11 @@ from graftwork.cluster.runtime import session
 def look():
     import torch
     import graftwork.stages.sources
-    import graftwork.cluster.sharded
     bare = sorted({*BARE} & {*sys.modules})
     return {"torch": torch.__file__, "bare": bare, "path": sys.path, "home": os.environ["HOME"]}
 
 BARE = __BARE__
-with session([], together=1, warm=("torch", "graftwork.cluster.sharded")):
+with session([], together=1, warm=("torch",)):
     told = ray.get(look.remote())
     me = psutil.Process()
     family = [me, *me.children(recursive=True)]
