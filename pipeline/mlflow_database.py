@@ -22,6 +22,7 @@ from graftwork.pipeline.files import DRAFTS, NO_LINKS
 PICTURES = "mlflow-files"
 LOCK_SECONDS = 20.0  # that another process may take for a write, as MLflow itself has it
 LOOK_SECONDS = 2.0  # and for a look beforehand
+_PLACE = re.compile(rf"(file:.*/{PICTURES})(?:/\d+)?$")  # of an experiment's pictures; the default one's has its id
 _FILE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
 
 
@@ -108,22 +109,20 @@ def relocate(database: Path) -> None:
     with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection, connection:
         if not _has_experiments(connection):
             return
-        for (there,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-            if there != here and _was_beside(database, there, here):
-                old, new = f"{there}/", f"{here}/"
-                connection.execute(
-                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, there)
-                )
-                connection.execute(
-                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
-                    (new, len(old) + 1, len(old), old),
-                )
+        places = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        found = {match[1] for (place,) in places if place is not None and (match := _PLACE.match(place))}
+        for there in found - {here}:
+            if _was_beside(database, there, here):
+                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                    begins = f"({column} = ? OR substr({column}, 1, ?) = ?)"
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {begins}",
+                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
+                    )
 
 
-def _was_beside(database: Path, there: str | None, here: str) -> bool:
+def _was_beside(database: Path, there: str, here: str) -> bool:
     """Whether the pictures at `there` were beside this database before it was copied or moved."""
-    if there is None or not there.startswith("file:") or not there.endswith(f"/{PICTURES}"):
-        return False
     old, new = (Path(unquote(urlsplit(place).path)) for place in (there, here))
     try:
         return new.is_dir() or not old.is_dir() or (old.parent / database.name).exists()

@@ -52,7 +52,8 @@ def problem(uri: str, experiment: str) -> str | None:
     try:
         known = find_experiment(MlflowClient(tracking_uri=uri), experiment)
     except Exception as error:  # of whatever library MLflow talks through
-        return f"which {fault(error, uri).reason}"
+        found = fault(error, uri)
+        return f"which MLflow refuses: {one_line(error)}" if found.is_ours else f"which {found.reason}"
     if known is not None and known.lifecycle_stage == "deleted":
         return f"whose experiment {experiment!r} is deleted; {restoring(masked(uri), known.experiment_id)}"
     return None

@@ -254,7 +254,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with all of MLflow's tables, to be copied: making one takes seconds."""
     database = tmp_path_factory.mktemp("database") / "mlflow.db"
     mlflow_database.make(database)
-    return database
+    database.rename(database.with_suffix(".empty"))  # whose copies are no copies of a store's database
+    return database.with_suffix(".empty")
 
 
 def tracked(store: Path, empty_database: Path | None = None) -> Job:
@@ -326,6 +327,10 @@ def test_a_finished_run_in_a_moved_store_shows_its_pictures_after_one_look(
     (tmp_path / "old").rename(tmp_path / "new")
     destination(job(), Store(str(tmp_path / "new")), None).relocate()
     assert pictures(tmp_path / "new", tmp_path)["features"] == {"loss.png"}
+    places = change(tmp_path / "new" / OWN, "SELECT artifact_location FROM experiments")
+    places += change(tmp_path / "new" / OWN, "SELECT artifact_uri FROM runs")
+    assert len(places) > 3
+    assert all(place.startswith((tmp_path / "new" / "mlflow-files").as_uri()) for (place,) in places)
 
 
 def test_an_experiment_with_a_place_of_its_own_keeps_it(tmp_path: Path, empty_database: Path) -> None:
