@@ -103,6 +103,7 @@ def _initialised(**settings: Any) -> Iterator[None]:
     try:
         ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
     except Exception as error:
+        ray.shutdown()  # of what had started
         reason = " ".join(str(error.__cause__ or error).split())
         if "_temp_dir" in settings:
             raise RayDidNotStart(f"{reason}; its logs are below {Path(settings['_temp_dir']).resolve()}") from error

@@ -209,7 +209,7 @@ def order_lines(file: str) -> list[tuple[int, str]]:
 
 def _misfit(file: str, problem: str) -> ValueError:
     accepted = "a file that names each class folder once, a line each, in the order of the labels"
-    return ValueError(f"data.classes: got {shown(text(file))}, {problem}; accepted: a number, or {accepted}")
+    return ValueError(f"data.classes: got {plain(text(file))!r}, {problem}; accepted: a number, or {accepted}")
 
 
 def _class_folder(folder: Path) -> ClassFolder:

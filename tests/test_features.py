@@ -324,6 +324,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "BATCH", 8)
 
 
+@pytest.mark.usefixtures("a_cpu")
 def test_the_artifact_tells_what_each_image_held_and_which_label_each_class_has(photos: Path, tmp_path: Path) -> None:
     for label in (2, 10):
         (photos / f"class-{label % 5 // 2}").rename(photos / str(label))
@@ -335,6 +336,7 @@ def test_the_artifact_tells_what_each_image_held_and_which_label_each_class_has(
     assert (out / "images.sha256").read_text().splitlines() == told
 
 
+@pytest.mark.usefixtures("a_cpu")
 @pytest.mark.parametrize("change", ["replaced", "gone", "new"])
 def test_an_image_that_changes_between_hashing_and_reading_is_found_and_nothing_of_it_is_kept(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str

@@ -127,18 +127,17 @@ def test_leases_of_other_names_are_free(store: Store) -> None:
 
 
 def race(folder: str, start: Any, won: Any) -> None:
-    start.wait()
+    start.wait()  # for all, or a slow one would find the lease of one that has ended
     if isinstance(take(Store(folder), "a", me(f"{os.getpid()}")), Lease):
         won.put(os.getpid())
     time.sleep(1)
 
 
 def test_of_many_who_want_it_at_once_one_gets_it(store: Store) -> None:
-    start, won = spawn.Event(), spawn.Queue()
+    start, won = spawn.Barrier(6), spawn.Queue()
     racers = [spawn.Process(target=race, args=(store.url, start, won)) for _ in range(6)]
     for racer in racers:
         racer.start()
-    start.set()
     for racer in racers:
         racer.join()
     assert won.qsize() == 1
