@@ -47,7 +47,7 @@ class Site:
         return self.folder / "store"
 
     def graft(
-        self, *arguments: str, timeout: float = 300, environment: dict[str, str] | None = None
+        self, *arguments: str, timeout: float = 600, environment: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """`graft ARGUMENTS --address ADDRESS`, by someone who has the token and nothing else."""
         here = self.folder / "elsewhere"  # a folder with a `models.py` of its own, as a checkout of DiT
