@@ -428,12 +428,7 @@ def test_files_of_a_step_whose_driver_died_hold_up_no_figures(tmp_path: Path, em
     client = MlflowClient(one.uri)
     client.create_experiment("graftwork", artifact_location=(place / "files").as_uri())
     place.write_text("not a folder")
-    first = one.opened()
-    first.started(one.step("features"))
-    first.close()
-    one.commit("features")
-    step = one.record.step("features")
-    step.state, step.made_by, step.seconds = "cached", one.record.run, 1.0
+    one.end_without_driver("features")
     one.finish(one.opened())
     assert all_runs(client)[one.record.run].info.status == "FINISHED"
     assert waiting(one.store, one.record.run).refused and not waiting(one.store, one.record.run).entries
