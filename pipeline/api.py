@@ -25,8 +25,8 @@ from graftwork.specs.export import Layout
 from graftwork.specs.figures import amount
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, job_from, load
-from graftwork.specs.paths import settle_home
+from graftwork.specs.load import SpecError, expanded, job_from, load
+from graftwork.specs.paths import expand_weights, settle_home
 from graftwork.specs.problems import shown
 from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.listing import listing_once
@@ -165,6 +165,8 @@ def export(
     """
     from graftwork.models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
 
+    out = Path(expanded(str(out), "export"))
+    vae = expanded(vae, "vae", expand_weights) if vae is not None else None
     run_name, _, step = name.partition("/")
     place = Store(store)
     found = record.find(place, run_name)
@@ -192,10 +194,10 @@ def export(
         keys={one.name: one.key for one in found.steps},
     )
     try:
-        export(place.artifact(artifact.key).path(), Path(out), layout, card=card, vae=vae)
+        export(place.artifact(artifact.key).path(), out, layout, card=card, vae=vae)
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
-    return Path(out)
+    return out
 
 
 def _without_folders(value: Any) -> Any:

@@ -203,21 +203,22 @@ class Contents:
     # -- the memory
 
     def _known(self, place: str) -> Snapshot | None:
-        return self._read(_document(place)) if self.store is not None else None
+        return read_snapshot(self.store, _document(place)) if self.store is not None else None
 
     def _others(self, place: str) -> Iterator[Snapshot]:
         if self.store is None:
             return
         for name in self.store.names(FOLDER):
-            if f"{FOLDER}/{name}" != _document(place) and (other := self._read(f"{FOLDER}/{name}")) is not None:
+            if f"{FOLDER}/{name}" != _document(place) and (other := read_snapshot(self.store, f"{FOLDER}/{name}")):
                 yield other
 
-    def _read(self, document: str) -> Snapshot | None:
-        assert self.store is not None
-        try:
-            return Snapshot.decode(self.store.files.read(document))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def read_snapshot(store: Store, document: str) -> Snapshot | None:
+    """Return what is remembered of a place; None if it is not there, torn, or of another version."""
+    try:
+        return Snapshot.decode(store.files.read(document))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Changing(Exception):

@@ -1,7 +1,8 @@
 """Garbage collection: what no run refers to is freed.
 
-Kept are the artifacts and partial work of every step of every run in `runs/`, whatever a job that works now has leased,
-and what is younger than a few days. To free what a run refers to, the run is forgotten first.
+Kept are the artifacts and partial work of every step of every run in `runs/`, what is remembered of the files that they
+read, whatever a job that works now has leased, and what is younger than a few days. To free what a run refers to, the
+run is forgotten first.
 
 Jobs may run meanwhile. Each piece is looked at again right before its turn, and an artifact's manifest goes first: a
 job that misses an artifact that it has just seen finds it rotten, and computes it again.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from graftwork.pipeline import record
+from graftwork.pipeline.contents import FOLDER, read_snapshot
 from graftwork.pipeline.files import DRAFTS, FileInfo
 from graftwork.pipeline.leases import held, name_of
 from graftwork.pipeline.record import RunRecord
@@ -24,7 +26,7 @@ from graftwork.specs.load import SpecError
 
 DAY = 86400.0  # seconds
 SILENT = 3600.0  # seconds after which a lease that is not renewed is dead, whatever machine it was on
-Kind = Literal["artifact", "leftover", "partial", "rotten", "draft", "upload", "lease"]
+Kind = Literal["artifact", "leftover", "partial", "rotten", "draft", "upload", "lease", "contents"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Garbage:
 
     artifact: an artifact. leftover: what a killed commit left. partial: checkpoints. rotten: what was set aside.
     draft, upload: a file of which a kill left a part. lease: one that its holder left behind.
+    contents: the hashes of files that no run reads; without them, the files are read again.
     """
 
     kind: Kind
@@ -41,6 +44,7 @@ class Garbage:
     modified: float  # seconds since the epoch
     key: str | None = None  # of the step whose work it is
     step: str | None = None  # its name, where that is known
+    of: str | None = None  # the path whose contents it remembers
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Books:
     def refresh(self) -> None:
         self.runs = {run: self.runs.get(run) or record.load(self.store, run) for run in self.store.runs()}
         self.referred = {step.key for run, one in self.runs.items() if run not in self.forgotten for step in one.steps}
+        jobs = [one.job for run, one in self.runs.items() if run not in self.forgotten]
+        self.paths = {value for job in jobs for value in _texts(job)}
         self.released = {step.key for run in self.forgotten for step in self.runs[run].steps} - self.referred
         silent = time.time() - SILENT
         alive = {name_of(path) for path, file in self.store.files.tree("leases").items() if file.modified > silent}
@@ -80,6 +86,8 @@ class Books:
                 return one.key in self.referred
             case "partial":  # of no use beside the artifact
                 return one.key in self.referred and self.store.state(str(one.key)) != "cached"
+            case "contents":  # of a path, or of the folder that it lies in
+                return any(path == one.of or path.startswith(f"{one.of}/") for path in self.paths)
         return False
 
 
@@ -152,6 +160,22 @@ def _all(store: Store, steps: dict[str, str]) -> Iterator[Garbage]:
         yield _piece("draft", f"{DRAFTS}/{name}", files)
     for name, info in store.files.uploads().items():
         yield Garbage("upload", name, info.size, info.modified)
+    for name, info in store.files.tree(FOLDER).items():
+        place = f"{FOLDER}/{name}"
+        snapshot = read_snapshot(store, place)
+        yield Garbage("contents", place, info.size, info.modified, of=snapshot.path if snapshot else None)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in a document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
 
 
 def _piece(
@@ -176,6 +200,7 @@ def _remove(store: Store, one: Garbage) -> None:
         return
     if one.kind == "artifact":
         store.remove(f"{one.place}/{MANIFEST}")
-    if one.kind == "lease":
+    if one.kind in ("lease", "contents"):
         store.remove(one.place)
+        return
     store.files.remove_tree(one.place)

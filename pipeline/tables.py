@@ -84,14 +84,25 @@ def show_holdings(holdings: Sequence[Holding]) -> None:
     columns([["run", "status", "size", "it alone", "started"], *cells])
 
 
+def _of(piece: Garbage) -> str:
+    """Return the step, or the path, whose files they are; empty if nobody knows."""
+    return piece.step or piece.of or ""
+
+
 def show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> None:
     now = time.time()
     cells = [
-        [one.kind, amount(one.size), f"{max(0.0, now - one.modified) / 86400:.1f} days", one.step or "", one.place]
+        [
+            one.kind,
+            amount(one.size),
+            f"{max(0.0, now - one.modified) / 86400:.1f} days",
+            one.step or one.of or "",
+            one.place,
+        ]
         for one in pieces
     ]
     if cells:
-        columns([["kind", "size", "age", "step", "place"], *cells])
+        columns([["kind", "size", "age", "of", "place"], *cells])
     for run in runs:
         print(f"{'forgotten' if done else 'would forget'}: {run}")
     print(f"{'freed' if done else 'would free'}: {amount(sum(one.size for one in pieces))} in {len(pieces)} places")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -34,7 +34,7 @@ EXTENDS = "the path of another job's file, from this one: it gives the fields th
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job in a YAML file, with `section.field=value` overrides applied before it is checked."""
-    file = _expanded(str(path), "the job's file")
+    file = Path(expanded(str(path), "the job's file"))
     document = read_job(file)
     try:
         return job_from(document, overrides)
@@ -109,7 +109,7 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     accepted = "accepted: a .yaml file, by its path from this one"
     if "\0" in base or Path(base).suffix not in (".yaml", ".yml"):
         raise SpecError([f"{path}: extends: got {shown(base)}; {accepted}"])
-    other = path.parent / _expanded(base, f"{path}: extends")
+    other = path.parent / expanded(base, f"{path}: extends")
     try:
         if other.exists() and not other.is_file():
             raise SpecError([f"{path}: extends: got {shown(base)}, which is no file; {accepted}"])
@@ -125,10 +125,10 @@ def read_job(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(read_job(other, (*above, path)), document)
 
 
-def _expanded(path: str, field: str) -> Path:
-    """Return a path with `~` and the variables in it filled in; raise SpecError."""
+def expanded(path: str, field: str, expansion: Callable[[str], str] = expand) -> str:
+    """Return a path with `~` and the variables in it filled in; raise SpecError, which names the field."""
     try:
-        return Path(expand(path))
+        return expansion(path)
     except UnknownInPath as unknown:
         raise SpecError([f"{field}: got {shown(path)}; accepted: {unknown}"]) from None
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,17 @@ class Driver:
     def family(self) -> list[psutil.Process]:
         """All of Ray's processes that it started, directly or not."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep its tasks where they are; the driver itself and Ray's own processes go on."""
+        tasks = [process for process in self.family() if process.cmdline()[:1] and "ray::" in process.cmdline()[0]]
+        assert tasks
+        for process in tasks:
+            process.suspend()
+        yield
+        for process in tasks:
+            process.resume()
 
     def signal(self, number: int) -> None:
         if number == signal.SIGINT:  # a terminal sends it to all of the group

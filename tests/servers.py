@@ -37,6 +37,8 @@ class MlflowServer:
                 f"--artifacts-destination={self.folder / 'files'}",
             ],
             cwd=self.folder,
+            # Its processes for jobs of evaluation, which nobody here sends, each import all of MLflow.
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -689,7 +689,9 @@ def test_a_vae_whose_shift_a_pipeline_would_not_undo_is_not_exported(tmp_path: P
         checkpoints.export(tiny_model(tmp_path / "model"), tmp_path / "out", "diffusers", vae=vae)
 
 
-def test_a_vae_of_another_scale_than_the_runs_is_not_exported(encoded: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_vae_of_another_scale_than_the_runs_is_not_exported(
+    encoded: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = make_plan(job(photos, make_vae(tmp_path / "own"), store=str(tmp_path / "store")))
     store, names = Store(made.job.store), keys(made)
     commit(store, names["features"], {"meta.json": (encoded / "meta.json").read_bytes()})
@@ -710,5 +712,8 @@ def test_a_vae_of_another_scale_than_the_runs_is_not_exported(encoded: Path, pho
     assert caught.value.lines == [
         f"vae: got {other}, whose scaling_factor is 0.13025; accepted: 0.18215, as the run has it"
     ]
-    api.export(run.run, tmp_path / "out", "diffusers", store.url, vae=str(tmp_path / "own"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    api.export(run.run, "~/out", "diffusers", store.url, vae="~/own")
     assert (tmp_path / "out" / "vae" / "config.json").is_file()
+    with pytest.raises(SpecError, match=r"^vae: got '\$NOWHERE/vae'; accepted: variables that are set"):
+        api.export(run.run, "~/other", "diffusers", store.url, vae="$NOWHERE/vae")

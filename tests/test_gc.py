@@ -6,12 +6,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from graftwork.pipeline import gc, record
 from graftwork.pipeline.cli import app
+from graftwork.pipeline.contents import Contents, read_snapshot
 from graftwork.pipeline.leases import Holder, take
 from graftwork.pipeline.leases import Lease as HeldLease
 from graftwork.pipeline.record import RunRecord, StepRecord
@@ -32,9 +34,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return found
 
 
-def save_run(store: Store, run: str, *keys: str) -> None:
+def save_run(store: Store, run: str, *keys: str, job: dict[str, Any] | None = None) -> None:
     steps = [StepRecord(name=f"step/{number}", key=key, state="done") for number, key in enumerate(keys)]
-    one = RunRecord(run=run, name="digits", status="finished", started="2025-11-20T22:00:00Z", job={}, steps=steps)
+    one = RunRecord(
+        run=run, name="digits", status="finished", started="2025-11-20T22:00:00Z", job=job or {}, steps=steps
+    )
     record.save(store, one)
 
 
@@ -92,6 +96,23 @@ def test_what_kills_and_damage_left_behind_goes(store: Store) -> None:
         places |= {".drafts/tmp123", ".drafts/tmp456"}
     assert set(collect(store)) == places
     assert {name.split("/")[0] for name in stored(store)} == {"artifacts", "runs"}
+
+
+def test_what_is_remembered_of_files_goes_when_no_run_reads_them(store: Store, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("read", "shards", "unread")}
+    for place in places.values():
+        place.mkdir()
+        (place / "file").write_bytes(b"content")
+        contents = Contents(store)
+        contents.files("weights.path", place, ["file"])
+        contents.keep()
+    job = {"data": {"path": str(places["read"])}, "weights": {"path": str(places["shards"] / "of-2.safetensors")}}
+    save_run(store, "digits-1", KEY, job=job)
+    store.files.write("contents/torn", b"half a snapshot")
+    gone = [place for place in collect(store) if place.startswith("contents/")]
+    assert "contents/torn" in gone and len(gone) == 2
+    left = {read_snapshot(store, f"contents/{name}") for name in store.names("contents")}
+    assert {one.path for one in left if one} == {str(places["read"]), str(places["shards"])}
 
 
 def test_an_upload_that_was_abandoned_goes(s3: Store) -> None:

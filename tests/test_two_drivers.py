@@ -21,12 +21,14 @@ def steps_done(*logs: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(distilled: Path, tmp_path: Path) -> None:
-    job = ("run", str(TINY), "--set", "finetune.steps=700")  # so that the others come in time
-    first = Driver(*job, cwd=tmp_path)
-    first.wait_for(lambda: "] finetune: running" in first.log.read_text(), "finetune")
-    second = Driver(*job, cwd=tmp_path)
-    other = Driver(*job, "--set", "evaluate.samples=20", "--set", "name=other", cwd=tmp_path)
-    ends = [driver.process.wait(300) for driver in (first, second, other)]
+    first = Driver("run", str(TINY), cwd=tmp_path)
+    first.wait_for(lambda: "] finetune: 6" in first.log.read_text(), "finetune")
+    with first.paused():  # until the others have come
+        second = Driver("run", str(TINY), cwd=tmp_path)
+        other = Driver("run", str(TINY), "--set", "evaluate.samples=20", "--set", "name=other", cwd=tmp_path)
+        second.wait_for(lambda: "waiting for" in second.log.read_text(), "waiting")
+        other.wait_for(lambda: "finetune: waiting for" in other.log.read_text(), "waiting")
+    ends = [driver.process.wait(600) for driver in (first, second, other)]
     logs = [driver.log.read_text() for driver in (first, second, other)]
     assert ends == [0, 0, 0], logs
 
