@@ -39,34 +39,16 @@ from graftwork.stages.hashes import ChangedImage, ImageHashes
 from graftwork.stages.images import read_image, scaled
 from graftwork.stages.latents import read, read_meta
 from graftwork.stages.sources import split
-from tests.conftest import Graft
 from tests.small import Folder, Payload
 from tests.stores import commit
+from tests.vaes import SHAPE, SIDE, make_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-SIDE, COUNT = 16, 6
+COUNT = 6
 NAMES = [f"cat/{number}.png" for number in range(COUNT)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-SHAPE: dict[str, Any] = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": SIDE,
-}
-
-
-def make_vae(folder: Path, *, seed: int = 0, safe: bool = True, **changes: Any) -> Path:
-    """A VAE of two levels, as diffusers saves it."""
-    with initialising(seed, "vae"):
-        vae = AutoencoderKL(**{**SHAPE, **changes})
-    vae.save_pretrained(folder, safe_serialization=safe)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -626,43 +608,6 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
     assert drawn.abs().max() > 1
     with torch.no_grad():
         assert_truncated(found, official.decode(drawn / 0.18215).sample)
-
-
-# -- a whole job
-
-
-@pytest.mark.slow
-def test_a_job_on_photographs_runs_in_the_vaes_latents(
-    graft: Graft, photos: Path, folder: Path, weights: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "job.yaml").write_text(
-        f"""
-name: photos-vae
-data: {{kind: image_folder, path: {photos}, image_size: {SIDE}, heldout: 0.25, classes: 3}}
-codec: {{kind: vae, path: {folder}, factor: 2}}
-model: {{kind: dit, depth: 2, width: 24, heads: 2, patch: 2}}
-weights: {{kind: pretrain, steps: 4, batch: 6}}
-graft:
-  - {{target: mha, operator: {{kind: swa, window: 2}}, layers: {{kind: explicit, blocks: [1]}}}}
-distill: {{samples: 12, epochs: 2, batch: 6, milestones: []}}
-finetune: {{fraction: 1.0, steps: 4, batch: 6, warmup: 0, control: false}}
-evaluate:
-  samples: 6
-  batch: 4
-  metrics: [fid]
-  keep_samples: true
-  reference: {photos}/class-0
-  inception: {weights}
-  sampler: {{kind: ancestral, steps: 4, guidance: 1.5}}
-"""
-    )
-    done = graft("run", "job.yaml", "--json", timeout=500)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)["results"]
-    assert list(results) == ["heldout", "rootstock", "stage1", "stage2"]
-    assert all(columns["fid"] > 0 and "distance" not in columns for columns in results.values())
-    made = [np.load(path) for path in (tmp_path / ".graftwork" / "artifacts").glob("*/samples.npy")]
-    assert len(made) == 3 and all(part.shape == (6, 3, SIDE, SIDE) and part.dtype == np.uint8 for part in made)
 
 
 # -- exported

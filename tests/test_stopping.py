@@ -20,18 +20,18 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 # Long enough to be stopped on its way, and without a checkpoint of its own accord.
-LONG = ("finetune.steps=600", "finetune.checkpoint_every=10000", "finetune.control=false", "evaluate.samples=20")
+LONG = ("finetune.steps=200", "finetune.checkpoint_every=10000", "finetune.control=false", "evaluate.samples=20")
 JOB = [str(TINY), *(word for setting in LONG for word in ("--set", setting))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_saves_a_checkpoint_and_the_resumed_job_ends_in_the_same_bits(
+def test_a_signal_saves_a_checkpoint_from_which_the_job_ends_in_the_same_bits(
     distilled: Path, graft: Graft, tmp_path: Path, number: int, code: int
 ) -> None:
     key = keys(json.loads(graft("plan", *JOB, "--json").stdout))["finetune"]
     driver = Driver("run", *JOB, cwd=tmp_path)
-    driver.wait_for(lambda: "] finetune: 6" in driver.log.read_text(), "progress")
+    driver.wait_for(lambda: "] finetune: 2" in driver.log.read_text(), "progress")
     processes = driver.family()
     driver.signal(number)
     ended, log = driver.end()
@@ -41,17 +41,18 @@ def test_a_signal_saves_a_checkpoint_and_the_resumed_job_ends_in_the_same_bits(
     assert alive(processes) == []
     assert (distilled / "partial" / key / "training.safetensors.json").exists()
 
+    if number == signal.SIGINT:  # which saves in the same way
+        return
     done = graft("resume", resume.split()[-1])
     assert done.returncode == 0, done.stderr
-    first_point = next(line for line in done.stderr.splitlines() if "] finetune: " in line and "/600" in line)
-    assert int(first_point.split("finetune: ")[1].split("/")[0]) >= 60  # it went on from where it was stopped
-    if number == signal.SIGTERM:
-        straight = tmp_path / "straight"
-        shutil.copytree(distilled / "artifacts", straight / "artifacts", ignore=lambda *_: [key])
-        undisturbed = graft("run", *JOB, "--set", f"store={straight}")
-        assert undisturbed.returncode == 0, undisturbed.stderr
-        ours, theirs = (store / "artifacts" / key / "model.safetensors" for store in (distilled, straight))
-        assert ours.read_bytes() == theirs.read_bytes()
+    first_point = next(line for line in done.stderr.splitlines() if "] finetune: " in line and "/200" in line)
+    assert int(first_point.split("finetune: ")[1].split("/")[0]) >= 20  # it went on from where it was stopped
+    straight = tmp_path / "straight"
+    shutil.copytree(distilled / "artifacts", straight / "artifacts", ignore=lambda *_: [key])
+    undisturbed = graft("run", *JOB, "--set", f"store={straight}")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    ours, theirs = (store / "artifacts" / key / "model.safetensors" for store in (distilled, straight))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.slow

@@ -21,11 +21,12 @@ def steps_done(*logs: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(distilled: Path, tmp_path: Path) -> None:
-    first = Driver("run", str(TINY), cwd=tmp_path)
-    first.wait_for(lambda: "] finetune: 6" in first.log.read_text(), "finetune")
+    job = ("run", str(TINY), "--set", "finetune.steps=200")  # long enough to be paused on its way
+    first = Driver(*job, cwd=tmp_path)
+    first.wait_for(lambda: "] finetune: 2" in first.log.read_text(), "finetune")
     with first.paused():  # until the others have come
-        second = Driver("run", str(TINY), cwd=tmp_path)
-        other = Driver("run", str(TINY), "--set", "evaluate.samples=20", "--set", "name=other", cwd=tmp_path)
+        second = Driver(*job, cwd=tmp_path)
+        other = Driver(*job, "--set", "evaluate.samples=20", "--set", "name=other", cwd=tmp_path)
         second.wait_for(lambda: "waiting for" in second.log.read_text(), "waiting")
         other.wait_for(lambda: "finetune: waiting for" in other.log.read_text(), "waiting")
     ends = [driver.process.wait(600) for driver in (first, second, other)]
