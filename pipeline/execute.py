@@ -460,6 +460,7 @@ def _do(work: Work, together: stages.Together) -> float:
         images=step.images,
     )
     stages.load(step.stage)(context)
+    step.require_same_files()
     seconds = time.perf_counter() - began
     made = datetime.now(UTC).isoformat(timespec="seconds")
     origin = work.origin.model_copy(update={"seconds": seconds, "made": made})

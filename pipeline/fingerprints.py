@@ -5,17 +5,59 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.store import canonical, digest
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
 from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
+from graftwork.specs.problems import plain
 from graftwork.stages.hashes import ImageHashes
 from graftwork.stages.sources import items, split
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 UNREAD = "unread"  # stands for contents that were never read: the keys are not those of a run either
+
+
+class ChangedFiles(ValueError):
+    """Files hold something else than they did when the plan hashed them; the text is the whole line."""
+
+
+@dataclass(frozen=True)
+class External:
+    """A file or folder that a step reads from outside of the store; its fingerprint stands in the step's key."""
+
+    role: str
+    path: str
+    field: str  # of the spec, that names it
+
+    def fingerprint(self, contents: Contents) -> str:
+        """Return the hash of a file, of all files of a folder, or of all parts of what a file is a part of; of a hub
+        id, the revision that is in the local cache; ABSENT if it is not here, UNREAD if it has to be read first."""
+        if is_hub_id(self.path):
+            snapshot = local_snapshot(self.path)
+            return f"{self.path}@{snapshot.name}" if snapshot else ABSENT
+        place = Path(self.path)
+        if place.is_dir():
+            return self._of_files(place, _names(place, self.role), contents)
+        if len(parts := parts_of(place)) > 1:
+            return self._of_files(place.parent, [part.name for part in parts], contents)
+        if not place.is_file():
+            return ABSENT
+        digests = contents.files(self.field, place, [""])
+        return digests[0] if digests else UNREAD
+
+    def require_same(self, fingerprint: str) -> None:
+        """Raise ChangedFiles if it is on this machine, and no longer what has that fingerprint."""
+        now = self.fingerprint(Contents())
+        if now not in (fingerprint, ABSENT):
+            accepted = "accepted: files that stay as they are while a job reads them, the same on all machines"
+            raise ChangedFiles(f"{self.field}: got {plain(self.path)}, which is not as the plan found it; {accepted}")
+
+    def _of_files(self, place: Path, names: list[str], contents: Contents) -> str:
+        digests = contents.files(self.field, place, names)
+        return _hash([[name, one] for name, one in zip(names, digests, strict=True)]) if digests is not None else UNREAD
 
 
 def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], ImageHashes | None]:
@@ -41,43 +83,18 @@ def _times(data: ImageFolderData) -> dict[str, str]:
             listing.append([item.name, item.label, found.st_size, found.st_mtime_ns])
         except OSError:  # a link to nothing
             listing.append([item.name, item.label])
-    return _hashed("images", listing)
+    return {"images": _hash(listing)}
 
 
-def reference_fingerprint(path: str, contents: Contents) -> dict[str, str]:
-    """Return that of what samples are held against: statistics, or the files right in a folder of images."""
-    if not Path(path).is_dir():
-        return weights_fingerprint("reference", path, contents, "evaluate.reference")
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith("."))
-    return _folder("reference", Path(path), names, contents, "evaluate.reference")
+def _names(place: Path, role: str) -> list[str]:
+    """Return the files of a folder that are read: those right in one of reference images, else all below it."""
+    if role == "reference":
+        return sorted(entry.name for entry in os.scandir(place) if entry.is_file() and not entry.name.startswith("."))
+    return [file.relative_to(place).as_posix() for file in sorted(place.rglob("*")) if file.is_file()]
 
 
-def weights_fingerprint(role: str, path: str, contents: Contents, field: str) -> dict[str, str]:
-    """Return that of a file, or of all files of a folder; of a hub id, the revision that is in the local cache."""
-    if is_hub_id(path):
-        snapshot = local_snapshot(path)
-        return {role: f"{path}@{snapshot.name}" if snapshot else ABSENT}
-    place = Path(path)
-    if place.is_dir():
-        names = [file.relative_to(place).as_posix() for file in sorted(place.rglob("*")) if file.is_file()]
-        return _folder(role, place, names, contents, field)
-    if len(parts := parts_of(place)) > 1:
-        return _folder(role, place.parent, [part.name for part in parts], contents, field)
-    if not place.is_file():
-        return {role: ABSENT}
-    found = contents.files(field, place, [""])
-    return {role: found[0] if found else UNREAD}
-
-
-def _folder(role: str, place: Path, names: list[str], contents: Contents, field: str) -> dict[str, str]:
-    found = contents.files(field, place, names)
-    if found is None:
-        return {role: UNREAD}
-    return _hashed(role, [[name, one] for name, one in zip(names, found, strict=True)])
-
-
-def _hashed(role: str, listing: list[list[object]]) -> dict[str, str]:
-    return {role: hashlib.sha256(canonical(listing).encode(errors="surrogateescape")).hexdigest()}
+def _hash(listing: list[list[object]]) -> str:
+    return hashlib.sha256(canonical(listing).encode(errors="surrogateescape")).hexdigest()
 
 
 def digits_file() -> Path:

@@ -14,12 +14,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.fingerprints import ABSENT, UNREAD
+from graftwork.pipeline.fingerprints import ABSENT, UNREAD, External
 from graftwork.pipeline.steps import drafts
 from graftwork.pipeline.store import Manifest, RottenArtifact, State, Store, canonical
 from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
@@ -50,7 +50,13 @@ class Step:
     resources: StepResources
     identity: Mapping[str, Any]
     key: str
+    external: tuple[External, ...] = ()  # what it reads from outside of the store
     images: ImageHashes | None = None  # that it reads, and what each holds
+
+    def require_same_files(self) -> None:
+        """Raise ChangedFiles if what it read from outside of the store is not what its key says."""
+        for one in self.external:
+            one.require_same(self.identity["outside"][one.role])
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,14 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
     contents: of the files that it brings along; without it, each is read. If one may not be, no run has these keys.
     """
     steps: dict[str, Step] = {}
-    for draft in drafts(job, contents or Contents()):
+    contents = contents or Contents()
+    fingerprint = cache(lambda external: external.fingerprint(contents))  # many steps read the same
+    for draft in drafts(job, contents):
         identity = {
             "stage": draft.stage,
             "version": STAGES[draft.stage].version,
             "params": keyed(draft.params),
-            "outside": draft.outside,
+            "outside": {**draft.outside, **{one.role: fingerprint(one) for one in draft.external}},
             "needs": {role: steps[needed].key for role, needed in draft.needs.items()},
         }
         steps[draft.name] = Step(
@@ -107,6 +115,7 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
             resources=getattr(job.resources, draft.stage),
             identity=identity,
             key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
+            external=draft.external,
             images=draft.images,
         )
     return Plan(job=job, steps=tuple(steps.values()))

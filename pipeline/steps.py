@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.fingerprints import data_fingerprint, reference_fingerprint, weights_fingerprint
+from graftwork.pipeline.fingerprints import External, data_fingerprint
 from graftwork.specs import steps as params
 from graftwork.specs.data import DigitsData, VaeCodec
 from graftwork.specs.evaluate import Metric, inception_file
@@ -35,50 +35,51 @@ class Draft:
     stage: str
     params: Spec
     needs: Needs
-    outside: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what lies outside the store
+    outside: Mapping[str, str] = field(default_factory=dict)  # what else its result depends on, by role
+    external: tuple[External, ...] = ()  # whose fingerprints join that
     images: ImageHashes | None = None  # that it reads
 
 
 def drafts(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     """Yield every step of the job, each after those that it needs. contents: of the files that it brings along."""
     yield from _rootstock(job, contents)
-    yield from _distillation(job, contents)
+    yield from _distillation(job)
     yield from _searches(job)
     yield _selection(job)
     yield from _finetuning(job)
-    yield from _evaluation(job, contents)
+    yield from _evaluation(job)
 
 
 def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     outside, images = data_fingerprint(job.data, contents)
+    external: tuple[External, ...] = ()
     if isinstance(job.codec, VaeCodec):
-        outside |= weights_fingerprint("codec", str(vae_folder(Path(job.codec.path))), contents, "codec.path")
-    yield Draft("features", "features", params.FeaturesParams(data=job.data, codec=job.codec), {}, outside, images)
+        external = (External("codec", str(vae_folder(Path(job.codec.path))), "codec.path"),)
+    features = params.FeaturesParams(data=job.data, codec=job.codec)
+    yield Draft("features", "features", features, {}, outside, external, images)
 
-    outside = {}
+    external = ()
     if isinstance(job.weights, CheckpointWeights):
-        outside = weights_fingerprint("checkpoint", job.weights.path, contents, "weights.path")
+        external = (External("checkpoint", job.weights.path, "weights.path"),)
     base = params.BaseParams(seed=job.seed, model=job.model, weights=job.weights)
-    yield Draft("base", "base", base, FEATURES, outside)
+    yield Draft("base", "base", base, FEATURES, external=external)
     if "classifier" in job.evaluate.metrics:
         yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
     profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES)
     yield Draft("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
 
 
-def _distillation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+def _distillation(job: JobSpec) -> Iterator[Draft]:
     edits = job.edits()
     few = _few(job, job.distill.samples, job.distill.heldout or job.distill.samples)
-    lenders = sorted({edit.scions for edit in edits if edit.scions})
-    lent = {path: weights_fingerprint("scions", path, contents, "graft.scions") for path in lenders}
     for edit in edits:
         within = _within(edit, edits)
         needs = ROOTSTOCK | _scions(within)
         if job.distill.loss == "auto":
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
-        outside = {**lent.get(edit.scions or "", {}), **few}
-        yield Draft(f"distill/{edit.name}", "distill", told, needs, outside)
+        external = (External("scions", edit.scions, "graft.scions"),) if edit.scions else ()
+        yield Draft(f"distill/{edit.name}", "distill", told, needs, few, external)
 
 
 def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -132,14 +133,14 @@ def _finetuning(job: JobSpec) -> Iterator[Draft]:
         yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"}, few)
 
 
-def _evaluation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+def _evaluation(job: JobSpec) -> Iterator[Draft]:
     asked = job.evaluate
     metrics = tuple(sorted(set(asked.metrics)))
     judges: Needs = {"classifier": "classifier"} if "classifier" in metrics else {}
-    weights = {}
+    weights: tuple[External, ...] = ()
     if "fid" in metrics:
-        weights = weights_fingerprint("inception", str(inception_file(asked.inception)), contents, "evaluate.inception")
-    yield from _references(job, metrics, judges, weights, contents)
+        weights = (External("inception", str(inception_file(asked.inception)), "evaluate.inception"),)
+    yield from _references(job, metrics, judges, weights)
 
     rows: dict[params.Row, Needs] = {
         "rootstock": ROOTSTOCK,
@@ -162,7 +163,7 @@ def _evaluation(job: JobSpec, contents: Contents) -> Iterator[Draft]:
             inception=asked.inception,
             compile=asked.compile,
         )
-        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, {**weights, **_last_turn(job)})
+        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, _last_turn(job), weights)
 
     needs = {role: step for models in rows.values() for role, step in models.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
@@ -189,7 +190,7 @@ def _share(job: JobSpec, fraction: float) -> float:
 
 
 def _references(
-    job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: Mapping[str, str], contents: Contents
+    job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: tuple[External, ...]
 ) -> Iterator[Draft]:
     """What the rows are held against, and the row of real images: whatever is grafted, they stay."""
     asked = job.evaluate
@@ -198,11 +199,12 @@ def _references(
         yield Draft("reference/classifier", "reference", training, FEATURES | judges)
     if "fid" in metrics:
         assert asked.reference is not None
-        outside, background = reference_fingerprint(asked.reference, contents), None
+        external: tuple[External, ...] = (External("reference", asked.reference, "evaluate.reference"),)
+        background = None
         if Path(asked.reference).is_dir():  # statistics are taken as they are
-            outside |= weights
+            external += weights
             background = job.data.background
         told = params.FidStatisticsParams(reference=asked.reference, background=background, inception=asked.inception)
-        yield Draft("reference/fid", "reference", told, {}, outside)
+        yield Draft("reference/fid", "reference", told, {}, external=external)
     heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
-    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, {**weights, **_last_turn(job)})
+    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, _last_turn(job), weights)

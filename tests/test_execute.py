@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,9 @@ from benchmarks.watching import Unwatched
 from graftwork import stages
 from graftwork.cluster import runtime
 from graftwork.pipeline import estimates, execute, leases, recording
+from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.execute import Execution, StepResult, Work
+from graftwork.pipeline.fingerprints import External
 from graftwork.pipeline.leases import Holder, Lease
 from graftwork.pipeline.packing import Item
 from graftwork.pipeline.planning import Plan, Step, make_plan
@@ -114,6 +116,43 @@ def test_an_error_in_one_step_leaves_the_others_of_its_task_done(store: Store, d
     assert "in work" in failure.details
     assert store.manifest(results[1].key) is None
     assert store.names("leases") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "role", "changed"),
+    [
+        ("model.pt", "checkpoint", "model.pt"),
+        ("folder", "codec", "folder/below/weights"),
+        ("images", "reference", "images/new.png"),
+    ],
+)
+def test_a_step_whose_files_changed_since_the_plan_commits_nothing(
+    store: Store, doing: Any, tmp_path: Path, path: str, role: str, changed: str
+) -> None:
+    for name in ("model.pt", "folder/below/weights", "images/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"as the plan read it")
+    external = External(role, str(tmp_path / path), "some.field")
+    outside = {role: external.fingerprint(Contents())}
+    works_of = [
+        replace(one, step=replace(one.step, external=(external,), identity={**one.step.identity, "outside": outside}))
+        for one in works(store, "a", "b")
+    ]
+
+    def work(context: Context) -> None:
+        leave_a_file(context)
+        if context.step == "b":
+            (tmp_path / changed).write_bytes(b"as another wrote it")
+
+    doing(work)
+    done, failed = run(works_of)
+    assert done.state == "done" and failed.state == "failed" and store.manifest(failed.key) is None
+    problem = f"some.field: got {tmp_path / path}, which is not as the plan found it; accepted: files that stay"
+    assert problem in str(failed.failure)
+
+
+def test_files_that_only_another_machine_has_are_taken_as_they_are(tmp_path: Path) -> None:
+    External("checkpoint", str(tmp_path / "elsewhere.pt"), "weights.path").require_same("0" * 64)
 
 
 def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(store: Store, doing: Any) -> None:
