@@ -5,6 +5,7 @@ An operator is covered as soon as it is registered, with its default settings; E
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import shutil
@@ -12,6 +13,7 @@ import sys
 import types
 import unittest.mock
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -61,6 +63,7 @@ EXTRA = [
 SPECS = [kind() for kind in REGISTRY] + EXTRA  # type: ignore[call-arg]
 QUADRATIC = {Mha}  # in the number of tokens
 SMALL = Place(width=16, heads=2, num_tokens=20)
+WIDE = Place(width=48, heads=3, num_tokens=20)  # heads wide enough for FlexAttention
 
 
 def label(value: Any) -> str | None:
@@ -753,7 +756,96 @@ def test_a_package_that_cannot_be_imported_is_named_with_the_reason(
     assert not calls
 
 
+@pytest.mark.parametrize("raised", ["RuntimeError('no tilelang')", "SystemError()", "KeyError('x')"])
+def test_a_package_whose_import_raises_whatever_error_is_passed_over(
+    raised: str, calls: list[Kernel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "causal_conv1d")
+    (tmp_path / "causal_conv1d.py").write_text(f"raise {raised}")
+    monkeypatch.syspath_prepend(tmp_path)
+    x = tokens(dtype=torch.float32)
+    build(HyenaX(), dtype=torch.float32)(x)
+    with pytest.raises(KernelUnavailable, match=r"causal-conv1d, but its import fails: (no tilelang|SystemError|'x')$"):
+        build(HyenaX(backend="kernel"), dtype=torch.float32)(x)
+    assert not calls
+
+
+def test_the_scan_is_imported_though_its_package_cannot_be(
+    calls: list[Kernel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As mamba-ssm is without its compiled extension."""
+    scan = sys.modules[STATE_SPACE_SCAN.module]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        monkeypatch.delitem(sys.modules, name)
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
+    (tmp_path / "mamba_ssm" / "sizes.py").write_text("CHUNK = 256")
+    (folder / "ssd_combined.py").write_text(
+        "from mamba_ssm.sizes import CHUNK\n"
+        f"def {STATE_SPACE_SCAN.function}(*args, **named): return FAKE(*args, **named)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert kernels.import_failure(STATE_SPACE_SCAN) is None and STATE_SPACE_SCAN.fused is not None
+    monkeypatch.setitem(STATE_SPACE_SCAN.fused.__globals__, "FAKE", getattr(scan, STATE_SPACE_SCAN.function))
+    place = Place(16, 2, 20)
+    build(Mamba2(backend="kernel", headdim=4), place, torch.float32)(tokens(place, dtype=torch.float32))
+    assert STATE_SPACE_SCAN in calls
+    with pytest.raises(ModuleNotFoundError, match="selective_scan_cuda"):  # who wants the package gets all of it
+        importlib.import_module("mamba_ssm")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_which_kernel_ran_and_why_a_faster_one_did_not_is_remembered(
+    compiled: bool, calls: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "DECISIONS", set())
+    torch._dynamo.reset()
+    for spec in (HyenaX(), HyenaY(kernel=1), Mha(backend="torch")):
+        operator = build(spec, dtype=torch.float32)
+        called = torch.compile(operator, fullgraph=True, backend="eager") if compiled else operator
+        for _ in range(2):
+            called(tokens(dtype=torch.float32))
+    convolved = ("hyena_x", "causal-conv1d", None)
+    not_convolved = ("hyena_y", "causal-conv1d", "it takes 2 to 4 taps, not 1")
+    assert sorted(kernels.DECISIONS) == [convolved, not_convolved]
+
+
 # -- FlexAttention, which a GPU without flash-attn gets
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler."), ImportError("no triton")])
+def test_without_a_c_compiler_the_band_is_computed_as_defined(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator, x, tried = build(Swa(window=4), WIDE, torch.float32), tokens(WIDE, dtype=torch.float32), []
+    expected = operator(x)
+
+    def fails(*args: Any, **named: Any) -> Tensor:
+        tried.append(1)
+        raise error
+
+    for module in (attention, kernels):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(attention, "compiled_flex_attention", lambda: fails)
+    monkeypatch.setattr(attention, "FLEX_FAILURES", [])
+    monkeypatch.setattr(kernels, "DECISIONS", set())
+    monkeypatch.setattr(kernels, "generation", lambda device: (9, 0))
+    for _ in range(3):
+        torch.testing.assert_close(operator(x), expected)
+    assert len(tried) == 1
+    assert ("swa", "FlexAttention", f"it cannot be compiled: {error}") in kernels.DECISIONS
+
+
+def test_a_gpu_without_memory_is_not_taken_for_one_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **named: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "on_gpu", lambda x: True)
+    monkeypatch.setattr(attention, "compiled_flex_attention", lambda: fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        build(Swa(window=4), WIDE, torch.float32)(tokens(WIDE, dtype=torch.float32))
+    assert not attention.FLEX_FAILURES
 
 
 @pytest.mark.parametrize(("num_tokens", "window"), [(256, 4), (100, 2), (300, 130), (1024, 400), (257, 1000)])

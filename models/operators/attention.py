@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.models.operators import register
-from graftwork.models.operators.kernels import FLASH_ATTENTION, choose, on_gpu
+from graftwork.models.operators.kernels import FLASH_ATTENTION, choose, on_gpu, remember
 from graftwork.specs.operators import Mha, Place, Swa
+from graftwork.specs.problems import shortened
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FLEX_BLOCK = 128  # tokens in a block of FlexAttention's mask
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_CHANNELS = 16  # the fewest a head may have there
+MAX_REASON = 200  # characters
+FLEX_FAILURES: list[str] = []  # why FlexAttention could not be compiled in this process, if it was tried
 
 
 @register(Mha)
@@ -64,12 +67,17 @@ class SlidingWindowAttention(nn.Module):
         flash = choose(FLASH_ATTENTION, self.spec, q, q.shape[-1])
         if flash is not None:
             y = flash(q, k, v, window_size=(window, window))
-        elif on_gpu(q) and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_CHANNELS:
-            mask = band_mask(q.shape[1], window, q.device)
-            y = compiled_flex_attention()(*heads_first(q, k, v), block_mask=mask).transpose(1, 2)
         else:
-            y = band_attention(*heads_first(q, k, v), window).transpose(1, 2)
+            y = self._without_flash(*heads_first(q, k, v)).transpose(1, 2)
         return self.out_proj(y.flatten(2))
+
+    def _without_flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B,H,N,E) each, by FlexAttention on a GPU, if it takes them and there is a C compiler; else as defined."""
+        if not on_gpu(q):
+            return band_attention(q, k, v, self.spec.window)
+        y = None if flex_obstacle(q) else flex_band_attention(q, k, v, self.spec.window)
+        remember(self.spec.kind, "FlexAttention", flex_obstacle(q))
+        return band_attention(q, k, v, self.spec.window) if y is None else y
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +102,36 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return (v @ scores.softmax(-1)[..., None])[..., 0]
 
 
+def flex_obstacle(q: Tensor) -> str | None:
+    """Return why FlexAttention is not called on (B,H,N,E), None if it is."""
+    if q.dtype not in FLEX_DTYPES:
+        return f"it takes {', '.join(map(str, FLEX_DTYPES))}, not {q.dtype}"
+    if q.shape[-1] < FLEX_CHANNELS:
+        return f"it takes {FLEX_CHANNELS} channels a head or more, not {q.shape[-1]}"
+    return FLEX_FAILURES[0] if FLEX_FAILURES else None
+
+
+def flex_band_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor | None:
+    """(B,H,N,E) each -> the same of the band; None, with a line in FLEX_FAILURES, if it cannot be compiled here.
+
+    Its first call compiles it, which needs a C compiler. Within a compiled operator it is compiled with that.
+    """
+    flex, mask = compiled_flex_attention(), band_mask(q.shape[2], window, q.device)
+    if torch.compiler.is_compiling():
+        return flex(q, k, v, block_mask=mask)
+    try:
+        return flex(q, k, v, block_mask=mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind compilers raise
+        reason = shortened(" ".join(str(error).split()), MAX_REASON)
+        FLEX_FAILURES.append(f"it cannot be compiled: {reason}")
+        return None
+
+
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention as one fused kernel. Uncompiled it would make the N x N matrix, so a failure to compile is one."""
+    """Return FlexAttention as one fused kernel; uncompiled it would make the N x N matrix."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, fullgraph=True)

@@ -1,13 +1,18 @@
 """Fused GPU kernels from packages that may not be installed, and the one decision whether a call goes to one.
 
 Each computes what the operator's definition in plain PyTorch does. Nothing is imported until a tensor on a GPU asks.
+The process keeps which decisions fell, so that a step can leave them beside its result.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +37,7 @@ class Kernel:
     generation: tuple[int, int] = (0, 0)  # least compute capability of the GPU
     sizes: tuple[int, int] | None = None  # least and greatest of `size_name`
     size_name: str = ""
+    bare: bool = False  # whether the module needs nothing that its package's own `__init__` does
     fused: Fused | None = field(default=None, init=False)  # the function, once it is imported
     failure: str | None = field(default=None, init=False)  # why it could not be
 
@@ -70,7 +76,19 @@ STATE_SPACE_SCAN = Kernel(
     "mamba_ssm.ops.triton.ssd_combined",
     "mamba_chunk_scan_combined",
     (torch.float32, torch.float16, torch.bfloat16),
+    bare=True,  # the scan is Triton's; the package's `__init__` imports a CUDA extension, which only nvcc makes
 )
+
+
+class Decision(NamedTuple):
+    """Whether an operator's calls on a GPU went to a kernel, and if not, why."""
+
+    operator: str
+    kernel: str
+    obstacle: str | None  # None: they did
+
+
+DECISIONS: set[Decision] = set()  # of this process, since they were last cleared
 
 
 def choose(kernel: Kernel, spec: Accelerated, x: Tensor, size: int | None = None) -> Fused | None:
@@ -81,6 +99,7 @@ def choose(kernel: Kernel, spec: Accelerated, x: Tensor, size: int | None = None
     if spec.backend == "torch" or x.is_meta or (spec.backend == "auto" and not on_gpu(x)):
         return None
     obstacle = kernel.obstacle(x, size)
+    remember(spec.kind, kernel.package, obstacle)
     if obstacle is None:
         return kernel.fused
     if spec.backend == "kernel":
@@ -97,18 +116,45 @@ def generation(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def remember(operator: str, kernel: str, obstacle: str | None) -> None:
+    """Add to this process's decisions."""
+    DECISIONS.add(Decision(operator, kernel, obstacle))
+
+
 def import_failure(kernel: Kernel) -> str | None:
-    """Import the function; why that fails, None where it does not."""
+    """Import the function; return why that fails, None if it does not."""
     if kernel.fused is None and kernel.failure is None:
         try:
-            kernel.fused = getattr(importlib.import_module(kernel.module), kernel.function)
+            kernel.fused = _imported(kernel)
         except ModuleNotFoundError as error:
             kernel.failure = f"there is no module {error.name} here"
-        except (ImportError, AttributeError, OSError) as error:  # built for another torch, or another version
-            kernel.failure = f"its import fails: {str(error).splitlines()[0]}"
+        except Exception as error:  # built for another torch, another version, or an error of what it brings along
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            kernel.failure = f"its import fails: {line}"
     return kernel.failure
 
 
-# Where an operator is compiled, dynamo calls this instead of tracing through the import. The public way to say so,
+def _imported(kernel: Kernel) -> Fused:
+    with _without_init(kernel.module.partition(".")[0] if kernel.bare else None):
+        fused: Fused = getattr(importlib.import_module(kernel.module), kernel.function)
+    return fused
+
+
+@contextmanager
+def _without_init(package: str | None) -> Iterator[None]:
+    """Within this context the package's modules are imported without its `__init__`, unless that has run before."""
+    spec = None if package is None or package in sys.modules else importlib.util.find_spec(package)
+    if spec is None:
+        yield
+        return
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # has its `__path__`, and nothing else
+    try:
+        yield
+    finally:
+        del sys.modules[spec.name]  # others that import the package get the whole of it
+
+
+# Where an operator is compiled, dynamo calls these instead of tracing through them. The public way to say so,
 # torch.compiler.assume_constant_result, would import the whole compiler here.
 import_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
