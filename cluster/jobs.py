@@ -63,15 +63,20 @@ class Answer:
     code: int
 
 
+def check_url(address: str) -> None:
+    """Raise SpecError for what is not the URL of a dashboard, whether or not something answers there."""
+    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+        raise SpecError([f"--address: got {address!r}; accepted: a Ray dashboard, as http://head:8265"])
+    if "@" in urlsplit(address).netloc:
+        raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
+
+
 class Cluster:
     """A Ray cluster by the address of its dashboard; raises SpecError where that cannot be worked with."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
-        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
-            raise SpecError([f"--address: got {address!r}; accepted: a Ray dashboard, as http://head:8265"])
-        if "@" in urlsplit(address).netloc:
-            raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
+        check_url(address)
         here = urlsplit(address).hostname in LOOPBACK
         self._no_proxy = dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(LOOPBACK)) if here else {}
         headers = {"Authorization": f"Bearer {secret}"} if (secret := token()) else {}

@@ -10,10 +10,8 @@ come into it.
 from __future__ import annotations
 
 import secrets
-import site
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,8 +20,8 @@ from ray._private import ray_constants
 from ray._private.utils import resolve_object_store_memory
 from ray.job_config import JobConfig
 
-import graftwork
 from graftwork.cluster import machine
+from graftwork.cluster.imports import code_folders
 from graftwork.cluster.scratch import scratch
 from graftwork.cluster.variables import environment
 
@@ -47,12 +45,6 @@ def job_config() -> JobConfig:
     config = JobConfig(_py_driver_sys_path=code_folders())
     config._runtime_env_has_working_dir = lambda: True  # by which Ray leaves out the current folder and the script's
     return config
-
-
-def code_folders() -> list[str]:
-    """Return the folder that graftwork was imported from, unless every Python of this environment has it."""
-    folder = str(Path(graftwork.__file__).absolute().parent.parent)
-    return [] if folder in (*site.getsitepackages(), site.getusersitepackages()) else [folder]
 
 
 def _memory() -> dict[str, int]:

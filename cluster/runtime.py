@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +15,12 @@ from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
 from graftwork.cluster.address import check_cluster, cluster_address, head_of
-from graftwork.cluster.local import code_folders, job_config, local_settings, read_authentication
+from graftwork.cluster.drivers import gpu_problem
+from graftwork.cluster.imports import code_folders
+from graftwork.cluster.local import job_config, local_settings, read_authentication
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
+from graftwork.cluster.orphans import end_with_parent
 from graftwork.cluster.scratch import RayDidNotStart
 from graftwork.cluster.variables import environment
 from graftwork.cluster.warm import Nursery
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 
-PARENT_CHECK_SECONDS = 0.1
 KEPT_IDLE_MS = 60_000  # that a process without work is kept, with what it has imported
 
 
@@ -139,12 +137,17 @@ def shown(resources: StepResources) -> str:
 
 def room_for(resources: StepResources) -> int:
     """How many such tasks the nodes of the cluster could hold at once, if they had nothing else to do."""
+    return room_in([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+
+
+def room_in(nodes: Iterable[Mapping[str, float]], resources: StepResources) -> int:
+    """The same, of nodes that have these amounts."""
 
     def held_by(node: Mapping[str, float]) -> int:
         counts = [_fit(name, node.get(name, 0.0), amount) for name, amount in taken(resources).items() if amount]
         return min(counts, default=1)
 
-    return sum(held_by(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return sum(map(held_by, nodes))
 
 
 def _fit(name: str, there: float, amount: float) -> int:
@@ -213,39 +216,6 @@ def gpu() -> torch.device:
     """
     import torch
 
-    try:
-        torch.zeros(1, device="cuda").add_(1).item()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # AssertionError: of a torch without CUDA
-        built = torch.version.cuda and f"CUDA {torch.version.cuda}"
-        built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPUs only"
-        raise UnusableGpu(
-            f"Ray gave this task a GPU that torch {torch.__version__}, built for {built}, cannot use "
-            f"({str(error).splitlines()[0]}); NVIDIA driver: {_driver_version() or 'none'}; accepted: a driver that "
-            "supports that CUDA, or a torch built for the driver's (https://pytorch.org/get-started)"
-        ) from None
+    if (problem := gpu_problem()) is not None:
+        raise UnusableGpu(f"Ray gave this task a GPU that {problem}")
     return torch.device("cuda")
-
-
-def _driver_version() -> str | None:
-    """Return the version of the loaded NVIDIA kernel module; None where there is none."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return found and found[0]
-
-
-@cache
-def end_with_parent() -> None:
-    """Have this process end when Ray's node process, its parent, is gone: Ray itself lets a running task go on."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_CHECK_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -24,7 +24,7 @@ def scratch_problem() -> str | None:
         if (place := os.environ.get(variable)) and (problem := _problem(place)):
             return f"{variable}: got {place!r}, {problem}"
     try:
-        place = _place()
+        place = scratch_place()
     except FileNotFoundError as error:
         return f"TMPDIR: got nothing, and {error.strerror}; accepted: a folder that can be written"
     if not _fits(Path(place).absolute() / "graft-12345678") and _short_place() is None:
@@ -40,7 +40,8 @@ def _problem(place: str) -> str | None:
     return None if os.access(place, os.W_OK | os.X_OK) else f"which cannot be written; {accepted}"
 
 
-def _place() -> str:
+def scratch_place() -> str:
+    """Return the folder for temporary files; raise FileNotFoundError if none can be written."""
     return next(filter(None, map(os.environ.get, VARIABLES)), None) or tempfile.gettempdir()
 
 
@@ -56,7 +57,7 @@ def scratch() -> Iterator[Path]:
     """
     if (problem := scratch_problem()) is not None:
         raise SpecError([problem])
-    folder = Path(tempfile.mkdtemp(prefix="graft-", dir=Path(_place()).absolute()))
+    folder = Path(tempfile.mkdtemp(prefix="graft-", dir=Path(scratch_place()).absolute()))
     link: Path | None = None
     try:
         if not _fits(folder) and (short := _short_place()) is not None:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftwork.models import load
     from graftwork.pipeline.api import compare, export, plan, resume, run, stop
+    from graftwork.pipeline.doctor import doctor
     from graftwork.pipeline.remote import submit
     from graftwork.pipeline.running import RunFailed, RunStopped
     from graftwork.specs.job import JobSpec
     from graftwork.specs.problems import SpecError
 
 __all__ = [
-    "JobSpec", "RunFailed", "RunStopped", "SpecError", "compare", "export", "load", "plan", "resume", "run", "stop",
-    "submit",
+    "JobSpec", "RunFailed", "RunStopped", "SpecError", "compare", "doctor", "export", "load", "plan", "resume", "run",
+    "stop", "submit",
 ]  # fmt: skip
 
 _HOMES = {
+    "doctor": "graftwork.pipeline.doctor",
     "load": "graftwork.models",
     "submit": "graftwork.pipeline.remote",
     "JobSpec": "graftwork.specs.job",

@@ -87,7 +87,7 @@ def untracked(made: Plan) -> list[str]:
     """What keeps MLflow from taking the figures of a run of the plan, a line each; nothing is started or written."""
     store = Store(made.job.store)
     try:
-        there = destination(made.job, store, record.load_or_none(store, record.run_name(made)))
+        there = destination(made.job.tracking, store, record.load_or_none(store, record.run_name(made)))
         there.check()
     except SpecError as error:
         return error.lines

@@ -8,6 +8,7 @@ What a command works with loads when it is called: help, and a word that is no c
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -22,10 +23,13 @@ import typer
 from graftwork.pipeline.tables import (
     columns,
     document,
+    show_check,
+    show_checkup,
     show_costs,
     show_expected,
     show_garbage,
     show_holdings,
+    show_nodes,
     show_results,
     show_run,
     show_submissions,
@@ -36,6 +40,7 @@ from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
+    from graftwork.cluster.probes import Check
     from graftwork.pipeline.planning import Step
     from graftwork.pipeline.record import RunRecord
     from graftwork.pipeline.store import Manifest, State, Store
@@ -398,6 +403,42 @@ def gc(
             print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")
         elif holdings:
             print(f"free what a run alone refers to with: {shlex.join(['graft', 'gc', *options, '--forget', 'RUN'])}")
+
+
+@app.command()
+def doctor(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB.yaml]", help="a job that is to fit")] = None,
+    overrides: Overrides = None,
+    store: Annotated[str | None, typer.Option("--store", help="by default the job's, or .graftwork")] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, or a cluster's nodes: each line fine, warning or broken, with what to do.
+
+    Exit code 0 if nothing is broken, 1 if something is. Put what it prints into a bug report.
+    """
+    from graftwork.pipeline.doctor import doctor as check_up
+
+    several = address is not None or os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
+    out = sys.stdout
+
+    def tell(check: Check) -> None:
+        if not (as_json or several):
+            with redirect_stdout(out):
+                show_check(check)
+
+    with problems(debug):
+        with redirect_stdout(sys.stderr):
+            made = check_up(job, overrides or (), store, address, tell)
+        if as_json:
+            document(made.document())
+        else:
+            if several:
+                show_nodes(made.checks)
+            show_checkup(made)
+    if made.state == "broken":
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 from graftwork.pipeline import mlflow_database
 from graftwork.pipeline.record import RunRecord
 from graftwork.pipeline.store import Store
-from graftwork.specs.job import JobSpec
+from graftwork.specs.job import TrackingSpec
 from graftwork.specs.problems import SpecError, shown
 from graftwork.specs.secrets import filled, masked, secret_in
 
@@ -78,9 +78,9 @@ def shown_uri(uri: str) -> str:
     return uri if "://" in uri else shown(uri)
 
 
-def destination(job: JobSpec, store: Store, past: RunRecord | None) -> Destination:
-    """Where the figures of a run of the job go. past: its record by an earlier start. Raises SpecError."""
-    spec, notes = job.tracking, []
+def destination(spec: TrackingSpec, store: Store, past: RunRecord | None) -> Destination:
+    """Return where the figures of a job's run go; raise SpecError. past: the run's record by an earlier start."""
+    notes: list[str] = []
     named, variable, before = spec.uri, os.environ.get(URI), past.mlflow_uri if past else None
     if named is not None:
         uri, kept, field = named, named, "tracking.uri"

@@ -71,6 +71,7 @@ class Files(ABC):
 
     local: bool
     fs: Any  # fsspec's file system
+    retry_seconds: float | None = None  # instead of RETRY_SECONDS
 
     def __init__(self, root: str, url: str) -> None:
         self.root, self.url = PurePosixPath(root), url
@@ -435,7 +436,8 @@ class RemoteFiles(Files):
 
         def too_late(state: RetryCallState) -> bool:
             failed.append(time.monotonic())
-            return failed[-1] - failed[0] >= RETRY_SECONDS
+            most = RETRY_SECONDS if self.retry_seconds is None else self.retry_seconds
+            return failed[-1] - failed[0] >= most
 
         wait = wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
         try:

@@ -212,6 +212,11 @@ def absent(job: JobSpec) -> list[str]:
     return lines
 
 
+def unfetched(job: JobSpec) -> list[str]:
+    """Return a line for each hub id that the job names and that is not in the local cache: one of `absent`'s."""
+    return [line for field, path in _weights(job) if is_hub_id(path) and (line := _absent_weights(field, path))]
+
+
 def _absent_data(data: ImageFolderData) -> list[str]:
     accepted = "accepted: a folder with one folder a class"
     if not Path(data.path).is_dir():

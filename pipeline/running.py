@@ -146,7 +146,7 @@ class Run:
 
     def destination(self) -> Destination:
         """Where the figures go; raises SpecError."""
-        return destination(self.plan.job, self.store, self.past)
+        return destination(self.plan.job.tracking, self.store, self.past)
 
     # -- what execution reports
 

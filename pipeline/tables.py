@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graftwork.specs.figures import amount, figure, flops, number
@@ -13,6 +15,8 @@ from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
     from graftwork.cluster.jobs import Submission
+    from graftwork.cluster.probes import Check
+    from graftwork.pipeline.doctor import Checkup
     from graftwork.pipeline.gc import Garbage, Holding
     from graftwork.pipeline.record import Expected, RunRecord
     from graftwork.specs.costs import GraftCost
@@ -131,6 +135,33 @@ def show_results(found: RunRecord) -> None:
         [["row", *names]]
         + [[row, *(figure(name, found.results[row].get(name)) for name in names)] for row in found.results]
     )
+
+
+def show_check(check: Check) -> None:
+    """What one check saw, and what to do."""
+    on = f"{check.node}: " if check.node else ""
+    print(f"{check.state:8} {check.name:22} {on}{check.seen}{_advice(check)}", flush=True)
+
+
+def _advice(check: Check) -> str:
+    return f"  => {check.advice}" if check.advice else ""
+
+
+def show_checkup(made: Checkup) -> None:
+    """How many checks came to what."""
+    counts = Counter(check.state for check in made.checks)
+    told = ", ".join(f"{counts[state]} {state}" for state in ("broken", "warning", "fine") if counts[state])
+    print(f"{told}, in {lasting(made.seconds)}")
+
+
+def show_nodes(checks: Sequence[Check]) -> None:
+    """Checks of a cluster: those of several nodes that say the same as one."""
+    alike: dict[tuple[str, ...], list[Check]] = {}
+    for check in checks:
+        alike.setdefault((check.name, check.state, check.seen, check.advice), []).append(check)
+    for same in alike.values():
+        on = listed([check.node for check in same]) if same[0].node else ""
+        show_check(replace(same[0], node=on))
 
 
 def columns(lines: list[list[str]]) -> None:

@@ -176,11 +176,13 @@ class LoopbackCluster:
         )
         self._wait("the head", self._up)
 
-    def start_worker(self, name: str, cpus: int | None = None) -> None:
+    def start_worker(self, name: str, cpus: int | None = None, environment: dict[str, str] | None = None) -> None:
+        """environment: of this node alone, beside that of all."""
         self._start(
             name,
             *("--address", f"{LOOPBACK}:{self.gcs}", "--resources", self.resources),
             *("--num-cpus", str(self.worker_cpus if cpus is None else cpus)),
+            environment=environment,
         )
 
     def wait_for(self, nodes: int) -> None:
@@ -208,7 +210,7 @@ class LoopbackCluster:
         """What Ray and the jobs wrote on all nodes."""
         return "".join(path.read_text(errors="replace") for path in self.folder.rglob("*.*") if path.is_file())
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             process = subprocess.Popen(
                 [
@@ -218,7 +220,7 @@ class LoopbackCluster:
                     *("--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"),
                     *("--temp-dir", str(self.folder / name), *arguments),
                 ],
-                env=self.environment,
+                env={**self.environment, **(environment or {})},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -79,7 +79,7 @@ def past(uri: str | None, experiment: str | None) -> RunRecord:
 
 
 def test_without_a_word_figures_go_to_the_store_s_own_database(store: Store) -> None:
-    there = destination(job(), store, None)
+    there = destination(job().tracking, store, None)
     assert (there.uri, there.kept) == (f"sqlite:///{store.root}/mlflow.db", "mlflow.db")
     assert (there.experiment, there.notes) == ("graftwork", ())
 
@@ -87,7 +87,7 @@ def test_without_a_word_figures_go_to_the_store_s_own_database(store: Store) -> 
 def test_mlflow_s_variables_are_obeyed_and_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    there = destination(job(), store, None)
+    there = destination(job().tracking, store, None)
     assert (there.uri, there.kept, there.experiment) == ("http://host:5000", "http://host:5000", "mine")
     assert [note for note in there.notes if "http://host:5000" in note and "MLFLOW_TRACKING_URI" in note]
     assert [note for note in there.notes if "'mine'" in note and "MLFLOW_EXPERIMENT_NAME" in note]
@@ -96,38 +96,38 @@ def test_mlflow_s_variables_are_obeyed_and_said(store: Store, monkeypatch: pytes
 def test_the_spec_comes_before_the_variables_and_that_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    there = destination(job("tracking.uri=http://other:1", "tracking.experiment=ours"), store, None)
+    there = destination(job("tracking.uri=http://other:1", "tracking.experiment=ours").tracking, store, None)
     assert (there.uri, there.experiment) == ("http://other:1", "ours")
     assert len(there.notes) == 2 and all("is not used" in note for note in there.notes)
 
 
 def test_a_run_goes_on_where_it_began_without_the_variables(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier = past("http://host:5000", "mine")
-    there = destination(job(), store, earlier)
+    there = destination(job().tracking, store, earlier)
     assert (there.uri, there.experiment) == ("http://host:5000", "mine")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")
-    assert destination(job(), store, earlier).uri == "http://other:5000"
+    assert destination(job().tracking, store, earlier).uri == "http://other:5000"
 
 
 def test_a_password_in_the_variable_is_kept_nowhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2hunter2@host:5000")
-    there = destination(job(), store, None)
+    there = destination(job().tracking, store, None)
     assert there.address == "http://me:hunter2hunter2@host:5000"
     assert "hunter2" not in repr(there) and there.name == there.kept == "http://me:***@host:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(SpecError, match=r"MLFLOW_TRACKING_URI: got nothing; accepted: .* http://me:\*\*\*@host:5000"):
-        destination(job(), store, past(there.kept, None))
+        destination(job().tracking, store, past(there.kept, None))
 
 
 def test_a_store_whose_path_no_database_uri_can_hold_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "what?"))
     with pytest.raises(SpecError, match=r"^store: got .*what\?.*; accepted: a path without \?"):
-        destination(job(), store, None)
-    assert destination(job("tracking.uri=http://host:5000"), store, None).uri == "http://host:5000"
+        destination(job().tracking, store, None)
+    assert destination(job("tracking.uri=http://host:5000").tracking, store, None).uri == "http://host:5000"
 
 
 def test_a_store_s_database_by_its_path_is_the_store_s_own(store: Store) -> None:
-    assert destination(job(f"tracking.uri=sqlite:///{store.root}/mlflow.db"), store, None).kept == OWN
+    assert destination(job(f"tracking.uri=sqlite:///{store.root}/mlflow.db").tracking, store, None).kept == OWN
 
 
 def test_a_job_that_is_submitted_takes_the_variable_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_file_store_is_refused_before_the_run(
     assert "maintenance mode" in problem(uri) and not problem(uri).startswith("tracking.uri: got nothing")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(SpecError) as caught:
-        destination(job(), store, None).check()
+        destination(job().tracking, store, None).check()
     assert caught.value.lines[0].startswith("MLFLOW_TRACKING_URI: got ")
     assert not (tmp_path / "mlruns").exists()
 
@@ -325,7 +325,7 @@ def test_a_finished_run_in_a_moved_store_shows_its_pictures_after_one_look(
 ) -> None:
     track(tracked(tmp_path / "old", empty_database), "features")
     (tmp_path / "old").rename(tmp_path / "new")
-    destination(job(), Store(str(tmp_path / "new")), None).relocate()
+    destination(job().tracking, Store(str(tmp_path / "new")), None).relocate()
     assert pictures(tmp_path / "new", tmp_path)["features"] == {"loss.png"}
     places = change(tmp_path / "new" / OWN, "SELECT artifact_location FROM experiments")
     places += change(tmp_path / "new" / OWN, "SELECT artifact_uri FROM runs")
@@ -377,7 +377,7 @@ def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(tmp_path: Pa
     database = tmp_path / OWN
     shutil.copy(empty_database, database)
     client = deleted(database)
-    there = destination(job(), Store(str(tmp_path)), None)
+    there = destination(job().tracking, Store(str(tmp_path)), None)
     with pytest.raises(SpecError) as caught:
         there.check()
     (line,) = caught.value.lines
