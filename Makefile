@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-slow test-all test-chaos chaos check clean
+.PHONY: demo test test-fast test-slow test-all test-chaos chaos check gpu clean
 
 demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
@@ -28,6 +28,11 @@ test-chaos: .venv/ready
 # Kill a job's processes at random, KILLS times; a SEED repeats the same choices.
 chaos: .venv/ready
 	GRAFT_CHAOS_KILLS=$(or $(KILLS),10) $(if $(SEED),GRAFT_CHAOS_SEED=$(SEED)) $(BIN)/pytest -m chaos -s
+
+# On a machine with a GPU, in minutes: kernels against their definitions, then DiT-XL/2 against the public way. It needs
+# torch in the Python that runs it, and none of the environment below.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --json gpu.json
 
 check: .venv/ready
 	$(BIN)/ruff check .

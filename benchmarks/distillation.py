@@ -116,7 +116,8 @@ def main() -> None:
     assert abs(best) < 0.02, "the two ways do not come to the same"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
+    """line: the command's arguments, or else this process's."""
     made = parser(__doc__)
     made.add_argument("--width", type=int, default=384)
     made.add_argument("--depth", type=int, default=12)
@@ -132,7 +133,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--one-task", action="store_true", default=torch.cuda.is_available(), help="ours: without Ray")
     made.add_argument("--our-operators", action="store_true", help="the public way with our layers, not PyTorch's own")
     made.add_argument("--folder", type=Path, help="where files are written; by default the system's")
-    return made.parse_args()
+    return made.parse_args(line)
 
 
 def prepared(options: argparse.Namespace, folder: Path, device: torch.device) -> Work:
@@ -332,22 +333,24 @@ def distil(work: Work, edits: Sequence[Edit]) -> None:
     """The sites of one task."""
     kept: dict[str, Any] = {}
     for number, edit in enumerate(edits):
-        out = out_of(work, edit)
-        out.mkdir(parents=True)
-        following = [work.params(other) for other in edits[number + 1 :]]
-        distill.run(
-            Context(
-                step=f"distill/{edit.name}",
-                params=work.params(edit),
-                inputs=work.inputs,
-                out=out,
-                partial=Store(str(work.place / "store")).partial(edit.name),
-                report=lambda done, total, metrics=None: None,
-                resources=StepResources(),
-                device=work.device,
-                together=Together(next=following, kept=kept),
-            )
-        )
+        distill.run(context_of(work, edit, edits[number + 1 :], kept))
+
+
+def context_of(work: Work, edit: Edit, following: Sequence[Edit], kept: dict[str, Any]) -> Context:
+    """What the stage gets for a site. kept: what the task's sites leave for each other."""
+    out = out_of(work, edit)
+    out.mkdir(parents=True)
+    return Context(
+        step=f"distill/{edit.name}",
+        params=work.params(edit),
+        inputs=work.inputs,
+        out=out,
+        partial=Store(str(work.place / "store")).partial(edit.name),
+        report=lambda done, total, metrics=None: None,
+        resources=StepResources(),
+        device=work.device,
+        together=Together(next=[work.params(other) for other in following], kept=kept),
+    )
 
 
 def floor_flops(options: argparse.Namespace, work: Work) -> float:

@@ -9,8 +9,9 @@ noise; the plain one is given its noise on the device, for nothing. Its weights 
 `apart` is the distance between the two over how far the plain loop's weights moved (without the keys' biases: they
 cancel in the softmax, so their gradient is rounding alone, which Adam scales up).
 
-`times_faster` is the median over rounds, `ms_a_step` the best of them. `cpu_ms_a_step` is the time that the loop's own
-process spent on a core, all threads, without the DataLoader's processes: what other work on the machine blurs least.
+`times_faster` is the median over rounds, `ms_a_step` the best of them, `median_ms` the median over the last round's
+steps, on a GPU by its own clock. `cpu_ms_a_step` is the time that the loop's own process spent on a core, all threads,
+without the DataLoader's processes: what other work on the machine blurs least.
 `floor_ms` is the FLOPs of a step (three forward passes) over those of a large matrix product, `of_peak` that over what
 was measured, `data_wait` the share of the time in which the loop waited for a batch. On a GPU the model is DiT-XL/2 at
 256 px with a worker's part of the published batch, in bf16; on a CPU a small one on one thread. One more row is
@@ -27,6 +28,7 @@ import argparse
 import copy
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -114,6 +116,7 @@ class Clock:
     began: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of this process, all threads
+    marks: list[report.Mark] = field(default_factory=list)  # the beginnings of the steps that are timed
 
     def __call__(self) -> bool:
         done = self.asked
@@ -124,7 +127,13 @@ class Clock:
             now = time.perf_counter(), time.process_time()
             self.seconds, self.cpu_seconds = (end - start for start, end in zip(self.began, now, strict=True))
             self.began = now
+        if done >= self.work.warmup:
+            self.marks.append(report.mark(self.device))
         return done == self.work.warmup + self.work.steps
+
+    def outcome(self, data_wait: float, weights: dict[str, Tensor]) -> Outcome:
+        step = statistics.median(report.seconds_between(self.marks))
+        return Outcome(self.seconds, self.cpu_seconds, step, data_wait, weights)
 
 
 @dataclass
@@ -159,6 +168,7 @@ class Outcome:
 
     seconds: float
     cpu_seconds: float
+    step: float  # the median's seconds
     data_wait: float
     weights: dict[str, Tensor]
 
@@ -214,7 +224,7 @@ def plain_loop(
                 mean.mul_(recipe.ema).add_(value, alpha=1 - recipe.ema)
         losses += loss.item()
     clock()
-    return Outcome(clock.seconds, clock.cpu_seconds, waited / clock.seconds, dict(model.cpu().named_parameters()))
+    return clock.outcome(waited / clock.seconds, dict(model.cpu().named_parameters()))
 
 
 # -- ours
@@ -237,7 +247,7 @@ def our_loop(
         train(make_engine, data, recipe, seed=SEED, stream=STREAM, partial=NothingKept(), report=waits, stopping=clock)
     state = engines[0].state()
     weights = {name.removeprefix("weights/"): state[name] for name in state if name.startswith("weights/")}
-    return Outcome(clock.seconds, clock.cpu_seconds, waits.share, weights)
+    return clock.outcome(waits.share, weights)
 
 
 def plain_engine(work: Work, device: torch.device) -> Callable[[DiT, FinetuneSpec], PlainEngine]:
@@ -280,7 +290,10 @@ def apart(ours: Outcome, plain: Outcome, start: DiT) -> float:
     return (distance / moved) ** 0.5
 
 
-def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, folder: Path) -> None:
+def one_device(
+    work: Work, chosen: argparse.Namespace, device: torch.device, folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each loop, and what holds for all."""
     latents, labels = work.latents()
     np.save(folder / "latents.npy", latents.numpy())
     mapped = torch.from_numpy(np.load(folder / "latents.npy", mmap_mode="c"))
@@ -301,9 +314,12 @@ def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, fol
         loops[f"ours, DeepSpeed, ZeRO {work.zero}"] = partial(our_loop, work, data, sharded_engine, chosen.compile)
     outcomes: dict[str, Outcome] = {}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in loops}
+    memory: dict[str, float | None] = {}
 
     def run(name: str) -> float:
-        outcomes[name] = loops[name]()
+        with report.peak_memory(device) as peak:
+            outcomes[name] = loops[name]()
+            memory[name] = peak()
         cpu_seconds[name].append(outcomes[name].cpu_seconds)
         return outcomes[name].seconds
 
@@ -320,12 +336,14 @@ def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, fol
             {
                 "loop": name,
                 "ms_a_step": 1e3 * step,
+                "median_ms": 1e3 * outcome.step,
                 "times_faster": report.ratio(seconds["plain loop"], seconds[name]),
                 "cpu_ms_a_step": 1e3 * min(cpu_seconds[name]) / work.steps,
                 "floor_ms": 1e3 * floor,
                 "of_peak": floor / step,
                 "data_wait": outcome.data_wait,
                 "apart": apart(outcome, outcomes["plain loop"], model),
+                **({"peak_gb": memory[name]} if device.type == "cuda" else {}),
             }
         )
     facts = {
@@ -336,7 +354,7 @@ def one_device(work: Work, chosen: argparse.Namespace, device: torch.device, fol
         "rounds": chosen.rounds,
         "peak_flops": limits.flops,
     }
-    report.show("Finetuning on one device", rows, facts, chosen.json)
+    return rows, facts
 
 
 def alone(device: torch.device, folder: Path) -> None:
@@ -421,7 +439,18 @@ def one_steps_collectives(size: int) -> None:
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = options(device.type == "cuda").parse_args()
-    work = Work(
+    work = work_of(chosen)
+    with tempfile.TemporaryDirectory(prefix="graftwork-benchmark-") as name:
+        if chosen.scaling:
+            scaling(work, Path(name), chosen.json)
+            return
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # as every task of a job
+        report.show("Finetuning on one device", *one_device(work, chosen, device, Path(name)), chosen.json)
+
+
+def work_of(chosen: argparse.Namespace) -> Work:
+    return Work(
         DiTConfig(chosen.side, chosen.channels, chosen.patch, chosen.depth, chosen.width, chosen.heads, chosen.classes),
         chosen.batch,
         chosen.samples,
@@ -429,13 +458,6 @@ def main() -> None:
         chosen.warmup * chosen.points,
         chosen.precision,
     )
-    with tempfile.TemporaryDirectory(prefix="graftwork-benchmark-") as name:
-        if chosen.scaling:
-            scaling(work, Path(name), chosen.json)
-            return
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # as every task of a job
-        one_device(work, chosen, device, Path(name))
 
 
 def options(on_gpu: bool) -> argparse.ArgumentParser:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 Row = Mapping[str, Any]
+Mark = Any  # seconds on a CPU, an event on a GPU
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -23,6 +26,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, help="also write what was measured to this file")
     return made
+
+
+# By the kind of device, what saturates it: the side of a square matrix, the bytes of a copy.
+LARGE = {"cuda": (8192, 2**30), "cpu": (2048, 2**27)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Limits:
 
 def limits(device: torch.device, dtype: torch.dtype = torch.float32) -> Limits:
     """With as many threads as torch has now."""
-    side, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    side, length = LARGE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -64,6 +71,44 @@ def timed(work: Callable[[], object], device: torch.device | None = None) -> flo
     return time.perf_counter() - start
 
 
+def mark(device: torch.device) -> Mark:
+    """A moment on the device, in the order of what it is given to do; nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: Sequence[Mark]) -> list[float]:
+    """Seconds from each moment to the next one."""
+    if isinstance(marks[-1], torch.cuda.Event):
+        marks[-1].synchronize()
+    return [
+        end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+        for start, end in itertools.pairwise(marks)
+    ]
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, runs: int, warmup: int = 3) -> float:
+    """The median time of a run, on the device."""
+    for _ in range(warmup):
+        work()
+    marks = [mark(device)]
+    for _ in range(runs):
+        work()
+        marks.append(mark(device))
+    return statistics.median(seconds_between(marks))
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """A function that says how many GB tensors took at most since the context began; None on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield lambda: torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+
+
 def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Each work's seconds, round by round, so that a machine whose speed drifts does not decide the outcome."""
     found: dict[str, list[float]] = {name: [] for name in works}
@@ -80,15 +125,24 @@ def ratio(baseline: Sequence[float], ours: Sequence[float]) -> float:
 
 def show(title: str, rows: Sequence[Row], facts: Mapping[str, Any], path: Path | None) -> None:
     """Print rows as a Markdown table and, below, facts that hold for all; write both as JSON."""
+    facts = {**machine(), **facts}
+    show_table(title, rows, facts)
+    if path is not None:
+        path.write_text(json.dumps({"title": title, "rows": [dict(row) for row in rows], **facts}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What every measurement depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    facts = {"torch": torch.__version__, "device": device, "cores": os.cpu_count(), **facts}
+    return {"torch": torch.__version__, "device": device, "cores": os.cpu_count()}
+
+
+def show_table(title: str, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:
         print(f"| {' | '.join(_cell(row.get(name, '')) for name in names)} |")
     print("\n" + "\n".join(f"{name}: {_cell(value)}" for name, value in facts.items()), flush=True)
-    if path is not None:
-        path.write_text(json.dumps({"title": title, "rows": [dict(row) for row in rows], **facts}, indent=1) + "\n")
 
 
 def _cell(value: object) -> str:

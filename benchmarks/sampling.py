@@ -22,7 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.public_sampling import public_sample
 from graftwork.models import checkpoints
 from graftwork.models.classifier import Classifier
-from graftwork.models.diffusion import respaced
 from graftwork.models.dit import DiT
 from graftwork.models.frechet import Gaussian, distance
-from graftwork.models.sampling import _ancestral, _ddim, guided
 from graftwork.models.streams import SampleNoise, initialising
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.data import PixelCodec, VaeCodec
@@ -136,7 +135,15 @@ class Setting:
 def public(setting: Setting) -> Gaussian:
     """Draw, save, read back, and take the statistics of all features at once."""
     for batch, noise in zip(setting.batches, setting.noise, strict=True):
-        latents = public_sample(setting, setting.labels(batch.samples).to(setting.device), iter(noise))
+        latents = public_sample(
+            setting.model,
+            setting.labels(batch.samples).to(setting.device),
+            iter(noise),
+            sampler=setting.params.sampler,
+            null_class=len(setting.meta.classes),
+            bounded=setting.meta.bounded,
+            tf32=setting.params.precision != "fp32",
+        )
         for index, image in zip(batch.samples, setting.codec.decode(latents), strict=True):
             Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(setting.png(index))
     features = []
@@ -146,26 +153,6 @@ def public(setting: Setting) -> Gaussian:
         features.append(setting.judges.look(images, labels).features[setting.metric].cpu().numpy())
     found = np.concatenate(features)
     return Gaussian(found.mean(0), np.cov(found, rowvar=False))
-
-
-@torch.no_grad()
-def public_sample(setting: Setting, y: Tensor, noise: Iterator[Tensor]) -> Tensor:
-    """A batch through all steps."""
-    sampler = setting.params.sampler
-    torch.set_float32_matmul_precision("highest" if setting.params.precision == "fp32" else "high")
-    chain = respaced(sampler.steps)  # its constants are copied to the device where a step needs them
-    step = _ancestral if sampler.kind == "ancestral" else _ddim
-    network = guided(setting.model, y, len(setting.meta.classes), sampler)
-    x = next(noise)
-    for i in reversed(range(sampler.steps)):
-        position = torch.full_like(y, i)
-        output = network(x, chain.timesteps.to(y.device)[position], y)
-        epsilon, raw = output[:, : x.shape[1]], output[:, x.shape[1] :]
-        x0 = chain.x0_from_noise(x, position, epsilon)
-        x0 = x0.clamp(-1, 1) if setting.meta.bounded else x0
-        x = step(chain, x, x0, raw, position, noise.__next__) if i > 0 else x0
-    torch.set_float32_matmul_precision("highest")
-    return x
 
 
 def read_back(setting: Setting, indices: range) -> NDArray[np.uint8]:
@@ -191,12 +178,10 @@ def kept(setting: Setting, scores: Scores) -> dict[str, float]:
 
 def largest_difference(setting: Setting) -> int:
     """Of any pixel of any image, in levels of 256."""
-    keeping = setting.params.model_copy(update={"keep_samples": True})
+    keeping = replace(setting.context, params=setting.params.model_copy(update={"keep_samples": True}))
     found = [
-        np.abs(
-            sample_batch(setting.context, batch, setting.device).kept.astype(int) - read_back(setting, batch.samples)
-        ).max()
-        for batch in batches_of(keeping, ())
+        np.abs(sample_batch(keeping, batch, setting.device).kept.astype(int) - read_back(setting, batch.samples)).max()
+        for batch in setting.batches
     ]
     return int(max(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,12 +13,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from benchmarks.trivial import chain_and_fan
 from benchmarks.watching import Unwatched
 from graftwork.cluster.fan_out import AHEAD, fan_out
 from graftwork.pipeline.execute import Execution
+from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.store import Store
 from graftwork.specs.job import StepResources
 from graftwork.specs.load import load
@@ -32,13 +35,38 @@ SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which each task that asks for its GPU leaves a file: which task, process and GPUs that is."""
+    return tmp_path_factory.mktemp("notes")
+
+
+@pytest.fixture(scope="module")
+def cluster(notes: Path) -> Iterator[Cluster]:
     def gpus_in_name() -> None:
+        import json
+        import os
+        import time
+        import uuid
+
+        import ray
         import torch
 
         from graftwork.cluster import runtime
 
-        runtime.gpu = lambda: torch.device("cpu")
+        look = runtime.gpu
+
+        def gpu() -> torch.device:
+            task = ray.get_runtime_context().get_task_name()
+            note = {"task": task, "process": os.getpid(), "gpus": ray.get_gpu_ids()}
+            path = notes / f"{uuid.uuid4().hex}.json"
+            path.with_suffix(".part").write_text(json.dumps(note))
+            path.with_suffix(".part").rename(path)
+            deadline = time.monotonic() + 60
+            while (notes / "meet").exists() and len(list(notes.glob("*.json"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return look() if (notes / "unusable").exists() else torch.device("cpu")
+
+        runtime.gpu = gpu
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
     hook = {"worker_process_setup_hook": gpus_in_name}
@@ -141,16 +169,56 @@ def with_torch() -> set[int]:
     return loaded
 
 
+def on_gpus(store: Store, gpu: float, steps: int) -> Plan:
+    """So many steps that need nothing, each of which takes that much of a GPU."""
+    plan = chain_and_fan(load(TINY, [f"store={store.root}"]), each=steps, warm=0, number=0)
+    fan = [replace(step, needs={}) for step in plan.steps if step.name.startswith("fan/")]
+    return replace(plan, steps=tuple(replace(step, resources=StepResources(cpu=0.5, gpu=gpu)) for step in fan))
+
+
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("gpu", [0, 1])
 def test_the_process_of_a_step_on_a_gpu_ends_with_it(store: Store, gpu: float) -> None:
     """Otherwise it keeps the GPU's memory, and the next step in it would compute on the GPU that was its first."""
     before = with_torch()
-    plan = chain_and_fan(load(TINY, [f"store={store.root}"]), each=1, warm=0, number=0)
-    steps = tuple(replace(step, resources=StepResources(cpu=0.5, gpu=gpu)) for step in plan.steps)
-    assert not Execution(replace(plan, steps=steps), store, "run", None, Unwatched()).go()
+    assert not Execution(on_gpus(store, gpu, 3), store, "run", None, Unwatched()).go()
     left = with_torch() - before
     assert left if not gpu else soon(lambda: not with_torch() - before)
+
+
+@pytest.fixture
+def fresh(notes: Path) -> Iterator[Path]:
+    """The folder of notes, without what other tests left."""
+    for path in notes.iterdir():
+        path.unlink()
+    yield notes
+    for path in notes.iterdir():
+        path.unlink()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_steps_side_by_side_have_a_gpu_and_a_process_each(store: Store, fresh: Path) -> None:
+    (fresh / "meet").touch()  # none goes on before another has begun
+    assert not Execution(on_gpus(store, 1, 4), store, "run", None, Unwatched()).go()
+    told = [
+        json.loads(path.read_text()) for path in sorted(fresh.glob("*.json"), key=lambda path: path.stat().st_ctime)
+    ]
+    assert sorted(note["task"] for note in told) == [f"fan/{index:04d}" for index in range(4)]
+    assert len({note["process"] for note in told}) == 4
+    assert sorted(note["gpus"] for note in told[:2]) == [[0], [1]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+@pytest.mark.usefixtures("cluster")
+def test_a_step_whose_gpu_torch_cannot_use_fails_in_one_line_and_leaves_nothing(store: Store, fresh: Path) -> None:
+    (fresh / "unusable").touch()
+    plan = on_gpus(store, 1, 1)
+    (failure,) = Execution(plan, store, "run", None, Unwatched()).go()
+    line = str(failure)
+    assert line.startswith("step fan/0000 failed: ") and "\n" not in line
+    assert f"torch {torch.__version__}" in line and "accepted: a driver that supports that CUDA" in line
+    assert store.manifest(plan["fan/0000"].key) is None
+    assert len(list(fresh.glob("*.json"))) == 1  # it was not tried again
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""The public sampler's loop: a batch through all steps, in eager mode, with the chain's constants on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from graftwork.models.diffusion import Network, respaced
+from graftwork.models.sampling import _ancestral, _ddim, guided
+from graftwork.specs.evaluate import Sampler
+
+
+@torch.no_grad()
+def public_sample(
+    model: Network,
+    y: Tensor,
+    noise: Iterator[Tensor],
+    *,
+    sampler: Sampler,
+    null_class: int,
+    bounded: bool,
+    tf32: bool,
+) -> Tensor:
+    """Latents (B,C,S,S) for the labels y; noise: as many draws of that shape as the sampler takes."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    chain = respaced(sampler.steps)  # its constants are copied to the device where a step needs them
+    step = _ancestral if sampler.kind == "ancestral" else _ddim
+    network = guided(model, y, null_class, sampler)
+    x = next(noise)
+    for i in reversed(range(sampler.steps)):
+        position = torch.full_like(y, i)
+        output = network(x, chain.timesteps.to(y.device)[position], y)
+        epsilon, raw = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        x0 = chain.x0_from_noise(x, position, epsilon)
+        x0 = x0.clamp(-1, 1) if bounded else x0
+        x = step(chain, x, x0, raw, position, noise.__next__) if i > 0 else x0
+    torch.set_float32_matmul_precision("highest")
+    return x
