@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from graftwork.specs.problems import SpecError
 
+PREFIX = "graft-"
+OWNER = "owner.lock"  # locked as long as the driver lives whose folder it is
 VARIABLES = ("RAY_TMPDIR", "TMPDIR")  # that name the place for it, the first that is set
 MAX_SOCKET_BYTES = 107
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray puts into its folder
@@ -27,8 +30,8 @@ def scratch_problem() -> str | None:
         place = scratch_place()
     except FileNotFoundError as error:
         return f"TMPDIR: got nothing, and {error.strerror}; accepted: a folder that can be written"
-    if not _fits(Path(place).absolute() / "graft-12345678") and _short_place() is None:
-        most = MAX_SOCKET_BYTES - len(SOCKET) - len("/graft-12345678")
+    if not _fits(Path(place).absolute() / f"{PREFIX}12345678") and _short_place() is None:
+        most = MAX_SOCKET_BYTES - len(SOCKET) - len(f"/{PREFIX}12345678")
         return f"TMPDIR: got {place!r}, too long a path for sockets; accepted: one of at most {most} bytes"
     return None
 
@@ -57,22 +60,55 @@ def scratch() -> Iterator[Path]:
     """
     if (problem := scratch_problem()) is not None:
         raise SpecError([problem])
-    folder = Path(tempfile.mkdtemp(prefix="graft-", dir=Path(scratch_place()).absolute()))
+    place = Path(scratch_place()).absolute()
+    _sweep(place)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
     link: Path | None = None
+    owner = _own(folder)
     try:
         if not _fits(folder) and (short := _short_place()) is not None:
             link = short / f"{folder.name}-{secrets.token_hex(4)}"
             link.symlink_to(folder)
         yield link or folder
     except BaseException as error:
-        if not isinstance(error, RayDidNotStart):
+        if isinstance(error, RayDidNotStart):
+            (folder / OWNER).unlink(missing_ok=True)  # so that nobody sweeps the logs
+        else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
+        os.close(owner)
         if link is not None:
             link.unlink()
+
+
+def _own(folder: Path) -> int:
+    """Lock the folder's OWNER file for as long as this process lives; return its descriptor."""
+    draft = folder / f"{OWNER}.draft"
+    owner = os.open(draft, os.O_CREAT | os.O_RDWR)
+    with suppress(OSError):  # a file system without locks: nobody sweeps there
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft.rename(folder / OWNER)  # locked already when others see it
+    return owner
+
+
+def _sweep(place: Path) -> None:
+    """Remove the folders of drivers that were killed, and the links that led to them."""
+    for file in place.glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError):  # another user's, or one that another driver sweeps
+            owner = os.open(file, os.O_RDWR)
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(file.parent, ignore_errors=True)
+            finally:
+                os.close(owner)
+    for short in SHORT_PLACES:
+        for link in Path(short).glob(f"{PREFIX}*"):
+            if link.is_symlink() and not link.exists():
+                with suppress(OSError):
+                    link.unlink()
 
 
 def _fits(folder: Path) -> bool:

@@ -188,6 +188,37 @@ def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, mo
 # -- nobody's home
 
 
+KILLED = """
+import os, signal
+from graftwork.cluster.scratch import scratch
+with scratch() as folder:
+    print(os.path.realpath(folder), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_driver_left_goes_with_the_next_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)  # so that there is a link to it, too
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    with scratch.scratch() as alive, pytest.raises(scratch.RayDidNotStart):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED], capture_output=True, text=True, check=False, timeout=120
+        )
+        left = Path(killed.stdout.strip())
+        assert left.is_dir() and left.parent == long
+        (other := long / "graft-users-own").mkdir()
+        with scratch.scratch() as logs:
+            assert alive.is_dir() and not left.exists() and other.is_dir()
+            assert not [link for link in Path("/tmp").glob("graft-*") if link.is_symlink() and link.readlink() == left]
+            raise scratch.RayDidNotStart
+    with scratch.scratch():
+        assert logs.parent == Path("/tmp")
+    assert sorted(path.name for path in long.iterdir()) == sorted(["graft-users-own", logs.name.rpartition("-")[0]])
+
+
 def test_a_user_without_a_home_gets_one_for_as_long_as_the_command_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     paths.settle_home()
