@@ -37,7 +37,7 @@ from benchmarks.operators import with_public_layers
 from benchmarks.report import limits, parser, show, timed
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.precision import computing
+from graftwork.models.precision import computing, products
 from graftwork.models.streams import generator
 from graftwork.models.surgery import new_scion, observe
 from graftwork.pipeline.store import Store
@@ -86,9 +86,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = prepared(options, Path(folder), device)
-        peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+        with products(options.precision):
+            peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+            public, public_errors, written = public_way(work)
         flops = floor_flops(options, work)
-        public, public_errors, written = public_way(work)
         ours, our_errors = (one_task if options.one_task else whole_job)(work)
     pairs = [zip(our_errors[site], public_errors[site], strict=True) for site in our_errors]
     apart = [max(abs(one / other - 1) for one, other in epoch) for epoch in zip(*pairs, strict=True)]
@@ -128,7 +129,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--epochs", type=int, default=20)
     made.add_argument("--batch", type=int, default=64)
     made.add_argument("--operator", default="hyena_y")
-    made.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    made.add_argument("--precision", choices=("bf16", "tf32", "fp32"), default="bf16")
     made.add_argument("--compile", action="store_true", help="ours: torch.compile each scion")
     made.add_argument("--one-task", action="store_true", default=torch.cuda.is_available(), help="ours: without Ray")
     made.add_argument("--our-operators", action="store_true", help="the public way with our layers, not PyTorch's own")

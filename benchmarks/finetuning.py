@@ -51,10 +51,10 @@ from benchmarks import report
 from graftwork.models.costs import forward_flops, num_parameters
 from graftwork.models.diffusion import Diffusion
 from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.precision import computing
+from graftwork.models.precision import computing, products
 from graftwork.models.streams import initialising
 from graftwork.specs.job import StepResources
-from graftwork.specs.training import FinetuneSpec
+from graftwork.specs.training import FinetuneSpec, Precision
 from graftwork.stages import Stopped
 from graftwork.stages.batches import Batch, TrainingSet, draw_batch, shuffled
 from graftwork.stages.training import POINTS, PlainEngine, set_up_blocks, train
@@ -71,7 +71,7 @@ class Work:
     samples: int
     warmup: int  # steps before the clock starts
     steps: int  # that are timed
-    precision: str
+    precision: Precision
     zero: int = 2
 
     def recipe(self, **changes: Any) -> FinetuneSpec:
@@ -250,13 +250,10 @@ def our_loop(
     return clock.outcome(waits.share, weights)
 
 
-def plain_engine(work: Work, device: torch.device) -> Callable[[DiT, FinetuneSpec], PlainEngine]:
-    def make(model: DiT, recipe: FinetuneSpec) -> PlainEngine:
-        engine = PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=None)
-        engine.model = autocast(model, work, device)
-        return engine
-
-    return make
+def plain_engine(model: DiT, recipe: FinetuneSpec) -> PlainEngine:
+    return PlainEngine(
+        model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=None
+    )
 
 
 def sharded_engine(model: DiT, recipe: FinetuneSpec) -> Any:
@@ -305,10 +302,10 @@ def one_device(
 
     loops: dict[str, Callable[[], Outcome]] = {
         "plain loop": partial(plain_loop, work, files, given, chosen.loader_workers, device),
-        "ours": partial(our_loop, work, data, plain_engine(work, device)),
+        "ours": partial(our_loop, work, data, plain_engine),
     }
     if chosen.compile:
-        loops["ours, compiled"] = partial(our_loop, work, data, plain_engine(work, device), compiled=True)
+        loops["ours, compiled"] = partial(our_loop, work, data, plain_engine, compiled=True)
     if chosen.deepspeed:
         alone(device, folder)
         loops[f"ours, DeepSpeed, ZeRO {work.zero}"] = partial(our_loop, work, data, sharded_engine, chosen.compile)
@@ -446,7 +443,8 @@ def main() -> None:
             return
         if device.type == "cpu":
             torch.set_num_threads(1)  # as every task of a job
-        report.show("Finetuning on one device", *one_device(work, chosen, device, Path(name)), chosen.json)
+        with products(work.precision):  # of the plain loop's backward passes, too
+            report.show("Finetuning on one device", *one_device(work, chosen, device, Path(name)), chosen.json)
 
 
 def work_of(chosen: argparse.Namespace) -> Work:
@@ -479,7 +477,7 @@ def options(on_gpu: bool) -> argparse.ArgumentParser:
     }
     for name, (large, small, meaning) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=large if on_gpu else small, help=meaning)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if on_gpu else "fp32")
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--compile", action=flag, default=on_gpu, help="a row with compiled blocks")
     parser.add_argument("--deepspeed", action=flag, default=find_spec("deepspeed") is not None, help="a row with it")

@@ -40,6 +40,7 @@ from graftwork.models import checkpoints
 from graftwork.models.classifier import Classifier
 from graftwork.models.dit import DiT
 from graftwork.models.frechet import Gaussian, distance
+from graftwork.models.precision import products
 from graftwork.models.streams import SampleNoise, initialising
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.data import PixelCodec, VaeCodec
@@ -311,7 +312,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int)
     arguments.add_argument("--batch", type=int)
     arguments.add_argument("--steps", type=int)
-    arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours")
+    arguments.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of ours")
     arguments.add_argument("--compile", action="store_true", help="ours")
     arguments.add_argument("--threads", type=int, help="of torch on a CPU, for both")
     arguments.add_argument("--rounds", type=int, default=3)
@@ -327,7 +328,8 @@ def main() -> None:
             {name: partial(report.timed, work, device) for name, work in works.items()}, chosen.rounds
         )
         dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
-        limits = report.limits(device, dtype)
+        with products(params.precision):
+            limits = report.limits(device, dtype)
     flops = passes(params) * network_flops(setting)
     floor = limits.floor_seconds(flops)
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -205,7 +205,10 @@ def settle() -> torch.device:
         keep_freed()
     import torch
 
+    from graftwork.models.precision import allow_tf32
+
     torch.set_num_threads(1)
+    allow_tf32(matrices=False, convolutions=False)  # fp32 unless a step's precision says otherwise
     return gpu() if on_gpu else torch.device("cpu")
 
 

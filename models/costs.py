@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from graftwork.models.diffusion import Network
 from graftwork.models.dit import DiT
 
 
@@ -41,26 +42,30 @@ def forward_inputs(model: DiT, batch: int, device: torch.device) -> Inputs:
 
 
 @torch.no_grad()
-def forward_seconds(model: DiT, inputs: Inputs) -> float:
+def forward_seconds(network: Network, inputs: Inputs) -> float:
     """Wall time of one forward pass, until its result is there."""
     start = time.perf_counter()
-    model(*inputs)
+    network(*inputs)
     if inputs[0].is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 @torch.no_grad()
-def forward_memory(model: DiT, inputs: Inputs) -> int:
-    """Largest number of bytes held at once during a forward pass: the model's, and what the pass allocates."""
+def forward_memory(model: DiT, inputs: Inputs, network: Network | None = None) -> int:
+    """Largest number of bytes held at once during a forward pass: the model's, and what the pass allocates.
+
+    network: what the pass goes through instead, such as the model's compiled code.
+    """
+    network = network or model
     held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     if inputs[0].is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        model(*inputs)
+        network(*inputs)
         return held + torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(*inputs)
+        network(*inputs)
     # Each of the allocator's events adds or, with a negative size, frees.
     results = profiler.profiler.kineto_results.events()
     events = sorted(

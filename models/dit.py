@@ -181,8 +181,10 @@ class DiT(nn.Module):
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,N,D) and condition (B,D)."""
         tokens = self.x_embedder(x)
-        # The embedding is a buffer, which an engine that casts the parameters may leave in fp32.
-        return tokens + self.pos_embed.to(tokens.dtype), self.t_embedder(t) + self.y_embedder(y)
+        # As the weights are: fp32 where autocast makes the products alone bf16, which keeps the stream of all blocks in
+        # fp32, as published; bf16 where an engine cast the parameters, which may have left this buffer in fp32.
+        embedding = self.pos_embed.to(self.x_embedder.proj.weight.dtype)
+        return tokens + embedding, self.t_embedder(t) + self.y_embedder(y)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""

@@ -15,7 +15,7 @@ from graftwork.specs.evaluate import Sampler
 
 
 def guided(network: Network, y: Tensor, null_class: int, sampler: Sampler) -> Network:
-    """Classifier-free guidance (arXiv 2207.12598): noise = null + guidance * (conditional - null).
+    """Classifier-free guidance (arXiv 2207.12598): noise = null + guidance * (conditional - null), in fp32.
 
     The published sampler guides the first three latent channels only; the variance is the conditional one's.
     """
@@ -24,7 +24,8 @@ def guided(network: Network, y: Tensor, null_class: int, sampler: Sampler) -> Ne
     null = torch.full_like(y, null_class)
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with_label, without = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float()
+        with_label, without = both.chunk(2)
         channels = x.shape[1] if sampler.guided_channels == "all" else min(3, x.shape[1])
         noise = torch.lerp(without[:, :channels], with_label[:, :channels], sampler.guidance)
         return torch.cat([noise, with_label[:, channels:]], dim=1)

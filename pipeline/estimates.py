@@ -34,6 +34,7 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.model import DitModel, PretrainWeights
 from graftwork.specs.operators import Place
 from graftwork.specs.problems import SpecError
+from graftwork.specs.training import Precision
 
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
 TOLERANCE = 1e-9  # of shares that make up a GPU
@@ -44,11 +45,11 @@ UNHEARD_OF = 1e30  # FLOPs and seconds of an artifact that nobody made
 LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
 
-# Dense peak by the vendor's data sheets, FLOP/s in bf16 and fp32, by Ray's names of accelerators; half is assumed.
-PEAKS = {
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
+# Dense peak by the vendor's data sheets, FLOP/s by precision, by Ray's names of accelerators; half is assumed.
+PEAKS: dict[str, dict[Precision, float]] = {
+    "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    "H100": {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12},
+    "H200": {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12},
 }
 USUAL_GPU = "H100"
 CORE = 25e9  # FLOP/s of a CPU's core: half of what sampling the digits reaches on one
@@ -90,6 +91,22 @@ class Known:
             case params.FinetuneParams(recipe=recipe) | params.SearchParams(recipe=recipe):
                 return recipe.workers
         return 1
+
+    @property
+    def precision(self) -> Precision:
+        """Of its products."""
+        match self.params:
+            case params.BaseParams(weights=PretrainWeights(precision=precision)):
+                return precision
+            case params.ProfileParams(precision=precision) | params.SampleParams(precision=precision):
+                return precision
+            case (
+                params.DistillParams(recipe=recipe)
+                | params.FinetuneParams(recipe=recipe)
+                | params.SearchParams(recipe=recipe)
+            ):
+                return recipe.precision
+        return "fp32"
 
     @property
     def spreads(self) -> bool:
@@ -282,6 +299,11 @@ class Done:
     seconds: float
     on_gpu: bool | None  # None where the run's record is gone
     width: float  # workers, and on GPUs the share of one that each had
+    precision: Precision
+
+    def is_like(self, step: Known, on_gpu: bool) -> bool:
+        """Whether it was done on such a device and, on a GPU, in the step's precision."""
+        return self.on_gpu in (None, on_gpu) and (not on_gpu or self.precision == step.precision)
 
     @property
     def flops(self) -> float:
@@ -308,7 +330,7 @@ class History:
         done = [
             one
             for one in self.of_kind(type(step.params))
-            if (one.work is None) == (work is None) and one.on_gpu in (None, resources.gpu > 0)
+            if (one.work is None) == (work is None) and one.is_like(step, resources.gpu > 0)
         ]
         if not done:
             return None
@@ -337,7 +359,8 @@ class History:
             if isinstance(step.params, kind) and all(0 < size < UNHEARD_OF for size in sizes):
                 resources = self._resources(manifest)
                 on_gpu = None if resources is None else resources.gpu > 0
-                return Done(origin.run, work, origin.seconds, on_gpu, width(step, resources or StepResources()))
+                had = width(step, resources or StepResources())
+                return Done(origin.run, work, origin.seconds, on_gpu, had, step.precision)
         return None
 
     def known(self, key: str) -> Known:
@@ -384,9 +407,7 @@ def assumed_speed(step: Known, resources: StepResources) -> float:
     """FLOP/s of a worker, where nothing like it was done: half of the peak of what it takes."""
     if not resources.gpu:
         return CORE
-    recipe = getattr(step.params, "recipe", None)
-    precision = getattr(step.params, "precision", getattr(recipe, "precision", "fp32"))
-    return PEAKS[gpu_kind(resources)][precision] / 2 * resources.gpu
+    return PEAKS[gpu_kind(resources)][step.precision] / 2 * resources.gpu
 
 
 def _assumption(resources: Iterable[StepResources]) -> str:
@@ -452,12 +473,14 @@ def estimate(plan: Plan, undone: Iterable[str], history: History, machine: Machi
         step.name: _step_time(known[step.key], formulas.work(step.key), step.resources, history, machine)
         for step in steps.values()
     }
-    seconds, gpu_seconds = _play(steps, times, known, machine)
+    seconds, gpu_seconds, by_stage = _play(steps, times, known, machine)
+    whole = sum(by_stage.values())
     return Expected(
         seconds=seconds + (START_SECONDS if steps else 0.0),
         gpu_hours=gpu_seconds / 3600,
         cpus=machine.cpus,
         gpus=machine.gpus,
+        shares={stage: part / whole for stage, part in by_stage.items()} if whole else {},
         assumption=_assumption([step.resources for name, step in steps.items() if times[name].basis == "assumed"]),
         assumed=[name for name, time in times.items() if time.basis == "assumed"],
         unknown=[name for name, time in times.items() if time.basis == "none"],
@@ -491,10 +514,11 @@ class _Task:
 
 def _play(
     steps: Mapping[str, Step], times: Mapping[str, StepTime], known: Mapping[str, Known], machine: Machine
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """Run the steps in thought, each when what it needs is there and its share of the machine is free.
 
-    Returns seconds to the end of the last, and GPU seconds.
+    Returns seconds to the end of the last, GPU seconds, and by stage the seconds for which its steps would have all
+    GPUs, or all CPUs.
     """
     missing = {name: set(step.needs.values()) & steps.keys() for name, step in steps.items()}
     followers: dict[str, list[str]] = {}
@@ -505,6 +529,8 @@ def _play(
     waiting = _tasks([steps[name] for name, needs in missing.items() if not needs], times, known, machine)
     running: list[tuple[float, int, _Task]] = []
     now, gpu_seconds, number = 0.0, 0.0, 0
+    by_stage: dict[str, float] = {}
+    sizes = {"cpu": machine.cpus, "gpu": machine.gpus}
     while waiting or running:
         still_waiting = []
         for task in waiting:
@@ -518,13 +544,16 @@ def _play(
         now, _, task = heapq.heappop(running)
         free[task.pool] += task.amount
         gpu_seconds += task.seconds * task.amount * (task.pool == "gpu")
+        stage = steps[task.steps[0]].stage
+        share = task.amount / sizes[task.pool] if task.amount else 0.0
+        by_stage[stage] = by_stage.get(stage, 0.0) + task.seconds * share
         ready = []
         for name in task.steps:
             for follower in followers.get(name, ()):
                 missing[follower].remove(name)
                 ready += [steps[follower]] * (not missing[follower])
         waiting += _tasks(ready, times, known, machine)
-    return now, gpu_seconds
+    return now, gpu_seconds, by_stage
 
 
 def _tasks(

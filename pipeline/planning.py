@@ -20,7 +20,7 @@ from typing import Any
 
 from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.fingerprints import ABSENT, UNREAD, External
-from graftwork.pipeline.steps import drafts
+from graftwork.pipeline.steps import RULES, drafts
 from graftwork.pipeline.store import Manifest, RottenArtifact, State, Store, canonical
 from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
 from graftwork.specs.fields import Spec, keyed
@@ -226,7 +226,8 @@ def _outside_apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterat
         if ours.get(role) in UNKNOWN:
             yield f"the {role}, {UNKNOWN[ours[role]]}"
         elif ours.get(role) != theirs.get(role):
-            yield f"other contents of the {role}"
+            contents, rule = f"other contents of the {role}", f"{role}: {theirs.get(role)} -> {ours.get(role)}"
+            yield rule if role in RULES else contents
 
 
 def _images_apart(step: Step, manifest: Manifest, store: Store | None) -> str | None:

@@ -240,7 +240,8 @@ def _absent_data(data: ImageFolderData) -> list[str]:
 
 
 def notes(job: JobSpec) -> list[str]:
-    """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples."""
+    """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples, work
+    that nothing measures, GPUs that compute without their tensor cores."""
     lines = []
     if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
         left_out = list_images(job.data).left_out_line()
@@ -250,7 +251,20 @@ def notes(job: JobSpec) -> list[str]:
         lines.append(
             f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
         )
-    return lines
+    if job.finetune.control and "random_init" not in job.rows():
+        lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
+    return [*lines, *_without_tensor_cores(job)]
+
+
+def _without_tensor_cores(job: JobSpec) -> list[str]:
+    """A line if steps compute in fp32 on GPUs."""
+    fields = [field for field, (precision, gpu) in job.precisions().items() if precision == "fp32" and gpu]
+    if not fields:
+        return []
+    return [
+        f"fp32 uses no tensor cores of a GPU, and tf32 is up to 8 times as fast: {', '.join(fields)}; accepted there: "
+        "tf32, as the published sampling, and bf16"
+    ]
 
 
 def _without_heldout(data: ImageFolderData) -> list[str]:

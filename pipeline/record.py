@@ -52,6 +52,7 @@ class Expected(BaseModel):
     gpu_hours: float
     cpus: float  # of the machine that is meant
     gpus: float
+    shares: dict[Word, float] = {}  # of the machine's time, by stage
     assumption: Word = ""  # of the speed of steps of which no run has done the like
     assumed: list[Word] = []  # those steps
     unknown: list[Word] = []  # steps that count as nothing: there was no basis at all

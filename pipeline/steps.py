@@ -11,18 +11,20 @@ from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.fingerprints import External, data_fingerprint
 from graftwork.specs import steps as params
 from graftwork.specs.data import DigitsData, VaeCodec
-from graftwork.specs.evaluate import Metric, inception_file
+from graftwork.specs.evaluate import Metric, Row, inception_file
 from graftwork.specs.fields import Spec
 from graftwork.specs.graft import Edit
 from graftwork.specs.job import JobSpec
 from graftwork.specs.layers import LocalityLayers
 from graftwork.specs.model import CheckpointWeights
+from graftwork.specs.training import Precision
 from graftwork.specs.vae import vae_folder
 from graftwork.stages.hashes import ImageHashes
 from graftwork.stages.sources import num_classes, split_sizes
 
 PROFILE_SAMPLES = 256
 FEATURES, ROOTSTOCK = {"features": "features"}, {"features": "features", "base": "base"}
+RULES = ("last_turn", "few_samples", "stream")  # among what lies outside: how a step does what it did otherwise before
 
 Needs = dict[str, str]  # role -> step
 
@@ -65,7 +67,7 @@ def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     yield Draft("base", "base", base, FEATURES, external=external)
     if "classifier" in job.evaluate.metrics:
         yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
-    profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES)
+    profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES, precision=job.profile.precision)
     yield Draft("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
 
 
@@ -79,7 +81,8 @@ def _distillation(job: JobSpec) -> Iterator[Draft]:
             needs |= {"profile": "profile"}
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
         external = (External("scions", edit.scions, "graft.scions"),) if edit.scions else ()
-        yield Draft(f"distill/{edit.name}", "distill", told, needs, few, external)
+        outside = {**few, **_stream(job.distill.precision)}
+        yield Draft(f"distill/{edit.name}", "distill", told, needs, outside, external)
 
 
 def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -142,13 +145,14 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
         weights = (External("inception", str(inception_file(asked.inception)), "evaluate.inception"),)
     yield from _references(job, metrics, judges, weights)
 
-    rows: dict[params.Row, Needs] = {
+    models: dict[Row, Needs] = {
         "rootstock": ROOTSTOCK,
         "stage1": _hybrid(job),
         "stage2": FEATURES | {"finetuned/stage2": "finetune"},
+        "random_init": FEATURES | {"finetuned/random_init": "finetune/random_init"},
     }
-    if job.finetune.control:
-        rows["random_init"] = FEATURES | {"finetuned/random_init": "finetune/random_init"}
+    rows = {row: needs for row, needs in models.items() if row in job.rows()}
+    outside = {**_last_turn(job), **_stream(asked.precision)}
     for row, needs in rows.items():
         told = params.SampleParams(
             seed=job.seed,
@@ -163,9 +167,9 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
             inception=asked.inception,
             compile=asked.compile,
         )
-        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, _last_turn(job), weights)
+        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, outside, weights)
 
-    needs = {role: step for models in rows.values() for role, step in models.items()}
+    needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
     needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
     yield Draft("evaluate", "evaluate", params.EvaluateParams(seed=job.seed, recipe=asked), needs)
@@ -175,6 +179,11 @@ def _last_turn(job: JobSpec) -> dict[str, str]:
     """Say, in the keys of those that have one, how the classes of a turn that is not full are chosen."""
     classes = num_classes(job.data)
     return {"last_turn": "spread"} if classes and job.evaluate.samples % classes else {}
+
+
+def _stream(precision: Precision) -> dict[str, str]:
+    """Say, in the keys of those that autocast makes bf16, what the stream of the blocks is."""
+    return {"stream": "fp32"} if precision == "bf16" else {}
 
 
 def _few(job: JobSpec, *counts: float) -> dict[str, str]:

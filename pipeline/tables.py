@@ -51,6 +51,9 @@ def show_expected(expected: Expected, steps: int, last: RunRecord | None) -> Non
             else f"{expected.cpus:g} CPUs"
         )
         print(f"expected, by estimate: {lasting(expected.seconds) if known else 'not known'} on {on}")
+        if expected.shares:
+            shares = sorted(expected.shares.items(), key=lambda part: -part[1])
+            print(f"  by stage: {', '.join(f'{stage} {share_of(share)}' for stage, share in shares if share)}")
     if as_before := steps - len(expected.assumed) - len(expected.unknown):
         print(f"  {counted(as_before, 'step')} as fast as the most similar ones in this store were")
     if expected.assumed:
@@ -71,6 +74,11 @@ def lasting(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // smaller_size:02}{smaller}"
     return f"{whole}s"
+
+
+def share_of(share: float) -> str:
+    """`51%`; what is there is never 0%."""
+    return "under 1%" if share < 0.01 else f"{share:.0%}"
 
 
 def counted(number: int, thing: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
 from graftwork.specs.fields import Line, LocalPath, Spec, Unkeyed, WeightsPath, is_integer, refuse
+from graftwork.specs.training import Precision
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
 _LOCAL_PATH = TypeAdapter(LocalPath)
@@ -103,7 +104,9 @@ class VaeCodec(Spec):
     )
     factor: int = Field(8, ge=1, description="pixels along a latent's side")
     channels: int = Field(4, ge=1, description="channels of a latent")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = Field(
+        "fp32", description="of its passes; bf16 rounds its weights too. On a CPU tf32 is fp32"
+    )
     batch: int | None = Field(
         None, ge=1, description="images that pass through it together; left out: 16 on a CPU, 64 of 256 pixels on a GPU"
     )

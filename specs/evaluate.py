@@ -34,6 +34,7 @@ class DdimSampler(Spec):
 
 Sampler = Annotated[AncestralSampler | DdimSampler, Field(discriminator="kind")]
 Metric = Literal["classifier", "fid"]
+Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 
 
 class EvaluateSpec(Spec):
@@ -46,8 +47,15 @@ class EvaluateSpec(Spec):
     samples: int = Field(50_000, ge=2)
     batch: int = Field(64, ge=1, description="samples at a time")
     metrics: tuple[Metric, ...] = Field(("classifier",), min_length=1)
+    # The table's key has those of its rows.
+    rows: Annotated[tuple[Row, ...] | None, Unkeyed()] = Field(
+        None,
+        min_length=1,
+        description="models to sample and measure, beside `heldout`; by default all that the job makes: random_init if "
+        "finetune.control is true, and the others",
+    )
     sampler: Sampler = AncestralSampler()
-    precision: Precision = Field("fp32", description="of the model's passes")
+    precision: Precision = Field("fp32", description="of the model's passes. On a CPU tf32 is fp32")
     keep_samples: bool = Field(False, description="leave every sample in samples.npy; else the first 40, as a picture")
     compile: Annotated[bool, Unkeyed()] = Field(
         False, description="torch.compile the models to sample from; samples then differ in their last bits"
@@ -64,6 +72,9 @@ class EvaluateSpec(Spec):
     def _complete(self) -> Self:
         if "fid" in self.metrics and self.reference is None:
             refuse(["reference"], None, "with metrics [fid], an .npz with mu and sigma or a folder of images")
+        for number, row in enumerate(self.rows or ()):
+            if row in (self.rows or ())[:number]:
+                refuse(["rows", number], row, "each row once")
         return self
 
 

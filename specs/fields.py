@@ -104,7 +104,12 @@ class Unkeyed:
 
 @dataclass(frozen=True)
 class KeyedIfSet:
-    """Marks a field that is in the key unless it is None: jobs of before there was such a field keep their keys."""
+    """Marks a field that is in the key unless it is `unset`: jobs of before there was such a field keep their keys."""
+
+    unset: Any = None
+
+    def leaves_out(self, value: object) -> bool:
+        return value == self.unset
 
 
 def keyed(value: Any) -> Any:
@@ -114,7 +119,9 @@ def keyed(value: Any) -> Any:
             name: keyed(getattr(value, name))
             for name, field in type(value).model_fields.items()
             if not any(isinstance(mark, Unkeyed) for mark in field.metadata)
-            and not (getattr(value, name) is None and any(isinstance(mark, KeyedIfSet) for mark in field.metadata))
+            and not any(
+                isinstance(mark, KeyedIfSet) and mark.leaves_out(getattr(value, name)) for mark in field.metadata
+            )
         }
     if isinstance(value, Mapping):
         return {str(name): keyed(item) for name, item in value.items()}

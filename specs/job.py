@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Self, get_args
 
 from pydantic import ByteSize, Field, StringConstraints, field_validator, model_validator
 
 from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
-from graftwork.specs.data import Codec, Data, DigitsData, PixelCodec
-from graftwork.specs.evaluate import EvaluateSpec
+from graftwork.specs.data import Codec, Data, DigitsData, PixelCodec, VaeCodec
+from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import Line, Location, Spec, refuse
 from graftwork.specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
 from graftwork.specs.layers import ExplicitLayers, LearnedLayers
 from graftwork.specs.model import DitModel, PretrainWeights, Weights
 from graftwork.specs.operators import Place
-from graftwork.specs.training import DistillSpec, FinetuneSpec, TrainingSpec
+from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
 
 
 class StepResources(Spec):
@@ -78,6 +78,7 @@ class JobSpec(Spec):
     model: DitModel
     weights: Weights = PretrainWeights()
     graft: tuple[EditSpec, ...] = Field(min_length=1)
+    profile: ProfileSpec = ProfileSpec()
     distill: DistillSpec = DistillSpec()
     finetune: FinetuneSpec = FinetuneSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -98,6 +99,7 @@ class JobSpec(Spec):
         self._check_sites()
         self._check_guidance()
         self._check_gpus()
+        self._check_rows()
         return self
 
     def _check_gpus(self) -> None:
@@ -112,6 +114,13 @@ class JobSpec(Spec):
             gpu = getattr(self.resources, stage).gpu
             if count > 1 and gpu not in (0, 1):
                 refuse(["resources", stage, "gpu"], gpu, f"0 or 1 a worker, since {count} workers train together")
+
+    def _check_rows(self) -> None:
+        """Refuse a row of the table that the job makes no model for."""
+        rows = self.evaluate.rows or ()
+        if "random_init" in rows and not self.finetune.control:
+            accepted = "rootstock, stage1 or stage2; random_init needs finetune.control: true"
+            refuse(["evaluate", "rows", rows.index("random_init")], "random_init", accepted)
 
     def _check_guidance(self) -> None:
         """That every training teaches the null class, which guidance samples from."""
@@ -199,6 +208,26 @@ class JobSpec(Spec):
                     if block in paired:
                         accepted = f"a strategy that knows its blocks beforehand, since block {block} is in a pair"
                         refuse(["graft", number, "layers", "kind"], spec.layers.kind, accepted)
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return the models of the table: those that were chosen, or all that the job makes."""
+        made = tuple(row for row in get_args(Row) if row != "random_init" or self.finetune.control)
+        return self.evaluate.rows or made
+
+    def precisions(self) -> dict[str, tuple[Precision, float]]:
+        """Return, by its field, each precision that the job's steps compute in, and the GPUs that their tasks take."""
+        resources, found = self.resources, dict[str, tuple[Precision, float]]()
+        if isinstance(self.codec, VaeCodec):  # features are encoded, samples decoded
+            found["codec.precision"] = self.codec.precision, max(resources.features.gpu, resources.evaluate.gpu)
+        if isinstance(self.weights, PretrainWeights):
+            found["weights.precision"] = self.weights.precision, resources.base.gpu
+        found["profile.precision"] = self.profile.precision, resources.profile.gpu
+        found["distill.precision"] = self.distill.precision, resources.distill.gpu
+        for number, layers in self.learned().items():
+            found[f"graft.{number}.layers.search.precision"] = layers.search.precision, resources.search.gpu
+        found["finetune.precision"] = self.finetune.precision, resources.finetune.gpu
+        found["evaluate.precision"] = self.evaluate.precision, resources.evaluate.gpu
+        return found
 
     def learned(self) -> dict[int, LearnedLayers]:
         """The strategies that search, by the place of their edit in the list."""

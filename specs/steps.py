@@ -8,14 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from graftwork.specs.data import Codec, Data
-from graftwork.specs.evaluate import EvaluateSpec, Metric, Sampler
+from graftwork.specs.evaluate import EvaluateSpec, Metric, Row, Sampler
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed
 from graftwork.specs.graft import Edit
 from graftwork.specs.layers import Group, Layers
 from graftwork.specs.model import DitModel, Weights
-from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, SearchSpec
-
-Row = Literal["rootstock", "stage1", "stage2", "random_init"]
+from graftwork.specs.training import ADDED_PRECISION, DistillSpec, FinetuneSpec, Precision, SearchSpec
 
 
 class FeaturesParams(Spec):
@@ -44,6 +42,7 @@ class ProfileParams(Spec):
 
     seed: int
     samples: int
+    precision: Annotated[Precision, ADDED_PRECISION] = "fp32"
 
 
 class DistillParams(Spec):

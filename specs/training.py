@@ -6,10 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from graftwork.specs.fields import Spec, Unkeyed, refuse
+from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, refuse
 
 Positive = Annotated[float, Field(gt=0)]
-Precision = Literal["fp32", "bf16"]
+# Of products of matrices and convolutions. tf32 rounds the factors to 10 bits on a GPU; a CPU computes it as fp32.
+Precision = Literal["fp32", "tf32", "bf16"]
+ADDED_PRECISION = KeyedIfSet("fp32")  # of what had no precision to set, and always computed in fp32
+PRECISION = "of the passes; weights and optimizer stay fp32. On a CPU tf32 is fp32"
 
 
 class TrainingSpec(Spec):
@@ -24,6 +27,7 @@ class TrainingSpec(Spec):
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the weight average, a step")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+    precision: Annotated[Precision, ADDED_PRECISION] = Field("fp32", description=PRECISION)
     workers: int = Field(1, ge=1, description="processes that share a step's batch")
     min_workers: Annotated[int | None, Unkeyed()] = Field(
         None,
@@ -63,7 +67,7 @@ class FinetuneSpec(TrainingSpec):
 
     fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, the same of each class")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description=PRECISION)
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     control: bool = Field(True, description="also finetune the same plan from randomly initialised scions")
 
@@ -95,6 +99,14 @@ class SearchSpec(TrainingSpec):
     )
 
 
+class ProfileSpec(Spec):
+    """Statistics of the rootstock's operators."""
+
+    precision: Annotated[Precision, ADDED_PRECISION] = Field(
+        "fp32", description="of the rootstock's passes. On a CPU tf32 is fp32"
+    )
+
+
 class DistillSpec(Spec):
     """Stage 1 (arXiv 2506.05340): regress each scion on the operator that it replaces."""
 
@@ -108,7 +120,7 @@ class DistillSpec(Spec):
         (50, 100, 150), description="epochs at whose start the learning rate halves"
     )
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
-    precision: Precision = Field("fp32", description="of the passes; weights and optimizer stay fp32")
+    precision: Precision = Field("fp32", description=PRECISION)
     loss: Literal["auto", "l1", "l2", "huber"] = Field(
         "auto", description="auto: by the profile of the operator's outputs, l1 where their tails are heavy, else l2"
     )

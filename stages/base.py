@@ -51,7 +51,9 @@ def pretrain(context: Context, device: torch.device) -> None:
     model = _new_model(context).to(device)
     set_up_blocks(model, recipe)
     train(
-        lambda state: PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state),
+        lambda state: PlainEngine(
+            model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=state
+        ),
         TrainingSet(latents.x, latents.labels, model.config.num_classes, device, latents.mirrored),
         recipe,
         seed=params.seed,

@@ -70,9 +70,11 @@ class Vae:
         """Return a sample of the posterior, normalised; an image's noise comes from its name alone."""
         import torch
 
+        from graftwork.models.precision import products
+
         batch = together(self.codec, images.shape[-1], self.device.type == "cuda")
         runs = [slice(start, start + batch) for start in range(0, len(images), batch)]
-        with torch.no_grad():
+        with torch.no_grad(), products(self.codec.precision):
             return torch.cat([self._sampled(images[run], names[run]) for run in runs]).contiguous()
 
     def _sampled(self, images: Tensor, names: Sequence[str]) -> Tensor:
@@ -90,8 +92,10 @@ class Vae:
         import numpy as np
         import torch
 
+        from graftwork.models.precision import products
+
         batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.device.type == "cuda")
-        with torch.no_grad():
+        with torch.no_grad(), products(self.codec.precision):
             parts = (self._placed(self.latents.own(part)) for part in latents.split(batch))
             return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graftwork.models import checkpoints
 from graftwork.models.cache import in_parts
 from graftwork.models.dit import DiTConfig
-from graftwork.models.precision import computing
+from graftwork.models.precision import computing, products
 from graftwork.models.streams import generator
 from graftwork.models.surgery import alike, answer, new_scion, scion_at
 from graftwork.specs.graft import Edit, Site
@@ -43,6 +43,11 @@ LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F
 
 def run(context: Context) -> None:
     params: DistillParams = context.params
+    with products(params.recipe.precision):  # of backward passes, too
+        _distil(context, params)
+
+
+def _distil(context: Context, params: DistillParams) -> None:
     recipe, edit, device = params.recipe, params.edit, context.device
     context.report(0, recipe.epochs)
     rootstock = shared(context)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT
 from graftwork.models.surgery import all_edits, graft, scion_at
+from graftwork.specs.evaluate import Row
 from graftwork.specs.graft import Edit
-from graftwork.specs.steps import Row
 from graftwork.stages import Context
 from graftwork.stages.select import read_plan
 

@@ -20,6 +20,7 @@ from graftwork.models import checkpoints
 from graftwork.models.dit import DiTConfig
 from graftwork.models.locality import Locality
 from graftwork.models.operators.attention import Attention
+from graftwork.models.precision import computing, products
 from graftwork.models.surgery import observe, scion_at
 from graftwork.specs.graft import Site
 from graftwork.specs.steps import ProfileParams
@@ -49,10 +50,13 @@ def run(context: Context) -> None:
     batch, done = batch_size(model.config, len(sites)), 0
     for parts in zip(shown.z.split(batch), shown.t.split(batch), shown.labels.split(batch), strict=True):
         z, t, labels = (part.to(context.device) for part in parts)
-        for site, seen in observe(model, sites, z, t, labels).items():
-            tallies[site].add(seen.output)
-            if site in attentions:
-                localities[site].add(attentions[site], seen.inputs[0], t)
+        with computing(params.precision, context.device):
+            found = observe(model, sites, z, t, labels)
+        with products(params.precision):  # in bf16 the statistics are fp32's
+            for site, seen in found.items():
+                tallies[site].add(seen.output)
+                if site in attentions:
+                    localities[site].add(attentions[site], seen.inputs[0], t)
         done += len(z)
         context.report(done, len(shown.z))
         context.stop_if_asked()

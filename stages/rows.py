@@ -25,6 +25,7 @@ from torch import Tensor
 
 from graftwork.cluster.fan_out import fan_out
 from graftwork.models.diffusion import Network
+from graftwork.models.dit import DiT
 from graftwork.models.precision import computing
 from graftwork.models.sampling import sample
 from graftwork.models.streams import SampleNoise
@@ -193,10 +194,14 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
         if len(_LOADED) == KEPT_MODELS:
             _LOADED.clear()
         model = row_model(context, params.row, params.seed).to(device)
-        network = cast(Network, torch.compile(model)) if params.compile else model
         judges = Judges(context, params.metrics, params.inception, device)
-        _LOADED[identity] = Loaded(network, load_codec(params.codec, device), judges)
+        _LOADED[identity] = Loaded(network_of(model, params.compile), load_codec(params.codec, device), judges)
     return _LOADED[identity]
+
+
+def network_of(model: DiT, compiled: bool) -> Network:
+    """Return what samples are drawn with: the model, or code compiled for each shape that it meets."""
+    return cast(Network, torch.compile(model, dynamic=False)) if compiled else model
 
 
 def _gather(context: Context, batches: Sequence[Batch]) -> None:

@@ -175,7 +175,13 @@ class SearchEngine(PlainEngine):
         self.done = self.skipped = self.skipped_in_a_row = 0
         self.course: Course = []
         super().__init__(
-            gated, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, rates={GATES: recipe.gate_lr}, state=state
+            gated,
+            betas=recipe.betas,
+            clip=recipe.clip,
+            ema=recipe.ema,
+            rates={GATES: recipe.gate_lr},
+            precision=recipe.precision,
+            state=state,
         )
         if state is None:
             self._note_course()
@@ -194,7 +200,7 @@ class SearchEngine(PlainEngine):
             at(recipe.temperature, step, recipe.steps),
             at(recipe.logit_scale, step, recipe.steps),
         )
-        return self.gated(*args)
+        return super().__call__(*args)
 
     def step(self, loss: Tensor, lr: float) -> bool:
         made = super().step(loss + self.penalty(), lr)

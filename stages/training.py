@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from graftwork.models.diffusion import Diffusion
 from graftwork.models.dit import DiT
-from graftwork.specs.training import TrainingSpec
+from graftwork.models.precision import computing, products
+from graftwork.specs.training import Precision, TrainingSpec
 from graftwork.stages import Partial, Report, Stopped, never
 from graftwork.stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 
@@ -58,10 +59,11 @@ class PlainEngine:
         clip: float,
         ema: float = 0.0,
         rates: Mapping[str, float] | None = None,
+        precision: Precision = "fp32",
         state: Mapping[str, Tensor] | None,
     ) -> None:
-        """rates: factors on the learning rate, by name of the weight; 1 for all others."""
-        self.model, self.clip, self.decay = model, clip, ema
+        """rates: factors on the learning rate, by name of the weight; 1 for all others. precision: of passes."""
+        self.model, self.clip, self.decay, self.precision = model, clip, ema, precision
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.names, self.weights = list(trained), list[Tensor](trained.values())
         self.ema = [value.detach().clone() for value in self.weights]
@@ -78,7 +80,9 @@ class PlainEngine:
             self._resume(state)
 
     def __call__(self, *args: Tensor) -> Tensor:
-        return self.model(*args)
+        with computing(self.precision, args[0].device):
+            output: Tensor = self.model(*args)
+        return output
 
     def step(self, loss: Tensor, lr: float) -> bool:
         loss.backward()
@@ -186,7 +190,7 @@ def train(
         _finite(sum(progress.loss_sums), done)
         _save_checkpoint(partial, progress, engine.state(), rank)
 
-    with DrawnAhead(draw, range(progress.step, recipe.steps)) as batches:
+    with products(recipe.precision), DrawnAhead(draw, range(progress.step, recipe.steps)) as batches:
         for step, batch in batches:
             if together.before(step):
                 save(step)

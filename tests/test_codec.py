@@ -39,6 +39,7 @@ from graftwork.stages.hashes import ChangedImage, ImageHashes
 from graftwork.stages.images import read_image, scaled
 from graftwork.stages.latents import read, read_meta
 from graftwork.stages.sources import split
+from tests.products import Products
 from tests.small import Folder, Payload
 from tests.stores import commit
 from tests.vaes import SHAPE, SIDE, make_vae
@@ -205,6 +206,14 @@ def test_in_bf16_latents_are_close_and_still_float32(folder: Path, images: Tenso
     assert rough.dtype == torch.float32
     assert 1e-5 < (rough - latents).abs().max() < 0.02
     assert loaded(folder, precision="bf16").decode(latents).dtype == np.uint8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_every_product_of_a_vae_has_its_precision(folder: Path, images: Tensor, precision: str) -> None:
+    coder = loaded(folder, precision=precision)
+    with Products() as counted:
+        coder.decode(coder.encode(images, NAMES))
+    assert set(counted.convolutions) == set(counted.matrices) == {precision}
 
 
 def test_pixels_are_their_own_latents(images: Tensor) -> None:

@@ -35,6 +35,7 @@ from graftwork.stages.batches import TrainingSet
 from graftwork.stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from graftwork.stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from graftwork.stages.training import PlainEngine
+from tests.products import Products
 from tests.small import Folder
 from tests.tiny_training import (
     CPU,
@@ -560,6 +561,17 @@ def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
         histories[precision] = distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
     assert histories["fp32"][-1][2] < 0.9 * histories["fp32"][0][2]
     assert histories["bf16"] == [pytest.approx(point, rel=0.02) for point in histories["fp32"]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_every_product_of_a_distillation_has_its_precision(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, precision: str
+) -> None:
+    with Products() as counted:
+        run_distill(store, "a", inputs, tmp_path / "out", precision=precision, epochs=2)
+        steps = [make_context(Store("unused"), "", Path(), precision=precision).params]
+        activations.record(Portion(steps, inputs, CPU, 0, 1))
+    assert set(counted.matrices) == set(counted.convolutions) == {precision}
 
 
 @pytest.mark.slow

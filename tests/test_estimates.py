@@ -17,6 +17,7 @@ from graftwork.pipeline.estimates import (
     Formulas,
     History,
     Machine,
+    assumed_speed,
     estimate,
     known_steps,
     machine_for,
@@ -28,6 +29,7 @@ from graftwork.pipeline.record import Expected, RunRecord
 from graftwork.pipeline.store import Manifest, Origin, Store
 from graftwork.pipeline.tables import lasting
 from graftwork.specs.fields import keyed
+from graftwork.specs.job import StepResources
 from graftwork.specs.load import SpecError, load
 from tests.conftest import TINY, Finished, Graft
 
@@ -202,6 +204,55 @@ def test_what_a_cpu_did_says_nothing_of_a_gpu(store: Store) -> None:
     plan = planned("resources.finetune.gpu=1")
     found = expected(store, plan, "finetune", machine=Machine(2, 2))
     assert found.assumed == ["finetune"] and found.assumption == "half the peak of H100"
+
+
+def test_what_a_gpu_did_in_one_precision_says_nothing_of_another(store: Store) -> None:
+    on_gpu = Machine(2, 2)
+    stored(store, planned("resources.finetune.gpu=1"), 10.0, gpu=1)
+    assert expected(store, planned("resources.finetune.gpu=1", "seed=1"), "finetune", machine=on_gpu).assumed == []
+    for precision in ("tf32", "bf16"):
+        plan = planned("resources.finetune.gpu=1", f"finetune.precision={precision}")
+        assert expected(store, plan, "finetune", machine=on_gpu).assumed == ["finetune"]
+    on_cpu = planned("finetune.precision=tf32")
+    stored(store, planned("seed=2"), 10.0)
+    assert expected(store, on_cpu, "finetune").assumed == []
+
+
+RECIPES = {"base": "weights", "profile": "profile", "distill/01.mha": "distill", "finetune": "finetune"}
+
+
+@pytest.mark.parametrize("step", ["base", "profile", "distill/01.mha", "search/0", "finetune", "evaluate/stage2"])
+@pytest.mark.parametrize(("precision", "peak"), [("fp32", 67e12), ("tf32", 495e12), ("bf16", 989e12)])
+def test_every_step_is_assumed_to_reach_half_the_peak_of_its_precision(step: str, precision: str, peak: float) -> None:
+    search = f"{{kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {{precision: {precision}}}}}"
+    section = RECIPES.get(step, "evaluate")
+    plan = planned(f"graft.0.layers={search}" if step == "search/0" else f"{section}.precision={precision}")
+    assert assumed_speed(known_steps(plan)[plan[step].key], StepResources(gpu=1)) == peak / 2
+
+
+def test_a_published_graft_should_take_3_hours_at_most_on_8_h100(store: Store) -> None:
+    plan = make_plan(load(IMAGENET))
+    found = expected(store, plan, *(step.name for step in plan.steps), machine=machine_for(plan, 8))
+    assert 3600 < found.seconds < 3 * 3600
+    assert [step.name for step in plan.steps if step.stage == "evaluate"] == [
+        "evaluate/rootstock",
+        "evaluate/stage2",
+        "evaluate",
+    ]
+
+
+def test_the_time_is_shared_out_to_the_stages_by_what_they_take_of_the_machine(store: Store) -> None:
+    plan = planned("resources.profile.gpu=1")
+    stored(store, planned(), 10.0)
+    names = ["base", "classifier", "finetune", "evaluate/stage1", "evaluate/stage2"]
+    found = expected(store, plan, *names)
+    whole = sum(found.shares.values())
+    assert math.isclose(whole, 1.0)
+    # base and finetune have both CPUs, as rows have; the classifier one of two.
+    assert found.shares == pytest.approx(
+        {"base": 10 / 45, "classifier": 5 / 45, "finetune": 10 / 45, "evaluate": 20 / 45}
+    )
+    assert expected(store, plan).shares == {}
 
 
 def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(store: Store) -> None:

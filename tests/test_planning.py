@@ -18,6 +18,7 @@ from graftwork.pipeline import preflight
 from graftwork.pipeline.planning import Plan, costs, difference, differences, make_plan
 from graftwork.pipeline.store import FileEntry, Manifest, Origin, Store, canonical
 from graftwork.specs.data import DigitsData, ImageFolderData
+from graftwork.specs.fields import keyed
 from graftwork.specs.job import JobSpec
 from graftwork.specs.load import SpecError, load
 from graftwork.stages import STAGES
@@ -109,6 +110,108 @@ def test_without_the_classifier_metric_no_classifier_is_trained(tmp_path: Path) 
     files = [f"evaluate.{name}={tmp_path / 'ref.npz'}" for name in ("reference", "inception")]
     plan = planned("evaluate.metrics=[fid]", *files)
     assert "classifier" not in keys(plan)
+
+
+# -- rows of the table
+
+
+def test_a_choice_of_rows_leaves_the_others_out_and_its_own_as_they_were() -> None:
+    everything, some = planned(), planned("evaluate.rows=[stage2, rootstock]")
+    left = set(keys(everything)) - {"evaluate/stage1", "evaluate/random_init"}
+    assert set(keys(some)) == left
+    assert changed(everything, some) & left == {"evaluate"}
+    assert {role for role in some["evaluate"].needs if role.startswith("rows/")} == {
+        f"rows/{row}" for row in ("heldout", "rootstock", "stage2")
+    }
+
+
+def test_rows_that_are_named_and_all_there_are_the_job_that_names_none() -> None:
+    named = planned("evaluate.rows=[random_init, stage2, stage1, rootstock]")
+    assert keys(named) == keys(planned())
+    without = planned("finetune.control=false", "evaluate.rows=[rootstock, stage1, stage2]")
+    assert keys(without) == keys(planned("finetune.control=false"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ("[]", "evaluate.rows: got []; accepted: at least one"),
+        ("[stage1, stage2, stage1]", "evaluate.rows.2: got 'stage1'; accepted: each row once"),
+        ("[stage1, stage3]", "evaluate.rows.1: got 'stage3'; accepted: 'rootstock', 'stage1', 'stage2' or "),
+        ("[heldout]", "evaluate.rows.0: got 'heldout'; accepted: 'rootstock', "),
+        ("stage1", "evaluate.rows: got 'stage1'; accepted: a list"),
+        (
+            "[stage2, random_init]",
+            "evaluate.rows.1: got 'random_init'; accepted: rootstock, stage1 or stage2; random_init needs "
+            "finetune.control: true",
+        ),
+    ],
+)
+def test_rows_that_a_job_cannot_have_are_refused(rows: str, line: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        job(f"evaluate.rows={rows}", "finetune.control=false")
+    assert [one.startswith(line) for one in caught.value.lines] == [True], caught.value.lines
+
+
+def test_a_control_that_no_row_measures_is_told_of() -> None:
+    told_of = "finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured"
+    assert told_of in preflight.notes(job("evaluate.rows=[stage2]"))
+    for fine in ("evaluate.rows=[random_init]", "finetune.control=false", "seed=1"):
+        assert told_of not in preflight.notes(job(fine))
+
+
+# -- precision
+
+
+PRECISIONS = ["weights.precision", "profile.precision", "distill.precision", "finetune.precision", "evaluate.precision"]
+
+
+def test_what_always_computed_in_fp32_has_no_precision_in_its_key_and_another_one_is() -> None:
+    assert keyed(planned()["profile"].params) == {"seed": 0, "samples": 256}
+    assert "precision" not in keyed(planned()["base"].params)["weights"]
+    for field in PRECISIONS:
+        assert keys(planned(f"{field}=fp32")) == keys(planned())
+        assert changed(planned(), planned(f"{field}=tf32"))
+        assert changed(planned(f"{field}=tf32"), planned(f"{field}=bf16"))
+
+
+def test_a_search_in_fp32_has_no_precision_in_its_key() -> None:
+    learned = "graft.0.layers={kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {precision: %s}}"
+    assert "precision" not in keyed(planned(learned % "fp32")["search/0"].params)["recipe"]
+    assert {"search/0", "select"} <= changed(planned(learned % "fp32"), planned(learned % "tf32"))
+
+
+def test_steps_whose_stream_was_bf16_once_are_made_anew() -> None:
+    def streams(*overrides: str) -> set[str]:
+        return {
+            step.name.partition("/")[0] for step in planned(*overrides).steps if "stream" in step.identity["outside"]
+        }
+
+    assert streams() == streams(*(f"{field}=tf32" for field in PRECISIONS)) == set()
+    assert streams("distill.precision=bf16") == {"distill"}
+    assert streams("evaluate.precision=bf16") == {"evaluate"}
+    assert streams("finetune.precision=bf16") == set()  # DeepSpeed's is bf16, as it was
+
+
+GPUS = [f"resources.{stage}.gpu=1" for stage in ("base", "profile", "distill", "search", "finetune", "evaluate")]
+
+
+def test_fp32_on_gpus_is_told_of_in_one_line_that_names_each_field() -> None:
+    def lines(*overrides: str) -> list[str]:
+        return [line for line in preflight.notes(job(*overrides)) if "tensor cores" in line]
+
+    assert lines() == []
+    (line,) = lines(*GPUS)
+    assert line.split(": ")[1] == f"{', '.join(PRECISIONS)}; accepted there"
+    learned = "graft.0.layers={kind: learned, groups: 2, ratio: 0.5, pinned: []}"
+    (line,) = lines(*GPUS, learned, "profile.precision=tf32", "evaluate.precision=bf16", "resources.base.gpu=0")
+    fields = "distill.precision, graft.0.layers.search.precision, finetune.precision"
+    assert line.split(": ")[1] == f"{fields}; accepted there"
+    assert lines(*GPUS, *(f"{field}=tf32" for field in PRECISIONS)) == []
+    (line,) = lines(
+        "codec={kind: vae}", "data.image_size=16", "evaluate.metrics=[fid]", "evaluate.reference=a.npz", GPUS[-1]
+    )
+    assert line.split(": ")[1] == "codec.precision, evaluate.precision; accepted there"
 
 
 # -- what changes which keys

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,9 +25,11 @@ from graftwork.specs.graft import Edit, Site
 from graftwork.specs.job import StepResources
 from graftwork.specs.operators import Mha, Place, Swa
 from graftwork.specs.steps import ProfileParams
+from graftwork.specs.training import Precision
 from graftwork.stages import Context, profile
 from graftwork.stages.evidence import Profile, read_profile
 from graftwork.stages.latents import LatentsMeta, noised, read, write_meta
+from tests.products import Products
 from tests.small import Folder, lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,7 +246,9 @@ def make_inputs(folder: Path, model: DiT, edits: tuple[Edit, ...] = ()) -> dict[
     return {"features": Folder("f", features), "base": Folder("b", base)}
 
 
-def run_profile(inputs: dict[str, Folder], out: Path, seed: int = 0) -> list[tuple[int, int]]:
+def run_profile(
+    inputs: dict[str, Folder], out: Path, seed: int = 0, precision: Precision = "fp32"
+) -> list[tuple[int, int]]:
     """Returns what was reported."""
     reports: list[tuple[int, int]] = []
 
@@ -253,7 +257,7 @@ def run_profile(inputs: dict[str, Folder], out: Path, seed: int = 0) -> list[tup
 
     out.mkdir()
     nothing: Any = None
-    params = ProfileParams(seed=seed, samples=24)
+    params = ProfileParams(seed=seed, samples=24, precision=precision)
     profile.run(Context("profile", params, inputs, out, nothing, report, StepResources(), CPU))
     return reports
 
@@ -274,6 +278,24 @@ def out(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Folder]) -> 
 @pytest.fixture
 def found(out: Path) -> Profile:
     return read_profile(out)
+
+
+def test_every_product_of_a_profile_has_its_precision(
+    inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for picture in ("activation_boxes", "locality_map", "locality_by_quarter"):
+        monkeypatch.setattr(profile, picture, lambda *_: None)
+    for precision in get_args(Precision):
+        with Products() as counted:
+            run_profile(inputs, tmp_path / precision, precision=precision)
+        assert set(counted.convolutions) == {precision}
+        # In bf16, that of attention's statistics stays fp32.
+        assert set(counted.matrices) == ({"bf16", "fp32"} if precision == "bf16" else {precision})
+    exact, rounded = (read_profile(tmp_path / precision) for precision in ("fp32", "bf16"))
+    for site, output in exact.outputs.items():
+        assert rounded.outputs[site].std == pytest.approx(output.std, rel=0.05)
+    for site, curve in exact.locality.tokens.items():
+        assert rounded.locality.tokens[site] == pytest.approx(curve, abs=0.02)
 
 
 PICTURES = ("activations.png", "locality.png", "locality_by_quarter.png")

@@ -18,14 +18,17 @@ from graftwork.models import checkpoints
 from graftwork.models.classifier import Classifier
 from graftwork.models.dit import DiT, DiTConfig
 from graftwork.models.frechet import Gaussian, distance
+from graftwork.models.precision import allow_tf32
 from graftwork.models.streams import generator
 from graftwork.pipeline.store import Store
 from graftwork.specs.data import PixelCodec
-from graftwork.specs.evaluate import DdimSampler
+from graftwork.specs.evaluate import DdimSampler, EvaluateSpec
 from graftwork.specs.job import StepResources
-from graftwork.specs.steps import HeldoutParams, SampleParams, TrainingStatisticsParams
-from graftwork.stages import Context, Stopped, pictures, reference, rows
+from graftwork.specs.steps import EvaluateParams, HeldoutParams, SampleParams, TrainingStatisticsParams
+from graftwork.specs.training import Precision
+from graftwork.stages import Context, Stopped, evaluate, pictures, reference, rows
 from graftwork.stages.latents import Latents, LatentsMeta, Shards, write_meta
+from tests.products import Products
 from tests.small import lively
 from tests.stores import KEY
 
@@ -239,7 +242,7 @@ def test_the_network_is_compiled_where_that_is_asked_for(
 ) -> None:
     rows._LOADED.clear()
     compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: (compiled.append(model), model)[1])
     rows.sample_row(replace(context, params=context.params.model_copy(update={"compile": asked})))
     assert [type(model) for model in compiled] == [DiT] * asked
     rows._LOADED.clear()
@@ -317,3 +320,98 @@ def test_the_row_of_real_images_has_as_many_as_are_sampled_or_all_there_are(cont
     scores = json.loads((context.out / "scores.json").read_text())
     assert scores == {"samples": count, "agreement": (read == np.arange(count) % 3).mean()}
     assert (context.out / "grid.png").stat().st_size > 0
+
+
+# -- precision, and what a model costs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_samples_have_the_steps_precision_and_are_judged_in_fp32(context: Context, precision: Precision) -> None:
+    params = context.params.model_copy(update={"precision": precision})
+    context = replace(context, params=params)
+    products = []
+    for decoded_only in (True, False):
+        with pytest.MonkeyPatch.context() as patch, Products() as counted:
+            if decoded_only:
+                patch.setattr(rows, "draw", lambda network, meta, indices, *_: torch.zeros(len(indices), 1, SIDE, SIDE))
+            allow_tf32(matrices=False, convolutions=False)  # as a task begins
+            rows.sample_batch(context, rows.Batch(range(4), (0,)), CPU)
+        products.append(counted.matrices + counted.convolutions)
+    judged, everything = products
+    assert set(judged) == {"fp32"}
+    assert set(everything - judged) == {precision}
+
+
+def costs_of(
+    context: Context, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[dict[str, float], list[tuple[int, bool]]]:
+    """The measured rootstock, and each pass that was measured: of how many samples, and whether compiled."""
+    recipe = EvaluateSpec(**{"samples": SAMPLES, "batch": BATCH, "sampler": DdimSampler(steps=2), **changes})
+    params, passes = EvaluateParams(seed=0, recipe=recipe), list[tuple[int, bool]]()
+    inside: list[bool] = []
+
+    def compiled(model: DiT, **_: Any) -> Callable[..., Any]:
+        def network(*args: Any) -> Any:
+            inside.append(True)
+            try:
+                return model(*args)
+            finally:
+                inside.pop()
+
+        return network
+
+    forward = DiT.forward
+
+    def noted(self: DiT, x: Any, *args: Any) -> Any:
+        if not x.is_meta:
+            passes.append((len(x), bool(inside)))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(DiT, "forward", noted)
+    inputs = {**context.inputs, "rows/rootstock": context.inputs["base"]}
+    table = evaluate._costs(replace(context, params=params, inputs=inputs), params, CPU)
+    assert table["heldout"] == dict.fromkeys(evaluate.COSTS, 0)
+    return table["rootstock"], passes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_measured_is_what_samples_are_drawn_with(
+    context: Context, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    _, passes = costs_of(context, monkeypatch, compile=compiled)
+    assert {size for size, _ in passes} == {2 * evaluate.TIMED_SAMPLES, BATCH}
+    assert {inside for _, inside in passes} == {compiled}
+
+
+def test_the_weights_that_bf16_rounds_are_part_of_the_memory(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = checkpoints.load(context.inputs["base"].path())
+    rounded = (
+        sum(value.numel() for value in model.parameters() if value.dim() > 1)
+        - model.y_embedder.embedding_table.weight.numel()
+    )
+    found, _ = costs_of(context, monkeypatch, batch=1, precision="bf16")
+    held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    assert found["peak_memory"] > held + 2 * rounded
+
+
+def test_the_root_of_covariances_is_taken_where_no_gpu_is_held(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, StepResources] = {}
+    table = {"heldout": {"params": 0}, "rootstock": {"params": 7}}
+
+    def here(work: Callable[..., Any], shared: Any, items: Iterable[Any], resources: StepResources) -> Iterator[Any]:
+        held[work.__name__] = resources
+        return iter([table]) if work is evaluate._costs else (work(shared, item, CPU) for item in items)
+
+    monkeypatch.setattr(evaluate, "fan_out", here)
+    monkeypatch.setattr(evaluate, "quality_against_cost", lambda *_: None)
+    monkeypatch.setattr(evaluate, "_distance", lambda context, folder, metric: 2.5)
+    params = EvaluateParams(seed=0, recipe=EvaluateSpec(metrics=["fid"], reference="reference.npz"))
+    inputs = {**context.inputs, "rows/rootstock": context.inputs["base"], "rows/heldout": context.inputs["base"]}
+    resources = StepResources(cpu=2, gpu=1, custom={"fast": 1})
+    evaluate.run(replace(context, params=params, inputs=inputs, resources=resources))
+    assert held == {"_costs": resources, "_quality": StepResources(cpu=2, custom={"fast": 1})}
+    results = json.loads((context.out / "results.json").read_text())
+    assert results == {"heldout": {"fid": 2.5, "params": 0}, "rootstock": {"fid": 2.5, "params": 7}}

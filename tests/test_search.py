@@ -47,6 +47,7 @@ from graftwork.stages.latents import LatentsMeta, write_meta
 from graftwork.stages.search import SearchEngine
 from graftwork.stages.training import PlainEngine, final_state, set_up_blocks, train
 from tests import small
+from tests.products import Products
 from tests.small import Folder
 from tests.tiny_training import Killed, Reports
 
@@ -394,6 +395,17 @@ def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
     straight = state_of(store.partial("straight"))
     assert_same_bits(state_of(store.partial("killed")), straight)
     assert straight["counts"][1] > 0 and straight["course"].shape == (5, 1 + sum(make(0).gates.sizes))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_every_product_of_a_search_has_its_precision(store: Store, precision: str) -> None:
+    with Products() as counted:
+        run_search(store.partial("a"), recipe=RECIPE.model_copy(update={"precision": precision}))
+    found = counted.matrices | counted.convolutions
+    # In bf16, the draw of the gates stays fp32.
+    assert set(found) == {precision} if precision == "tf32" else found["bf16"] > found["fp32"] > 0
+    state = state_of(store.partial("a"))
+    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in state.values())
 
 
 def set_up(**settings: bool) -> GatedDiT:

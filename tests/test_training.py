@@ -25,11 +25,16 @@ from graftwork.models.diffusion import STEPS, Diffusion
 from graftwork.models.dit import Block, DiT
 from graftwork.models.streams import generator
 from graftwork.pipeline.store import Store
-from graftwork.specs.training import TrainingSpec
-from graftwork.stages import Stopped, batches, never, training
+from graftwork.specs.job import StepResources
+from graftwork.specs.model import DitModel, PretrainWeights
+from graftwork.specs.steps import BaseParams
+from graftwork.specs.training import Precision, TrainingSpec
+from graftwork.stages import Context, Stopped, base, batches, never, training
 from graftwork.stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
+from graftwork.stages.latents import LatentsMeta, write_meta
 from graftwork.stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
+from tests.products import Products
 from tests.tiny_training import (
     RECIPE,
     TINY,
@@ -207,6 +212,49 @@ def test_the_host_asks_for_no_value_and_moves_no_constant_but_at_points_and_chec
     with Asked(report) as asked:
         run_training(store.partial("a"), data, RECIPE.model_copy(update={"checkpoint_every": 12}), report)
     assert asked.steps == [0, 6, 12]  # for the point at 6; for that at 12, and the checkpoint
+
+
+# -- precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_every_product_of_a_training_forward_and_back_has_its_precision(
+    store: Store, data: TrainingSet, precision: str
+) -> None:
+    with Products() as counted:
+        run_training(store.partial("a"), data, RECIPE.model_copy(update={"precision": precision}))
+    assert set(counted.matrices) == set(counted.convolutions) == {precision}
+
+
+def test_in_bf16_passes_are_bf16_and_weights_and_optimizer_fp32(store: Store, data: TrainingSet) -> None:
+    with Products() as counted:
+        run_training(store.partial("a"), data, RECIPE.model_copy(update={"precision": "bf16"}))
+    assert set(counted.matrices) == set(counted.convolutions) == {"bf16"}
+    run_training(store.partial("b"), data)
+    rounded, exact = state_of(store.partial("a")), state_of(store.partial("b"))
+    assert {name: value.dtype for name, value in rounded.items()} == {n: value.dtype for n, value in exact.items()}
+    start = {f"weights/{name}": value for name, value in lively(DiT(TINY)).named_parameters()}
+    apart = sum((rounded[name] - exact[name]).square().sum().item() for name in start)
+    moved = sum((exact[name] - value).square().sum().item() for name, value in start.items())
+    assert 0 < apart < 0.01 * moved
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_pretraining_has_the_precision_of_its_recipe(
+    store: Store, data: TrainingSet, tmp_path: Path, precision: Precision
+) -> None:
+    np.save(tmp_path / "training_latents.npy", data.latents[:].numpy())
+    np.save(tmp_path / "training_labels.npy", data.labels.numpy())
+    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
+    write_meta(tmp_path, meta)
+    recipe = PretrainWeights(steps=2, batch=4, precision=precision)
+    params = BaseParams(seed=0, model=DitModel(depth=1, width=16, heads=2, patch=2), weights=recipe)
+    inputs = {"features": small.Folder("features", tmp_path)}
+    partial, report = store.partial("base"), Reports()
+    context = Context("base", params, inputs, tmp_path, partial, report, StepResources(), torch.device("cpu"))
+    with Products() as counted:
+        base.pretrain(context, context.device)
+    assert set(counted.matrices) == set(counted.convolutions) == {precision}
 
 
 # -- what may be set without another result

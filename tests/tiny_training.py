@@ -70,7 +70,9 @@ def run_training(
 
     def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
         model = lively(DiT(TINY), weights)
-        return PlainEngine(model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, state=state)
+        return PlainEngine(
+            model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=state
+        )
 
     train(
         make_engine,
