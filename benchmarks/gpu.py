@@ -22,7 +22,6 @@ import argparse
 import gc
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -152,29 +151,14 @@ def refuse(line: str) -> None:
 
 
 def usable_device(kind: str) -> Any:
-    """The device; ends the process in one line where torch cannot compute on it."""
+    """The device; ends the process in one line if torch cannot compute on it."""
     import torch
 
-    device = torch.device(kind)
-    try:
-        torch.zeros(1, device=device).add_(1).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: of a torch without CUDA
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
-        refuse(
-            f"no GPU that torch {torch.__version__}, built for {built}, can use ({str(error).splitlines()[0]}); NVIDIA "
-            f"driver: {driver_version() or 'none'}; accepted: a machine with one, or --device cpu --small"
-        )
-    return device
+    from graftwork.cluster.drivers import gpu_problem
 
-
-def driver_version() -> str | None:
-    """That of the loaded NVIDIA kernel module; None where there is none."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return None
-    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return version and version[0]
+    if kind == "cuda" and (problem := gpu_problem()) is not None:
+        refuse(f"no GPU here, or one that {problem}; or --device cpu --small")
+    return torch.device(kind)
 
 
 def attempt(session: Session, title: str, measure: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
@@ -204,8 +188,9 @@ def attempt(session: Session, title: str, measure: Callable[[Session], dict[str,
 
 def whole(session: Session) -> dict[str, Any]:
     from benchmarks.report import machine
+    from graftwork.cluster.drivers import driver_version
 
-    facts = {**machine(), "driver": driver_version(), "small": session.small}
+    facts = {**machine(), "driver": driver_version() or "none", "small": session.small}
     took = {"seconds": time.monotonic() - session.began}
     return {"title": "GPU", **facts, **took, "parts": session.parts, "differing": session.differing}
 
@@ -217,6 +202,7 @@ def measure_machine(session: Session) -> dict[str, Any]:
     import torch
 
     from benchmarks import report
+    from graftwork.cluster.drivers import driver_version
 
     rows = []
     for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
@@ -267,20 +253,15 @@ def measure_operators(session: Session) -> dict[str, Any]:
 
     sizes = session.sizes
     place = Place(sizes.width, sizes.heads, sizes.tokens)
+    kernels.DECISIONS.clear()
     rows = [operator_row(session, spec, place) for spec in OPERATORS]
-    absent = {
-        f"{kernel.package}": f"not used: {kernels.import_failure(kernel)}"
-        for kernel in kernel_list()
-        if kernels.import_failure(kernel)
+    passed_over = {
+        f"{decision.operator}, why not {decision.kernel}": decision.obstacle
+        for decision in kernels.DECISIONS
+        if decision.obstacle is not None
     }
     facts = {"width, tokens, batch": f"{sizes.width}, {sizes.tokens}, {sizes.batch}", "precision": session.precision}
-    return {"rows": rows, "facts": facts | absent}
-
-
-def kernel_list() -> list[Any]:
-    from graftwork.models.operators import kernels
-
-    return [value for value in vars(kernels).values() if isinstance(value, kernels.Kernel)]
+    return {"rows": rows, "facts": facts | passed_over}
 
 
 def operator_row(session: Session, spec: Any, place: Any) -> dict[str, Any]:
@@ -300,8 +281,7 @@ def operator_row(session: Session, spec: Any, place: Any) -> dict[str, Any]:
     plain = build_operator(defined(spec), place).to(device)
     plain.load_state_dict(operator.state_dict())
     x, gradient = torch.randn(2, sizes.batch, place.num_tokens, place.width, device=device, dtype=dtype)
-    with kernels_called() as called:
-        ours = answers(operator, x[:2], gradient[:2], session.precision)
+    ours = answers(operator, x[:2], gradient[:2], session.precision)
     with definitions_only():
         rounded = answers(plain, x[:2], gradient[:2], session.precision)
         exact = answers(build_like(plain, defined(spec), place).double(), x[:2].double(), gradient[:2].double(), "fp32")
@@ -316,7 +296,7 @@ def operator_row(session: Session, spec: Any, place: Any) -> dict[str, Any]:
     floor = PASSES * operator_cost(spec, place).flops * sizes.batch / session.peaks[session.precision]
     return {
         "operator": spec.kind,
-        "computed by": ", ".join(sorted(called)) or "PyTorch",
+        "computed by": ", ".join(kernels_of(spec.kind)) or "PyTorch",
         "ms": ours_seconds * 1e3,
         "of the definition, ms": plain_seconds * 1e3,
         "times faster": plain_seconds / ours_seconds,
@@ -325,6 +305,13 @@ def operator_row(session: Session, spec: Any, place: Any) -> dict[str, Any]:
         "furthest apart": f"{worst} {apart[worst]:.2g}",
         "agrees": "yes" if agrees else "NO",
     }
+
+
+def kernels_of(operator: str) -> list[str]:
+    """The kernels to which its calls went."""
+    from graftwork.models.operators import kernels
+
+    return sorted({one.kernel for one in kernels.DECISIONS if one.operator == operator and one.obstacle is None})
 
 
 def defined(spec: Any) -> Any:
@@ -358,34 +345,6 @@ def distance(one: Any, other: Any) -> float:
     """Relative, by the norm."""
     one, other = one.detach().double(), other.detach().double()
     return float((one - other).norm() / other.norm())
-
-
-@contextmanager
-def kernels_called() -> Iterator[set[str]]:
-    """The names of the fused kernels that are called within."""
-    from graftwork.models.operators import attention, kernels
-
-    called: set[str] = set()
-
-    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*inputs: Any, **named: Any) -> Any:
-            called.add(name)
-            return function(*inputs, **named)
-
-        return call
-
-    there = [kernel for kernel in kernel_list() if kernels.import_failure(kernel) is None]
-    functions = [kernel.fused for kernel in there]
-    flex = attention.compiled_flex_attention
-    for kernel in there:
-        kernel.fused = noting(kernel.package, kernel.fused)
-    attention.compiled_flex_attention = lambda: noting("FlexAttention", flex())  # type: ignore[assignment]
-    try:
-        yield called
-    finally:
-        attention.compiled_flex_attention = flex
-        for kernel, function in zip(there, functions, strict=True):
-            kernel.fused = function
 
 
 @contextmanager

@@ -26,13 +26,13 @@ from graftwork.models.dit import DiT, DiTConfig
 from graftwork.models.frechet import Moments
 from graftwork.models.gates import Gate, GatedOperator, Gates
 from graftwork.models.locality import Locality, by_displacement
-from graftwork.models.operators import REGISTRY, attention, build_operator
+from graftwork.models.operators import REGISTRY, attention, build_operator, kernels
 from graftwork.models.precision import computing
 from graftwork.models.sampling import sample
 from graftwork.models.streams import SampleNoise, generator
 from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Sampler
 from graftwork.specs.graft import Site
-from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place
+from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place, Swa
 from graftwork.specs.training import DistillSpec, Precision, TrainingSpec
 from graftwork.stages.activations import Kept, Pairs, Recomputed, Rootstock
 from graftwork.stages.batches import TrainingSet, draw_batch
@@ -248,6 +248,7 @@ def test_an_operator_is_compiled_whole_for_a_gpu(
         monkeypatch.setattr(kernel, "module", "of_no_package")
         monkeypatch.setattr(kernel, "fused", None)
         monkeypatch.setattr(kernel, "failure", None)
+    monkeypatch.setattr(kernels, "DECISIONS", set())
     torch._dynamo.reset()
     operator = on_card(lambda: build_operator(kind(), XL2))
     for module in operator.modules():  # Module.to exchanges data, which fake tensors do not
@@ -258,3 +259,5 @@ def test_an_operator_is_compiled_whole_for_a_gpu(
     assert y.device == CUDA and y.dtype == dtype and y.shape == (2, 256, 1152)
     asked = {kernel for kernel in KERNELS if kernel.failure == "there is no module of_no_package here"}
     assert asked == {kernel for kernel in PACKAGES.get(kind, []) if dtype in kernel.dtypes}
+    called = {decision.kernel for decision in kernels.DECISIONS if decision.obstacle is None}
+    assert called == ({"FlexAttention"} if kind is Swa else set())

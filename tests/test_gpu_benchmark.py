@@ -109,10 +109,12 @@ def test_a_kernel_that_computes_something_else_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(kernels.CAUSAL_CONVOLUTION, "failure", None)
     monkeypatch.setattr(kernels.CAUSAL_CONVOLUTION, "fused", looks_only_at_the_present)
     session = gpu.Session(torch.device("cpu"), small=True, peaks={"fp32": 1e9})
-    rows = {row["operator"]: row for row in gpu.measure_operators(session)["rows"]}
+    part = gpu.measure_operators(session)
+    rows = {row["operator"]: row for row in part["rows"]}
     wrong = {kind for kind, row in rows.items() if row["agrees"] == "NO"}
     assert wrong == {kind for kind, row in rows.items() if row["computed by"] == "causal-conv1d"}
     assert wrong == {"hyena_se", "hyena_x", "hyena_y", "mamba2", "mlp_hyena_x"}
+    assert part["facts"]["mha, why not flash-attn"].startswith("it takes torch.float16")
     assert len(session.differing) == 5 and session.differing[0].startswith("hyena_se: ")
 
 
@@ -137,8 +139,8 @@ def test_without_a_gpu_it_ends_in_one_line() -> None:
     )
     line, *rest = done.stderr.splitlines()
     assert done.returncode == 2 and not done.stdout and all(line.startswith("make: ") for line in rest)
-    assert line.startswith(f"no GPU that torch {torch.__version__}, built for ")
-    assert line.endswith("accepted: a machine with one, or --device cpu --small")
+    assert line.startswith(f"no GPU here, or one that torch {torch.__version__}") and "NVIDIA driver: " in line
+    assert line.endswith("; or --device cpu --small")
 
 
 def test_full_sizes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
