@@ -266,9 +266,7 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> Iterator[Che
     if given and visible is not None and (not visible or visible == "-1"):
         seen = f"CUDA_VISIBLE_DEVICES is {visible!r}: it hides {given} GPUs"
         yield warning("visible GPUs", seen, "unset it, unless that is meant")
-    notable = [
-        name for name in sorted(variables) if name.startswith(("CUDA_", "NCCL_", "GLOO_", "OMP_", "RAY_", "HF_"))
-    ]
+    notable = [name for name in sorted(variables) if name in NOTABLE or name.startswith(NOTABLE_PREFIXES)]
     yield fine("environment", f"set: {', '.join(notable)}" if notable else "nothing set that changes what happens")
 
 

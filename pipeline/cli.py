@@ -420,7 +420,7 @@ def doctor(
     """
     from graftwork.pipeline.doctor import doctor as check_up
 
-    several = address is not None or os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
+    several = address is not None or "RAY_ADDRESS" in os.environ
     out = sys.stdout
 
     def tell(check: Check) -> None:

@@ -76,7 +76,7 @@ def doctor(
     place = spec.store if spec is not None else store
     if address is not None:
         made = _relay(spec, place, address)
-    elif os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local"):
+    elif _names_a_cluster():
         made = _cluster(spec, place)
     else:
         made = _machine(spec, place or DEFAULT_STORE)
@@ -107,10 +107,16 @@ def judged(check: Check) -> Check:
 # -- one machine
 
 
+def _names_a_cluster() -> bool:
+    return os.environ.get("RAY_ADDRESS", "").strip() not in ("", "local")
+
+
 def _machine(job: JobSpec | None, store: str) -> Iterator[Check]:
     seen = []
+    # The cluster of RAY_ADDRESS, if there is one, was asked before.
     ray = Probe("Ray", f"{HERE}:check_ray", seconds=40.0, advice="what Ray writes is below TMPDIR, in graft-*")
-    for check in run_phases(phases([ray, *_tracking(job, store)], job, store), SECONDS):
+    others = [*([] if _names_a_cluster() else [ray]), *_tracking(job, store)]
+    for check in run_phases(phases(others, job, store), SECONDS):
         seen.append(check)
         yield check
     if job is not None:
@@ -182,10 +188,12 @@ def _cluster(job: JobSpec | None, store: str | None) -> Iterator[Check]:
                 gpus = [check for check in seen if check.name.startswith("GPU ")]
                 amounts = [dict(node.resources) for node in there]
                 yield from run_probes([_fit(job, amounts, False, _smallest(gpus))])
+        return
     except SpecError as error:
         yield from (refused("cluster", line) for line in error.lines)
     except RayDidNotStart as error:
         yield refused("cluster", str(error))
+    yield from _machine(job, store or DEFAULT_STORE)
 
 
 def _members(there: list[Node]) -> Check:
