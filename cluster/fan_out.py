@@ -38,7 +38,7 @@ def fan_out(work: Doing, shared: Any, items: Sequence[Any], resources: StepResou
             if not waiting:
                 hands.dismiss_idle()
             for ref in _finished([ref for ref in begun if ref not in results]):
-                results[ref] = ray.get(ref)  # here it is safe from the loss of a node
+                results[ref] = hands.result(ref)  # here it is safe from the loss of a node
             while begun and begun[0] in results:
                 yield results.pop(begun.popleft())
     finally:
@@ -70,6 +70,9 @@ class _Tasks:
     def begin(self, item: Any) -> Any:
         return self._task.remote(self._shared, item)
 
+    def result(self, ref: Any) -> Any:
+        return ray.get(ref)
+
     def dismiss_idle(self) -> None: ...
     def dismiss(self) -> None: ...
 
@@ -83,7 +86,9 @@ class _Staff:
             def stand_by(self) -> None: ...
 
             def do(self, common: Any, item: Any) -> Any:
-                return work(common, item, settle())
+                from graftwork.models.operators.kernels import DECISIONS
+
+                return work(common, item, settle()), DECISIONS
 
         told = {"max_restarts": RETRIES, "max_task_retries": RETRIES, **options(resources)}
         self._actor, self._shared, self._resources = ray.remote(**told)(Actor), shared, resources
@@ -100,6 +105,14 @@ class _Staff:
     def begin(self, item: Any) -> Any:
         least = min((worker for worker in self._workers if worker.free()), key=lambda worker: len(worker.refs))
         return least.begin(self._shared, item)
+
+    def result(self, ref: Any) -> Any:
+        """Return what the work did; which kernels it ran is added to this process's decisions."""
+        from graftwork.models.operators.kernels import DECISIONS
+
+        result, decisions = ray.get(ref)
+        DECISIONS.update(decisions)
+        return result
 
     def dismiss_idle(self) -> None:
         idle = [worker for worker in self._workers if not worker.busy()]

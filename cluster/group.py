@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # handed on without saying so
 
+from graftwork.cluster import memory
 from graftwork.cluster.runtime import free_group, group_name, options, room_for, settle, taken
 from graftwork.specs.job import StepResources
 
@@ -106,7 +107,12 @@ def cause_of(errors: Sequence[Exception]) -> Exception:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another worker, as gloo, NCCL or torch's store report it."""
+    """Whether a collective failed because of another worker, as gloo, NCCL or torch's store report it.
+
+    For want of memory it fails by itself, and would again.
+    """
+    if memory.is_short(error):
+        return False
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in BROKEN_CONNECTION)

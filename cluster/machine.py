@@ -23,6 +23,13 @@ def num_cpus(root: Path = ROOT) -> int:
     return max(1, math.floor(min([cpus, *_least("cpu", _cpu_quota, root)])))
 
 
+def num_gpus(root: Path = ROOT) -> int:
+    """Return how many NVIDIA GPUs the driver shows on this machine or in this container, at least 1."""
+    with suppress(OSError):  # another kind of GPU, or of system
+        return max(1, len(list((root / "proc/driver/nvidia/gpus").iterdir())))
+    return 1
+
+
 def available_memory(root: Path = ROOT) -> int:
     """Return the bytes of memory that this process can have without swapping or being killed."""
     import psutil  # a plan wants CPUs only

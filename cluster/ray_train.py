@@ -14,17 +14,24 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from graftwork.cluster.group import NoRoom, Work, WorkerLost, cause_of
 from graftwork.cluster.runtime import room_for, settle, taken
+from graftwork.models.operators.kernels import DECISIONS, Decision
 from graftwork.specs.job import StepResources
 
 
 def run_group(work: Work, argument: Any, workers: int, resources: StepResources, last: bool = False) -> None:
-    """As cluster.group.run_group; no process is ever found again."""
+    """As cluster.group.run_group; no process is ever found again.
 
-    def loop() -> None:
+    Which kernels the first worker ran is added to this process's decisions.
+    """
+
+    def loop() -> set[Decision]:
+        from graftwork.models.operators import kernels  # the worker's own
+
         work(argument, settle())
+        return kernels.DECISIONS
 
     try:
-        _fit(loop, workers, resources)
+        DECISIONS.update(_fit(loop, workers, resources))
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # or its controller was lost
         failures = list(getattr(error, "worker_failures", {}).values())
         own = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
@@ -35,13 +42,13 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
         raise WorkerLost(str(error)) from error
 
 
-def _fit(loop: Any, workers: int, resources: StepResources) -> None:
-    """One attempt; what is done about a failure is for the launcher to say."""
+def _fit(loop: Any, workers: int, resources: StepResources) -> Any:
+    """Return what the first worker does, of one attempt; what is done about a failure is for the launcher to say."""
     # Steps see to being preempted themselves; a process less to start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray Train insists on a place of its own; nothing of ours goes there.
     with tempfile.TemporaryDirectory(prefix="graftwork-train-", ignore_cleanup_errors=True) as folder:
-        TorchTrainer(
+        trainer = TorchTrainer(
             loop,
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
@@ -53,4 +60,5 @@ def _fit(loop: Any, workers: int, resources: StepResources) -> None:
                     max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                 ),
             ),
-        ).fit()
+        )
+        return trainer.fit().return_value

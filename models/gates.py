@@ -68,6 +68,10 @@ class Gates(nn.Module):
         self.gates = tuple(gates)
         self.sizes = [len(gate.choices) for gate in gates]
         self.logits = nn.Parameter(torch.full((sum(self.sizes),), logit_start))  # (M,), gate after gate
+        for number, gate in enumerate(gates):  # buffers, so that they are where the logits are
+            for position in range(len(gate.blocks)):
+                table = gate.holdings(position).to(self.logits.dtype)
+                self.register_buffer(_holdings(number, position), table, persistent=False)
 
     def sample(self, noise: Tensor, temperature: float, scale: float) -> dict[int, Tensor]:
         """For each block (B,O): 1 at what the site holds for the example, 0 elsewhere; straight-through.
@@ -75,12 +79,13 @@ class Gates(nn.Module):
         noise: Gumbel (B,M), which makes each choice as likely as `probabilities(scale)` says.
         """
         holds: dict[int, Tensor] = {}
-        for gate, scores in zip(self.gates, (self.logits * scale + noise).split(self.sizes, dim=1), strict=True):
+        parts = (self.logits * scale + noise).split(self.sizes, dim=1)
+        for number, (gate, scores) in enumerate(zip(self.gates, parts, strict=True)):
             soft = (scores / temperature).softmax(dim=1)
             hard = nn.functional.one_hot(scores.argmax(dim=1), len(gate.choices)).to(soft)
             drawn = hard + (soft - soft.detach())  # exactly `hard`, with the gradient of `soft`
             for position, block in enumerate(gate.blocks):
-                holds[block] = drawn @ gate.holdings(position).to(drawn)
+                holds[block] = drawn @ self.get_buffer(_holdings(number, position)).to(drawn)
         return holds
 
     def probabilities(self, scale: float, logits: Tensor | None = None) -> list[Tensor]:
@@ -102,6 +107,11 @@ class Gates(nn.Module):
             for gate, values in zip(self.gates, scores, strict=True)
             for block, holding in zip(gate.blocks, gate.choices[values.index(max(values))], strict=True)
         }
+
+
+def _holdings(number: int, position: int) -> str:
+    """Return the name of a gate's table (M,O) for the block at that position."""
+    return f"holdings_{number}_{position}"
 
 
 class GatedOperator(nn.Module):

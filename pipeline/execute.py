@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import ray
 
 from graftwork import stages
-from graftwork.cluster import runtime
+from graftwork.cluster import memory, runtime
 from graftwork.cluster.board import Board, News, Reporter, StopSignal
 from graftwork.pipeline import leases, recording
 from graftwork.pipeline.estimates import parts_of_pass, site_items
@@ -34,6 +34,7 @@ from graftwork.pipeline.recording import Recordings
 from graftwork.pipeline.store import Origin, RottenArtifact, Store
 from graftwork.specs.problems import plain
 from graftwork.specs.secrets import redacted
+from graftwork.stages.decisions import decisions_in
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
@@ -459,7 +460,8 @@ def _do(work: Work, together: stages.Together) -> float:
         together=together,
         images=step.images,
     )
-    stages.load(step.stage)(context)
+    with decisions_in(context.out, step.resources):
+        stages.load(step.stage)(context)
     step.require_same_files()
     seconds = time.perf_counter() - began
     made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -489,10 +491,7 @@ def _problem(work: Work, cause: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, of the machine as Ray guards it, or of what the system would give."""
-    if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError):
-        return True
-    text = f"{type(error).__name__}: {error}"
-    return any(sign in text for sign in ("OutOfMemoryError", "CUDA out of memory", "can't allocate memory"))
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or memory.is_short(error)
 
 
 def _out_of_memory(stage: str) -> str:

@@ -34,7 +34,9 @@ STAGES = {
     "base": Stage(version=4, orchestrates=True, memory="weights.batch, or set weights.checkpointing"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),
-    "distill": Stage(version=3, shares=True, memory="distill.batch, distill.samples or distill.draws"),
+    "distill": Stage(
+        version=3, shares=True, memory="distill.activations, distill.batch, distill.samples or distill.draws"
+    ),
     "search": Stage(version=4, orchestrates=True, memory="layers.search.batch, or set layers.search.checkpointing"),
     "select": Stage(version=2),
     "finetune": Stage(

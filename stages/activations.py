@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.cluster.machine import available_memory, num_cpus
+from graftwork.cluster.machine import available_memory, num_cpus, num_gpus
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT
 from graftwork.models.precision import computing
@@ -27,10 +27,11 @@ from graftwork.specs.graft import Edit, Site, overlapping
 from graftwork.specs.steps import DistillParams
 from graftwork.specs.training import DistillSpec
 from graftwork.stages import Context, Input, Portion, Stopped, never
+from graftwork.stages.batches import DrawnAhead
 from graftwork.stages.latents import Noised, noised, read, require_enough
 
 BATCH = 64  # samples that pass through the rootstock together
-SHARE = 0.5  # of the memory that is free
+SHARE = 0.5  # of the memory that is this task's
 KEPT = "activations"  # under which name a task keeps them from step to step
 
 
@@ -96,13 +97,24 @@ class Kept:
         return len(self.pairs)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
-        if order is None:
-            found = self.pairs.split(size)
+        if self.pairs.outputs.device != self.device:
+            yield from self._uploaded(size, order)
+        elif order is None:
+            yield from self.pairs.split(size)
         else:
-            chosen = order.to(self.pairs.outputs.device).split(size)
-            found = (self.pairs.of([value[part] for value in self.pairs.tensors()]) for part in chosen)
-        for batch in found:
-            yield batch.of([value.to(self.device, non_blocking=True) for value in batch.tensors()])
+            for part in order.to(self.device).split(size):
+                yield self.pairs.of([value[part] for value in self.pairs.tensors()])
+
+    def _uploaded(self, size: int, order: Tensor | None) -> Iterator[Pairs]:
+        """The same from the host's memory: a thread gathers the next batches where a GPU copies them from by itself."""
+        parts = (torch.arange(len(self)) if order is None else order.cpu()).split(size)
+
+        def gather(number: int) -> Pairs:
+            return self.pairs.of([_gathered(value, parts[number]) for value in self.pairs.tensors()])
+
+        with DrawnAhead(gather, range(len(parts))) as gathered:
+            for _, batch in gathered:
+                yield batch.of([value.to(self.device, non_blocking=True) for value in batch.tensors()])
 
 
 @dataclass(frozen=True)
@@ -215,8 +227,16 @@ def _part_of(count: int, part: int, parts: int) -> slice:
 
 
 def _room_for(count: int, like: Tensor, place: torch.device) -> Tensor:
-    pinned = like.is_cuda and place.type == "cpu"
-    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=place, pin_memory=pinned)
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=place)
+
+
+def _gathered(values: Tensor, chosen: Tensor) -> Tensor:
+    """Some rows of a tensor of the host, in memory that is pinned if there is a GPU.
+
+    PyTorch gives such memory to nobody else before the copies from it are over.
+    """
+    room = torch.empty((len(chosen), *values.shape[1:]), dtype=values.dtype, pin_memory=torch.cuda.is_available())
+    return torch.index_select(values, 0, chosen, out=room)
 
 
 def kept_as(site: Site, recipe: DistillSpec) -> torch.dtype:
@@ -319,9 +339,21 @@ def _room(context: Context, place: torch.device) -> int:
     if params.recipe.activations is not None:
         return int(params.recipe.activations)
     if place.type == "cuda":
-        share = min(context.resources.gpu or 1.0, 1.0)  # tasks that share a GPU begin at about the same time
-        return int(SHARE * share * torch.cuda.mem_get_info(place)[0])
+        return int(SHARE * memory_of_gpu(place, context.resources.gpu))
     if context.resources.memory is not None:
         return int(SHARE * context.resources.memory)
-    neighbours = num_cpus() / max(context.resources.cpu, 1.0)
-    return int(SHARE * available_memory() / neighbours)
+    if context.resources.gpu:  # what such tasks there can be beside this one is settled by the GPUs
+        neighbours = num_gpus() / context.resources.gpu
+    else:
+        neighbours = num_cpus() / max(context.resources.cpu, 1.0)
+    return int(SHARE * available_memory() / max(neighbours, 1.0))
+
+
+def memory_of_gpu(device: torch.device, share: float) -> float:
+    """Return the bytes of a GPU that a task with a share of it may take: of the whole card, if so many are free.
+
+    What PyTorch caches for this process counts as free, which the driver counts as taken.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(min(share or 1.0, 1.0) * total, free + cached)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from graftwork.specs.training import TrainingSpec
 from graftwork.stages.latents import Shards, either
 
 DEPTH = 2  # batches that are drawn ahead
+T = TypeVar("T")  # a batch of whatever kind
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def draw_batch(
     return Batch(data.pick(chosen[share], mirror[share]), t[share], y, noise)
 
 
-class DrawnAhead:
+class DrawnAhead(Generic[T]):
     """`draw(step)` of each step, in order; the next ones are drawn on a thread of their own meanwhile.
 
     A context, after which that thread is gone. What `draw` raises is raised here, at its step.
     """
 
-    def __init__(self, draw: Callable[[int], Batch], steps: range) -> None:
+    def __init__(self, draw: Callable[[int], T], steps: range) -> None:
         self.draw, self.steps = draw, steps
         self.waited, self.asked = 0.0, time.perf_counter()  # seconds of waiting, and since when
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -94,7 +95,7 @@ class DrawnAhead:
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+    def __iter__(self) -> Iterator[tuple[int, T]]:
         coming = deque(self.thread.submit(self.draw, step) for step in self.steps[:DEPTH])
         for step in self.steps:
             began = time.perf_counter()

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH = 16  # images that pass through the VAE together on a CPU
-GPU_BATCH, GPU_PIXELS = 256, 64 * 256**2  # on a GPU: at most so many images, and pixels of images
+GPU_BATCH = 256  # at most so many on a GPU
+GPU_SHARE = 0.2  # of a task's part of a GPU's memory, for the VAE's own activations
+PIXEL_BYTES = 3600  # that decoding takes for each pixel of an image in fp32, by Stable Diffusion's VAE
+GPU_BYTES = 80e9  # of a GPU that is yet to be seen
 ACCEPTED = "a folder that diffusers saved an AutoencoderKL to, or the hub id of one"
 
 
@@ -40,9 +43,9 @@ class Coder(Protocol):
         ...
 
 
-def load_codec(codec: Codec, device: torch.device) -> Coder:
-    """The spec's codec, ready on the device; raises UnfitCodec."""
-    return Pixels() if isinstance(codec, PixelCodec) else Vae(codec, device)
+def load_codec(codec: Codec, device: torch.device, share: float = 1.0) -> Coder:
+    """Return the spec's codec, ready on the device, of which the task has a share if it is a GPU; raise UnfitCodec."""
+    return Pixels() if isinstance(codec, PixelCodec) else Vae(codec, device, share)
 
 
 class Pixels:
@@ -58,10 +61,12 @@ class Pixels:
 class Vae:
     """diffusers' AutoencoderKL. What it makes of an image varies with those beside it only in the last bits."""
 
-    def __init__(self, codec: VaeCodec, device: torch.device) -> None:
+    def __init__(self, codec: VaeCodec, device: torch.device, share: float = 1.0) -> None:
         import torch
 
         self.codec, self.device = codec, device
+        on_gpu = device.type == "cuda"
+        self.room = share * torch.cuda.get_device_properties(device).total_memory if on_gpu else None
         self.dtype = torch.bfloat16 if codec.precision == "bf16" else torch.float32
         self.vae = _read(codec, self.dtype).to(device, memory_format=torch.channels_last).eval()
         self.latents = Normalisation(vae_config(codec))
@@ -72,7 +77,7 @@ class Vae:
 
         from graftwork.models.precision import products
 
-        batch = together(self.codec, images.shape[-1], self.device.type == "cuda")
+        batch = together(self.codec, images.shape[-1], self.room)
         runs = [slice(start, start + batch) for start in range(0, len(images), batch)]
         with torch.no_grad(), products(self.codec.precision):
             return torch.cat([self._sampled(images[run], names[run]) for run in runs]).contiguous()
@@ -94,7 +99,7 @@ class Vae:
 
         from graftwork.models.precision import products
 
-        batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.device.type == "cuda")
+        batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.room)
         with torch.no_grad(), products(self.codec.precision):
             parts = (self._placed(self.latents.own(part)) for part in latents.split(batch))
             return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
@@ -148,11 +153,17 @@ def _of_channels(numbers: Sequence[float]) -> Tensor:
     return torch.tensor(numbers)[None, :, None, None]
 
 
-def together(codec: VaeCodec, side: int, on_gpu: bool) -> int:
-    """How many images, of so many pixels a side, pass through the VAE together: a setting, or what suits the device."""
+def together(codec: VaeCodec, side: int, room: float | None) -> int:
+    """Return how many images, of so many pixels a side, pass through the VAE together.
+
+    That is a setting, or what suits the device. room: bytes of a GPU that are the task's, None on a CPU.
+    """
     if codec.batch is not None:
         return codec.batch
-    return min(GPU_BATCH, max(1, GPU_PIXELS // side**2)) if on_gpu else BATCH
+    if room is None:
+        return BATCH
+    fitting = max(1, int(GPU_SHARE * room / (PIXEL_BYTES * side**2)))
+    return min(GPU_BATCH, 2 ** (fitting.bit_length() - 1))
 
 
 def in_range(images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.problems import plain, text
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context
-from graftwork.stages.codec import BATCH, Coder, UnfitCodec, load_codec, require_fit, together, vae_config
+from graftwork.stages.codec import BATCH, GPU_BYTES, Coder, UnfitCodec, load_codec, require_fit, together, vae_config
 from graftwork.stages.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
 from graftwork.stages.images import BrokenImage, broken_images, read_pixels, scaled, told
 from graftwork.stages.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
@@ -244,7 +244,8 @@ def _encoded(
         return {"shard": row["shard"], "start": row["start"], "latents": np.stack(views)}
 
     data, codec = params.data, params.codec
-    batch = together(codec, data.image_size, resources.gpu > 0) if isinstance(codec, VaeCodec) else BATCH
+    room = GPU_BYTES if resources.gpu else None
+    batch = together(codec, data.image_size, room) if isinstance(codec, VaeCodec) else BATCH
     pieces = _pieces(missing, BATCHES_A_TASK * batch, hashes)
     told_ray = {name: value for name, value in options(resources).items() if value}
     if not pieces:
@@ -257,7 +258,9 @@ def _encoded(
     images = _rows(pieces).map(read, num_cpus=1 if resources.gpu else resources.cpu)
     at_once = min(len(pieces), max(1, room_for(resources)))
     workers = ray.data.ActorPoolStrategy(min_size=1, initial_size=at_once, max_size=len(pieces))
-    return iter(images.map(Encoder, fn_constructor_args=(codec,), compute=workers, **told_ray).iter_rows())
+    return iter(
+        images.map(Encoder, fn_constructor_args=(codec, resources.gpu), compute=workers, **told_ray).iter_rows()
+    )
 
 
 def _pieces(missing: Sequence[Shard], count: int, hashes: ImageHashes | None) -> list[Row]:
@@ -298,10 +301,10 @@ def _as_raised(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 class Encoder:
-    """A worker that holds the VAE."""
+    """A worker that holds the VAE, and a share of a GPU."""
 
-    def __init__(self, codec: VaeCodec) -> None:
-        self.codec = codec
+    def __init__(self, codec: VaeCodec, gpu: float) -> None:
+        self.codec, self.gpu = codec, gpu
 
     def __call__(self, row: Row) -> Row:
         settle()
@@ -314,4 +317,4 @@ class Encoder:
     @cached_property
     def _vae(self) -> Coder:
         """Loaded with the first images: of an error before that, Ray says only that a worker died."""
-        return load_codec(self.codec, settle())
+        return load_codec(self.codec, settle(), min(self.gpu, 1.0))

@@ -76,6 +76,6 @@ def _judged(context: Context, judges: Judges, codec: Codec, latents: Latents) ->
 
 def _decoded(context: Context, codec: Codec, latents: Latents) -> Iterator[tuple[NDArray[np.uint8], Tensor]]:
     """The images of the latents and their labels, some at a time."""
-    coder = load_codec(codec, context.device)
+    coder = load_codec(codec, context.device, min(context.resources.gpu, 1.0))
     for x, labels in zip(latents.x.split(BATCH), latents.labels.split(BATCH), strict=True):
         yield coder.decode(x), labels

@@ -195,7 +195,8 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
             _LOADED.clear()
         model = row_model(context, params.row, params.seed).to(device)
         judges = Judges(context, params.metrics, params.inception, device)
-        _LOADED[identity] = Loaded(network_of(model, params.compile), load_codec(params.codec, device), judges)
+        codec = load_codec(params.codec, device, min(context.resources.gpu, 1.0))
+        _LOADED[identity] = Loaded(network_of(model, params.compile), codec, judges)
     return _LOADED[identity]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,9 +186,23 @@ def test_any_split_into_batches_gives_the_same_up_to_rounding(
 
 
 def test_the_batch_is_the_specs_or_suits_the_device(folder: Path) -> None:
-    assert [codec.together(spec(folder), side, on_gpu=False) for side in (64, 256, 512)] == [16, 16, 16]
-    assert [codec.together(spec(folder), side, on_gpu=True) for side in (64, 256, 512, 8192)] == [256, 64, 16, 1]
-    assert codec.together(spec(folder, batch=5), 256, on_gpu=True) == 5
+    assert [codec.together(spec(folder), side, None) for side in (64, 256, 512)] == [16, 16, 16]
+    assert [codec.together(spec(folder), side, 80e9) for side in (64, 256, 512, 8192)] == [256, 64, 16, 1]
+    assert codec.together(spec(folder, batch=5), 256, 80e9) == 5
+
+
+def test_a_gpus_batch_is_of_its_memory_and_the_tasks_share_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding 64 images of 256 pixels takes about 15 GB."""
+    moved = codec.Vae(spec(folder), CPU)
+    assert moved.room is None
+    monkeypatch.setattr(codec, "_read", lambda codec, dtype: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    for total, share, most in ((80e9, 1.0, 64), (80e9, 0.25, 16), (24e9, 1.0, 16), (24e9, 0.5, 8), (10e9, 0.1, 1)):
+        card = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        vae = codec.Vae(spec(folder), torch.device("cuda"), share)
+        assert codec.together(vae.codec, 256, vae.room) == most
+        assert most * 15e9 / 64 <= 0.2 * share * total or most == 1
 
 
 def test_images_as_bytes_are_those_in_range(folder: Path) -> None:

@@ -264,6 +264,13 @@ def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, sh
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_batches_from_the_hosts_memory_are_those_that_lie_on_the_device(source: Kept, shuffled: bool) -> None:
+    order = torch.randperm(len(source)) if shuffled else None
+    for there, sent in zip(source.batches(10, order), source._uploaded(10, order), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(there.tensors(), sent.tensors(), strict=True))
+
+
 def test_unweighted_pairs_have_no_weights(source: Kept) -> None:
     assert source.pairs.weights is None
 

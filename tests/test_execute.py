@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 from benchmarks.watching import Unwatched
 from graftwork import stages
 from graftwork.cluster import runtime
+from graftwork.models.operators import kernels
 from graftwork.pipeline import estimates, execute, leases, recording
 from graftwork.pipeline.contents import Contents
 from graftwork.pipeline.execute import Execution, StepResult, Work
@@ -97,6 +99,28 @@ def test_steps_of_one_task_see_who_comes_after_them_and_what_was_left_for_them(s
     assert seen == [([1, 2], {}), ([2], {"a": 0}), ([], {"a": 0, "b": 1})]
     for result in results:
         assert store.artifact(result.key).read("figures.json") == result.step.encode()
+
+
+@pytest.mark.parametrize("gpu", [0, 0.5])
+def test_a_step_on_a_gpu_leaves_which_kernels_its_operators_ran(gpu: float, store: Store, doing: Any) -> None:
+    def work(context: Context) -> None:
+        kernels.remember("mha", "flash-attn", "there is no module flash_attn here")
+        kernels.remember("mha", "flash-attn", "there is no module flash_attn here")
+        if context.step == "a":
+            kernels.remember("hyena_x", "causal-conv1d", None)
+        leave_a_file(context)
+
+    doing(work)
+    made = [replace(work, step=replace(work.step, resources=StepResources(gpu=gpu))) for work in works(store, "a", "b")]
+    files = []
+    for result in run(made):
+        manifest = store.manifest(result.key)
+        assert manifest is not None and ("kernels.json" in manifest.files) == bool(gpu)
+        files.append(store.artifact(result.key).read("kernels.json") if gpu else b"[]")
+    if gpu:
+        flash = {"operator": "mha", "kernel": "flash-attn", "obstacle": "there is no module flash_attn here"}
+        convolution = {"operator": "hyena_x", "kernel": "causal-conv1d", "obstacle": None}
+        assert [json.loads(file) for file in files] == [[convolution, flash], [flash]]
 
 
 def test_an_error_in_one_step_leaves_the_others_of_its_task_done(store: Store, doing: Any) -> None:

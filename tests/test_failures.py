@@ -7,6 +7,7 @@ import errno
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 
 from graftwork.pipeline.execute import is_out_of_memory
 from graftwork.pipeline.store import Store
@@ -27,14 +28,30 @@ def allocation() -> RuntimeError:
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory"),
         ray.exceptions.OutOfMemoryError("node"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: f"{type(error).__name__}-{str(error)[:30]}",
 )
 def test_every_kind_of_missing_memory_is_known(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of range"), OSError("gone")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(RuntimeError("shapes differ"), ValueError("out of range"), OSError("gone")),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
 def test_other_errors_are_not_taken_for_missing_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
 

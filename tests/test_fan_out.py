@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from benchmarks.trivial import chain_and_fan
 from benchmarks.watching import Unwatched
 from graftwork.cluster.fan_out import AHEAD, fan_out
+from graftwork.models.operators import kernels
 from graftwork.pipeline.execute import Execution
 from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.store import Store
@@ -105,6 +106,20 @@ def test_results_come_in_the_order_of_the_items_and_what_a_lost_worker_was_at_is
 
     assert list(fan_out(work, tmp_path, range(5), resources)) == [(item, "cpu") for item in range(5)]
     assert (tmp_path / "1").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_which_kernels_the_staff_ran_is_known_to_whom_it_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(shared: None, item: int, device: object) -> int:
+        from graftwork.models.operators import kernels
+
+        kernels.remember("mha", "flash-attn", f"there is none, says {item}")
+        return item
+
+    monkeypatch.setattr(kernels, "DECISIONS", {("swa", "flash-attn", None)})
+    assert list(fan_out(work, None, range(2), ON_GPU)) == [0, 1]
+    told = {("mha", "flash-attn", f"there is none, says {item}") for item in range(2)}
+    assert told | {("swa", "flash-attn", None)} == set(kernels.DECISIONS)
 
 
 @BOTH_SLOWLY

@@ -118,7 +118,7 @@ def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Fi
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
-    advice = "out of memory; lower distill.batch, distill.samples or distill.draws"
+    advice = "out of memory; lower distill.activations, distill.batch, distill.samples or distill.draws"
     assert told[0] == f"graft: step distill/00.mha failed: {advice}"
     outcome = json.loads(done.stdout)
     assert told[1:] == [f"graft: resume with: graft resume {outcome['run']}"]

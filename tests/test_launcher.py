@@ -103,6 +103,7 @@ def test_a_connection_that_breaks_before_ray_knows_of_a_loss_is_one(tmp_path: Pa
 
 
 OWN = torch.cuda.OutOfMemoryError("CUDA out of memory")
+NO_MEMORY = dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'")
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,9 @@ OWN = torch.cuda.OutOfMemoryError("CUDA out of memory")
         ([dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited")], None),
         ([dist.DistNetworkError("The client socket has failed to connect to 10.0.0.7:29500")], None),
         ([dist.DistBackendError("NCCL communicator was aborted on rank 1"), OWN], OWN),
+        ([dist.DistBackendError("NCCL communicator was aborted on rank 1"), NO_MEMORY], NO_MEMORY),
     ],
-    ids=["gloo", "NCCL", "store", "own"],
+    ids=["gloo", "NCCL", "store", "own", "NCCL's own"],
 )
 def test_a_broken_connection_is_not_the_work_s_own_error(errors: list[Exception], expected: Exception | None) -> None:
     cause = group.cause_of(errors)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from graftwork.cluster import machine
 from graftwork.pipeline import estimates
 from graftwork.pipeline.planning import make_plan
+from graftwork.specs.job import StepResources
 from graftwork.specs.load import load
 from graftwork.stages import activations
 from tests.conftest import TINY
@@ -162,18 +164,57 @@ def test_a_process_in_a_real_control_group_has_its_limit(group: Path) -> None:
 
 
 def test_a_distillation_s_room_and_an_estimate_go_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from graftwork.specs.job import StepResources
-
     monkeypatch.setattr(activations, "available_memory", lambda: 8 * GIB)
     monkeypatch.setattr(activations, "num_cpus", lambda: 4)
     monkeypatch.setattr(estimates, "num_cpus", lambda: 7)
-    plan = make_plan(load(TINY))
-    step = next(step for step in plan.steps if step.stage == "distill")
+    assert room_of("cpu") == 2 * GIB
+    assert estimates.machine_for(make_plan(load(TINY)), None).cpus == 7
 
-    class Context:
-        params, resources = step.params, StepResources()
 
-    assert activations._room(Context(), torch.device("cpu")) == activations.SHARE * 2 * GIB  # type: ignore[arg-type]
-    assert estimates.machine_for(plan, None).cpus == 7
+def test_the_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
+    assert machine.num_gpus(tmp_path) == 1
+    for bus in ("0000:07:00.0", "0000:0f:00.0"):
+        write(tmp_path, {f"proc/driver/nvidia/gpus/{bus}/information": "Model: H100"})
+    assert machine.num_gpus(tmp_path) == 2
+
+
+def room_of(place: str, **resources: float) -> float:
+    """What a distillation with these resources may hold there, of all that is its own."""
+    import torch
+
+    step = next(step for step in make_plan(load(TINY)).steps if step.stage == "distill")
+    context = SimpleNamespace(params=step.params, resources=StepResources(**resources))  # type: ignore[arg-type]
+    return activations._room(context, torch.device(place)) / activations.SHARE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "free", "cached", "expected"),
+    [
+        (1, 70, 0, 70),
+        (1, 30, 40, 70),  # PyTorch keeps what the task before left
+        (0.5, 80, 0, 40),
+        (0.5, 58, 0, 40),  # a neighbour that came before has taken its part
+        (0.25, 25, 5, 20),
+        (0.25, 10, 0, 10),
+        (2, 70, 0, 70),
+    ],
+)
+def test_a_tasks_part_of_a_gpu_is_its_share_of_the_whole_card(
+    monkeypatch: pytest.MonkeyPatch, gpu: float, free: int, cached: int, expected: int
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (cached + 3) * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
+    assert room_of("cuda", gpu=gpu) == expected * GIB
+
+
+@pytest.mark.parametrize(("resources", "expected"), [({"gpu": 1}, 8), ({"gpu": 0.5, "cpu": 1}, 4), ({"cpu": 2}, 2)])
+def test_the_host_is_divided_by_the_gpus_among_tasks_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], expected: int
+) -> None:
+    monkeypatch.setattr(activations, "available_memory", lambda: 64 * GIB)
+    monkeypatch.setattr(activations, "num_cpus", lambda: 64)
+    monkeypatch.setattr(activations, "num_gpus", lambda: 8)
+    assert room_of("cpu", **resources) == expected * GIB

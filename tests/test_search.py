@@ -223,6 +223,15 @@ def test_a_draw_is_exactly_zero_or_one_and_keeps_as_many_as_the_group_does() -> 
     assert rows[:, :3].sum(1).unique().tolist() == [2.0] and rows[:, 3:].sum(1).unique().tolist() == [1.0]
 
 
+def test_a_draw_takes_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = gates_with([0.3, -0.1, 0.2, 0.0, 0.1])
+    monkeypatch.setattr(Gate, "holdings", None)  # what makes tables on the host
+    gates.sample(gumbel(2, 5, torch.Generator().manual_seed(0)), 0.7, 3.0)
+    moved = gates.to("meta")
+    assert {value.device.type for value in (*moved.buffers(), *moved.parameters())} == {"meta"}
+    assert set(gates.state_dict()) == {"logits"}  # checkpoints hold them not
+
+
 def test_the_gradient_of_a_hard_draw_is_that_of_the_soft_one() -> None:
     gates = gates_with([0.3, -0.1, 0.2, 0.0, 0.1])
     draws = torch.Generator().manual_seed(3)
