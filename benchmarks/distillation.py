@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import shutil
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.operators import with_public_layers
 from benchmarks.report import limits, parser, show, timed
+from graftwork.cluster.machine import num_cpus
 from graftwork.models import checkpoints
 from graftwork.models.dit import DiT, DiTConfig, initialise
 from graftwork.models.precision import computing, products
@@ -105,7 +105,7 @@ def main() -> None:
         "operator": options.operator,
         "precision": options.precision,
         "sites x samples x epochs": f"{len(work.edits)} x {options.samples} x {options.epochs}",
-        "ours": "one task" if options.one_task else f"a job, on {os.cpu_count()} cores",
+        "ours": "one task" if options.one_task else f"a job, on {num_cpus()} cores",
         "threads of the public way": torch.get_num_threads(),
         "layers of the public way": "ours" if options.our_operators else "PyTorch's",
         "peak, TFLOP/s": peak.flops / 1e12,
@@ -295,7 +295,7 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
         store.commit(plan[role].key, out, dict(plan[role].identity), origin)
     with runtime.session([step.resources for step in plan.steps], together=1):
         execution = Execution(plan, store, "benchmark", None, Unwatched())
-        ray.get([ray.remote(warm).remote() for _ in range(os.cpu_count() or 1)])
+        ray.get([ray.remote(warm).remote() for _ in range(num_cpus())])
         failures: list[Exception] = []
         seconds = timed(lambda: failures.extend(execution.go()))
     if failures:

@@ -29,6 +29,7 @@ from benchmarks import report
 from benchmarks.trivial import chain_and_fan, finish
 from benchmarks.watching import Unwatched
 from graftwork.cluster import runtime
+from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline import leases, planning, preflight
 from graftwork.pipeline.execute import Execution, StepResult
 from graftwork.pipeline.leases import Holder, Lease
@@ -192,7 +193,7 @@ def bare_tasks(each: int) -> tuple[Spent, Spent]:
 def alone(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent]:
     """The execution of a plan: leases, commits, the board; within a session."""
     marks = Marks(each)
-    plan = chain_and_fan(job, each, os.cpu_count() or 1, number)
+    plan = chain_and_fan(job, each, num_cpus(), number)
     if Execution(plan, Store(job.store), "benchmark", None, marks).go():
         raise RuntimeError("a step failed")
     return marks.found(each)
@@ -201,7 +202,7 @@ def alone(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent]:
 def whole(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent, float]:
     """A whole run, with its record and MLflow; and the seconds from its last step's end to its own."""
     marks = Marks(each)
-    Run(chain_and_fan(job, each, os.cpu_count() or 1, number), marks).go()
+    Run(chain_and_fan(job, each, num_cpus(), number), marks).go()
     return *marks.found(each), time.perf_counter() - marks.marks["evaluate"].wall
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import in_turn, limits, parser, ratio, show
+from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
 from graftwork.models.streams import generator, initialising
 from graftwork.pipeline.store import Store
@@ -42,7 +42,7 @@ from graftwork.specs.data import ImageFolderData, VaeCodec
 from graftwork.specs.job import StepResources
 from graftwork.specs.steps import FeaturesParams
 from graftwork.stages import Context, features
-from graftwork.stages.codec import Vae, in_range, load_codec, together
+from graftwork.stages.codec import GPU_BYTES, Vae, in_range, load_codec, together
 from graftwork.stages.images import read_image, read_pixels
 from graftwork.stages.latents import read
 from graftwork.stages.sources import Item, split
@@ -66,7 +66,7 @@ class Benchmark:
         self.workers = 1 if self.on_gpu else asked.workers
         self.data = ImageFolderData(path=str(home / "photos"), image_size=asked.size, heldout=HELDOUT, flip=asked.flip)
         self.codec = VaeCodec(path=str(home / "vae"), precision=asked.precision, batch=asked.batch)
-        self.batch = together(self.codec, asked.size, self.on_gpu)
+        self.batch = together(self.codec, asked.size, GPU_BYTES if self.on_gpu else None)
         self.starts: list[float] = []
         self.runs = 0
         _photographs(home / "photos", asked.images, asked.size)
@@ -206,14 +206,14 @@ def main() -> None:
     made.add_argument("--flip", action="store_true", help="have the stage and the bare loop encode mirror images too")
     made.add_argument("--images", type=int, default=6144, help="for the stage and the bare loop")
     made.add_argument("--public-images", type=int, default=256)
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="on a CPU, each on one thread")
+    made.add_argument("--workers", type=int, default=num_cpus(), help="on a CPU, each on one thread")
     made.add_argument("--rounds", type=int, default=3)
     asked = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compared = Benchmark(Path(folder), asked)
-        cpus = (os.cpu_count() or 1) if compared.on_gpu else compared.workers
+        cpus = num_cpus() if compared.on_gpu else compared.workers
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-        threads = [1] if compared.on_gpu else sorted({1, os.cpu_count() or 1})
+        threads = [1] if compared.on_gpu else sorted({1, num_cpus()})
         ways = {f"public, {count} thread{'s' * (count > 1)}": partial(compared.public, count) for count in threads}
         seconds = in_turn(ways | {"bare loop": compared.bare, "features": compared.stage}, asked.rounds)
         ray.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from graftwork.cluster.machine import num_cpus
 
 Row = Mapping[str, Any]
 Mark = Any  # seconds on a CPU, an event on a GPU
@@ -134,7 +135,7 @@ def show(title: str, rows: Sequence[Row], facts: Mapping[str, Any], path: Path |
 def machine() -> dict[str, Any]:
     """What every measurement depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"torch": torch.__version__, "device": device, "cores": os.cpu_count()}
+    return {"torch": torch.__version__, "device": device, "cores": num_cpus()}
 
 
 def show_table(title: str, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 # The sockets of multiprocessing lie there: not in a folder of one test's, whose path is too long for them.
 multiprocessing.util.get_temp_dir()
 
+from graftwork.cluster.machine import num_cpus  # noqa: E402
 from graftwork.pipeline.store import Store  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,12 @@ SECONDS_TO_BEGIN = 180
 SECONDS_TO_STOP = 45  # the promise is 30 to save; Ray wants a moment to go
 
 Graft = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many processes of tests as this one may keep CPUs busy, in a container as well."""
+    return num_cpus()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
