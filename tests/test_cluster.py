@@ -74,10 +74,8 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     given = {"AWS_SECRET_ACCESS_KEY": SECRET, "MLFLOW_TRACKING_USERNAME": "graft", "MLFLOW_TRACKING_PASSWORD": SECRET}
-    with (
-        mlflow_server(folder / "mlflow") as mlflow,
-        LoopbackCluster(workers=2, worker_cpus=1, environment=given) as cluster,
-    ):
+    nodes = LoopbackCluster(workers=2, worker_cpus=1, environment=given)
+    with mlflow_server(folder / "mlflow") as mlflow, nodes as cluster:
         yield Site(cluster, mlflow, folder)
 
 
