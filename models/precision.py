@@ -7,6 +7,7 @@ there is no TF32: products are fp32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,22 +15,33 @@ import torch
 
 from graftwork.specs.training import Precision
 
+TRITON_PRECISION = "TRITON_F32_DEFAULT"  # read when a kernel is compiled: a process keeps to one precision
+
 
 def allow_tf32(matrices: bool, convolutions: bool) -> None:
-    """Say whether a GPU may round the factors of fp32 products to TF32. PyTorch itself allows it for convolutions."""
+    """Say whether a GPU may round the factors of fp32 products to TF32.
+
+    PyTorch by itself allows it for convolutions, and Triton for all kernels that say nothing of it, as mamba-ssm's.
+    """
     torch.backends.cuda.matmul.allow_tf32 = matrices
     torch.backends.cudnn.allow_tf32 = convolutions
+    os.environ[TRITON_PRECISION] = "tf32" if matrices else "ieee"
 
 
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
     """Within this context, a GPU computes fp32 products in TF32 if that is the precision, else in full fp32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    of_triton = os.environ.get(TRITON_PRECISION)
     allow_tf32(precision == "tf32", precision == "tf32")
     try:
         yield
     finally:
         allow_tf32(*before)
+        if of_triton is None:
+            del os.environ[TRITON_PRECISION]
+        else:
+            os.environ[TRITON_PRECISION] = of_triton
 
 
 @contextmanager

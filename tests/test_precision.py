@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from graftwork.cluster import runtime
 from graftwork.models.dit import DiT, DiTConfig
-from graftwork.models.precision import allow_tf32, computing, products
+from graftwork.models.precision import TRITON_PRECISION, allow_tf32, computing, products
 from graftwork.models.sampling import guided
 from graftwork.specs.evaluate import AncestralSampler
 from graftwork.specs.training import Precision
@@ -23,14 +29,35 @@ TINY = DiTConfig(input_size=8, in_channels=4, patch=2, depth=2, width=16, heads=
 
 
 @pytest.fixture(autouse=True)
-def _as_pytorch_starts() -> Iterator[None]:
+def _as_pytorch_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allow_tf32(matrices=False, convolutions=True)
+    monkeypatch.delenv(TRITON_PRECISION, raising=False)
     yield
     allow_tf32(matrices=False, convolutions=True)
 
 
 def switches() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@triton.jit
+def product(a, b, c, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """c = a b, of square matrices, as a kernel that says nothing of precision has it."""
+    rows, columns = tl.arange(0, size)[:, None] * size, tl.arange(0, size)[None, :]
+    tl.store(c + rows + columns, tl.dot(tl.load(a + rows + columns), tl.load(b + rows + columns)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what changes in Triton's next version
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_triton_compiles_products_of_the_precision_for_an_h100(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: Precision, tf32: bool
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    source = ASTSource(product, dict.fromkeys("abc", "*fp32") | {"size": "constexpr"}, {(3,): 32})
+    with computing(precision, CPU):
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert (".tf32" in code) == tf32
+    assert ("fma.rn.f32" in code) != tf32
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +72,7 @@ def test_a_precision_holds_for_matrices_and_convolutions_and_is_restored(precisi
             assert switches() == (False, False)
         assert switches() == (tf32, tf32)
     assert switches() == (False, True)
+    assert TRITON_PRECISION not in os.environ
     with pytest.raises(ZeroDivisionError), computing(precision, CPU):
         assert switches() == (tf32, tf32)
         raise ZeroDivisionError
