@@ -55,5 +55,15 @@ check: .venv/ready
 		--no-build-isolation --no-deps mamba-ssm
 	touch $@
 
+# Another environment, for GPUs: an older torch, for which there is a wheel of causal-conv1d, and the scan as above.
+.venv-gpu/ready: pyproject.toml constraints-gpu.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --upgrade pip
+	.venv-gpu/bin/pip install --quiet --constraint constraints-gpu.txt --editable '.[dev]' wheel packaging ninja
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv-gpu/bin/pip install --quiet \
+		--constraint constraints-gpu.txt --no-build-isolation --no-deps mamba-ssm
+	.venv-gpu/bin/pip install --quiet --constraint constraints-gpu.txt --no-build-isolation --no-deps causal-conv1d
+	touch $@
+
 clean:
-	rm -rf .venv .graftwork
+	rm -rf .venv .venv-gpu .graftwork
