@@ -55,7 +55,8 @@ readonly head_ip
 start_node() { # NODE, then what `ray start` is told
     local node=$1
     shift
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+    # Else Slurm may bind all of Ray on the node to one core.
+    srun --overlap --cpu-bind=none --nodes=1 --ntasks=1 --nodelist="$node" \
         ray start --block --disable-usage-stats --num-cpus="$cpus" --num-gpus="$gpus" "$@" \
         >"$folder/$node.log" 2>&1 &
     ray_steps+=($!)

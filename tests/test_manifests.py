@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import yaml
 from typer.testing import CliRunner
 
 from graftwork.pipeline.cli import app
+from graftwork.specs.load import load
 from tests.conftest import ROOT, TINY, Finished
 from tests.loopback import LOOPBACK, OBJECT_STORE_BYTES, PYTHON_BIN, RAY_START, free_port
 
@@ -105,8 +107,35 @@ def test_every_container_is_complete_and_has_the_token_from_a_secret(path: Path)
             assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
             assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
     assert "num-cpus" in spec["headGroupSpec"]["rayStartParams"]  # the head has no work of its own
-    (worker,) = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"]
-    assert "nvidia.com/gpu" in worker["resources"]["limits"]
+
+
+@pytest.mark.parametrize("path", [RAYCLUSTER, RAYJOB])
+def test_pods_with_gpus_may_go_where_gpus_are_and_have_shared_memory_for_all_of_them(path: Path) -> None:
+    """Most clouds taint nodes with GPUs; Ray's objects and NCCL take shared memory, of which a pod has 64 MiB."""
+    found = {}
+    for group in cluster_spec(path)["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        limits = container["resources"]["limits"]
+        assert limits == container["resources"]["requests"]
+        assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+        (volume,) = pod["volumes"]
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        memory, shared = (int(size.removesuffix("Gi")) for size in (limits["memory"], volume["emptyDir"]["sizeLimit"]))
+        assert volume["emptyDir"]["medium"] == "Memory" and 0.3 * memory <= shared < memory  # Ray's share is 30%
+        found[group["groupName"]] = int(limits["nvidia.com/gpu"]), group["rayStartParams"]
+    assert found.pop("gpu") == (1, {})
+    num_gpus, settings = found.pop("training")
+    assert num_gpus == 8 and not found
+    assert json.loads(json.loads(settings["resources"])) == {"nvlink": num_gpus}  # quoted for KubeRay's shell
+
+
+@pytest.mark.parametrize("path", [RAYCLUSTER, RAYJOB])
+def test_the_resources_at_the_top_of_a_kuberay_manifest_are_those_of_a_job(path: Path) -> None:
+    text = path.read_text().replace("\n# ", " ")
+    ((stage, resources),) = re.findall(r"`(\w+): (\{.*?\})`", text)
+    job = load(TINY, [f"resources.{stage}={resources}", f"{stage}.workers=8", f"{stage}.batch=8"])
+    assert job.resources.model_dump()[stage]["custom"] == {"nvlink": 1}
 
 
 def test_the_ray_up_file_is_one_by_rays_own_schema() -> None:
@@ -125,9 +154,22 @@ def test_all_of_them_have_the_ray_and_the_version_of_this_project() -> None:
     for path in (RAYCLUSTER, RAYJOB):
         assert cluster_spec(path)["rayVersion"] == ray.__version__
         assert all(one["image"].endswith(f":{version}") for pod in pods(path) for one in pod["containers"])
-    for path in (DOCKERFILE, RAY_UP):
-        assert f"rayproject/ray:{ray.__version__}-py311" in path.read_text()
-    assert f"ray=={ray.__version__}" in (ROOT / "constraints.txt").read_text()
+    versions = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+    assert versions["ray"] == ray.__version__
+    cuda = versions["cuda-toolkit"].split(".")[0]
+    for path in (DOCKERFILE, RAY_UP):  # an image with another CUDA than torch's could compile no kernels
+        (image,) = re.findall(r"rayproject/ray:(\S+)", path.read_text())
+        assert re.fullmatch(rf"{re.escape(ray.__version__)}-py311-cu{cuda}\d", image)
+
+
+def test_the_image_has_the_kernels_at_the_versions_of_the_project() -> None:
+    steps = DOCKERFILE.read_text().replace("\\\n", " ").splitlines()
+    (scan,) = [step for step in steps if step.endswith(" mamba-ssm")]
+    assert "MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE" in scan and "--constraint constraints.txt" in scan
+    (convolution,) = [step for step in steps if "causal-conv1d==" in step]
+    assert convolution.split()[-1] in (ROOT / "constraints-gpu.txt").read_text().splitlines()
+    for step in (scan, convolution):  # else pip builds them against the newest torch, whatever is installed
+        assert "--no-build-isolation --no-deps" in step
 
 
 def test_the_image_has_every_package_of_the_project() -> None:
@@ -160,6 +202,11 @@ def test_the_graft_commands_in_them_are_commands(command: list[str]) -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert {command[0] for command in commands()} == {"submit", "run"}
+
+
+def test_nodes_of_a_slurm_job_are_not_bound_to_a_core() -> None:
+    started = [line for line in SLURM.read_text().splitlines() if "srun --overlap" in line]
+    assert started and all("--cpu-bind=none" in line for line in started)
 
 
 def test_the_slurm_script_is_sound_bash() -> None:

@@ -737,6 +737,17 @@ def test_a_gpu_too_old_for_a_kernel_is_named(calls: list[Kernel], monkeypatch: p
     assert not calls
 
 
+def test_a_gpu_on_which_a_kernel_computes_wrong_numbers_is_not_given_to_it(
+    calls: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "generation", lambda device: (10, 3))
+    x = tokens(dtype=torch.float32)
+    build(HyenaX(), dtype=torch.float32)(x)
+    assert not calls
+    with pytest.raises(KernelUnavailable, match=r"wrong numbers on GPUs of compute capability \(10, 3\)$"):
+        build(HyenaX(backend="kernel"), dtype=torch.float32)(x)
+
+
 @pytest.mark.parametrize(
     ("found", "reason"),
     [

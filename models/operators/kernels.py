@@ -35,6 +35,7 @@ class Kernel:
     function: str
     dtypes: tuple[torch.dtype, ...]
     generation: tuple[int, int] = (0, 0)  # least compute capability of the GPU
+    wrong: tuple[tuple[int, int], ...] = ()  # compute capabilities on which its numbers are known to be wrong
     sizes: tuple[int, int] | None = None  # least and greatest of `size_name`
     size_name: str = ""
     bare: bool = False  # whether the module needs nothing that its package's own `__init__` does
@@ -51,6 +52,8 @@ class Kernel:
             return f"it takes {self.sizes[0]} to {self.sizes[1]} {self.size_name}, not {size}"
         if generation(x.device) < self.generation:
             return f"it needs a GPU of compute capability {self.generation}, this one has {generation(x.device)}"
+        if generation(x.device) in self.wrong:
+            return f"it is known to compute wrong numbers on GPUs of compute capability {generation(x.device)}"
         return import_failure(self)
 
 
@@ -68,6 +71,7 @@ CAUSAL_CONVOLUTION = Kernel(
     "causal_conv1d",
     "causal_conv1d_fn",
     (torch.float32, torch.float16, torch.bfloat16),
+    wrong=((10, 3),),  # as nvcc 13 compiles it: https://github.com/Dao-AILab/causal-conv1d/issues/105
     sizes=(2, 4),
     size_name="taps",
 )
