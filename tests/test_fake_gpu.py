@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -34,6 +35,7 @@ from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Sampler
 from graftwork.specs.graft import Site
 from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place, Swa
 from graftwork.specs.training import DistillSpec, Precision, TrainingSpec
+from graftwork.stages import batches
 from graftwork.stages.activations import Kept, Pairs, Recomputed, Rootstock
 from graftwork.stages.batches import TrainingSet, draw_batch
 from graftwork.stages.distill import LOSSES, error, learn
@@ -170,6 +172,19 @@ def test_what_stands_in_the_sites_is_observed_on_the_gpu(model: DiT, precision: 
     assert list(seen) == sites and {value.device for value in held} == {CUDA}
 
 
+class InThisThread:
+    """An executor for tensors that are not there, of which one thread at a time may make any."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        done = Future[Any]()
+        done.set_result(work(*args))
+        return done
+
+    def shutdown(self, **_: Any) -> None: ...
+
+
 @pytest.mark.parametrize("place", [CUDA, HOST], ids=["on the gpu", "on the host"])
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
@@ -177,6 +192,7 @@ def test_what_stands_in_the_sites_is_observed_on_the_gpu(model: DiT, precision: 
 def test_a_distillation_stays_on_the_gpu_wherever_activations_are_kept(
     place: torch.device, shuffled: bool, loss: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batches, "ThreadPoolExecutor", InThisThread)
     scion = on_card(lambda: build_operator(HyenaY(), CONFIG.place))
     engine = PlainEngine(scion, clip=1.0, state=None)
     inputs, outputs = (given(10, CONFIG.num_tokens, CONFIG.width, device=place) for _ in range(2))
