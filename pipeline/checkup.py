@@ -187,8 +187,8 @@ def check_files(argument: Mapping[str, Any]) -> Iterator[Check]:
 def check_job(argument: Mapping[str, Any]) -> Iterator[Check]:
     """Plan a job and hold it against what there is.
 
-    argument: `job`; `nodes`, each as amounts by Ray's names; `own`, whether it starts a Ray of its own;
-    `gpu_bytes`, the memory of the smallest GPU, or None.
+    argument: `job`; `nodes`, each as amounts by Ray's names, or None for a Ray of our own; `gpus`, each with its
+    `model` and `total_bytes`.
     """
     from graftwork.pipeline import api, preflight
     from graftwork.pipeline.files import StoreError
@@ -207,8 +207,24 @@ def check_job(argument: Mapping[str, Any]) -> Iterator[Check]:
             yield broken("job", error.problem, error.remedy)
             return
         yield fine("job", f"{len(plan.steps)} steps" + "".join(f"; {line}" for line in lines))
-        yield from _resources(plan, argument["nodes"], bool(argument["own"]))
-        yield from _memory(job, plan, argument.get("gpu_bytes"), bool(argument["own"]))
+        nodes, gpus = argument["nodes"], argument["gpus"]
+        own = nodes is None
+        yield from _resources(plan, [own_resources(gpus)] if own else nodes, own)
+        yield from _memory(job, plan, min((float(gpu["total_bytes"]) for gpu in gpus), default=None), own)
+
+
+def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what a Ray of our own has on this machine with these GPUs, by Ray's names.
+
+    It claims as many CPUs as any task asks for; tasks then share those there are.
+    """
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    from graftwork.cluster.machine import available_memory
+
+    types = {NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu["model"]) for gpu in gpus}
+    named = {f"accelerator_type:{name}": 1.0 for name in types if name}
+    return {"CPU": ANY_CPUS, "GPU": float(len(gpus)), "memory": float(available_memory()), **named}
 
 
 def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> Iterator[Check]:
@@ -217,12 +233,10 @@ def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> I
     from graftwork.pipeline.estimates import known_steps
 
     known, misfit = known_steps(plan), False
-    # A Ray of our own claims as many CPUs as are asked for; tasks then share those there are.
-    amounts = [{**node, "CPU": ANY_CPUS} for node in nodes] if own else nodes
     for step in {(step.stage, str(step.resources)): step for step in plan.steps}.values():
         workers = known[step.key].workers
         least = _least_workers(plan, step, workers)
-        room = room_in(amounts, step.resources) if any(taken(step.resources).values()) else workers
+        room = room_in(nodes, step.resources) if any(taken(step.resources).values()) else workers
         if room >= workers:
             continue
         misfit = True
@@ -245,7 +259,8 @@ def _least_workers(plan: Plan, step: Step, workers: int) -> int:
 
 
 def _amounts(node: Mapping[str, float]) -> str:
-    shown = [f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU")]
+    """Return what a node has, as people read it; CPUs of which there are as many as wanted are not told."""
+    shown = [f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if node.get(name) != ANY_CPUS]
     return ", ".join([*shown, amount(node.get("memory", 0.0)) + " of memory"])
 
 

@@ -477,7 +477,8 @@ def problems(debug: bool, as_json: bool = False) -> Iterator[None]:
         _fail(["interrupted; go on with the same command, or with: graft resume RUN"], 130)
     except Exception as error:
         _trace(traceback.format_exc(), debug)
-        _fail([f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"], 1)
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _fail([f"{line} (--debug shows where; a bug report begins with what graft doctor prints)"], 1)
 
 
 def _sent(submission: str, address: str, follow: bool, debug: bool) -> None:

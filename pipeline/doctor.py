@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from graftwork.cluster.inspection import Node, Phases
 
 DEFAULT_STORE = ".graftwork"
-SECONDS = 50.0  # for all checks of a machine, but the job's
-JOB_SECONDS = 30.0
+SECONDS = 45.0  # for all checks of a machine, but the job's
+JOB_SECONDS = 15.0
 MIN_PEAK_SHARE = 0.4  # of a GPU's peak by its data sheet
 HERE = "graftwork.pipeline.checkup"
 STATES: tuple[State, ...] = ("fine", "warning", "broken")
@@ -94,7 +94,7 @@ def judged(check: Check) -> Check:
     model = str(check.values.get("model", ""))
     peaks = next((peaks for name, peaks in PEAKS.items() if name in model), None)
     speed = check.values.get("bf16_flop_per_s")
-    if peaks is None or not isinstance(speed, float) or check.state != "fine":
+    if peaks is None or not isinstance(speed, float) or check.state != "fine" or "MIG" in model:
         return check
     share = speed / peaks["bf16"]
     seen, values = f"{check.seen}; bf16 at {share:.0%} of the data sheet's peak", {**check.values, "peak_share": share}
@@ -121,7 +121,7 @@ def _machine(job: JobSpec | None, store: str) -> Iterator[Check]:
         yield check
     if job is not None:
         gpus = [check for check in seen if check.name.startswith("GPU ")]
-        yield from run_probes([_fit(job, [own_resources(len(gpus))], True, _smallest(gpus))])
+        yield from run_probes([_fit(job, None, gpus)])
 
 
 def phases(others: list[Probe], job: JobSpec | None, store: str | None, marker: str | None = None) -> Phases:
@@ -138,26 +138,17 @@ def phases(others: list[Probe], job: JobSpec | None, store: str | None, marker: 
     return [[chain for chain in together if chain], [devices.PROBES]]
 
 
-def own_resources(gpus: int) -> dict[str, float]:
-    """Return what a Ray of our own would have on this machine, by Ray's names."""
-    from graftwork.cluster.machine import available_memory, num_cpus
-
-    return {"CPU": float(num_cpus()), "GPU": float(gpus), "memory": float(available_memory())}
-
-
 def _tracking(job: JobSpec | None, store: str) -> list[Probe]:
     argument = {"store": store, "tracking": job.tracking.model_dump(mode="json") if job is not None else None}
     return [Probe("MLflow", f"{HERE}:check_mlflow", argument, 30.0, "look at the server that tracking.uri names")]
 
 
-def _fit(job: JobSpec, nodes: list[dict[str, float]], own: bool, gpu_bytes: float | None) -> Probe:
-    argument = {"job": _dumped(job), "nodes": nodes, "own": own, "gpu_bytes": gpu_bytes}
-    return Probe("job", f"{HERE}:check_job", argument, JOB_SECONDS, "graft plan says more, with --debug")
-
-
-def _smallest(gpus: list[Check]) -> float | None:
-    sizes = [float(check.values["total_bytes"]) for check in gpus if "total_bytes" in check.values]
-    return min(sizes, default=None)
+def _fit(job: JobSpec, nodes: list[dict[str, float]] | None, gpus: list[Check]) -> Probe:
+    """Return the probe whether a job fits. nodes: None for this machine. gpus: the checks of all GPUs."""
+    cards = [dict(check.values) for check in gpus if "model" in check.values]
+    advice = "graft plan says more; listing many files may take longer"
+    argument = {"job": _dumped(job), "nodes": nodes, "gpus": cards}
+    return Probe("job", f"{HERE}:check_job", argument, JOB_SECONDS, advice, late="warning")
 
 
 def _dumped(job: JobSpec) -> dict[str, Any]:
@@ -187,7 +178,7 @@ def _cluster(job: JobSpec | None, store: str | None) -> Iterator[Check]:
             if job is not None:
                 gpus = [check for check in seen if check.name.startswith("GPU ")]
                 amounts = [dict(node.resources) for node in there]
-                yield from run_probes([_fit(job, amounts, False, _smallest(gpus))])
+                yield from run_probes([_fit(job, amounts, gpus)])
         return
     except SpecError as error:
         yield from (refused("cluster", line) for line in error.lines)

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import graftwork
 from graftwork.cluster import devices, drivers, health, inspection
 from graftwork.cluster.probes import Check, Probe, broken, fine, look, refused, run_phases, run_probes, warning
-from graftwork.pipeline import checkup, doctor, remote
+from graftwork.pipeline import checkup, doctor, files, remote
 from graftwork.pipeline.cli import app
 from graftwork.pipeline.store import Store
 from graftwork.specs.load import load
@@ -176,6 +176,12 @@ checks = [health.check_disk("disk", place, "elsewhere"), *checkup.check_store({"
 left = [str(path) for path in (place / "store").glob("runs/*")]
 print(json.dumps({"checks": [[check.state, check.seen] for check in checks], "left": left}))
 """
+
+
+def test_a_disk_without_room_for_more_files_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=10**6, f_favail=3))
+    check = health.check_disk("disk", tmp_path, "elsewhere")
+    assert state_of(check) == "broken" and "3 more files" in check.seen
 
 
 def test_a_full_disk_is_broken(tmp_path: Path) -> None:
@@ -352,8 +358,9 @@ def test_each_gpu_is_timed_in_each_precision() -> None:
 def test_a_gpu_is_held_against_its_data_sheet(speed: float, state: str) -> None:
     measured = fine("matmul on GPU 0", "bf16", bf16_flop_per_s=speed, model="NVIDIA H100 80GB HBM3")
     assert state_of(doctor.judged(measured)) == state
-    unknown = fine("matmul on GPU 0", "bf16", bf16_flop_per_s=1.0, model="NVIDIA Something")
-    assert doctor.judged(unknown) == unknown
+    for model in ("NVIDIA Something", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        other = fine("matmul on GPU 0", "bf16", bf16_flop_per_s=1.0, model=model)
+        assert doctor.judged(other) == other
 
 
 def test_a_kernel_is_held_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +431,10 @@ def test_buckets_are_looked_at_too(s3: Store) -> None:
     assert state_of(lost) == "broken" and "bucket" in lost.seen + lost.advice
 
 
+@pytest.mark.timeout(60)
 def test_a_store_that_does_not_answer_is_broken_soon(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(files, "RETRY_SECONDS", 1e9)  # a job has patience
     monkeypatch.setattr(checkup, "RETRY_SECONDS", 0.1)
     import s3fs
 
@@ -495,51 +504,72 @@ def test_the_hub_is_asked_unless_that_is_forbidden(
 
 
 NODE = {"CPU": 2.0, "GPU": 0.0, "memory": 8e9}
+H100 = {"model": "NVIDIA H100 80GB HBM3", "total_bytes": 8e10}
 
 
-def fit(
-    *overrides: str, nodes: Sequence[dict[str, float]] = (NODE,), own: bool = True, **more: Any
-) -> dict[str, Check]:
+def fit(*overrides: str, nodes: list[dict[str, float]] | None = None, gpus: Sequence[Any] = ()) -> dict[str, Check]:
+    """The checks of the tiny job on these nodes, or on this machine with these GPUs."""
     job = load(TINY, overrides).model_dump(mode="json")
-    found = checkup.check_job({"job": job, "nodes": list(nodes), "own": own, **more})
-    return {check.name: check for check in found}
+    return {check.name: check for check in checkup.check_job({"job": job, "nodes": nodes, "gpus": gpus})}
 
 
 def test_the_tiny_job_fits_any_machine(tmp_path: Path) -> None:
-    checks = fit(f"store={tmp_path / 'store'}", nodes=[{**NODE, "CPU": 1.0}])
+    checks = fit(f"store={tmp_path / 'store'}")
     assert {name: state_of(check) for name, check in checks.items()} == dict.fromkeys(
         ("job", "job's resources", "job's memory", "job's store"), "fine"
     )
 
 
+def resources(*asked: str, **there: Any) -> str:
+    """How the resources are that a job asks for; what is short is named."""
+    check = fit(*asked, **there)["job's resources"]
+    assert check.state == "fine" or asked[0].split(".")[1].split("=")[0] in check.seen
+    return state_of(check)
+
+
 @pytest.mark.parametrize(
-    ("overrides", "nodes", "own", "state"),
+    ("asked", "gpus", "state"),
     [
-        (["resources.distill.gpu=1"], [NODE], True, "broken"),
-        (["resources.distill.gpu=0.5"], [{**NODE, "GPU": 1.0}], True, "fine"),
-        (["resources.finetune.gpu=1"], [{**NODE, "GPU": 1.0}], True, "broken"),  # it has two workers
-        (["resources.finetune.gpu=1", "finetune.min_workers=1"], [{**NODE, "GPU": 1.0}], True, "warning"),
-        (["resources.finetune.gpu=1"], [{**NODE, "GPU": 1.0}] * 2, False, "fine"),
-        (["resources.base.memory=64GiB"], [NODE], True, "broken"),
-        (["resources.base.custom={fast: 1}"], [NODE], False, "broken"),
-        (["resources.base.cpu=16"], [NODE], True, "fine"),  # a Ray of our own shares the CPUs out
-        (["resources.base.cpu=16"], [NODE], False, "broken"),
-        (["resources.finetune.cpu=0"], [NODE], False, "fine"),
+        (["resources.distill.gpu=1"], [], "broken"),
+        (["resources.distill.gpu=0.5"], [H100], "fine"),
+        (["resources.finetune.gpu=1"], [H100], "broken"),  # it has two workers
+        (["resources.finetune.gpu=1", "finetune.min_workers=1"], [H100], "warning"),
+        (["resources.finetune.gpu=1"], [H100, H100], "fine"),
+        (["resources.base.memory=64TiB"], [], "broken"),
+        (["resources.base.cpu=1000"], [], "fine"),  # a Ray of our own shares the CPUs out
+        (["resources.distill={gpu: 1, custom: {'accelerator_type:H100': 0.001}}"], [H100], "fine"),
+        (["resources.distill={gpu: 1, custom: {'accelerator_type:A100': 0.001}}"], [H100], "broken"),
     ],
     ids=str,
 )
-def test_a_job_that_asks_for_more_than_there_is_is_broken(
-    tmp_path: Path, overrides: list[str], nodes: list[dict[str, float]], own: bool, state: str
+def test_a_job_that_asks_for_more_than_this_machine_has_is_broken(
+    asked: list[str], gpus: list[Any], state: str
 ) -> None:
-    check = fit(f"store={tmp_path}", *overrides, nodes=nodes, own=own)["job's resources"]
-    assert state_of(check) == state and (state == "fine" or overrides[0].split(".")[1] in check.seen)
+    assert resources(*asked, gpus=gpus) == state
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "state"),
+    [
+        (["resources.finetune.gpu=1"], [{**NODE, "GPU": 1.0}] * 2, "fine"),
+        (["resources.finetune.gpu=1"], [{**NODE, "GPU": 1.0}], "broken"),
+        (["resources.base.custom={fast: 1}"], [NODE], "broken"),
+        (["resources.profile.cpu=16"], [NODE], "broken"),
+        (["resources.profile.cpu=16"], [NODE, {**NODE, "CPU": 16.0}], "fine"),
+        (["resources.finetune.cpu=0"], [NODE], "fine"),
+    ],
+    ids=str,
+)
+def test_a_job_that_asks_for_more_than_the_nodes_have_is_broken(
+    asked: list[str], nodes: list[dict[str, float]], state: str
+) -> None:
+    assert resources(*asked, nodes=nodes) == state
 
 
 def test_a_training_that_no_gpu_can_hold_is_broken(tmp_path: Path) -> None:
-    large = ("model={kind: dit, size: XL/2}", "resources.finetune.gpu=1")
-    nodes = [{**NODE, "GPU": 2.0}]
-    assert state_of(fit(f"store={tmp_path}", *large, nodes=nodes, gpu_bytes=4e9)["job's memory"]) == "broken"
-    assert state_of(fit(f"store={tmp_path}", *large, nodes=nodes, gpu_bytes=8e10)["job's memory"]) == "fine"
+    large = (f"store={tmp_path}", "model={kind: dit, size: XL/2}", "resources.finetune.gpu=1")
+    for size, state in ((4e9, "broken"), (8e10, "fine")):
+        assert state_of(fit(*large, gpus=[{**H100, "total_bytes": size}] * 2)["job's memory"]) == state
 
 
 def test_a_store_without_room_for_the_job_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
