@@ -179,7 +179,8 @@ print(json.dumps({"checks": [[check.state, check.seen] for check in checks], "le
 
 
 def test_a_disk_without_room_for_more_files_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=10**6, f_favail=3))
+    disk = SimpleNamespace(f_frsize=4096, f_blocks=10**9, f_bfree=10**8, f_bavail=10**8, f_files=10**6, f_favail=3)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
     check = health.check_disk("disk", tmp_path, "elsewhere")
     assert state_of(check) == "broken" and "3 more files" in check.seen
 
