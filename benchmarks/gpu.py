@@ -31,7 +31,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftwork.specs.training import Precision
 
 BEGIN_SECONDS = 330.0  # after which no further part is begun, so that all is over within eight minutes
 FULL_MEMORY, FULL_BATCH = 75e9, 32  # bytes of a GPU, and the samples of a training step that they hold
@@ -86,7 +89,7 @@ class Session:
         return SIZES[self.small]
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         return "fp32" if self.small else "bf16"
 
     @property
@@ -203,12 +206,14 @@ def measure_machine(session: Session) -> dict[str, Any]:
 
     from benchmarks import report
     from graftwork.cluster.drivers import driver_version
+    from graftwork.models.precision import products
 
     rows = []
-    for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
+    dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+    for precision, dtype in dtypes.items():
         if session.small and precision != session.precision:
             continue
-        with tf32(precision == "tf32"):
+        with products(precision):
             limits = report.limits(session.device, dtype)
         session.peaks[precision] = limits.flops
         known = data_sheet().get(precision)
@@ -219,16 +224,6 @@ def measure_machine(session: Session) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(session.device)
         facts |= {"memory, GB": card.total_memory / 1e9, "compute capability": f"{card.major}.{card.minor}"}
     return {"rows": rows, "facts": facts}
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def data_sheet() -> dict[str, float]:
@@ -469,14 +464,14 @@ def measure_sampling(session: Session) -> dict[str, Any]:
     one, other = ours(model, "fp32", few), public(few, reduced=False)
     apart = float((one - other).abs().max() / other.abs().max())
     session.require(f"sampling: latents are {apart:.2g} apart in fp32", apart <= SAMPLED_APART)
+    precision = session.precision
     ways: dict[str, Callable[[], Any]] = {
-        "public, TF32": partial(public, sizes.steps, reduced=True),
-        f"ours, {session.precision}": partial(ours, model, session.precision, sizes.steps),
+        "public, tf32": partial(public, sizes.steps, reduced=True),
+        "ours, tf32": partial(ours, model, "tf32", sizes.steps),
+        f"ours, {precision}": partial(ours, model, precision, sizes.steps),
     }
     if session.compiles:
-        ways[f"ours, {session.precision}, compiled"] = partial(
-            ours, torch.compile(model), session.precision, sizes.steps
-        )
+        ways[f"ours, {precision}, compiled"] = partial(ours, torch.compile(model), precision, sizes.steps)
     passes = sizes.samples * sizes.steps * (1 if AncestralSampler().guidance == 1.0 else 2)
     flops = passes * rootstock_cost(config, config.place, config.in_channels, config.num_classes).flops
     rows: list[dict[str, Any]] = []
@@ -485,8 +480,9 @@ def measure_sampling(session: Session) -> dict[str, Any]:
             took = report.median_seconds(way, device, runs=2, warmup=1)
             memory = {"peak GB": peak()} if device.type == "cuda" else {}
         faster = {"times faster": rows[0]["s"] / took if rows else 1.0}
-        of_peak = flops / session.peaks[session.precision] / took
-        rows.append({"way": name, "s": took, **faster, "of peak": of_peak, **session.of_data_sheet(of_peak), **memory})
+        of_peak = flops / session.peaks[precision] / took
+        rows.append({"way": name, "s": took, **faster, f"of peak, {precision}": of_peak,
+                     **session.of_data_sheet(of_peak), **memory})  # fmt: skip
     facts = {
         "samples, steps": f"{sizes.samples}, {sizes.steps} ancestral, guided",
         "latents apart in fp32": apart,

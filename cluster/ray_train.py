@@ -13,7 +13,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from graftwork.cluster.group import NoRoom, Work, WorkerLost, cause_of
-from graftwork.cluster.runtime import room_for, settle, taken
+from graftwork.cluster.runtime import UnusableGpu, gpu, room_for, settle, taken
 from graftwork.models.operators.kernels import DECISIONS, Decision
 from graftwork.specs.job import StepResources
 
@@ -33,6 +33,8 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
     try:
         DECISIONS.update(_fit(loop, workers, resources))
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:  # or its controller was lost
+        if (unusable := _unusable_gpu(error)) is not None:
+            raise unusable from error
         failures = list(getattr(error, "worker_failures", {}).values())
         own = [failure for failure in failures if not type(failure).__module__.startswith("ray.")]
         if own and len(own) == len(failures):
@@ -40,6 +42,25 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
         if isinstance(error, ray.train.ControllerError) and room_for(resources) < workers:
             raise NoRoom from error
         raise WorkerLost(str(error)) from error
+
+
+class _GpuFirst(TorchConfig().backend_cls):  # type: ignore[misc]  # which has no types
+    """Looks at each worker's GPU before NCCL does, which would say less and seem a lost worker."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(gpu)
+        super().on_start(worker_group, backend_config)
+
+
+class _Config(TorchConfig):  # type: ignore[misc]
+    backend_cls = _GpuFirst
+
+
+def _unusable_gpu(error: Exception) -> UnusableGpu | None:
+    """Return what `gpu` raised in a worker; None if the training failed of something else."""
+    failure = getattr(error, "controller_failure", None)
+    cause = getattr(failure, "cause", None)
+    return cause if isinstance(cause, UnusableGpu) else None
 
 
 def _fit(loop: Any, workers: int, resources: StepResources) -> Any:
@@ -53,7 +74,7 @@ def _fit(loop: Any, workers: int, resources: StepResources) -> Any:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
             ),
-            torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
+            torch_config=_Config(backend="nccl" if resources.gpu else "gloo"),
             run_config=ray.train.RunConfig(
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(

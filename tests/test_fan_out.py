@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.trivial import chain_and_fan
 from benchmarks.watching import Unwatched
+from graftwork.cluster import launcher, runtime
 from graftwork.cluster.fan_out import AHEAD, fan_out
 from graftwork.models.operators import kernels
 from graftwork.pipeline.execute import Execution
@@ -25,6 +26,7 @@ from graftwork.pipeline.planning import Plan
 from graftwork.pipeline.store import Store
 from graftwork.specs.job import StepResources
 from graftwork.specs.load import load
+from graftwork.specs.training import TrainingSpec
 from tests.conftest import TINY
 
 ON_CPU, ON_GPU = StepResources(cpu=1), StepResources(cpu=0, gpu=1)
@@ -234,6 +236,22 @@ def test_a_step_whose_gpu_torch_cannot_use_fails_in_one_line_and_leaves_nothing(
     assert f"torch {torch.__version__}" in line and "accepted: a driver that supports that CUDA" in line
     assert store.manifest(plan["fan/0000"].key) is None
     assert len(list(fresh.glob("*.json"))) == 1  # it was not tried again
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+@pytest.mark.usefixtures("cluster")
+def test_a_training_whose_gpus_torch_cannot_use_fails_at_once_in_the_same_line(fresh: Path) -> None:
+    """NCCL would say something else, which looks like a lost worker: the group would begin again, three times."""
+
+    def work(argument: None, device: torch.device) -> None:
+        raise ValueError("this is not to run")
+
+    (fresh / "unusable").touch()
+    with pytest.raises(runtime.UnusableGpu) as caught:
+        launcher.launch(work, None, TrainingSpec(batch=4, workers=2), StepResources(cpu=0.5, gpu=1))
+    assert f"torch {torch.__version__}" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(list(fresh.glob("*.json"))) == 2  # a look for each worker, and no second attempt
 
 
 @pytest.mark.slow
