@@ -671,6 +671,15 @@ def test_on_a_gpu_a_call_to_a_kernel_is_compiled_into_the_one_graph(kind: Any, c
     assert calls and distance(y, operator(x)) < 1e-2
 
 
+def test_what_the_compiler_calls_while_it_traces_takes_strings() -> None:
+    """All that older versions of torch can hand to it."""
+    functions = [one for one in vars(kernels).values() if getattr(one, "_dynamo_marked_constant", False)]
+    assert len(functions) == 2
+    for function in functions:
+        taken = {kind for name, kind in function.__annotations__.items() if name != "return"}
+        assert taken <= {"str", "str | None"}
+
+
 @accelerated
 def test_backend_torch_calls_no_kernel_even_on_a_gpu(kind: Any, calls: list[Kernel]) -> None:
     build(kind(backend="torch"))(tokens())

@@ -82,6 +82,7 @@ STATE_SPACE_SCAN = Kernel(
     (torch.float32, torch.float16, torch.bfloat16),
     bare=True,  # the scan is Triton's; the package's `__init__` imports a CUDA extension, which only nvcc makes
 )
+KERNELS = {kernel.package: kernel for kernel in (FLASH_ATTENTION, CAUSAL_CONVOLUTION, STATE_SPACE_SCAN)}
 
 
 class Decision(NamedTuple):
@@ -127,6 +128,11 @@ def remember(operator: str, kernel: str, obstacle: str | None) -> None:
 
 def import_failure(kernel: Kernel) -> str | None:
     """Import the function; return why that fails, None if it does not."""
+    return _import_failure(kernel.package)
+
+
+def _import_failure(package: str) -> str | None:
+    kernel = KERNELS[package]
     if kernel.fused is None and kernel.failure is None:
         try:
             kernel.fused = _imported(kernel)
@@ -158,7 +164,7 @@ def _without_init(package: str | None) -> Iterator[None]:
         del sys.modules[spec.name]  # others that import the package get the whole of it
 
 
-# Where an operator is compiled, dynamo calls these instead of tracing through them. The public way to say so,
-# torch.compiler.assume_constant_result, would import the whole compiler here.
-import_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Where an operator is compiled, dynamo calls these instead of tracing through them; what they take has to be strings
+# then. The public way to say so, torch.compiler.assume_constant_result, would import the whole compiler here.
+_import_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
