@@ -57,7 +57,7 @@ def forward_memory(model: DiT, inputs: Inputs, network: Network | None = None) -
 
     network: what the pass goes through instead, such as the model's compiled code.
     """
-    network = network or model
+    network = model if network is None else network
     held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     if inputs[0].is_cuda:
         before = torch.cuda.memory_allocated()

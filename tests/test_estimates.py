@@ -27,7 +27,7 @@ from graftwork.pipeline.estimates import (
 from graftwork.pipeline.planning import Plan, make_plan
 from graftwork.pipeline.record import Expected, RunRecord
 from graftwork.pipeline.store import Manifest, Origin, Store
-from graftwork.pipeline.tables import lasting
+from graftwork.pipeline.tables import lasting, show_expected
 from graftwork.specs.fields import keyed
 from graftwork.specs.job import StepResources
 from graftwork.specs.load import SpecError, load
@@ -253,6 +253,15 @@ def test_the_time_is_shared_out_to_the_stages_by_what_they_take_of_the_machine(s
         {"base": 10 / 45, "classifier": 5 / 45, "finetune": 10 / 45, "evaluate": 20 / 45}
     )
     assert expected(store, plan).shares == {}
+
+
+def test_a_plan_prints_the_share_of_each_stage_the_largest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    shares = {"distill": 0.004, "evaluate": 0.556, "select": 0.0, "finetune": 0.44}
+    show_expected(Expected(seconds=5400, gpu_hours=12, cpus=2, gpus=8, shares=shares), 4, None)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "expected, by estimate: 1h30m on 8 GPUs, 12 GPU hours",
+        "  by stage: evaluate 56%, finetune 44%, distill under 1%",
+    ]
 
 
 def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(store: Store) -> None:
