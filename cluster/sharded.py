@@ -8,8 +8,9 @@ without DeepSpeed and by any number of workers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from graftwork.cluster.imports import without
+from graftwork.models.outlines import outline
 from graftwork.specs.training import FinetuneSpec
 
 with without("mlflow"):  # its autotuner, which we do not use, logs there if it can: a second of imports
@@ -25,8 +27,19 @@ with without("mlflow"):  # its autotuner, which we do not use, logs there if it 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# On a CPU, DeepSpeed would compile a shared-memory operation at its first start. Only inference uses it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# None of its operations is used here. Asked for this table the first time, DeepSpeed probes compilers and GPUs for all
+# of them, and on a CPU would then compile one for inference.
+vars(deepspeed.ops)["__compatible_ops__"] = {}
+
+
+def _sums_in_fp32(recipe: FinetuneSpec, device: torch.device) -> bool:
+    """Return whether gradients in bf16 are summed over a step's passes in fp32: where there may be several passes."""
+    return recipe.precision == "bf16" and (recipe.micro_batch is not None or device.type != "cpu")
+
+
+def _stage(recipe: FinetuneSpec, device: torch.device) -> int:
+    """Return the ZeRO stage to run. Stage 1 has another optimizer for sums in fp32; stage 2 then does its work."""
+    return 2 if recipe.deepspeed.zero == 1 and _sums_in_fp32(recipe, device) else recipe.deepspeed.zero
 
 
 def _clipped_by_deepspeed(recipe: FinetuneSpec) -> bool:
@@ -34,19 +47,20 @@ def _clipped_by_deepspeed(recipe: FinetuneSpec) -> bool:
     return recipe.deepspeed.zero == 3
 
 
-def _config(recipe: FinetuneSpec) -> dict[str, Any]:
+def _config(recipe: FinetuneSpec, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's settings.
 
-    By default it waits for the device at each step: to time it, and to skip it if its gradient is no number, where the
+    The size and number of passes before a step is not known here: each pass says whether it is the last. By default
+    DeepSpeed waits for the device at each step: to time it, and to skip it if its gradient is no number, where the
     training would end anyway. Only in ZeRO 3 no setting keeps it from asking whether the gradient is one.
     """
     theirs = _clipped_by_deepspeed(recipe)
     return {
-        "train_batch_size": recipe.batch,
-        "train_micro_batch_size_per_gpu": recipe.batch // torch.distributed.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "data_types": {"grad_accum_dtype": "fp32"} if _sums_in_fp32(recipe, device) else {},
         "gradient_clipping": recipe.clip if theirs else 0.0,
         "bf16": {"enabled": recipe.precision == "bf16", "check_grad_overflow": False},
-        "zero_optimization": {"stage": recipe.deepspeed.zero, "compute_grad_norm": theirs},
+        "zero_optimization": {"stage": _stage(recipe, device), "compute_grad_norm": theirs},
         "zero_allow_untested_optimizer": True,
         "timers": {"throughput": {"enabled": False}},
     }
@@ -60,6 +74,8 @@ class ShardedEngine:
         if state is not None:
             model.load_state_dict({name: state[f"weights/{name}"] for name in names}, strict=False)
         start = {name: value.detach().clone() for name, value in model.named_parameters()}
+        device = next(model.parameters()).device
+        self.outline = outline(model, torch.device("meta"))  # before DeepSpeed takes the model apart
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0, fused=True
         )
@@ -67,7 +83,7 @@ class ShardedEngine:
             model=model,
             optimizer=optimizer,
             dist_init_required=False,
-            config=_config(recipe),
+            config=_config(recipe, device),
         )
         if not _clipped_by_deepspeed(recipe):
             optimizer.register_step_pre_hook(self._clip)
@@ -84,17 +100,28 @@ class ShardedEngine:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.engine(x.to(self.dtype), t, y)
 
+    def stand_in(self) -> Self:
+        copied = copy.copy(self)
+        copied.engine = outline(self.outline, self.engine.device).to(self.dtype)
+        return copied
+
+    def accumulate(self, loss: Tensor) -> None:
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.backward(loss)
+        self.engine.step()  # counts the pass, and no more
+
     def step(self, loss: Tensor, lr: float) -> None:
-        """Backward, clip, one AdamW step at `lr`, then the EMA."""
+        """Backward of the last pass, clip, one AdamW step at `lr`, then the EMA."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(loss)
         self.engine.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self._flats(), 1 - self.recipe.ema)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, EMA, moments and step count as whole fp32 tensors; every worker must call it."""
+        """Weights, EMA, moments and step count as whole fp32 tensors, on the first worker alone; all must call it."""
         flats, moments = self._flats(), self._moments()
         state = {f"weights/{name}": value for name, value in self._gather().items()}
         kept = self._copies()
@@ -102,7 +129,8 @@ class ShardedEngine:
             self._fill(tensors)
             state |= {f"{kind}/{name}": value for name, value in self._gather().items()}
         self._fill(kept)
-        state["adam_steps"] = moments[flats[0]]["step"].to("cpu", copy=True)
+        if state:
+            state["adam_steps"] = moments[flats[0]]["step"].to("cpu", copy=True)
         return state
 
     def _resume(self, state: Mapping[str, Tensor]) -> None:
@@ -147,11 +175,13 @@ class ShardedEngine:
 
     @torch.no_grad()
     def _gather(self) -> dict[str, Tensor]:
-        """The flat tensors as whole ones, by parameter."""
-        return {
-            name: safe_get_full_fp32_param(parameter).float().cpu().clone()
-            for name, parameter in self.parameters.items()
-        }
+        """The flat tensors as whole ones, by parameter; {} on all workers but the first."""
+        whole = {}
+        for name, parameter in self.parameters.items():
+            value = safe_get_full_fp32_param(parameter)
+            if torch.distributed.get_rank() == 0:
+                whole[name] = value.to("cpu", torch.float32, copy=True)
+        return whole
 
     @torch.no_grad()
     def _scatter(self, values: Mapping[str, Tensor]) -> None:

@@ -32,6 +32,8 @@ from graftwork.pipeline.packing import pack
 from graftwork.pipeline.planning import Plan, Step
 from graftwork.pipeline.recording import Recordings
 from graftwork.pipeline.store import Origin, RottenArtifact, Store
+from graftwork.specs.costs import rootstock_cost
+from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import plain
 from graftwork.specs.secrets import redacted
 from graftwork.stages.decisions import decisions_in
@@ -41,7 +43,10 @@ LEASE_POLL_SECONDS = 1.0
 CLUSTER_POLL_SECONDS = 3.0
 RETRIES = 3  # of a task whose worker is lost
 SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
-STOP_SECONDS = 30.0  # that tasks are given to save what they have
+STOP_SECONDS = 30.0  # that tasks are given to save what they have, beside the writing of a training's checkpoint
+TRAININGS = {"base", "search", "finetune"}
+STATES = 4  # of each parameter in a checkpoint, in fp32: the weight, its average and two moments
+CHECKPOINT_BYTES_A_SECOND = 1e8  # gathered, written, hashed and put into a store over a network
 # What steps import that takes long and knows nothing of Ray, in the order of need. The last two come unasked: with any
 # optimizer, and with DeepSpeed's engine.
 WARM = (
@@ -102,6 +107,14 @@ class Watcher(Protocol):
 def session(plan: Plan) -> AbstractContextManager[None]:
     """Ray, with room for each of the plan's steps."""
     return runtime.session((step.resources for step in plan.steps), together=_widest(plan), warm=WARM)
+
+
+def stop_seconds(job: JobSpec, at_work: Collection[str]) -> float:
+    """Return how long tasks are given to save what they have, by the stages that are at work."""
+    if TRAININGS.isdisjoint(at_work):
+        return STOP_SECONDS
+    model = rootstock_cost(job.model, job.place(), job.codec.latent_channels(job.data), num_classes=1)
+    return STOP_SECONDS + STATES * 4 * model.params / CHECKPOINT_BYTES_A_SECOND
 
 
 def _widest(plan: Plan) -> int:
@@ -368,7 +381,9 @@ class Execution:
                 return False
             self.stopping_since = time.monotonic()
             self.board.stop.remote()
-        return not self.tasks or time.monotonic() - self.stopping_since > STOP_SECONDS
+        at_work = {self.plan[name].stage for names in self.tasks.values() for name in names}
+        limit = stop_seconds(self.plan.job, at_work)
+        return not self.tasks or time.monotonic() - self.stopping_since > limit
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 JOB_FILE = "job.yaml"
 GRAFT = ("python", "-m", "graftwork.pipeline")
 JOB, STORE = "graftwork.job", "graftwork.store"  # in a submission's metadata
-STOP_SECONDS = 60.0  # that a run has to save what it has
+STOP_SECONDS = 300.0  # that a run has to save what it has; its driver allows its tasks less
 
 
 def submit(job: JobSpec | str | Path, address: str, overrides: Iterable[str] = ()) -> str:

@@ -13,6 +13,7 @@ against it first, so that nothing is served that is not whole.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
@@ -416,7 +417,13 @@ class Partial:
             if other.name != pointer.file and not other.name.startswith("."):
                 other.unlink(missing_ok=True)
         path = folder / pointer.file
-        return path if self.store.fetch(self._at(pointer.file), pointer, path) is None else None
+        with _alone(folder):  # a training's workers on one machine: the first one fetches, the others find it
+            if not path.is_file():
+                return path if self.store.fetch(self._at(pointer.file), pointer, path) is None else None
+        if pointer.differs(path) is None:  # all at once, which takes long for a large file
+            return path
+        with _alone(folder):
+            return path if self.store.fetch(self._at(pointer.file), pointer, path) is None else None
 
     def _forget(self, name: str) -> None:
         self.store.remove(self._at(name + POINTER))
@@ -433,6 +440,15 @@ class Partial:
 
     def __reduce__(self) -> tuple[type[Partial], tuple[Store, str]]:
         return Partial, (self.store, self.key)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in such a context of the folder; a killed one is out of it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def digest(path: Path) -> str:

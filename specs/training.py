@@ -28,13 +28,24 @@ class TrainingSpec(Spec):
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the weight average, a step")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
     precision: Annotated[Precision, ADDED_PRECISION] = Field("fp32", description=PRECISION)
-    workers: int = Field(1, ge=1, description="processes that share a step's batch")
+    workers: int = Field(1, ge=1, description="processes that share a step's batch; any number up to it")
     min_workers: Annotated[int | None, Unkeyed()] = Field(
         None,
         ge=1,
         description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
     )
-    checkpoint_every: Annotated[int, Unkeyed()] = Field(500, ge=1, description="steps")
+    micro_batch: Annotated[int | None, Unkeyed()] = Field(
+        None,
+        ge=1,
+        description="samples that a worker passes at once, at most: gradients are summed over its passes, and sums "
+        "differ in their last bits. Left out: on a GPU what fits, found by trial; on a CPU the worker's whole part",
+    )
+    checkpoint_minutes: Annotated[float, Unkeyed()] = Field(
+        10.0, gt=0, description="minutes of training at most between two checkpoints"
+    )
+    checkpoint_every: Annotated[int | None, Unkeyed()] = Field(
+        None, ge=1, description="steps between two checkpoints, beside checkpoint_minutes"
+    )
     compile: Annotated[bool, Unkeyed()] = Field(
         False, description="torch.compile for the blocks: faster on a GPU; sums then differ in their last bits"
     )
@@ -43,17 +54,16 @@ class TrainingSpec(Spec):
     )
 
     @model_validator(mode="after")
-    def _batch_splits(self) -> Self:
-        if self.batch % self.workers:
-            refuse(["batch"], self.batch, f"a multiple of workers, {self.workers}")
+    def _workers_have_work(self) -> Self:
+        if self.workers > self.batch:
+            refuse(["workers"], self.workers, f"at most batch, {self.batch}")
         if self.min_workers is not None and self.min_workers > self.workers:
             refuse(["min_workers"], self.min_workers, f"at most workers, {self.workers}")
         return self
 
     def worker_counts(self) -> tuple[int, ...]:
-        """The numbers of workers that may share the work, the wanted one first; each has an equal part of a batch."""
-        counts = range(self.workers, (self.min_workers or self.workers) - 1, -1)
-        return tuple(count for count in counts if self.batch % count == 0)
+        """The numbers of workers that may share the work, the wanted one first."""
+        return tuple(range(self.workers, (self.min_workers or self.workers) - 1, -1))
 
 
 class DeepSpeedSpec(Spec):

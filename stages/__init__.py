@@ -31,16 +31,20 @@ class Stage:
 
 STAGES = {
     "features": Stage(version=2, orchestrates=True, memory="codec.batch"),
-    "base": Stage(version=4, orchestrates=True, memory="weights.batch, or set weights.checkpointing"),
+    "base": Stage(version=4, orchestrates=True, memory="weights.micro_batch, or set weights.checkpointing"),
     "classifier": Stage(version=1),
     "profile": Stage(version=2),
     "distill": Stage(
         version=3, shares=True, memory="distill.activations, distill.batch, distill.samples or distill.draws"
     ),
-    "search": Stage(version=4, orchestrates=True, memory="layers.search.batch, or set layers.search.checkpointing"),
+    "search": Stage(
+        version=4, orchestrates=True, memory="layers.search.micro_batch, or set layers.search.checkpointing"
+    ),
     "select": Stage(version=2),
     "finetune": Stage(
-        version=4, orchestrates=True, memory="finetune.batch, raise finetune.workers or set finetune.checkpointing"
+        version=4,
+        orchestrates=True,
+        memory="finetune.micro_batch, raise finetune.workers or set finetune.checkpointing",
     ),
     "reference": Stage(version=1),
     "evaluate": Stage(version=3, orchestrates=True, memory="evaluate.batch"),

@@ -59,6 +59,11 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
+def share_of(batch: int, rank: int, workers: int) -> range:
+    """The places in a batch that are a worker's; shares differ by one sample at most."""
+    return range(rank * batch // workers, (rank + 1) * batch // workers)
+
+
 def draw_batch(
     data: TrainingSet, recipe: TrainingSpec, seed: int, stream: str, step: int, rank: int, workers: int
 ) -> Batch:
@@ -67,7 +72,7 @@ def draw_batch(
     t = torch.randint(STEPS, (batch,), generator=draws)
     dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
     chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
-    places = range(rank * batch // workers, (rank + 1) * batch // workers)
+    places = share_of(batch, rank, workers)
     share = slice(places.start, places.stop)
     noise = torch.empty((len(places), *data.latents.shape[1:]))
     for row, place in zip(noise, places, strict=True):

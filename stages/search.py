@@ -10,6 +10,7 @@ FLOPs from the budget, and of what meets the budget the most probable is the cho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from graftwork.specs.layers import Group
 from graftwork.specs.steps import SearchParams
 from graftwork.specs.training import SearchSpec
 from graftwork.stages import Context
-from graftwork.stages.batches import TrainingSet
+from graftwork.stages.batches import TrainingSet, share_of
 from graftwork.stages.evidence import Search, SearchedGroup, SearchedSite
 from graftwork.stages.latents import read
 from graftwork.stages.training import POINTS, PlainEngine, final_state, set_up_blocks, train
@@ -172,6 +173,7 @@ class SearchEngine(PlainEngine):
 
     def __init__(self, gated: GatedDiT, recipe: SearchSpec, seed: int, state: Mapping[str, Tensor] | None) -> None:
         self.gated, self.recipe, self.seed = gated, recipe, seed
+        self.passed = 0  # samples of this worker's share, in the step under way
         self.done = self.skipped = self.skipped_in_a_row = 0
         self.course: Course = []
         super().__init__(
@@ -190,13 +192,16 @@ class SearchEngine(PlainEngine):
             self.course = [tuple(row) for row in state["course"].tolist()]
 
     def __call__(self, *args: Tensor) -> Tensor:
-        """Pass this worker's slice of the step's batch, under its slice of the step's gates."""
+        """Pass the next part of this worker's share of the step's batch, under its part of the step's gates."""
         recipe, step = self.recipe, self.done
         noise = gumbel(recipe.batch, len(self.gated.gates.logits), generator(self.seed, "search", "gates", step))
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        share = slice(rank * recipe.batch // workers, (rank + 1) * recipe.batch // workers)
+        share, samples = share_of(recipe.batch, rank, workers), len(args[0])
+        # A pass that does not count repeats the last sample; one on trial may be of a sample more than the share has.
+        begin = max(0, min(share.start + self.passed, share.stop - samples))
+        self.passed += samples
         self.gated.draw(
-            noise[share].to(args[0].device),
+            noise[begin : begin + samples].to(args[0].device),
             at(recipe.temperature, step, recipe.steps),
             at(recipe.logit_scale, step, recipe.steps),
         )
@@ -204,6 +209,7 @@ class SearchEngine(PlainEngine):
 
     def step(self, loss: Tensor, lr: float) -> bool:
         made = super().step(loss + self.penalty(), lr)
+        self.passed = 0
         self.done += 1
         if self.done % max(1, self.recipe.steps // POINTS) == 0 or self.done == self.recipe.steps:
             self._note_course()
@@ -232,8 +238,17 @@ class SearchEngine(PlainEngine):
             )
         return False
 
+    def stand_in(self) -> Self:
+        copied = super().stand_in()
+        assert isinstance(copied.model, GatedDiT)
+        copied.gated = copied.model
+        return copied
+
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {
+        state = super().state()
+        if not state:
+            return {}
+        return state | {
             "counts": torch.tensor([self.done, self.skipped, self.skipped_in_a_row]),
             "course": torch.tensor(self.course, dtype=torch.float64),
         }

@@ -4,15 +4,19 @@ It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `PlainEng
 random draw belongs to a step number (stages.batches). Training that goes on from a checkpoint therefore ends in the
 same bits as training that never stopped. The host asks a device for a number only at points of the loss curve and at
 checkpoints, so that between them the device never waits for the host.
+
+A worker passes its share of a batch in parts of `micro_batch` samples (stages.microbatches). Checkpoints are gathered
+from all workers between two steps, and written by the first one while training goes on.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -21,28 +25,40 @@ from torch import Tensor, nn
 
 from graftwork.models.diffusion import Diffusion
 from graftwork.models.dit import DiT
+from graftwork.models.outlines import outline
 from graftwork.models.precision import computing, products
 from graftwork.specs.training import Precision, TrainingSpec
-from graftwork.stages import Partial, Report, Stopped, never
+from graftwork.stages import Partial, Report, Stopped, microbatches, never
 from graftwork.stages.batches import Batch, DrawnAhead, TrainingSet, draw_batch
+from graftwork.stages.checkpoint_writer import CheckpointWriter
+from graftwork.stages.microbatches import Part, Trainable, parts
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
 LAG = 2  # steps, from where all workers are known to be, to where the fastest may be
 
 
-class Engine(Protocol):
+class Engine(Trainable, Protocol):
     """A network in training, and all that changes in it."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
+    def accumulate(self, loss: Tensor) -> None:
+        """Backward, of a pass that another one of the same step follows."""
+        ...
 
     def step(self, loss: Tensor, lr: float) -> bool | None:
-        """Backward, clip, one optimizer step at `lr`, then the EMA; False says that the step was skipped."""
+        """Backward of a step's last pass, clip, one optimizer step at `lr`, then the EMA; False: it was skipped."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on: `weights/*`, `ema/*` and the optimizer's. Every worker must call it."""
+        """Return, on the first worker, copies of all that is needed to go on: `weights/*`, `ema/*`, the optimizer's.
+
+        Every worker must call it; the others get {} and keep nothing.
+        """
         ...
+
+
+def is_first_worker() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 class PlainEngine:
@@ -76,6 +92,8 @@ class PlainEngine:
             weight_decay=0.0,
             fused=True,
         )
+        self.accumulated: Tensor | None = None  # loss of the passes of a step that has more of them
+        self.reserve: list[Tensor] = []
         if state is not None:
             self._resume(state)
 
@@ -84,11 +102,24 @@ class PlainEngine:
             output: Tensor = self.model(*args)
         return output
 
+    def stand_in(self) -> Self:
+        copied = copy.copy(self)
+        copied.model = outline(self.model, self.weights[0].device)
+        if not self.adam.state:  # the moments that the first step makes
+            copied.reserve = [torch.zeros_like(value) for value in self.weights for _ in range(2)]
+        return copied
+
+    def accumulate(self, loss: Tensor) -> None:
+        loss.backward()
+        self.accumulated = loss.detach() + (0.0 if self.accumulated is None else self.accumulated)
+
     def step(self, loss: Tensor, lr: float) -> bool:
         loss.backward()
         self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
-        taken = self.takes(loss.detach(), norm)
+        whole = loss.detach() if self.accumulated is None else loss.detach() + self.accumulated
+        self.accumulated = None
+        taken = self.takes(whole, norm)
         if taken:
             for group in self.adam.param_groups:
                 group["lr"] = lr * group["rate"]
@@ -99,18 +130,20 @@ class PlainEngine:
         return taken
 
     def takes(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether to make a step of this worker's loss and the gradient's norm over all workers."""
+        """Whether to make a step of this worker's loss of all passes and the gradient's norm over all workers."""
         return True
 
     def state(self) -> dict[str, Tensor]:
+        if not is_first_worker():
+            return {}
         kinds: dict[str, list[Tensor]] = {"weights": self.weights, "ema": self.ema}
         steps: dict[str, Tensor] = {}
         if self.adam.state:  # empty as long as all steps were skipped
             moments = ("exp_avg", "exp_avg_sq")
             kinds |= {kind: [self.adam.state[value][kind] for value in self.weights] for kind in moments}
-            steps["adam_steps"] = self.adam.state[self.weights[0]]["step"].detach().cpu()
+            steps["adam_steps"] = self.adam.state[self.weights[0]]["step"].detach().to("cpu", copy=True)
         state = {
-            f"{kind}/{name}": value.detach().cpu()
+            f"{kind}/{name}": value.detach().to("cpu", copy=True)
             for kind, values in kinds.items()
             for name, value in zip(self.names, values, strict=True)
         }
@@ -175,33 +208,47 @@ def train(
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     progress, state = _last_checkpoint(partial)
     engine = make_engine(state)
+    del state
     diffusion = Diffusion().on(data.device)
     every = max(1, recipe.steps // POINTS)
     loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
-    together = StopTogether(stopping, data.device)
     report(progress.step, recipe.steps)
+    passes = _passes(engine, data, recipe, workers, lambda figures: report(progress.step, recipe.steps, figures))
 
     def draw(step: int) -> Batch:
         batch = draw_batch(data, recipe, seed, stream, step, rank, workers)
         return batch.pinned() if data.device.type == "cuda" else batch
 
-    def save(done: int) -> None:
-        progress.step, progress.loss_sums = done, _of_all_workers(loss_sum)
-        _finite(sum(progress.loss_sums), done)
-        _save_checkpoint(partial, progress, engine.state(), rank)
+    with (
+        products(recipe.precision),
+        CheckpointWriter(recipe.checkpoint_minutes) as writer,
+        DrawnAhead(draw, range(progress.step, recipe.steps)) as batches,
+    ):
+        together = ActTogether(stopping, writer.due, data.device)
 
-    with products(recipe.precision), DrawnAhead(draw, range(progress.step, recipe.steps)) as batches:
+        def save(done: int) -> None:
+            progress.step, progress.loss_sums = done, _of_all_workers(loss_sum)
+            _finite(sum(progress.loss_sums), done)
+            writer.wait()
+            _save_checkpoint(writer, partial, progress, engine.state())
+
         for step, batch in batches:
-            if together.before(step):
+            action = together.before(step)
+            if action is not None and progress.step != step:
                 save(step)
+            if action == "stop":
+                writer.wait()
                 if dist.is_initialized():
                     dist.barrier()  # whoever leaves first takes the others along
                 raise Stopped(f"before step {step + 1}")
-            x, t, y, noise = batch.to(data.device)
-            loss = diffusion.loss(engine, x, t, y, noise).mean()
-            if engine.step(loss, learning_rate(recipe, step)) is not False:
-                loss_sum += loss.detach()
+
+            share = batch.to(data.device)
+            loss = _step(engine, diffusion, share, passes, workers / recipe.batch, learning_rate(recipe, step))
+            if loss is not None:
+                loss_sum += loss
                 progress.losses += 1
+
+            # Report and save.
             done = step + 1
             if (done % every == 0 or done == recipe.steps) and progress.losses:
                 mean = _finite(_mean_over_workers(loss_sum).item(), done) / progress.losses
@@ -211,10 +258,50 @@ def train(
                 if rank == 0:
                     lr = learning_rate(recipe, step)
                     report(done, recipe.steps, {"loss": mean, "lr": lr, "data_wait": batches.share_waited()})
-            if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+            if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
                 save(done)
+        writer.wait()
+        together.forget()
     if dist.is_initialized():
         dist.barrier()
+
+
+def _step(engine: Engine, diffusion: Diffusion, share: Batch, passes: int, weight: float, lr: float) -> Tensor | None:
+    """Make a step of a worker's share of a batch; return the share's loss, or None if the step was skipped.
+
+    weight: of a sample. Gradients and losses are then averaged over the workers, which gives the batch's mean.
+    """
+
+    def loss_of(part: Part) -> Tensor:
+        x, t, y, noise = part.batch
+        loss = diffusion.loss(engine, x, t, y, noise).mean()
+        scale = part.samples * weight
+        return loss if scale == 1 else loss * scale
+
+    *others, last = parts(share, passes)
+    losses = []
+    for part in others:
+        loss = loss_of(part)
+        engine.accumulate(loss)
+        losses.append(loss.detach())
+    loss = loss_of(last)
+    if engine.step(loss, lr) is False:
+        return None
+    return sum(losses, loss.detach())
+
+
+def _passes(
+    engine: Engine, data: TrainingSet, recipe: TrainingSpec, workers: int, tell: Callable[[Mapping[str, float]], None]
+) -> int:
+    """Return how many passes each worker makes a step; what was found by trial is told once."""
+    share = -(-recipe.batch // workers)  # the largest
+    samples = recipe.micro_batch or share
+    if recipe.micro_batch is None and data.device.type in microbatches.TRIED_ON:
+        with products(recipe.precision):
+            samples = microbatches.try_out(engine, data, share)
+        if is_first_worker():
+            tell({"micro_batch": samples})
+    return -(-share // samples)
 
 
 def set_up_blocks(model: DiT, recipe: TrainingSpec) -> None:
@@ -254,34 +341,67 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-class StopTogether:
-    """Has all workers of a training stop before the same step.
+Action = Literal["stop", "save"]
+
+
+class ActTogether:
+    """Has all workers of a training stop, or save a checkpoint, before the same step.
 
     The first worker announces a step LAG after its next one, before it takes part in that. The others find the
     announcement in time: none begins a step before its device has ended the one LAG earlier, which it cannot without
     the first worker. With a GPU that is a wait, but one that leaves it work to do.
     """
 
-    KEY = "graftwork/stop"
+    KEY = "graftwork/action"  # and its number: one at a time is announced, and taken by all before the next
 
-    def __init__(self, stopping: Callable[[], bool], device: torch.device) -> None:
-        self.stopping, self.device = stopping, device
+    def __init__(self, stopping: Callable[[], bool], saving: Callable[[], bool], device: torch.device) -> None:
+        """stopping, saving: whether it is time for that; asked of the first worker."""
+        self.stopping, self.saving, self.device = stopping, saving, device
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.store = None if alone else dist.distributed_c10d._get_default_store()
-        self.at: int | None = None
+        self.taken = 0
+        self.announced: tuple[Action, int] | None = None  # and before which step it is due
         self.queued: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU may not have reached
 
-    def before(self, step: int) -> bool:
+    def before(self, step: int) -> Action | None:
+        """Return what all workers do before this step."""
         if self.store is None:
-            return self.stopping()
+            return self._wanted()
         self._keep_pace()
-        if self.at is None and dist.get_rank() == 0 and self.stopping():
-            self.at = step + LAG
-            self.store.set(self.KEY, str(self.at))
-            self.store.get(self.KEY)  # only its answer says that the others can see it
-        if self.at is None and dist.get_rank() != 0 and self.store.check([self.KEY]):
-            self.at = int(self.store.get(self.KEY))
-        return step == self.at
+        if self.announced is None:
+            self.announced = self._announce(step + LAG) if dist.get_rank() == 0 else self._hear()
+        if self.announced is None or self.announced[1] != step:
+            return None
+        action, self.announced = self.announced[0], None
+        self.taken += 1
+        return action
+
+    def forget(self) -> None:
+        """Leave no announcement to another training of the same group; every worker must be past the last step."""
+        if self.store is not None and dist.get_rank() == 0:
+            for number in range(self.taken + 1):
+                self.store.delete_key(f"{self.KEY}/{number}")
+
+    def _wanted(self) -> Action | None:
+        return "stop" if self.stopping() else "save" if self.saving() else None
+
+    def _announce(self, step: int) -> tuple[Action, int] | None:
+        assert self.store is not None
+        action = self._wanted()
+        if action is None:
+            return None
+        key = f"{self.KEY}/{self.taken}"
+        self.store.set(key, f"{action} {step}")
+        self.store.get(key)  # only its answer says that the others can see it
+        return action, step
+
+    def _hear(self) -> tuple[Action, int] | None:
+        assert self.store is not None
+        key = f"{self.KEY}/{self.taken}"
+        if not self.store.check([key]):
+            return None
+        action, step = self.store.get(key).decode().split()
+        return ("stop" if action == "stop" else "save"), int(step)
 
     def _keep_pace(self) -> None:
         """Wait until the step before the last one is over. On a CPU it is: its collectives wait by themselves."""
@@ -316,12 +436,12 @@ def save_tensors(partial: Partial, name: str, tensors: Mapping[str, Tensor]) -> 
     partial.save(name, lambda path: save_file(whole, path))
 
 
-def _save_checkpoint(partial: Partial, progress: Progress, state: dict[str, Tensor], rank: int) -> None:
-    if rank != 0:
+def _save_checkpoint(writer: CheckpointWriter, partial: Partial, progress: Progress, state: dict[str, Tensor]) -> None:
+    if not is_first_worker():
         return
     state["progress"] = torch.tensor([progress.step, progress.losses, *progress.loss_sums], dtype=torch.float64)
     state["curve"] = torch.tensor(progress.curve, dtype=torch.float64).reshape(-1, 2)
-    save_tensors(partial, CHECKPOINT, state)
+    writer.save(lambda: save_tensors(partial, CHECKPOINT, state))
 
 
 def _last_checkpoint(partial: Partial) -> tuple[Progress, dict[str, Tensor] | None]:

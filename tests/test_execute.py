@@ -31,7 +31,7 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.load import load
 from graftwork.specs.steps import ClassifierParams
 from graftwork.stages import Context, Stopped
-from tests.conftest import TINY, Finished, keys
+from tests.conftest import ROOT, TINY, Finished, keys
 
 
 @dataclass
@@ -188,6 +188,15 @@ def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(sto
         results = run(made)
     assert [result.state for result in results] == ["done", "held", "done"]
     assert results[1].held is not None and results[1].held.holder.run == "another"
+
+
+def test_the_time_to_stop_in_follows_the_size_of_a_training_s_checkpoint() -> None:
+    tiny, imagenet = load(TINY), load(ROOT / "examples/imagenet/hyena_y-50.yaml")
+    assert execute.stop_seconds(imagenet, ["distill", "evaluate"]) == execute.STOP_SECONDS
+    assert execute.stop_seconds(tiny, ["base"]) == pytest.approx(execute.STOP_SECONDS, abs=1)
+    # Weights, average and moments of DiT-XL/2's 675 million parameters: 10.8 GB, at 100 MB/s.
+    for stage in ("base", "search", "finetune"):
+        assert execute.stop_seconds(imagenet, ["distill", stage]) == pytest.approx(138, abs=1)
 
 
 def test_asked_to_stop_a_task_begins_no_other_step(store: Store, doing: Any) -> None:

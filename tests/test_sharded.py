@@ -21,6 +21,8 @@ from graftwork.cluster.sharded import ShardedEngine
 from graftwork.models.dit import DiT, DiTConfig, initialise
 from graftwork.models.streams import generator, initialising
 from graftwork.specs.training import FinetuneSpec
+from graftwork.stages.batches import Batch, share_of
+from graftwork.stages.microbatches import parts
 from graftwork.stages.training import PlainEngine, set_up_blocks
 
 def model():
@@ -30,14 +32,32 @@ def model():
         torch.nn.init.normal_(made.final_layer.linear.weight, std=0.1)
     return made
 
-def steps(engine, first, last, state=True):
+def steps(engine, first, last, batch=4, passes=1):
+    places = share_of(batch, dist.get_rank(), 2)
+    mine = slice(places.start, places.stop)
     for step in range(first, last):
         draws = generator(0, "step", step)
         x, t, y = torch.randn(4, 1, 8, 8, generator=draws), torch.tensor([1, 9, 99, 999]), torch.tensor([0, 1, 2, 3])
-        mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-        loss = engine(x[mine], t[mine], y[mine]).float().square().mean()
-        engine.step(loss * 5 ** (step % 3), 1e-3)  # some gradients are longer than `clip` and some are not
-    return engine.state() if state else None
+
+        def loss_of(part):
+            loss = engine(*part.batch[:3]).float().square().mean() * (part.samples * 2 / batch)
+            return loss * 5 ** (step % 3)  # some gradients are longer than `clip` and some are not
+
+        *others, end = parts(Batch(x[mine], t[mine], y[mine], x[mine]), passes)
+        for part in others:
+            engine.accumulate(loss_of(part))
+        engine.step(loss_of(end), 1e-3)
+    return engine
+
+def state_of(engine):  # for all workers, of what the first one is given
+    states = [engine.state()]
+    global kept
+    kept = sum(value.numel() for value in states[0].values())
+    dist.broadcast_object_list(states, 0)
+    return states[0]
+
+def train(*args, **kwargs):
+    return state_of(steps(*args, **kwargs))
 
 class Asked(TorchDispatchMode):  # counts how often the host asks for a tensor's value
     times = 0
@@ -47,28 +67,36 @@ class Asked(TorchDispatchMode):  # counts how often the host asks for a tensor's
         return operation(*args, **(kwargs or {}))
 
 def asked(engine):
-    steps(engine, 0, 2, state=False)
+    steps(engine, 0, 2)
     with Asked() as mode:
-        steps(engine, 2, 4, state=False)
+        steps(engine, 2, 4)
     return mode.times / 2
 
 def furthest(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 found = {}
-plain = steps(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6)
+plain = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6)
+uneven = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6, batch=3)
+in_parts = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6, batch=3, passes=2)
+found["plain"] = {"parts_to_whole": furthest(uneven, in_parts)}
 for zero in (1, 2, 3):
     for precision in ("fp32", "bf16"):
         recipe = FinetuneSpec(steps=6, batch=4, lr=1e-3, clip=1.0, ema=0.9, workers=2, precision=precision,
                               deepspeed={"zero": zero})
-        straight = steps(ShardedEngine(model(), recipe, None), 0, 6)
-        half = steps(ShardedEngine(model(), recipe, None), 0, 3)
-        resumed = steps(ShardedEngine(model(), recipe, half), 3, 6)
+        straight = train(ShardedEngine(model(), recipe, None), 0, 6)
+        half = train(ShardedEngine(model(), recipe, None), 0, 3)
+        resumed = train(ShardedEngine(model(), recipe, half), 3, 6)
         saving = FinetuneSpec(**recipe.model_dump() | {"checkpointing": True})
         sparing = model()
         set_up_blocks(sparing, saving)
+        keeps = kept
+        parted = FinetuneSpec(**recipe.model_dump() | {"micro_batch": 1})
+        whole = uneven if precision == "fp32" else train(ShardedEngine(model(), parted, None), 0, 6, batch=3)
         found[f"zero{zero} {precision}"] = {
-            "to_sparing": furthest(straight, steps(ShardedEngine(sparing, saving, None), 0, 6)),
+            "parts_to_whole": furthest(whole, train(ShardedEngine(model(), parted, None), 0, 6, batch=3, passes=2)),
+            "kept": keeps,
+            "to_sparing": furthest(straight, train(ShardedEngine(sparing, saving, None), 0, 6)),
             "names": sorted(straight) == sorted(plain),
             "to_plain": furthest(straight, plain),
             "to_resumed": furthest(straight, resumed),
@@ -79,8 +107,7 @@ for zero in (1, 2, 3):
             "asked": asked(ShardedEngine(model(), recipe, None)),
             "moved": furthest(straight, half),
         }
-if dist.get_rank() == 0:
-    open(sys.argv[1], "w").write(json.dumps(found))
+open(f"{sys.argv[1]}{dist.get_rank()}", "w").write(json.dumps(found))
 dist.barrier()
 """
 
@@ -101,7 +128,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder / "found.json")],
+            [sys.executable, "-c", WORKER, str(folder / "found")],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=(folder / f"{rank}.log").open("w"),
@@ -111,7 +138,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     ]
     codes = [worker.wait(240) for worker in workers]
     assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
-    outcome: Found = json.loads((folder / "found.json").read_text())
+    outcome, other = (json.loads((folder / f"found{rank}").read_text()) for rank in (0, 1))
+    for engine in ENGINES:
+        outcome[engine]["kept_by_other"] = other[engine]["kept"]
     return outcome
 
 
@@ -134,6 +163,16 @@ def test_its_state_has_the_names_of_the_plain_engine(found: Found, engine: str) 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_in_fp32_it_does_what_the_plain_engine_does(found: Found, zero: int) -> None:
     assert found[f"zero{zero} fp32"]["to_plain"] < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["plain", *ENGINES])
+def test_a_batch_in_parts_of_unlike_size_makes_the_step_of_the_whole_batch(found: Found, engine: str) -> None:
+    assert found[engine]["parts_to_whole"] < (2e-3 if "bf16" in engine else 1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_first_worker_alone_keeps_what_is_gathered(found: Found, engine: str) -> None:
+    assert found[engine]["kept"] > 0 and found[engine]["kept_by_other"] == 0
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -409,7 +409,7 @@ def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]
             "[0, 1]",
             "at most 1",
         ),
-        ({"weights.workers": 3}, "weights.batch", "16", "multiple of workers, 3"),
+        ({"weights.workers": 17}, "weights.workers", "17", "at most batch, 16"),
         (
             {"finetune.compile": True, "finetune.deepspeed": {"zero": 3}},
             "finetune.compile",

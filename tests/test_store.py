@@ -8,8 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,23 @@ def test_a_save_that_dies_half_way_leaves_the_one_before(store: Store) -> None:
         partial.save("training", dies)
     loaded = partial.load("training")
     assert loaded is not None and loaded.read_bytes() == b"first"
+
+
+def test_workers_of_one_machine_that_load_at_once_fetch_once(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.partial(KEY).save("training", lambda path: path.write_bytes(b"state"))
+    fetched: list[str] = []
+    fetch = remote.files.get
+
+    def slow(name: str, path: Path) -> None:
+        fetched.append(name)
+        time.sleep(0.1)
+        fetch(name, path)
+
+    monkeypatch.setattr(remote.files, "get", slow)
+    with ThreadPoolExecutor(4) as workers:
+        loaded = list(workers.map(lambda _: remote.partial(KEY).load("training"), range(4)))
+    assert [path and path.read_bytes() for path in loaded] == [b"state"] * 4
+    assert len(fetched) == 1
 
 
 def test_partial_work_of_one_key_is_not_that_of_another(store: Store) -> None:

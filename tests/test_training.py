@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from graftwork.specs.job import StepResources
 from graftwork.specs.model import DitModel, PretrainWeights
 from graftwork.specs.steps import BaseParams
 from graftwork.specs.training import Precision, TrainingSpec
-from graftwork.stages import Context, Stopped, base, batches, never, training
+from graftwork.stages import Context, Stopped, base, batches, microbatches, never, training
 from graftwork.stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
+from graftwork.stages.checkpoint_writer import CheckpointWriter
 from graftwork.stages.latents import LatentsMeta, write_meta
 from graftwork.stages.training import PlainEngine, final_weights, learning_rate, train
 from tests import small
@@ -163,14 +164,22 @@ def test_the_average_moves_by_its_share_towards_the_weights_at_each_step(store: 
     torch.testing.assert_close(final_weights(store.partial("a"))[0], average, rtol=0, atol=1e-6)
 
 
+UNEVEN = RECIPE.model_copy(update={"batch": 7, "micro_batch": 2})  # 3 samples and 4, in two passes each
+
+
 def one_of_two(rank: int, folder: str) -> None:
-    """Train straight through; then once more, asked to stop on the way, and go on in a new group."""
+    """Train straight through; then once more, asked to stop on the way, and go on in a new group; then unevenly."""
     torch.set_num_threads(1)
     store = Store(f"{folder}/store")
     for start, key in enumerate(("two", "stopped", "stopped")):
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet{start}", rank=rank, world_size=2)
         report = Reports()
         asked = start == 1 and rank == 0  # the other worker never hears of it
+        if start == 1:
+            due = training.CheckpointWriter.due
+            training.CheckpointWriter.due = lambda writer: rank == 0  # type: ignore[method-assign]
+            run_training(store.partial("uneven"), make_data(), UNEVEN)
+            training.CheckpointWriter.due = due  # type: ignore[method-assign]
         try:
             run_training(store.partial(key), make_data(), report=report, stopping=report.past(5) if asked else never)
             assert start != 1
@@ -187,6 +196,151 @@ def test_two_workers_end_where_one_does_up_to_rounding(tmp_path: Path, data: Tra
     one, two, stopped = (state_of(store.partial(key)) for key in ("one", "two", "stopped"))
     assert_same_bits(stopped, two)
     assert_near(two, one)
+    run_training(store.partial("whole"), data, UNEVEN.model_copy(update={"micro_batch": None}))
+    assert_near(state_of(store.partial("uneven")), state_of(store.partial("whole")))
+
+
+# -- batches in parts
+
+
+@pytest.mark.parametrize("samples", [1, 3, 8, 20])
+def test_a_batch_in_parts_ends_where_the_whole_does_up_to_rounding(
+    store: Store, data: TrainingSet, samples: int
+) -> None:
+    run_training(store.partial("whole"), data)
+    run_training(store.partial("parts"), data, RECIPE.model_copy(update={"micro_batch": samples}))
+    parts, whole = (state_of(store.partial(key)) for key in ("parts", "whole"))
+    if samples >= RECIPE.batch:
+        assert_same_bits(parts, whole)
+    assert_near(parts, whole)
+
+
+@pytest.mark.parametrize(("size", "passes", "samples"), [(8, 3, [3, 3, 2]), (3, 4, [1, 1, 1, 0]), (5, 1, [5])])
+def test_parts_are_nearly_equal_and_together_the_whole(size: int, passes: int, samples: list[int]) -> None:
+    share = batches.Batch(*(torch.arange(size) for _ in range(4)))
+    found = list(microbatches.parts(share, passes))
+    assert [part.samples for part in found] == samples
+    assert torch.equal(torch.cat([part.batch.t for part in found if part.samples]), share.t)
+    assert all(len(part.batch.t) >= 1 for part in found)
+
+
+class Small:
+    """Has room for so many samples in a pass of an engine."""
+
+    def __init__(self, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried: list[int] = []
+        forward = DiT.forward
+
+        def limited(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            self.tried += [len(x)] * (len(x) not in self.tried)
+            if len(x) > samples:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(model, x, t, y)
+
+        monkeypatch.setattr(DiT, "forward", limited)
+        monkeypatch.setattr(microbatches, "TRIED_ON", ("cpu",))
+
+
+@pytest.mark.parametrize(("room", "chosen", "tried"), [(100, 8, [8]), (7, 4, [8, 4]), (1, 1, [8, 4, 2, 1])])
+def test_what_fits_is_tried_from_the_largest_on_told_once_and_leaves_no_trace(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch, room: int, chosen: int, tried: list[int]
+) -> None:
+    run_training(store.partial("set"), data, RECIPE.model_copy(update={"micro_batch": chosen}))
+    small, report = Small(room, monkeypatch), Reports()
+    run_training(store.partial("found"), data, report=report)
+    assert small.tried == tried
+    assert [metrics["micro_batch"] for _, _, metrics in report.seen if "micro_batch" in metrics] == [chosen]
+    assert_same_bits(state_of(store.partial("found")), state_of(store.partial("set")))
+
+
+def test_a_device_without_room_for_one_sample_is_one_clear_error(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Small(0, monkeypatch)
+    with pytest.raises(microbatches.TooLarge, match="not even one sample fits; set checkpointing: true"):
+        run_training(store.partial("a"), data)
+
+
+def test_another_error_of_a_trial_is_no_lack_of_room(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(microbatches, "TRIED_ON", ("cpu",))
+    monkeypatch.setattr(DiT, "forward", lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        run_training(store.partial("a"), data)
+
+
+# -- checkpoints beside the training
+
+
+def test_checkpoints_are_saved_by_time_too_and_change_no_bit(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[float] = []
+    save = training.save_tensors
+    monkeypatch.setattr(
+        training, "save_tensors", lambda *args: (saved.append(args[2]["progress"][0].item()), save(*args))
+    )
+    seldom = RECIPE.model_copy(update={"checkpoint_every": None})
+    run_training(store.partial("seldom"), data, seldom)
+    assert saved == [RECIPE.steps]
+    monkeypatch.setattr(CheckpointWriter, "due", lambda writer: True)
+    run_training(store.partial("often"), data, seldom)
+    assert saved[1:] == list(range(1, RECIPE.steps + 1))
+    assert_same_bits(state_of(store.partial("often")), state_of(store.partial("seldom")))
+
+
+def test_a_save_is_due_when_its_time_has_come_and_the_last_one_is_written() -> None:
+    go_on = threading.Event()
+    with CheckpointWriter(minutes=1e-9) as writer, CheckpointWriter(minutes=60) as patient:
+        assert writer.due() and not patient.due()
+        writer.save(go_on.wait)  # type: ignore[arg-type]
+        assert not writer.due()
+        go_on.set()
+        writer.wait()
+        assert writer.due()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, save = Reports(), training.save_tensors
+
+    def slow(*args: Any) -> None:
+        if args[2]["progress"][0] == 4:
+            assert wait_until(lambda: any(done == 7 for done, _, _ in report.seen))
+        save(*args)
+
+    monkeypatch.setattr(training, "save_tensors", slow)
+    run_training(store.partial("slow"), data, report=report)
+    monkeypatch.undo()
+    run_training(store.partial("straight"), data)
+    assert_same_bits(state_of(store.partial("slow")), state_of(store.partial("straight")))
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize(("fails_at", "kept"), [(8, 4), (12, 8)])
+def test_what_a_write_raises_is_raised_at_the_next_save_or_the_end_and_the_save_before_stays(
+    store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch, fails_at: int, kept: int
+) -> None:
+    save = training.save_tensors
+
+    def failing(partial: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if tensors["progress"][0] == fails_at:
+            raise OSError("no space left on device")
+        save(partial, name, tensors)
+
+    monkeypatch.setattr(training, "save_tensors", failing)
+    with pytest.raises(OSError, match="no space left"):
+        run_training(store.partial("a"), data)
+    assert state_of(store.partial("a"))["progress"][0] == kept
+    assert threads_of("checkpoint") == []
 
 
 class Asked(TorchDispatchMode):
@@ -385,8 +539,8 @@ def test_noise_is_unit_gaussian_and_no_two_samples_share_it(data: TrainingSet) -
     assert len(noise.flatten(1).unique(dim=0)) == 800
 
 
-def threads_of_batches() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+def threads_of(name: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(name)]
 
 
 def test_batches_are_drawn_while_a_step_runs_and_come_in_order() -> None:
@@ -403,7 +557,7 @@ def test_batches_are_drawn_while_a_step_runs_and_come_in_order() -> None:
                 assert [drawn.get(timeout=30) for _ in range(1 + batches.DEPTH)] == [3, 4, 5]
                 assert drawn.empty()
         assert step == 8
-    assert threads_of_batches() == []
+    assert threads_of("batches") == []
 
 
 def test_what_a_draw_raises_is_raised_at_its_step_and_leaves_no_thread() -> None:
@@ -416,7 +570,7 @@ def test_what_a_draw_raises_is_raised_at_its_step_and_leaves_no_thread() -> None
         for step, _ in ahead:
             done.append(step)
     assert done == [0, 1, 2, 3]
-    assert threads_of_batches() == []
+    assert threads_of("batches") == []
 
 
 @pytest.mark.parametrize("end", [Killed, Stopped], ids=["an error", "a stop"])
@@ -424,7 +578,7 @@ def test_training_leaves_no_thread_behind(store: Store, data: TrainingSet, end: 
     report = Reports(dies_at=5 if end is Killed else None)
     with pytest.raises(end):
         run_training(store.partial("a"), data, report=report, stopping=report.past(5))
-    assert threads_of_batches() == []
+    assert threads_of("batches") == threads_of("checkpoint") == []
 
 
 def test_the_share_of_the_time_that_was_waited_for_data_is_reported(store: Store, data: TrainingSet) -> None:
