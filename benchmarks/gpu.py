@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from graftwork.specs.training import Precision
 
 BEGIN_SECONDS = 330.0  # after which no further part is begun, so that all is over within eight minutes
-FULL_MEMORY, FULL_BATCH = 75e9, 32  # bytes of a GPU, and the samples of a training step that they hold
+STATE_BYTES = 14e9  # of DiT-XL/2's weights, gradients, moments and averages
+FULL_BYTES, FULL_BATCH = 75e9, 32  # of a GPU's memory, and the samples of a training step that fit it, with the state
 NO_GPU = 2
 DIFFER = 1
 APART = 5e-3  # that a kernel may be, beside a few times what rounding makes of the definition
@@ -377,7 +378,8 @@ def fitting(session: Session, batch: int) -> int:
 
     if session.device.type != "cuda":
         return batch
-    while batch > 1 and batch * FULL_MEMORY > FULL_BATCH * torch.cuda.get_device_properties(0).total_memory:
+    room = torch.cuda.get_device_properties(0).total_memory - STATE_BYTES
+    while batch > 1 and batch * (FULL_BYTES - STATE_BYTES) > FULL_BATCH * room:
         batch //= 2
     return batch
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,15 @@ def test_without_a_gpu_it_ends_in_one_line() -> None:
     assert done.returncode == 2 and not done.stdout and all(line.startswith("make: ") for line in rest)
     assert line.startswith(f"no GPU here, or one that torch {torch.__version__}") and "NVIDIA driver: " in line
     assert line.endswith("; or --device cpu --small")
+
+
+@pytest.mark.parametrize(("gigabytes", "batch"), [(80, 32), (48, 16), (24, 4), (12, 1)])
+def test_a_training_step_takes_as_many_samples_as_the_card_holds(
+    gigabytes: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert gpu.fitting(gpu.Session(torch.device("cuda"), small=False), 32) == batch
 
 
 def test_full_sizes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
