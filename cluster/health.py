@@ -48,6 +48,7 @@ WARN_PROCESSES = 4096  # Ray starts hundreds of threads a process
 COMPILERS = {"C": ("CC", ("gcc", "clang", "cc")), "C++": ("CXX", ("g++", "clang++", "c++"))}
 NOTABLE = ("LD_LIBRARY_PATH", "PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_TMPDIR", "TMPDIR")
 NOTABLE_PREFIXES = ("CUDA_", "GLOO_", "HF_", "MLFLOW_", "NCCL_", "NVIDIA_", "OMP_", "TORCH", "TRITON_")
+NAME_IT = "name it in /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface: training workers look it up"
 PROXIES = ("http", "https", "all")
 SOURCE = "#include <Python.h>\nint graftwork_seven(void) { return 7; }\n"
 
@@ -239,20 +240,22 @@ def _compiler(language: str, command: str | None) -> Check:
     return fine(name, command) if works else verdict(name, f"{command} makes what does not work", use)
 
 
-def check_loopback() -> Iterator[Check]:
-    """Look at whether ports can be opened and reached, and what this machine's name stands for."""
+def check_loopback() -> Check:
+    """Look at whether ports can be opened and reached."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=2).close()
-    yield fine("ports", "one can be opened on 127.0.0.1, and reached")
+    return fine("ports", "one can be opened on 127.0.0.1, and reached")
+
+
+def check_host_name() -> Check:
+    """Look up what this machine's name stands for, as training workers on CPUs do."""
     name = socket.gethostname()
     try:
         address = str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
         socket.create_server((address, 0)).close()
     except OSError as error:
-        advice = "name it in /etc/hosts, or set GLOO_SOCKET_IFNAME to a network interface: training workers look it up"
-        yield warning("host name", f"{name}: {error.strerror or error}", advice)
-    else:
-        yield fine("host name", f"{name} is {address}", address=address)
+        return warning("host name", f"{name}: {error.strerror or error}", NAME_IT)
+    return fine("host name", f"{name} is {address}", address=address)
 
 
 def check_environment(variables: Mapping[str, str] = os.environ) -> Iterator[Check]:
@@ -303,5 +306,6 @@ PROBES = (
     Probe("open files", f"{HERE}:check_limits"),
     Probe("compiler", f"{HERE}:check_compilers", seconds=20.0, advice="look at what $CC and $CXX name"),
     Probe("ports", f"{HERE}:check_loopback", advice="let processes of this machine reach each other on 127.0.0.1"),
+    Probe("host name", f"{HERE}:check_host_name", seconds=5.0, advice=NAME_IT, late="warning"),
     Probe("environment", f"{HERE}:check_environment"),
 )

@@ -147,22 +147,30 @@ def _clocks(actors: Mapping[Node, Any]) -> Iterator[Check]:
 
 
 def _ways(actors: Mapping[Node, Any]) -> Iterator[Check]:
-    """Have each node send something to the next, by a port of any number, as training workers do."""
+    """Have each node send something to the next, all at once, by a port of any number, as training workers do."""
     order = list(actors)
-    advice = "open all ports between the cluster's nodes; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose a network"
-    for node, other in zip(order, order[1:] + order[:1], strict=True):
-        if node is other:
-            return
-        try:
-            place = ray.get(actors[other].listen.remote(), timeout=PING_SECONDS)
-            took = ray.get(actors[node].send.remote(*place), timeout=PING_SECONDS)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            lines = str(getattr(error, "cause", error) or error).strip().splitlines() or [type(error).__name__]
-            check = broken("way to nodes", f"{other.name} cannot be reached: {lines[-1]}", advice)
-        else:
-            speed = SENT_BYTES / took
-            check = fine("way to nodes", f"{amount(speed)}/s to {other.name}", bytes_per_s=speed)
-        yield replace(check, node=node.name)
+    if len(order) < 2:
+        return
+    places = {node: actor.listen.remote() for node, actor in actors.items()}
+    pairs = list(zip(order, order[1:] + order[:1], strict=True))
+    # Where to send to is an argument that Ray waits for, so that a node which does not listen fails its sender's task.
+    sends = [actors[node].send.remote(places[other]) for node, other in pairs]
+    deadline = time.monotonic() + 2 * PING_SECONDS
+    for (node, other), sent in zip(pairs, sends, strict=True):
+        yield replace(_way(other, sent, deadline - time.monotonic()), node=node.name)
+
+
+def _way(other: Node, sent: Any, seconds: float) -> Check:
+    """Return the check of a way to another node, by the task that sends something there."""
+    try:
+        speed = SENT_BYTES / ray.get(sent, timeout=max(0.1, seconds))
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        lines = str(getattr(error, "cause", error) or error).strip().splitlines() or [type(error).__name__]
+        advice = (
+            "open all ports between the cluster's nodes; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose a network"
+        )
+        return broken("way to nodes", f"{other.name} cannot be reached: {lines[-1]}", advice)
+    return fine("way to nodes", f"{amount(speed)}/s to {other.name}", bytes_per_s=speed)
 
 
 def _start(node: Node) -> Any:
@@ -186,10 +194,10 @@ class Inspector:
         threading.Thread(target=_take, args=(server,), daemon=True).start()
         return address, server.getsockname()[1]
 
-    def send(self, address: str, port: int) -> float:
-        """Return the seconds until the peer has taken what it is sent."""
+    def send(self, place: tuple[str, int]) -> float:
+        """Return the seconds until the peer at an address and port has taken what it is sent."""
         began = time.perf_counter()
-        with socket.create_connection((address, port), timeout=PING_SECONDS / 2) as peer:
+        with socket.create_connection(place, timeout=PING_SECONDS / 2) as peer:
             peer.sendall(bytes(SENT_BYTES))
             peer.shutdown(socket.SHUT_WR)
             peer.recv(1)

@@ -107,8 +107,11 @@ def run_probes(probes: Sequence[Probe], seconds: float = math.inf) -> Iterator[C
                 left.pop(0)
                 if child.is_gone:
                     break
-    for probe in left:
-        yield warning(probe.name, "not looked at: the time for all checks was over", "free the machine of other work")
+    yield from map(_left_out, left)
+
+
+def _left_out(probe: Probe) -> Check:
+    return warning(probe.name, "not looked at: the time for all checks was over", "free the machine of other work")
 
 
 def run_phases(phases: Sequence[Sequence[Sequence[Probe]]], seconds: float) -> Iterator[Check]:
@@ -182,6 +185,8 @@ class _Child:
         self.is_gone = True
         took = time.monotonic() - began
         if took >= seconds:
+            if seconds < probe.seconds:  # it might have answered yet
+                return [replace(_left_out(probe), seconds=took)]
             return [Check(probe.name, probe.late, f"no answer within {seconds:.0f} s", probe.advice, seconds=took)]
         return [replace(broken(probe.name, self._death(), probe.advice), seconds=took)]
 

@@ -422,6 +422,8 @@ def doctor(
 
     several = address is not None or "RAY_ADDRESS" in os.environ
     out = sys.stdout
+    if several:
+        _print_lines(["looking at all nodes, for up to two minutes"])
 
     def tell(check: Check) -> None:
         if not (as_json or several):

@@ -133,7 +133,9 @@ def phases(others: list[Probe], job: JobSpec | None, store: str | None, marker: 
     stored = {"url": store, "marker": marker}
     reach = "the way to the store: its endpoint, a proxy, or a file system that hangs"
     stores = [Probe("store", f"{HERE}:check_store", stored, 20.0, reach)] if store is not None else []
-    hub = Probe("hub", f"{HERE}:check_hub", advice="HF_HOME names a folder that answers; HF_HUB_OFFLINE=1")
+    hub = Probe(
+        "hub", f"{HERE}:check_hub", advice="HF_HOME names a folder that answers; HF_HUB_OFFLINE=1", late="warning"
+    )
     together = [[*health.PROBES], stores, [hub, *files], [devices.IMPORTS], others]
     return [[chain for chain in together if chain], [devices.PROBES]]
 
