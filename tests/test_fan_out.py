@@ -124,6 +124,29 @@ def test_which_kernels_the_staff_ran_is_known_to_whom_it_works_for(monkeypatch: 
     assert told | {("swa", "flash-attn", None)} == set(kernels.DECISIONS)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_which_kernels_the_first_worker_of_a_training_ran_is_known_to_its_task() -> None:
+    """Ray Train without GPUs, where NCCL could not be."""
+
+    def work(shared: None, device: object) -> None:
+        import torch.distributed as dist
+
+        from graftwork.models.operators import kernels
+
+        kernels.remember("mha", "flash-attn", f"there is none, says {dist.get_rank()}")
+
+    @ray.remote(num_cpus=0)
+    def task() -> list[Any]:
+        from graftwork.cluster.ray_train import run_group
+        from graftwork.models.operators import kernels
+
+        run_group(work, None, 2, ON_CPU)
+        return list(kernels.DECISIONS)
+
+    assert ray.get(task.remote()) == [("mha", "flash-attn", "there is none, says 0")]
+
+
 @BOTH_SLOWLY
 @pytest.mark.usefixtures("cluster")
 def test_an_error_in_the_work_is_raised_at_once(resources: StepResources) -> None:
