@@ -143,7 +143,7 @@ class Waits:
     shares: list[float] = field(default_factory=list)
 
     def __call__(self, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        if metrics:
+        if metrics and "data_wait" in metrics:
             self.shares.append(metrics["data_wait"])
 
     @property

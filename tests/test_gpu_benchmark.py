@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu, report
 from graftwork.models.operators import kernels
+from graftwork.stages import microbatches
 from tests.conftest import ROOT
 from tests.test_operators import KERNELS
 
@@ -142,6 +143,14 @@ def test_without_a_gpu_it_ends_in_one_line() -> None:
     assert done.returncode == 2 and not done.stdout and all(line.startswith("make: ") for line in rest)
     assert line.startswith(f"no GPU here, or one that torch {torch.__version__}") and "NVIDIA driver: " in line
     assert line.endswith("; or --device cpu --small")
+
+
+def test_a_training_whose_passes_are_tried_out_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbatches, "TRIED_ON", ("cpu",))  # as on a GPU
+    monkeypatch.setitem(report.LARGE, "cpu", (64, 2**10))
+    session = gpu.Session(torch.device("cpu"), small=True, peaks={"fp32": 1e9})
+    plain, ours = gpu.measure_training(session)["rows"]
+    assert plain["loop"] == "plain loop" and ours["apart"] < 1e-4
 
 
 @pytest.mark.parametrize(("gigabytes", "batch"), [(80, 32), (48, 16), (24, 4), (12, 1)])
