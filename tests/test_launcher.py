@@ -16,8 +16,21 @@ import torch
 import torch.distributed as dist
 
 from graftwork.cluster import group, launcher, runtime
+from graftwork.models.dit import DiT
+from graftwork.pipeline.store import Store
 from graftwork.specs.job import StepResources
 from graftwork.specs.training import FinetuneSpec, TrainingSpec
+from graftwork.stages.training import CHECKPOINT, train
+from tests.tiny_training import (
+    RECIPE,
+    TINY,
+    Reports,
+    assert_same_bits,
+    lively,
+    make_data,
+    run_training,
+    state_of,
+)
 
 SECONDS = 60
 
@@ -45,7 +58,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @ray.remote(num_cpus=0)
-def launch(work: Any, folder: Path, workers: int = 2, last: bool = False) -> None:
+def launch(work: Any, folder: Any, workers: int = 2, last: bool = False) -> None:
     """As a step's task does."""
     launcher.launch(work, folder, TrainingSpec(batch=4, workers=workers), StepResources(), last=last)
 
@@ -86,6 +99,47 @@ def test_a_worker_that_is_lost_in_a_collective_is_a_loss_and_not_an_error_of_its
     assert len(noted(tmp_path)) == 4
 
 
+def trained(task: tuple[Path, str, bool], device: torch.device) -> None:
+    """Train as a stage does; the second worker may be killed once, in a collective after a checkpoint."""
+    folder, stage, dies = task
+    store = Store(str(folder / "store"))
+    partial, died = store.partial("lost" if dies else "straight"), folder / "died"
+    saved = folder / "store/partial/lost" / f"{CHECKPOINT}.json"
+    all_reduce = dist.all_reduce
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if saved.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return all_reduce(*args, **kwargs)
+
+    if dies and dist.get_rank() == 1 and not died.exists():
+        dist.all_reduce = deadly  # type: ignore[assignment]
+    if stage == "base":
+        run_training(partial, make_data())
+    elif stage == "search":
+        from tests.test_search import run_search
+
+        run_search(partial)
+    else:
+        from graftwork.cluster.sharded import ShardedEngine
+
+        recipe = FinetuneSpec(**RECIPE.model_dump() | {"workers": 2})
+        engine = lambda state: ShardedEngine(lively(DiT(TINY)), recipe, state)  # noqa: E731
+        train(engine, make_data(), recipe, seed=0, stream="finetune", partial=partial, report=Reports())
+
+
+@pytest.mark.parametrize(
+    "stage", ["base", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("search", "finetune"))]
+)
+def test_a_worker_killed_in_a_collective_costs_a_training_no_bit(tmp_path: Path, stage: str) -> None:
+    for dies in (False, True):
+        ray.get(launch.remote(trained, (tmp_path, stage, dies), last=True))
+    assert (tmp_path / "died").exists()
+    store = Store(str(tmp_path / "store"))
+    assert_same_bits(state_of(store.partial("lost")), state_of(store.partial("straight")))
+
+
 def silent_in_a_collective(folder: Path, device: torch.device) -> None:
     first = not list(folder.iterdir())
     note(folder, device)
@@ -111,11 +165,14 @@ NO_MEMORY = dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:
     [
         ([RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")], None),
         ([dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited")], None),
+        ([dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network error")], None),
+        ([RuntimeError("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=17)")], None),
+        ([dist.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.")], None),
         ([dist.DistNetworkError("The client socket has failed to connect to 10.0.0.7:29500")], None),
         ([dist.DistBackendError("NCCL communicator was aborted on rank 1"), OWN], OWN),
         ([dist.DistBackendError("NCCL communicator was aborted on rank 1"), NO_MEMORY], NO_MEMORY),
     ],
-    ids=["gloo", "NCCL", "store", "own", "NCCL's own"],
+    ids=["gloo", "NCCL", "remote", "watchdog", "clients", "store", "own", "NCCL's own"],
 )
 def test_a_broken_connection_is_not_the_work_s_own_error(errors: list[Exception], expected: Exception | None) -> None:
     cause = group.cause_of(errors)
@@ -173,8 +230,6 @@ def test_a_launcher_that_is_lost_leaves_no_cpu_taken(tmp_path: Path, retries: in
 
 def finetuned(folder: Path, device: torch.device) -> None:
     from graftwork.cluster.sharded import ShardedEngine
-    from graftwork.models.dit import DiT
-    from tests.tiny_training import TINY, lively
 
     for zero in (2, 3):
         recipe = FinetuneSpec(steps=2, batch=4, lr=1e-2, workers=dist.get_world_size(), deepspeed={"zero": zero})

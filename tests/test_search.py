@@ -417,6 +417,14 @@ def test_every_product_of_a_search_has_its_precision(store: Store, precision: st
     assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in state.values())
 
 
+@pytest.mark.parametrize("samples", [2, 3])
+def test_a_search_in_parts_draws_the_gates_of_the_whole_batch(store: Store, samples: int) -> None:
+    run_search(store.partial("whole"))
+    run_search(store.partial("parts"), recipe=RECIPE.model_copy(update={"micro_batch": samples}))
+    parts, whole = (state_of(store.partial(key)) for key in ("parts", "whole"))
+    torch.testing.assert_close(parts["course"], whole["course"], rtol=0, atol=1e-3)
+
+
 def set_up(**settings: bool) -> GatedDiT:
     gated = make_gated()
     set_up_blocks(gated.model, RECIPE.model_copy(update=settings))
