@@ -97,7 +97,7 @@ class Kept:
         return len(self.pairs)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
-        if self.pairs.outputs.device != self.device:
+        if self.pairs.outputs.device.type != self.device.type:  # a GPU in use has a number, too
             yield from self._uploaded(size, order)
         elif order is None:
             yield from self.pairs.split(size)

@@ -35,7 +35,7 @@ from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Sampler
 from graftwork.specs.graft import Site
 from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place, Swa
 from graftwork.specs.training import DistillSpec, Precision, TrainingSpec
-from graftwork.stages import batches
+from graftwork.stages import activations, batches
 from graftwork.stages.activations import Kept, Pairs, Recomputed, Rootstock
 from graftwork.stages.batches import TrainingSet, draw_batch
 from graftwork.stages.distill import LOSSES, error, learn
@@ -204,6 +204,16 @@ def test_a_distillation_stays_on_the_gpu_wherever_activations_are_kept(
             assert error(scion, pairs, LOSSES[loss]).device == CUDA
         with gradients_put_in(engine, monkeypatch):
             assert learn(engine, scion, pairs, LOSSES[loss], 1e-3).device == CUDA
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_activations_on_the_gpu_take_no_way_through_the_host(shuffled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task's device has no number, what lies there has."""
+    monkeypatch.setattr(activations, "_gathered", None)  # what takes batches out of the host's memory
+    tensors = given(10, CONFIG.num_tokens, CONFIG.width), given(10, CONFIG.num_tokens, CONFIG.width)
+    kept = Kept(Pairs(tensors[:1], tensors[1], None), torch.device("cuda"))
+    order = torch.randperm(10, generator=generator(0, "order")) if shuffled else None
+    assert {value.device for pairs in kept.batches(BATCH, order) for value in pairs.tensors()} == {CUDA}
 
 
 def test_gates_and_their_budget_stay_on_the_gpu() -> None:
