@@ -243,7 +243,7 @@ def train(
                 raise Stopped(f"before step {step + 1}")
 
             share = batch.to(data.device)
-            loss = _step(engine, diffusion, share, passes, workers / recipe.batch, learning_rate(recipe, step))
+            loss = _step(engine, diffusion, share, passes, recipe.batch / workers, learning_rate(recipe, step))
             if loss is not None:
                 loss_sum += loss
                 progress.losses += 1
@@ -266,16 +266,17 @@ def train(
         dist.barrier()
 
 
-def _step(engine: Engine, diffusion: Diffusion, share: Batch, passes: int, weight: float, lr: float) -> Tensor | None:
+def _step(engine: Engine, diffusion: Diffusion, share: Batch, passes: int, usual: float, lr: float) -> Tensor | None:
     """Make a step of a worker's share of a batch; return the share's loss, or None if the step was skipped.
 
-    weight: of a sample. Gradients and losses are then averaged over the workers, which gives the batch's mean.
+    usual: samples of a batch by workers. A part counts by its samples over that; the mean over the workers, which
+    gradients and losses come to, is then the batch's.
     """
 
     def loss_of(part: Part) -> Tensor:
         x, t, y, noise = part.batch
         loss = diffusion.loss(engine, x, t, y, noise).mean()
-        scale = part.samples * weight
+        scale = part.samples / usual  # exactly 1 for an even share
         return loss if scale == 1 else loss * scale
 
     *others, last = parts(share, passes)
