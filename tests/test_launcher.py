@@ -237,12 +237,14 @@ def finetuned(folder: Path, device: torch.device) -> None:
         x, t, y = torch.ones(2, 1, 8, 8), torch.ones(2).long(), torch.ones(2).long()
         for _ in range(2):
             engine.step(engine(x, t, y).square().mean(), 1e-2)
-        found = sum(value.double().sum().item() for value in engine.state().values())
-        (folder / f"{time.monotonic_ns()}-{dist.get_rank()}").write_text(f"{dist.get_world_size()} {zero}:{found!r}")
+        state = engine.state()
+        if dist.get_rank() == 0:  # the only one that gets it
+            found = sum(value.double().sum().item() for value in state.values())
+            (folder / f"{time.monotonic_ns()}").write_text(f"{dist.get_world_size()} {zero}:{found!r}")
 
 
 def test_trainings_by_deepspeed_find_nothing_of_each_other(tmp_path: Path) -> None:
     for workers in (2, 1, 2):
         ray.get(launch.remote(finetuned, tmp_path, workers, last=True))
     found = noted(tmp_path)
-    assert len(found) == 10 and len(set(found)) == 4  # one result for each ZeRO stage and number of workers
+    assert len(found) == 6 and len(set(found)) == 4  # one result for each ZeRO stage and number of workers
