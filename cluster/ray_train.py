@@ -45,11 +45,18 @@ def run_group(work: Work, argument: Any, workers: int, resources: StepResources,
 
 
 class _GpuFirst(TorchConfig().backend_cls):  # type: ignore[misc]  # which has no types
-    """Looks at each worker's GPU before NCCL does, which would say less and seem a lost worker."""
+    """Looks at each worker's GPU before NCCL does, which would say less and seem a lost worker.
+
+    A group that does not come up takes nothing.
+    """
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(gpu)
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(gpu)
+            super().on_start(worker_group, backend_config)
+        except Exception:
+            worker_group.abort()  # Ray would keep it, with all its GPUs, as long as the driver lives
+            raise
 
 
 class _Config(TorchConfig):  # type: ignore[misc]

@@ -6,16 +6,16 @@ import json
 import multiprocessing.util
 import os
 import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,21 +203,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an S3 server on loopback, a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path_factory.mktemp("s3") / "log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]  # it says which port that came to
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out)
     deadline = time.monotonic() + 60
-    while True:
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
-            break
-        assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+    while (running := re.search(r"Running on (http://[\d.]+:\d+)", log.read_text())) is None:
+        assert server.poll() is None and time.monotonic() < deadline, f"moto's server did not start: {log.read_text()}"
         time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
+    yield running[1]
     server.kill()
     server.wait()
 

@@ -276,6 +276,12 @@ def test_a_training_whose_gpus_torch_cannot_use_fails_at_once_in_the_same_line(f
     assert f"torch {torch.__version__}" in str(caught.value) and "\n" not in str(caught.value)
     assert len(list(fresh.glob("*.json"))) == 2  # a look for each worker, and no second attempt
 
+    def gpus_are_free() -> bool:
+        runtime.free_orphaned_groups()  # as a driver does all the while
+        return ray.available_resources().get("GPU") == 2
+
+    assert soon(gpus_are_free)
+
 
 @pytest.mark.slow
 def test_a_node_that_joins_is_given_work(cluster: Cluster) -> None:
