@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
@@ -227,6 +228,7 @@ def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it does not tell endpoints of the environment apart
     bucket = uuid.uuid4().hex
     store = Store(f"s3://{bucket}/some/prefix")
     store.fs.mkdir(bucket)
