@@ -76,7 +76,7 @@ def _source(package: Path) -> Iterator[Path]:
 
 def check_packages() -> Check:
     """Hold what is installed against what graftwork requires."""
-    versions = {name: found for name in (*REQUIREMENTS, *OTHERS) if (found := _version(name)) is not None}
+    versions = {name: number for name in (*REQUIREMENTS, *OTHERS) if (number := _version(name)) is not None}
     lacking = [name for name in REQUIREMENTS if name not in versions]
     old = [
         f"{name} {versions[name]} (at least {least})"
@@ -100,8 +100,8 @@ def _version(package: str) -> str | None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Return the numbers that a version begins with: (2, 15) of `2.15.0+cu132`, without zeros at the end."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    numbers = [int(number) for number in found[0].split(".")] if found else []
+    match = re.match(r"\d+(\.\d+)*", text)
+    numbers = [int(number) for number in match[0].split(".")] if match else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -281,9 +281,9 @@ def _proxies(variables: Mapping[str, str]) -> Iterator[Check]:
         return
     past = variables.get("no_proxy") or variables.get("NO_PROXY") or ""
     seen = ", ".join(f"{name} is {value}" for name, value in proxies.items())
-    asked = [host for host in ("localhost", "127.0.0.1") if not _bypasses(host, past)]
-    if asked:
-        yield warning("proxy", f"{seen}; {' and '.join(asked)} go through it, too", "no_proxy=localhost,127.0.0.1")
+    hosts = [host for host in ("localhost", "127.0.0.1") if not _bypasses(host, past)]
+    if hosts:
+        yield warning("proxy", f"{seen}; {' and '.join(hosts)} go through it, too", "no_proxy=localhost,127.0.0.1")
     else:
         yield fine("proxy", seen)
 
