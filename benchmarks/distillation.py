@@ -36,18 +36,19 @@ from benchmarks.operators import with_public_layers
 from benchmarks.report import limits, parser, show, timed
 from graftwork.cluster.machine import num_cpus
 from graftwork.models import checkpoints
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.precision import computing, products
-from graftwork.models.streams import generator
+from graftwork.models.numerics.precision import computing, products
+from graftwork.models.numerics.streams import generator
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 from graftwork.models.surgery import new_scion, observe
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.costs import rootstock_cost
-from graftwork.specs.graft import Edit, OperatorEdits, Site
-from graftwork.specs.job import StepResources
-from graftwork.specs.steps import DistillParams
+from graftwork.specs.edits import Edit, OperatorEdits, Site
+from graftwork.specs.params import DistillParams
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
-from graftwork.stages import Context, Together, distill
-from graftwork.stages.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.contract import Context, Together
+from graftwork.stages.distillation import distill
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 CLASSES = 10
@@ -268,11 +269,11 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
     import ray
 
     from benchmarks.watching import Unwatched
-    from graftwork.cluster import runtime
-    from graftwork.pipeline.execute import Execution
-    from graftwork.pipeline.planning import Plan, make_plan
-    from graftwork.pipeline.store import Origin
-    from graftwork.specs.load import load
+    from graftwork.cluster.session import runtime
+    from graftwork.pipeline.execution.scheduler import Execution
+    from graftwork.pipeline.planning.plan import Plan, make_plan
+    from graftwork.pipeline.store.manifest import Origin
+    from graftwork.specs.reading.load import load
 
     shape = checkpoints.load(work.inputs["base"].path())[0].config
     blocks = [edit.site.block for edit in work.edits]

@@ -28,16 +28,20 @@ import ray
 from benchmarks import report
 from benchmarks.trivial import chain_and_fan, finish
 from benchmarks.watching import Unwatched
-from graftwork.cluster import runtime
 from graftwork.cluster.machine import num_cpus
-from graftwork.pipeline import leases, planning, preflight
-from graftwork.pipeline.execute import Execution, StepResult
-from graftwork.pipeline.leases import Holder, Lease
-from graftwork.pipeline.running import Run
-from graftwork.pipeline.store import Origin, Store
-from graftwork.pipeline.view import SilentView
+from graftwork.cluster.session import runtime
+from graftwork.pipeline.execution.run import Run
+from graftwork.pipeline.execution.scheduler import Execution
+from graftwork.pipeline.execution.task import StepResult
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.planning import plan as planning
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.store import leases
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.leases import Holder, Lease
+from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import load
+from graftwork.specs.reading.load import load
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 ALL = "layers: {kind: all}"
@@ -103,7 +107,7 @@ def commands(folder: Path, rounds: int) -> list[dict[str, Any]]:
     finish(made)
     overriding = [word for setting in settings for word in ("--set", setting)]
     asked = {
-        "import graftwork.specs.load": ([python, "-c", "import graftwork.specs.load"], 0.3),
+        "import graftwork.specs.reading.load": ([python, "-c", "import graftwork.specs.reading.load"], 0.3),
         "graft --help": ([graft, "--help"], 0.3),
         f"graft run, {len(made.steps)} steps, all cached": ([graft, "run", str(JOB), *overriding], 0.6),
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork import run
-from graftwork.pipeline.view import PlainView
+from graftwork.pipeline.cli.plain import PlainView
 
 HALF = "{kind: interleaved, ratio: 0.5}"
 EDITS = {

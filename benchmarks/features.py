@@ -36,16 +36,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.report import in_turn, limits, parser, ratio, show
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
-from graftwork.models.streams import generator, initialising
-from graftwork.pipeline.store import Store
-from graftwork.specs.data import ImageFolderData, VaeCodec
-from graftwork.specs.job import StepResources
-from graftwork.specs.steps import FeaturesParams
-from graftwork.stages import Context, features
-from graftwork.stages.codec import GPU_BYTES, Vae, in_range, load_codec, together
-from graftwork.stages.images import read_image, read_pixels
-from graftwork.stages.latents import read
-from graftwork.stages.sources import Item, split
+from graftwork.models.numerics.streams import generator, initialising
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.codec import VaeCodec
+from graftwork.specs.data import ImageFolderData
+from graftwork.specs.params import FeaturesParams
+from graftwork.specs.resources import StepResources
+from graftwork.stages.artifacts.latents import read
+from graftwork.stages.contract import Context
+from graftwork.stages.features import features
+from graftwork.stages.features.codec import GPU_BYTES, Vae, in_range, load_codec, together
+from graftwork.stages.features.images import read_image, read_pixels
+from graftwork.stages.features.sources import Item, split
 
 LEVELS = 4  # so a latent's side is an eighth of the image's
 SHAPES: dict[str, dict[str, Any]] = {

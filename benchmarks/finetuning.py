@@ -48,16 +48,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import report
-from graftwork.models.costs import forward_flops, num_parameters
-from graftwork.models.diffusion import Diffusion
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.precision import computing, products
-from graftwork.models.streams import initialising
-from graftwork.specs.job import StepResources
+from graftwork.models.measures.costs import forward_flops, num_parameters
+from graftwork.models.numerics.precision import computing, products
+from graftwork.models.numerics.streams import initialising
+from graftwork.models.objectives.gaussian import Diffusion
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import FinetuneSpec, Precision
-from graftwork.stages import Stopped
-from graftwork.stages.batches import Batch, TrainingSet, draw_batch, shuffled
-from graftwork.stages.training import POINTS, PlainEngine, set_up_blocks, train
+from graftwork.stages.contract import Stopped
+from graftwork.stages.training.batches import Batch, TrainingSet, draw_batch, shuffled
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import POINTS, set_up_blocks, train
 
 SEED, STREAM = 0, "finetune"
 
@@ -257,7 +258,7 @@ def plain_engine(model: DiT, recipe: FinetuneSpec) -> PlainEngine:
 
 
 def sharded_engine(model: DiT, recipe: FinetuneSpec) -> Any:
-    from graftwork.cluster.sharded import ShardedEngine
+    from graftwork.cluster.training.deepspeed_engine import ShardedEngine
 
     return ShardedEngine(model, recipe, None)
 
@@ -367,7 +368,7 @@ def alone(device: torch.device, folder: Path) -> None:
 
 
 def scaling(work: Work, folder: Path, path: Path | None) -> None:
-    from graftwork.cluster.runtime import session
+    from graftwork.cluster.session.runtime import session
 
     half = replace(work, batch=work.batch // 2)
     with session([StepResources()], together=3):
@@ -401,7 +402,7 @@ def scaling(work: Work, folder: Path, path: Path | None) -> None:
 
 def launched(work: Work, workers: int, folder: Path, name: str = "") -> dict[str, float]:
     """What the first of so many workers measured."""
-    from graftwork.cluster.launcher import launch
+    from graftwork.cluster.training.launcher import launch
 
     found = folder / f"{workers}-{work.batch}{name}.json"
     launch(partial(one_worker, work, found), None, work.recipe(workers=workers), StepResources(), last=True)

@@ -158,7 +158,7 @@ def usable_device(kind: str) -> Any:
     """The device; ends the process in one line if torch cannot compute on it."""
     import torch
 
-    from graftwork.cluster.drivers import gpu_problem
+    from graftwork.cluster.checks.drivers import gpu_problem
 
     if kind == "cuda" and (problem := gpu_problem()) is not None:
         refuse(f"no GPU here, or one that {problem}; or --device cpu --small")
@@ -192,7 +192,7 @@ def attempt(session: Session, title: str, measure: Callable[[Session], dict[str,
 
 def whole(session: Session) -> dict[str, Any]:
     from benchmarks.report import machine
-    from graftwork.cluster.drivers import driver_version
+    from graftwork.cluster.checks.drivers import driver_version
 
     facts = {**machine(), "driver": driver_version() or "none", "small": session.small}
     took = {"seconds": time.monotonic() - session.began}
@@ -206,8 +206,8 @@ def measure_machine(session: Session) -> dict[str, Any]:
     import torch
 
     from benchmarks import report
-    from graftwork.cluster.drivers import driver_version
-    from graftwork.models.precision import products
+    from graftwork.cluster.checks.drivers import driver_version
+    from graftwork.models.numerics.precision import products
 
     rows = []
     dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -233,7 +233,7 @@ def data_sheet() -> dict[str, float]:
 
     if not torch.cuda.is_available() or find_spec("yaml") is None:  # without which the plan's estimates do not load
         return {}
-    from graftwork.pipeline.estimates import PEAKS
+    from graftwork.pipeline.estimates.speeds import PEAKS
 
     name = torch.cuda.get_device_name()
     return next((dict(peaks) for card, peaks in PEAKS.items() if card in name), {})
@@ -328,7 +328,7 @@ def answers(operator: Any, x: Any, gradient: Any, precision: Any) -> dict[str, A
     import torch
 
     from benchmarks.operators import pass_of
-    from graftwork.models.precision import computing
+    from graftwork.models.numerics.precision import computing
 
     x = x.detach().clone().requires_grad_()
     with torch.no_grad(), computing(precision, x.device):
@@ -388,8 +388,8 @@ def measure_distillation(session: Session) -> dict[str, Any]:
     from statistics import fmean
 
     from benchmarks import distillation, report
-    from graftwork.stages import distill
-    from graftwork.stages.activations import activations, shared
+    from graftwork.stages.distillation import distill
+    from graftwork.stages.distillation.activations import activations, shared
 
     options = distillation.arguments(session.line(DISTILLATION))
     with tempfile.TemporaryDirectory() as folder:
@@ -435,12 +435,12 @@ def measure_sampling(session: Session) -> dict[str, Any]:
 
     from benchmarks import report
     from benchmarks.public_sampling import public_sample
-    from graftwork.models.dit import DiT, DiTConfig
-    from graftwork.models.precision import computing
-    from graftwork.models.sampling import sample
-    from graftwork.models.streams import SampleNoise
+    from graftwork.models.numerics.precision import computing
+    from graftwork.models.numerics.streams import SampleNoise
+    from graftwork.models.rootstocks.dit import DiT, DiTConfig
+    from graftwork.models.sampling.gaussian import sample
     from graftwork.specs.costs import rootstock_cost
-    from graftwork.specs.evaluate import AncestralSampler
+    from graftwork.specs.sampler import AncestralSampler
 
     device, sizes = session.device, session.sizes
     config = DiTConfig(2 * math.isqrt(sizes.tokens), 4, 2, sizes.depth, sizes.width, sizes.heads, 1000)

@@ -19,9 +19,9 @@ from typing import Any
 import ray
 import torch
 
-from graftwork.cluster import runtime
-from graftwork.pipeline.execute import WARM
-from graftwork.specs.job import StepResources
+from graftwork.cluster.session import runtime
+from graftwork.pipeline.execution.scheduler import WARM
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import FinetuneSpec
 
 PAUSE_SECONDS = 3.0  # between launches, as between a job's steps
@@ -31,8 +31,8 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
     """One worker's part: its engine, one step, and the moment at which that was over."""
     import torch.distributed as dist
 
-    from graftwork.cluster.sharded import ShardedEngine
-    from graftwork.models.dit import DiT, DiTConfig, initialise
+    from graftwork.cluster.training.deepspeed_engine import ShardedEngine
+    from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 
     workers = dist.get_world_size()
     model = DiT(DiTConfig(input_size=16, in_channels=1, patch=2, depth=4, width=32, heads=2, num_classes=10))
@@ -53,9 +53,9 @@ def launch(folder: Path, workers: int, ray_train: bool) -> float:
     """As a step's task does it; returns the seconds to the first step."""
     began = time.time()
     if ray_train:
-        from graftwork.cluster.ray_train import run_group
+        from graftwork.cluster.training.ray_train import run_group
     else:
-        from graftwork.cluster.group import run_group
+        from graftwork.cluster.training.group import run_group
     run_group(partial(one_step, folder), None, workers, StepResources(), last=True)
     return float((folder / "done").read_text()) - began
 

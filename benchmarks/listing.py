@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from graftwork.pipeline import contents
-from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.planning import make_plan
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.planning import contents
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.planning.plan import make_plan
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import load
-from graftwork.stages.listing import list_images, listing_once
+from graftwork.specs.reading.load import load
+from graftwork.stages.features.listing import list_images, listing_once
 
 JOB = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
 

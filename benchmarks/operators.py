@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
+from graftwork.models.numerics.precision import computing
 from graftwork.models.operators import build_operator
 from graftwork.models.operators.convolution import CausalConv1d
 from graftwork.models.operators.hyena import Projections
-from graftwork.models.precision import computing
 from graftwork.specs.costs import operator_cost
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Place, Swa
 from graftwork.specs.training import Precision

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from benchmarks.report import parser, show
-from graftwork.pipeline.packing import MOST, Item, makespan, pack
+from graftwork.pipeline.estimates.packing import MOST, Item, makespan, pack
 from graftwork.specs.costs import operator_cost, rootstock_cost
-from graftwork.specs.model import DitModel
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, Place, Swa
+from graftwork.specs.rootstock import DitModel
 from graftwork.specs.training import DistillSpec
 
 GPUS = (1, 2, 3, 5, 8, 13, 32, 64, 128, 250, 500, 1000)

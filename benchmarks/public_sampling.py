@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graftwork.models.diffusion import Network, respaced
-from graftwork.models.sampling import _ancestral, _ddim, guided
-from graftwork.specs.evaluate import Sampler
+from graftwork.models.objectives.gaussian import Network, respaced
+from graftwork.models.sampling.gaussian import _ancestral, _ddim
+from graftwork.models.sampling.guidance import guided
+from graftwork.specs.sampler import Sampler
 
 
 @torch.no_grad()

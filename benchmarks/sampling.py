@@ -37,22 +37,23 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.public_sampling import public_sample
 from graftwork.models import checkpoints
-from graftwork.models.classifier import Classifier
-from graftwork.models.dit import DiT
-from graftwork.models.frechet import Gaussian, distance
-from graftwork.models.precision import products
-from graftwork.models.streams import SampleNoise, initialising
+from graftwork.models.measures.classifier import Classifier
+from graftwork.models.measures.frechet import Gaussian, distance
+from graftwork.models.numerics.precision import products
+from graftwork.models.numerics.streams import SampleNoise, initialising
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.costs import rootstock_cost
-from graftwork.specs.data import PixelCodec, VaeCodec
-from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Metric, Sampler
-from graftwork.specs.job import StepResources
-from graftwork.specs.model import DitModel
-from graftwork.specs.steps import SampleParams
-from graftwork.stages import Context
-from graftwork.stages.codec import load_codec
-from graftwork.stages.latents import LatentsMeta, read_meta, write_meta
-from graftwork.stages.rows import batches_of, labels_of, sample_batch
-from graftwork.stages.scores import Judges, Scores
+from graftwork.specs.evaluate import Metric
+from graftwork.specs.params import SampleParams
+from graftwork.specs.resources import StepResources
+from graftwork.specs.rootstock import DitModel
+from graftwork.specs.sampler import AncestralSampler, DdimSampler, Sampler
+from graftwork.stages.artifacts.latents import LatentsMeta, read_meta, write_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation.judges import Judges, Scores
+from graftwork.stages.evaluation.samples import batches_of, labels_of, sample_batch
+from graftwork.stages.features.codec import load_codec
 
 READ_BATCH = 50  # pytorch-fid's
 # The shape of stabilityai/sd-vae-ft-ema.

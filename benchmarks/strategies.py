@@ -18,9 +18,9 @@ from typing import Any
 import matplotlib
 
 from graftwork import run
-from graftwork.pipeline.store import Store
-from graftwork.pipeline.view import PlainView
-from graftwork.specs.load import load
+from graftwork.pipeline.cli.plain import PlainView
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.reading.load import load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,14 +12,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from graftwork.pipeline import record
-from graftwork.pipeline.planning import Plan, Step
-from graftwork.pipeline.running import Run
-from graftwork.pipeline.store import Origin, Store, canonical
-from graftwork.pipeline.view import SilentView
+from graftwork.pipeline.execution.run import Run
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.planning.plan import Plan, Step
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Origin, canonical
 from graftwork.specs.fields import Spec, keyed
-from graftwork.specs.job import JobSpec, StepResources
-from graftwork.stages import STAGES, Context, Stage
+from graftwork.specs.job import JobSpec
+from graftwork.specs.resources import StepResources
+from graftwork.stages import STAGES, Stage
+from graftwork.stages.contract import Context
 
 NAME = "trivial"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftwork.pipeline.execute import Watcher
+from graftwork.pipeline.execution.scheduler import Watcher
 
 
 class Unwatched(Watcher):

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from graftwork.cluster.orphans import end_with_parent
+from graftwork.cluster.session.orphans import end_with_parent
 
 LISTEN_SECONDS = 1.0
 

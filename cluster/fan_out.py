@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from graftwork.cluster.runtime import options, room_for, settle
-from graftwork.specs.job import StepResources
+from graftwork.cluster.session.runtime import options, room_for, settle
+from graftwork.specs.resources import StepResources
 
 if TYPE_CHECKING:
     import torch

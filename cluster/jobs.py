@@ -28,9 +28,9 @@ from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
-from graftwork.cluster.address import WHERE_TOKENS_ARE, token, token_path
-from graftwork.cluster.variables import environment
-from graftwork.specs.load import SpecError
+from graftwork.cluster.session.address import WHERE_TOKENS_ARE, token, token_path
+from graftwork.cluster.session.variables import environment
+from graftwork.specs.reading.load import SpecError
 
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.2

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftwork.models import load
     from graftwork.pipeline.api import compare, export, plan, resume, run, stop
-    from graftwork.pipeline.doctor import doctor
-    from graftwork.pipeline.remote import submit
-    from graftwork.pipeline.running import RunFailed, RunStopped
+    from graftwork.pipeline.doctor.doctor import doctor
+    from graftwork.pipeline.execution.remote import submit
+    from graftwork.pipeline.execution.run import RunFailed, RunStopped
     from graftwork.specs.job import JobSpec
     from graftwork.specs.problems import SpecError
 
@@ -22,12 +22,12 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "doctor": "graftwork.pipeline.doctor",
+    "doctor": "graftwork.pipeline.doctor.doctor",
     "load": "graftwork.models",
-    "submit": "graftwork.pipeline.remote",
+    "submit": "graftwork.pipeline.execution.remote",
     "JobSpec": "graftwork.specs.job",
-    "RunFailed": "graftwork.pipeline.running",
-    "RunStopped": "graftwork.pipeline.running",
+    "RunFailed": "graftwork.pipeline.execution.run",
+    "RunStopped": "graftwork.pipeline.execution.run",
     "SpecError": "graftwork.specs.problems",
 } | dict.fromkeys(("compare", "export", "plan", "resume", "run", "stop"), "graftwork.pipeline.api")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from graftwork.models.dit import DiT
+    from graftwork.models.rootstocks.dit import DiT
 
 
 def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> DiT:

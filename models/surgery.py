@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.models.dit import Absorbed, Block, DiT, ParallelBlock
+from graftwork.models.numerics.streams import initialising
 from graftwork.models.operators import build_operator
-from graftwork.models.streams import initialising
-from graftwork.specs.graft import Edit, Parallel, Site
+from graftwork.models.rootstocks.dit import Block, DiT
+from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
+from graftwork.specs.edits import Edit, Parallel, Site
 
 ATTRIBUTE = {"mha": "attn", "mlp": "mlp"}  # a target's name within a block
 GATE = {"mha": 2, "mlp": 5}  # a target's gate among the six modulations

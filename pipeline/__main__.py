@@ -1,5 +1,5 @@
 """`python -m graftwork.pipeline`: the command line, as `graft` is."""
 
-from graftwork.pipeline.cli import app
+from graftwork.pipeline.cli.app import app
 
 app(prog_name="graft")

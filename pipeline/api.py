@@ -11,26 +11,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from graftwork.pipeline import planning, preflight, record, stopping
-from graftwork.pipeline.contents import Contents, Report
-from graftwork.pipeline.destination import destination
-from graftwork.pipeline.files import StoreError
-from graftwork.pipeline.planning import Plan
-from graftwork.pipeline.record import Expected, RunRecord
-from graftwork.pipeline.running import Run
-from graftwork.pipeline.store import Manifest, State, Store
-from graftwork.pipeline.view import SilentView, View
+from graftwork.pipeline.execution.run import Run
+from graftwork.pipeline.execution.view import SilentView, View
+from graftwork.pipeline.planning import plan as planning
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.contents import Contents, Report
+from graftwork.pipeline.planning.plan import Plan
+from graftwork.pipeline.runs import record, stopping
+from graftwork.pipeline.runs.record import Expected, RunRecord
+from graftwork.pipeline.store.artifacts import State, Store
+from graftwork.pipeline.store.errors import StoreError
+from graftwork.pipeline.store.manifest import Manifest
+from graftwork.pipeline.tracking.destination import destination
 from graftwork.specs.costs import GraftCost
 from graftwork.specs.export import Layout
 from graftwork.specs.figures import amount
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, expanded, job_from, load
 from graftwork.specs.paths import expand_weights, settle_home
 from graftwork.specs.problems import shown
+from graftwork.specs.reading.load import SpecError, job_from, load
+from graftwork.specs.reading.overrides import expanded
 from graftwork.specs.vae import VaeConfig, vae_folder
-from graftwork.stages.listing import listing_once
-from graftwork.stages.sources import num_classes
+from graftwork.stages.features.listing import listing_once
+from graftwork.stages.features.sources import num_classes
 
 WORTH_TELLING = 2**28  # bytes that are read
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
@@ -74,12 +78,14 @@ def estimate(
 
     manifests: of the store. gpus: that are meant; None for as many as the widest step takes at once. Raises SpecError.
     """
-    from graftwork.pipeline import estimates
+    from graftwork.pipeline.estimates import estimate as estimates
+    from graftwork.pipeline.estimates.history import History
+    from graftwork.pipeline.estimates.simulate import machine_for
 
-    history = estimates.History(store, manifests)
+    history = History(store, manifests)
     undone = [step for step, state in states.items() if state != "cached"]
     last = history.last() if undone else record.load_or_none(store, record.run_name(made))
-    expected = estimates.estimate(made, undone, history, estimates.machine_for(made, gpus))
+    expected = estimates.estimate(made, undone, history, machine_for(made, gpus))
     return expected, last
 
 

@@ -13,7 +13,7 @@ from functools import reduce
 from operator import or_
 from typing import Protocol
 
-from graftwork.specs.graft import Edit, Site
+from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import Mha, Mlp, OperatorSpec, Place, linear_parameters
 
 FREQUENCIES = 256  # sinusoids that describe a timestep

@@ -9,30 +9,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed, refuse
+from graftwork.specs.sampler import AncestralSampler, Sampler
 from graftwork.specs.training import Precision
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
-
-
-class AncestralSampler(Spec):
-    """Respaced ancestral sampling with the learned variance: the published one."""
-
-    kind: Literal["ancestral"] = "ancestral"
-    steps: int = Field(250, ge=2, le=1000)
-    guidance: float = Field(1.5, ge=0, description="1 is no guidance")
-    guided_channels: Literal["first_three", "all"] = Field("first_three", description="the published code guides three")
-
-
-class DdimSampler(Spec):
-    """Deterministic DDIM: for few steps."""
-
-    kind: Literal["ddim"] = "ddim"
-    steps: int = Field(20, ge=2, le=1000)
-    guidance: float = Field(1.5, ge=0, description="1 is no guidance")
-    guided_channels: Literal["first_three", "all"] = Field("first_three", description="the published code guides three")
-
-
-Sampler = Annotated[AncestralSampler | DdimSampler, Field(discriminator="kind")]
 Metric = Literal["classifier", "fid"]
 Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 

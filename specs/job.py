@@ -4,55 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Self, get_args
 
-from pydantic import ByteSize, Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
 from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
-from graftwork.specs.data import Codec, Data, DigitsData, PixelCodec, VaeCodec
+from graftwork.specs.data import Data, DigitsData
+from graftwork.specs.edits import Edit, EditSpec, OperatorEdits, ParallelEdits
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import Line, Location, Spec, refuse
-from graftwork.specs.graft import Edit, EditSpec, OperatorEdits, ParallelEdits
-from graftwork.specs.layers import ExplicitLayers, LearnedLayers
-from graftwork.specs.model import DitModel, PretrainWeights, Weights
+from graftwork.specs.layers.learned import LearnedLayers
+from graftwork.specs.layers.static import ExplicitLayers
 from graftwork.specs.operators import Place
+from graftwork.specs.resources import ResourcesSpec
+from graftwork.specs.rootstock import DitModel, PretrainWeights, Weights
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
-
-
-class StepResources(Spec):
-    """What one task (for `base`, `search` and `finetune`, one worker) takes of the cluster."""
-
-    cpu: float = Field(1.0, ge=0)
-    gpu: float = Field(0.0, ge=0, description="GPUs, or a share of one")
-    memory: ByteSize | None = Field(None, gt=0, description="bytes of the node's memory, also as in 8GiB")
-    custom: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="Ray's custom resources, by name")
-
-    @field_validator("custom")
-    @classmethod
-    def _not_the_usual(cls, custom: dict[str, float]) -> dict[str, float]:
-        for name, amount in custom.items():
-            if name in ("CPU", "GPU", "memory"):
-                refuse([name], amount, f"the field {name.lower()} beside it")
-        return custom
-
-
-class ResourcesSpec(Spec):
-    """What each stage's tasks take; never part of a key."""
-
-    features: StepResources = StepResources()
-    base: StepResources = StepResources()
-    classifier: StepResources = StepResources()
-    profile: StepResources = StepResources()
-    distill: StepResources = StepResources()
-    search: StepResources = StepResources()
-    select: StepResources = StepResources()
-    finetune: StepResources = StepResources()
-    evaluate: StepResources = StepResources()
-    reference: StepResources = Field(StepResources(), description="as `evaluate` unless given")
-
-    @model_validator(mode="after")
-    def _reference_as_evaluate(self) -> Self:
-        if "reference" not in self.model_fields_set:
-            object.__setattr__(self, "reference", self.evaluate)
-        return self
 
 
 class TrackingSpec(Spec):

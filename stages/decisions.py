@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from graftwork.specs.job import StepResources
+from graftwork.specs.resources import StepResources
 
 DECIDED = "kernels.json"
 

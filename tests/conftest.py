@@ -37,7 +37,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 multiprocessing.util.get_temp_dir()
 
 from graftwork.cluster.machine import num_cpus  # noqa: E402
-from graftwork.pipeline.store import Store  # noqa: E402
+from graftwork.pipeline.store.artifacts import Store  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"

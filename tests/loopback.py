@@ -26,7 +26,7 @@ from typing import Self
 
 import psutil
 
-from graftwork.cluster.runtime import KEPT_IDLE_MS
+from graftwork.cluster.session.runtime import KEPT_IDLE_MS
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 180.0  # a head that is not up by then never will be

@@ -23,8 +23,8 @@ os.environ["MAMBA_DETERMINISTIC"] = "1"  # one configuration of each kernel, so 
 import torch
 from torch import Tensor, nn
 
+from graftwork.models.numerics.precision import computing
 from graftwork.models.operators import build_operator, kernels
-from graftwork.models.precision import computing
 from graftwork.specs.operators import Mamba2, Place
 
 XL2 = Place(width=1152, heads=16, num_tokens=256)

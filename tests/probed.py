@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from graftwork.cluster.probes import Check, fine
+from graftwork.cluster.checks.probes import Check, fine
 
 
 def crash() -> Check:

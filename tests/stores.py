@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from graftwork.pipeline.store import Origin, Store
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Origin
 
 KEY = hashlib.sha256(b"a step").hexdigest()
 OTHER = hashlib.sha256(b"another step").hexdigest()

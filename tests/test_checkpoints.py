@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from graftwork import models
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
-from graftwork.models.checkpoints.diffusers import rootstock_transformer, wrapped
 from graftwork.models.checkpoints.files import Tensors, read_tensors
 from graftwork.models.checkpoints.fit import shapes_of, weightless
+from graftwork.models.checkpoints.layouts.diffusers import rootstock_transformer, wrapped
 from graftwork.models.checkpoints.recognition import Found, recognised
-from graftwork.models.dit import DiT, DiTConfig
 from graftwork.models.operators import REGISTRY
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
-from graftwork.specs.graft import Edit, Parallel, Site
-from graftwork.specs.model import SIZES
+from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
+from graftwork.specs.rootstock import SIZES
 from tests.small import lively
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
@@ -1262,7 +1262,7 @@ def test_a_rootstock_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path) ->
 
 @pytest.mark.parametrize("made", [GRAFTS, PAIR, ()], ids=["graft", "parallel", "rootstock of few classes"])
 def test_a_graft_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path, made: tuple[Edit, ...]) -> None:
-    from graftwork.models.checkpoints.transformer import GraftTransformer2DModel
+    from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel
 
     model = lively(graft(DiT(TINY), made, seed=0))
     export(ours_in(tmp_path, model, made), tmp_path / "out", "diffusers")

@@ -17,12 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from graftwork.models.checkpoints import UnfitCheckpoint
-from graftwork.pipeline import execute
-from graftwork.pipeline.cli import app, problems
-from graftwork.pipeline.execute import StepFailed
-from graftwork.pipeline.files import StoreError
-from graftwork.pipeline.record import RunRecord
-from graftwork.pipeline.running import RunFailed
+from graftwork.pipeline.cli.app import app, problems
+from graftwork.pipeline.execution import task
+from graftwork.pipeline.execution.run import RunFailed
+from graftwork.pipeline.execution.task import StepFailed
+from graftwork.pipeline.runs.record import RunRecord
+from graftwork.pipeline.store.errors import StoreError
 from tests.conftest import GRAFT, ROOT, TINY
 
 
@@ -163,7 +163,7 @@ def test_the_schema_lets_a_file_that_extends_another_leave_out_what_it_inherits(
 def test_to_resume_is_advised_only_where_it_can_help(
     cause: Exception, repeats: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failure = pickle.loads(pickle.dumps(StepFailed("base", str(cause), "", None, execute._repeats(cause))))
+    failure = pickle.loads(pickle.dumps(StepFailed("base", str(cause), "", None, task._repeats(cause))))
     record = RunRecord(
         run="a-1", name="a", status="failed", started="", job={"store": "s"}, steps=[], error="step base failed: so"
     )

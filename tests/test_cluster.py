@@ -23,8 +23,8 @@ import ray
 import yaml
 from mlflow import MlflowClient
 
-from graftwork.pipeline import remote
-from graftwork.specs.load import SpecError, load
+from graftwork.pipeline.execution import remote
+from graftwork.specs.reading.load import SpecError, load
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys, states
 from tests.loopback import LOOPBACK, LoopbackCluster
 from tests.servers import mlflow_server
@@ -235,7 +235,7 @@ import ray
 from graftwork.cluster.runtime import session
 @ray.remote(num_cpus=1)
 def look():
-    import sys, graftwork.stages.sources
+    import sys, graftwork.stages.features.sources
     return sorted({"cluster", "models", "pipeline", "specs", "stages"} & {*sys.modules}), sys.path
 with session([], together=1):
     print(ray.get(look.remote()))

@@ -22,24 +22,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.models import checkpoints
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.streams import generator, initialising
-from graftwork.pipeline import api, preflight, record
-from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.planning import Plan, make_plan
-from graftwork.pipeline.record import RunRecord, StepRecord
-from graftwork.pipeline.store import Store
-from graftwork.specs.data import Codec, DigitsData, ImageFolderData, PixelCodec, VaeCodec
-from graftwork.specs.evaluate import DdimSampler
-from graftwork.specs.job import JobSpec, StepResources
-from graftwork.specs.load import SpecError, job_from
-from graftwork.specs.steps import FeaturesParams, SampleParams
-from graftwork.stages import Context, codec, features, rows
-from graftwork.stages.codec import UnfitCodec, load_codec, misfits
-from graftwork.stages.hashes import ChangedImage, ImageHashes
-from graftwork.stages.images import read_image, scaled
-from graftwork.stages.latents import read, read_meta
-from graftwork.stages.sources import split
+from graftwork.models.numerics.streams import generator, initialising
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.pipeline import api
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.planning.plan import Plan, make_plan
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.runs.record import RunRecord, StepRecord
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
+from graftwork.specs.data import DigitsData, ImageFolderData
+from graftwork.specs.job import JobSpec
+from graftwork.specs.params import FeaturesParams, SampleParams
+from graftwork.specs.reading.load import SpecError, job_from
+from graftwork.specs.resources import StepResources
+from graftwork.specs.sampler import DdimSampler
+from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation import samples as rows
+from graftwork.stages.features import codec, features
+from graftwork.stages.features.codec import UnfitCodec, load_codec, misfits
+from graftwork.stages.features.hashes import ChangedImage, ImageHashes
+from graftwork.stages.features.images import read_image, scaled
+from graftwork.stages.features.sources import split
 from tests.products import Products
 from tests.small import Folder, Payload
 from tests.stores import commit
@@ -496,7 +502,9 @@ def test_the_classifier_is_refused_where_latents_are_no_pixels(photos: Path, fol
 
 
 def test_asking_whether_a_vae_fits_loads_no_torch() -> None:
-    check = "import sys, graftwork.stages.codec; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    check = (
+        "import sys, graftwork.stages.features.codec; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from graftwork.pipeline import contents
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.contents import NOTHING, Contents, Snapshot, is_racy
-from graftwork.pipeline.planning import Plan, differences, make_plan
-from graftwork.pipeline.store import Origin, Store
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.planning import contents
+from graftwork.pipeline.planning.contents import NOTHING, Contents, Snapshot, is_racy
+from graftwork.pipeline.planning.plan import Plan, differences, make_plan
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, load
-from graftwork.stages.hashes import (
+from graftwork.specs.reading.load import SpecError, load
+from graftwork.stages.features.hashes import (
     IMAGES,
     ChangedImage,
     ImageHashes,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from tests.conftest import ROOT, Graft
 
 pytestmark = pytest.mark.slow

@@ -15,15 +15,18 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from graftwork.pipeline import api, mlflow_database, record, remote
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.destination import OWN, Destination, destination
-from graftwork.pipeline.outbox import waiting
-from graftwork.pipeline.record import RunRecord
-from graftwork.pipeline.store import Store
+from graftwork.pipeline import api
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.execution import remote
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.runs.record import RunRecord
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.tracking import mlflow_database
+from graftwork.pipeline.tracking.destination import OWN, Destination, destination
+from graftwork.pipeline.tracking.outbox import waiting
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import load
 from graftwork.specs.problems import SpecError
+from graftwork.specs.reading.load import load
 from tests.conftest import TINY
 from tests.servers import WebServer
 from tests.test_tracking import Job, all_runs, until

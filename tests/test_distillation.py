@@ -19,22 +19,25 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graftwork.models import cache, checkpoints
-from graftwork.models.dit import DiT
-from graftwork.models.precision import computing
+from graftwork.models import checkpoints
+from graftwork.models.numerics import parts as cache
+from graftwork.models.numerics.precision import computing
+from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.surgery import GATE, answer, graft, modulations, new_scion, observe, scion_at
-from graftwork.pipeline.store import Store
-from graftwork.specs.graft import Edit, Parallel, Site
-from graftwork.specs.job import StepResources
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaY, Mha, Mlp
-from graftwork.specs.steps import DistillParams
+from graftwork.specs.params import DistillParams
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
-from graftwork.stages import Context, Portion, Stopped, Together, activations, distill, hybrid
-from graftwork.stages.activations import Kept, Pairs, Rootstock
-from graftwork.stages.batches import TrainingSet
-from graftwork.stages.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
-from graftwork.stages.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from graftwork.stages.training import PlainEngine
+from graftwork.stages.artifacts import hybrids as hybrid
+from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
+from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
+from graftwork.stages.contract import Context, Portion, Stopped, Together
+from graftwork.stages.distillation import activations, distill, loss
+from graftwork.stages.distillation.activations import Kept, Pairs, Rootstock
+from graftwork.stages.training.batches import TrainingSet
+from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
 from tests.small import Folder
 from tests.tiny_training import (
@@ -154,9 +157,9 @@ def test_distilling_brings_the_scion_nearer(
     rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
 ) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
-    before = distill.relative_error(scion, unseen)
+    before = loss.relative_error(scion, unseen)
     distill.fit(scion, source, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
-    assert distill.relative_error(scion, unseen) < 0.7 * before
+    assert loss.relative_error(scion, unseen) < 0.7 * before
 
 
 def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, store: Store, tmp_path: Path) -> None:
@@ -166,7 +169,7 @@ def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, st
     history = distill.fit(scion, source, contrary, "l1", make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
-    assert distill.error_on(scion, contrary, distill.LOSSES["l1"]) == errors[0]
+    assert loss.error_on(scion, contrary, loss.LOSSES["l1"]) == errors[0]
 
 
 def test_the_rate_halves_at_each_milestone(
@@ -205,7 +208,7 @@ def test_auto_goes_by_the_tails_of_what_the_operator_puts_out(
 ) -> None:
     keep_profile(tmp_path, {MHA_SITE: 30.0, MLP_SITE: 12.0})
     context = make_bare({"profile": Folder("p", tmp_path)})
-    assert distill.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
+    assert loss.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
 
 
 def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
@@ -234,7 +237,7 @@ def test_the_mean_absolute_error_is_pytorchs_and_its_gradient_to_the_bit(
     predicted, wanted = (torch.randn(7, 16, 16, generator=draws).to(dtype) for _ in range(2))
     predicted[0] = wanted[0]  # where the gradient is 0
     found = []
-    for mean in (distill.MeanAbsolute.apply, lambda one, other: F.l1_loss(one.float(), other.float())):
+    for mean in (loss.MeanAbsolute.apply, lambda one, other: F.l1_loss(one.float(), other.float())):
         one = predicted.clone().requires_grad_()
         value = mean(one, wanted)
         found.append((value, *torch.autograd.grad(3.0 * value, one)))
@@ -251,7 +254,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
     weights = torch.rand(5, 1, 3, generator=draws)
     pairs = Pairs((inputs[1:4],), outputs[1:4], weights[1:4] if weighted else None)
     expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
-    found = distill.error(nn.Identity(), pairs, distill.LOSSES[kind])
+    found = loss.error(nn.Identity(), pairs, loss.LOSSES[kind])
     torch.testing.assert_close(found, expected.mean())
 
 
@@ -289,7 +292,7 @@ def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
 ) -> None:
     whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
     monkeypatch.setattr(distill, "BATCH", 7)
-    assert distill.error_on(nn.Identity(), source, distill.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+    assert loss.error_on(nn.Identity(), source, loss.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
@@ -297,8 +300,8 @@ def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site
     scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
     scion.load_state_dict(scion_at(rootstock, site).state_dict())
     same = recorded(rootstock, site, shown)
-    assert distill.error_on(scion, same, distill.LOSSES["l1"]) == 0
-    assert distill.relative_error(scion, same) == 0
+    assert loss.error_on(scion, same, loss.LOSSES["l1"]) == 0
+    assert loss.relative_error(scion, same) == 0
 
 
 def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept) -> None:
@@ -306,7 +309,7 @@ def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept
         def forward(self, x: Tensor) -> Tensor:
             return source.pairs.outputs.mean((0, 1)).expand_as(x)
 
-    assert distill.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
+    assert loss.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
 
 
 # -- the whole step, and what it leaves
@@ -354,7 +357,7 @@ def test_a_distill_step_leaves_the_best_scion_and_its_figures(
         "loss_because": "the outputs' excess kurtosis is 30, above 12",
         "heldout_error": best["heldout_error"],
         "best_epoch": best_done,
-        "relative_error": pytest.approx(distill.relative_error(scion, unseen)),
+        "relative_error": pytest.approx(loss.relative_error(scion, unseen)),
     }
 
 
@@ -386,9 +389,9 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
     latents = read(inputs["features"].place, "heldout").first(24)
     unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"))
     summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
-    assert summary["relative_error"] < 0.9 * distill.relative_error(answer(start), unseen)
+    assert summary["relative_error"] < 0.9 * loss.relative_error(answer(start), unseen)
     start.load_state_dict(pair)
-    assert summary["relative_error"] == pytest.approx(distill.relative_error(answer(start), unseen), rel=1e-5)
+    assert summary["relative_error"] == pytest.approx(loss.relative_error(answer(start), unseen), rel=1e-5)
 
 
 # -- sites that share a task
@@ -555,8 +558,8 @@ def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(r
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with computing("bf16", CPU), torch.no_grad():
         seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
-        exact = distill.error(scion, Pairs(seen.inputs, seen.output, None), distill.LOSSES["l1"])
-        assert distill.error(scion, found[MHA_SITE], distill.LOSSES["l1"]) == exact
+        exact = loss.error(scion, Pairs(seen.inputs, seen.output, None), loss.LOSSES["l1"])
+        assert loss.error(scion, found[MHA_SITE], loss.LOSSES["l1"]) == exact
 
 
 def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
@@ -636,7 +639,7 @@ def test_nothing_that_a_step_leaves_or_keeps_is_a_pickle(
 
 
 def test_latents_of_a_spec_become_the_models_shape(inputs: dict[str, Folder]) -> None:
-    from graftwork.specs.model import DitModel
+    from graftwork.specs.rootstock import DitModel
 
     model = DitModel(depth=2, width=16, heads=2, patch=2)
     assert read_meta(inputs["features"].path()).dit_config(model) == copy.deepcopy(TINY)

@@ -22,14 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import graftwork
-from graftwork.cluster import devices, drivers, health, inspection
-from graftwork.cluster.probes import Check, Probe, broken, fine, look, refused, run_phases, run_probes, warning
-from graftwork.pipeline import checkup, doctor, files, remote
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.store import Store
-from graftwork.specs.load import load
+from graftwork.cluster.checks import devices, drivers, health, inspection
+from graftwork.cluster.checks.probes import Check, Probe, broken, fine, look, refused, run_phases, run_probes, warning
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.doctor import checkup, doctor
+from graftwork.pipeline.execution import remote
+from graftwork.pipeline.store import remote as remote_files
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.operators import HyenaY, Place, Swa
 from graftwork.specs.problems import SpecError
+from graftwork.specs.reading.load import load
 from tests.conftest import ROOT, TINY, Graft
 from tests.loopback import LoopbackCluster, free_port
 from tests.servers import WebServer
@@ -87,7 +89,8 @@ def test_a_chain_that_hangs_holds_up_no_other() -> None:
 
 
 def test_children_end_with_whoever_started_them() -> None:
-    hang = "from graftwork.cluster.probes import *; list(run_probes([Probe('hang', 'tests.probed:hang', None, 600.0)]))"
+    hang = "from graftwork.cluster.checks.probes import Probe, run_probes\n"
+    hang += "list(run_probes([Probe('hang', 'tests.probed:hang', None, 600.0)]))"
     parent = subprocess.Popen([sys.executable, "-c", hang], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (children := psutil.Process(parent.pid).children()):
@@ -435,7 +438,7 @@ def test_buckets_are_looked_at_too(s3: Store) -> None:
 @pytest.mark.timeout(60)
 def test_a_store_that_does_not_answer_is_broken_soon(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(files, "RETRY_SECONDS", 1e9)  # a job has patience
+    monkeypatch.setattr(remote_files, "RETRY_SECONDS", 1e9)  # a job has patience
     monkeypatch.setattr(checkup, "RETRY_SECONDS", 0.1)
     import s3fs
 
@@ -720,12 +723,14 @@ def test_the_line_of_a_refusal_becomes_what_was_seen_and_what_to_do() -> None:
 
 
 def test_an_error_of_a_check_itself_is_what_is_broken() -> None:
-    (check,) = look(Probe("mine", "graftwork.cluster.health:check_nothing"))
+    (check,) = look(Probe("mine", "graftwork.cluster.checks.health:check_nothing"))
     assert state_of(Check(**{**vars(check), "advice": "x"})) == "broken" and "AttributeError" in check.seen
 
 
 def test_importing_the_command_loads_neither_ray_nor_torch() -> None:
-    line = "import sys, graftwork.pipeline.doctor; print({'ray', 'torch', 'mlflow', 'deepspeed'} & {*sys.modules})"
+    line = (
+        "import sys, graftwork.pipeline.doctor.doctor; print({'ray', 'torch', 'mlflow', 'deepspeed'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from graftwork.cluster.group import TITLE
-from graftwork.specs.job import StepResources
+from graftwork.cluster.training.group import TITLE
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import TrainingSpec
 from tests.conftest import GRAFT, ROOT, TINY, Finished, keys
 from tests.loopback import LoopbackCluster, free_port
@@ -161,7 +161,7 @@ def test_a_training_may_go_on_with_any_count_of_workers_down_to_the_least(
 
 
 def test_a_steps_resources_reach_ray_by_its_names() -> None:
-    from graftwork.cluster.runtime import options, taken
+    from graftwork.cluster.session.runtime import options, taken
 
     wanted = StepResources(cpu=2, gpu=0.25, memory="2GiB", custom={"judge": 1})  # type: ignore[arg-type]
     assert options(wanted) == {"num_cpus": 2, "num_gpus": 0.25, "memory": 2 * 2**30, "resources": {"judge": 1}}

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from benchmarks.trivial import chain_and_fan, finish
-from graftwork.pipeline import contents, record, running
-from graftwork.pipeline.planning import Plan, make_plan
-from graftwork.pipeline.running import Run
-from graftwork.pipeline.store import Store
-from graftwork.pipeline.view import SilentView
+from graftwork.pipeline.execution import run as running
+from graftwork.pipeline.execution.run import Run
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.planning import contents
+from graftwork.pipeline.planning.plan import Plan, make_plan
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import load
+from graftwork.specs.reading.load import load
 from tests.conftest import TINY
 
 SCIONS = "[{target: mha, operator: {kind: swa}, layers: {kind: all}, scions: %s}]"
@@ -32,7 +34,7 @@ def job(tmp_path: Path) -> JobSpec:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often local stores are read and listed from now on."""
-    from graftwork.pipeline.files import LocalFiles
+    from graftwork.pipeline.store.local import LocalFiles
 
     found = Counter[str]()
     for name in ("read", "names"):
@@ -55,9 +57,18 @@ def loaded(code: str, *watched: str) -> set[str]:
 
 
 def test_help_loads_nothing_that_a_command_works_with() -> None:
-    code = "import sys; from graftwork.pipeline.cli import app; app(['--help'], standalone_mode=False)"
+    code = "import sys; from graftwork.pipeline.cli.app import app; app(['--help'], standalone_mode=False)"
     assert (
-        loaded(code, "pydantic", "yaml", "fsspec", "rich", "graftwork.pipeline.store", "graftwork.specs.job", "ray")
+        loaded(
+            code,
+            "pydantic",
+            "yaml",
+            "fsspec",
+            "rich",
+            "graftwork.pipeline.store.artifacts",
+            "graftwork.specs.job",
+            "ray",
+        )
         == set()
     )
 
@@ -143,7 +154,7 @@ class Told(SilentView):
 
 def test_the_record_is_kept_now_and_then_and_has_all_in_the_end(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwork.cluster.board import News
-    from graftwork.pipeline.execute import StepResult
+    from graftwork.pipeline.execution.task import StepResult
 
     plan = chain_and_fan(job, each=50, warm=0, number=0)
     run = Run(plan, SilentView())

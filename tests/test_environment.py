@@ -21,11 +21,11 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from typer.testing import CliRunner
 
-from graftwork.cluster import local, runtime, scratch
-from graftwork.cluster.address import check_cluster, cluster_address, head_of
-from graftwork.pipeline.cli import app
+from graftwork.cluster.session import local, runtime, scratch
+from graftwork.cluster.session.address import check_cluster, cluster_address, head_of
+from graftwork.pipeline.cli.app import app
 from graftwork.specs import paths
-from graftwork.specs.load import SpecError
+from graftwork.specs.reading.load import SpecError
 from tests.conftest import ROOT, TINY
 from tests.shadows import BARE, shadow
 
@@ -438,7 +438,7 @@ class TestACluster:
     def test_that_never_answers_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import socket
 
-        monkeypatch.setattr("graftwork.cluster.address.ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr("graftwork.cluster.session.address.ANSWER_SECONDS", 0.5)
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
             assert f"got '{address}', which does not answer as a Ray cluster's head (" in line_about(address)
@@ -470,7 +470,7 @@ def test_a_dashboard_on_this_machine_is_asked_past_a_proxy(monkeypatch: pytest.M
 
     monkeypatch.setenv("http_proxy", DEAD)
     monkeypatch.delenv("no_proxy", raising=False)
-    from graftwork.pipeline import remote
+    from graftwork.pipeline.execution import remote
 
     with other_server(OK + b'{"ray_version": "1.13.0"}') as address, pytest.raises(SpecError) as refused:
         remote.connect(address)

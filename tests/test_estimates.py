@@ -9,28 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.pipeline import api, record
-from graftwork.pipeline.estimates import (
-    CORE,
-    LOAD_SECONDS,
-    START_SECONDS,
-    Formulas,
-    History,
-    Machine,
-    assumed_speed,
-    estimate,
-    known_steps,
-    machine_for,
-    parts_of_pass,
-    site_items,
-)
-from graftwork.pipeline.planning import Plan, make_plan
-from graftwork.pipeline.record import Expected, RunRecord
-from graftwork.pipeline.store import Manifest, Origin, Store
-from graftwork.pipeline.tables import lasting, show_expected
+from graftwork.pipeline import api
+from graftwork.pipeline.cli.tables import lasting, show_expected
+from graftwork.pipeline.estimates.estimate import START_SECONDS, estimate
+from graftwork.pipeline.estimates.history import LOAD_SECONDS, History
+from graftwork.pipeline.estimates.known import known_steps
+from graftwork.pipeline.estimates.sharing import parts_of_pass, site_items
+from graftwork.pipeline.estimates.simulate import Machine, machine_for
+from graftwork.pipeline.estimates.speeds import CORE, assumed_speed
+from graftwork.pipeline.planning.plan import Plan, make_plan
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.runs.record import Expected, RunRecord
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Manifest, Origin
 from graftwork.specs.fields import keyed
-from graftwork.specs.job import StepResources
-from graftwork.specs.load import SpecError, load
+from graftwork.specs.reading.load import SpecError, load
+from graftwork.specs.resources import StepResources
+from graftwork.stages.work import Formulas
 from tests.conftest import TINY, Finished, Graft
 
 N, D, DEPTH = 64, 32, 4  # of the tiny job: tokens, width, blocks

@@ -17,20 +17,26 @@ import torch
 
 from benchmarks.watching import Unwatched
 from graftwork import stages
-from graftwork.cluster import runtime
+from graftwork.cluster.session import runtime
 from graftwork.models.operators import kernels
-from graftwork.pipeline import estimates, execute, leases, recording
-from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.execute import Execution, StepResult, Work
-from graftwork.pipeline.fingerprints import External
-from graftwork.pipeline.leases import Holder, Lease
-from graftwork.pipeline.packing import Item
-from graftwork.pipeline.planning import Plan, Step, make_plan
-from graftwork.pipeline.store import Origin, Store
-from graftwork.specs.job import StepResources
-from graftwork.specs.load import load
-from graftwork.specs.steps import ClassifierParams
-from graftwork.stages import Context, Stopped
+from graftwork.pipeline.estimates import sharing
+from graftwork.pipeline.estimates.packing import Item
+from graftwork.pipeline.execution import scheduler as execute
+from graftwork.pipeline.execution import shared_pass as recording
+from graftwork.pipeline.execution import task
+from graftwork.pipeline.execution.scheduler import Execution
+from graftwork.pipeline.execution.task import StepResult, Work
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.planning.fingerprints import External
+from graftwork.pipeline.planning.plan import Plan, Step, make_plan
+from graftwork.pipeline.store import leases
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.leases import Holder, Lease
+from graftwork.pipeline.store.manifest import Origin
+from graftwork.specs.params import ClassifierParams
+from graftwork.specs.reading.load import load
+from graftwork.specs.resources import StepResources
+from graftwork.stages.contract import Context, Stopped
 from tests.conftest import ROOT, TINY, Finished, keys
 
 
@@ -78,7 +84,7 @@ def works(store: Store, *names: str, pen: Pen | None = None, stop: Signal | None
 
 
 def run(made: list[Work], *before: list[StepResult]) -> list[StepResult]:
-    return execute._run_steps._function(made, *before)
+    return task._run_steps._function(made, *before)
 
 
 def leave_a_file(context: Context) -> None:
@@ -310,7 +316,7 @@ def test_sites_end_in_the_same_bits_where_tasks_before_theirs_made_the_pass(
     found, plan = keys(tiny.outcome), make_plan(load(TINY, (f"store={store.root}",)))
     for step in ("features", "base", "profile"):
         shutil.copytree(tiny.store / "artifacts" / found[step], Path(store.root) / "artifacts" / found[step])
-    monkeypatch.setattr(estimates, "WORTH_A_TASK", 32)
+    monkeypatch.setattr(sharing, "WORTH_A_TASK", 32)
     fetched: list[Any] = []
     start = recording.Pass.start
 

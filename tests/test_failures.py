@@ -9,8 +9,8 @@ import ray
 import torch
 import torch.distributed as dist
 
-from graftwork.pipeline.execute import is_out_of_memory
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.execution.task import is_out_of_memory
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.stages import STAGES
 
 
@@ -57,7 +57,7 @@ def test_other_errors_are_not_taken_for_missing_memory(error: Exception) -> None
 
 
 def test_every_setting_that_is_to_be_lowered_exists() -> None:
-    from graftwork.specs.load import job_schema
+    from graftwork.specs.reading.load import job_schema
 
     fields = {field for part in job_schema()["$defs"].values() for field in part.get("properties", {})}
     for stage, known in STAGES.items():

@@ -20,28 +20,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graftwork.models import surgery
-from graftwork.models.budget import Budget
-from graftwork.models.classifier import Classifier
-from graftwork.models.diffusion import Diffusion
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.models.frechet import Moments
-from graftwork.models.gates import Gate, GatedOperator, Gates
-from graftwork.models.locality import Locality, by_displacement
+from graftwork.models.measures.classifier import Classifier
+from graftwork.models.measures.frechet import Moments
+from graftwork.models.measures.locality import Locality, by_displacement
+from graftwork.models.numerics.precision import computing
+from graftwork.models.numerics.streams import SampleNoise, generator
+from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.operators import REGISTRY, attention, build_operator, kernels
-from graftwork.models.precision import computing
-from graftwork.models.sampling import sample
-from graftwork.models.streams import SampleNoise, generator
-from graftwork.specs.evaluate import AncestralSampler, DdimSampler, Sampler
-from graftwork.specs.graft import Site
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.sampling.gaussian import sample
+from graftwork.models.selection.budget import Budget
+from graftwork.models.selection.gates import Gate, GatedOperator, Gates
+from graftwork.specs.edits import Site
 from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place, Swa
+from graftwork.specs.sampler import AncestralSampler, DdimSampler, Sampler
 from graftwork.specs.training import DistillSpec, Precision, TrainingSpec
-from graftwork.stages import activations, batches
-from graftwork.stages.activations import Kept, Pairs, Recomputed, Rootstock
-from graftwork.stages.batches import TrainingSet, draw_batch
-from graftwork.stages.distill import LOSSES, error, learn
-from graftwork.stages.latents import Noised
-from graftwork.stages.profile import Tally
-from graftwork.stages.training import PlainEngine
+from graftwork.stages.artifacts.latents import Noised
+from graftwork.stages.distillation import activations
+from graftwork.stages.distillation.activations import Kept, Pairs, Recomputed, Rootstock
+from graftwork.stages.distillation.distill import learn
+from graftwork.stages.distillation.loss import LOSSES, error
+from graftwork.stages.selection.profile import Tally
+from graftwork.stages.training import batches
+from graftwork.stages.training.batches import TrainingSet, draw_batch
+from graftwork.stages.training.engine import PlainEngine
 from tests.test_operators import KERNELS, PACKAGES
 
 CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")

@@ -18,14 +18,15 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.trivial import chain_and_fan
 from benchmarks.watching import Unwatched
-from graftwork.cluster import launcher, runtime
 from graftwork.cluster.fan_out import AHEAD, fan_out
+from graftwork.cluster.session import runtime
+from graftwork.cluster.training import launcher
 from graftwork.models.operators import kernels
-from graftwork.pipeline.execute import Execution
-from graftwork.pipeline.planning import Plan
-from graftwork.pipeline.store import Store
-from graftwork.specs.job import StepResources
-from graftwork.specs.load import load
+from graftwork.pipeline.execution.scheduler import Execution
+from graftwork.pipeline.planning.plan import Plan
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.reading.load import load
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import TrainingSpec
 from tests.conftest import TINY
 
@@ -54,7 +55,7 @@ def cluster(notes: Path) -> Iterator[Cluster]:
         import ray
         import torch
 
-        from graftwork.cluster import runtime
+        from graftwork.cluster.session import runtime
 
         look = runtime.gpu
 
@@ -138,7 +139,7 @@ def test_which_kernels_the_first_worker_of_a_training_ran_is_known_to_its_task()
 
     @ray.remote(num_cpus=0)
     def task() -> list[Any]:
-        from graftwork.cluster.ray_train import run_group
+        from graftwork.cluster.training.ray_train import run_group
         from graftwork.models.operators import kernels
 
         run_group(work, None, 2, ON_CPU)

@@ -17,19 +17,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from graftwork.pipeline import preflight
-from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.store import Store
-from graftwork.specs.data import ImageFolderData, PixelCodec
-from graftwork.specs.job import JobSpec, StepResources
-from graftwork.specs.load import job_from, load
-from graftwork.specs.steps import FeaturesParams
-from graftwork.stages import Context, Stopped, features, listing
-from graftwork.stages.hashes import ChangedImage, ImageHashes
-from graftwork.stages.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
-from graftwork.stages.listing import ClassFolder, Listing
-from graftwork.stages.sources import Item, interleave, split, split_sizes
-from graftwork.stages.training import TrainingSet, draw_batch
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.codec import PixelCodec
+from graftwork.specs.data import ImageFolderData
+from graftwork.specs.job import JobSpec
+from graftwork.specs.params import FeaturesParams
+from graftwork.specs.reading.load import job_from, load
+from graftwork.specs.resources import StepResources
+from graftwork.stages.artifacts.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
+from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.features import features, listing
+from graftwork.stages.features.hashes import ChangedImage, ImageHashes
+from graftwork.stages.features.listing import ClassFolder, Listing
+from graftwork.stages.features.sources import Item, interleave, split, split_sizes
+from graftwork.stages.training.loop import TrainingSet, draw_batch
 from tests.conftest import ROOT
 from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of
 

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
 
-from graftwork.models.frechet import Gaussian, Moments, distance
-from graftwork.pipeline import api, preflight
+from graftwork.models.measures.frechet import Gaussian, Moments, distance
+from graftwork.pipeline import api
+from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
-from graftwork.specs.load import SpecError, load
-from graftwork.stages import inception
-from graftwork.stages.images import read_pixels
-from graftwork.stages.inception import inception_features, load_inception, reference_statistics
+from graftwork.specs.reading.load import SpecError, load
+from graftwork.stages.evaluation import inception
+from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
+from graftwork.stages.features.images import read_pixels
 from tests.conftest import TINY
 from tests.small import Payload
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from graftwork.pipeline import record
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.record import RunRecord, StepRecord
-from graftwork.pipeline.store import Store
-from graftwork.pipeline.tables import show_costs, show_results
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.cli.tables import show_costs, show_results
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.runs.record import RunRecord, StepRecord
+from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.costs import Cost, GraftCost
 from graftwork.specs.figures import amount, figure, flops, number
 

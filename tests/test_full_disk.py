@@ -12,8 +12,8 @@ import pytest
 
 from graftwork.pipeline import api
 from graftwork.pipeline.api import Run
-from graftwork.pipeline.files import StoreError, told_by
-from graftwork.pipeline.view import SilentView
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.store.errors import StoreError, told_by
 from tests.conftest import GRAFT, ROOT, TINY, Finished
 
 ON_A_SMALL_DISK = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"', "sh"]

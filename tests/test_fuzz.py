@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from graftwork.pipeline import api
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.planning import Plan
-from graftwork.specs.load import SpecError, job_from, job_schema, load, read_job
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.planning.plan import Plan
+from graftwork.specs.reading.load import SpecError, job_from, job_schema, load
+from graftwork.specs.reading.overrides import read_job
 from tests.conftest import ROOT
 
 Path_ = tuple[str | int, ...]

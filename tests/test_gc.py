@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from graftwork.pipeline import gc, record
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.contents import Contents, read_snapshot
-from graftwork.pipeline.leases import Holder, take
-from graftwork.pipeline.leases import Lease as HeldLease
-from graftwork.pipeline.record import RunRecord, StepRecord
-from graftwork.pipeline.store import MANIFEST, RottenArtifact, Store
-from graftwork.specs.load import SpecError
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.planning.contents import Contents, read_snapshot
+from graftwork.pipeline.runs import gc, record
+from graftwork.pipeline.runs.record import RunRecord, StepRecord
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.leases import Holder, take
+from graftwork.pipeline.store.leases import Lease as HeldLease
+from graftwork.pipeline.store.manifest import MANIFEST, RottenArtifact
+from graftwork.specs.reading.load import SpecError
 from tests.stores import FILES, KEY, OTHER, commit, overwrite, remove, stored
 
 THIRD = "3" * 64

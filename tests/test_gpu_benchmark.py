@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import gpu, report
 from graftwork.models.operators import kernels
-from graftwork.stages import microbatches
+from graftwork.stages.training import microbatches
 from tests.conftest import ROOT
 from tests.test_operators import KERNELS
 

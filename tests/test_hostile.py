@@ -23,26 +23,30 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from graftwork.cluster.runtime import session
+from graftwork.cluster.session.runtime import session
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import UnfitCheckpoint
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.pipeline import preflight, record
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.contents import Contents
-from graftwork.pipeline.fingerprints import data_fingerprint
-from graftwork.pipeline.store import Origin, Store
-from graftwork.specs.data import ImageFolderData, PixelCodec
-from graftwork.specs.job import StepResources
-from graftwork.specs.load import SpecError, job_from, load
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.planning.fingerprints import data_fingerprint
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Origin
+from graftwork.specs.codec import PixelCodec
+from graftwork.specs.data import ImageFolderData
+from graftwork.specs.params import FeaturesParams
 from graftwork.specs.problems import plain, shown
+from graftwork.specs.reading.load import SpecError, job_from, load
+from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import filled, masked, redacted
-from graftwork.specs.steps import FeaturesParams
-from graftwork.stages import Context, features
-from graftwork.stages.images import BrokenImage, read_image
-from graftwork.stages.inception import read_statistics
-from graftwork.stages.latents import read, read_meta
-from graftwork.stages.sources import class_sizes, split
+from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation.inception import read_statistics
+from graftwork.stages.features import features
+from graftwork.stages.features.images import BrokenImage, read_image
+from graftwork.stages.features.sources import class_sizes, split
 from tests.conftest import TINY
 from tests.small import lively
 

@@ -13,10 +13,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from graftwork.pipeline import api, preflight
+from graftwork.pipeline import api
+from graftwork.pipeline.planning import preflight
 from graftwork.specs.hub import hub_cache, is_offline, local_path, local_snapshot, missing_from
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, load
+from graftwork.specs.reading.load import SpecError, load
 from tests.conftest import TINY
 
 NAMES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -15,12 +15,13 @@ import ray
 import torch
 import torch.distributed as dist
 
-from graftwork.cluster import group, launcher, runtime
-from graftwork.models.dit import DiT
-from graftwork.pipeline.store import Store
-from graftwork.specs.job import StepResources
+from graftwork.cluster.session import runtime
+from graftwork.cluster.training import group, launcher
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import FinetuneSpec, TrainingSpec
-from graftwork.stages.training import CHECKPOINT, train
+from graftwork.stages.training.loop import CHECKPOINT, train
 from tests.tiny_training import (
     RECIPE,
     TINY,
@@ -40,7 +41,9 @@ def two_cpus() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(os, "cpu_count", lambda: 2)
-        with runtime.session([], together=2, warm=("torch", "graftwork.cluster.sharded", "torch._dynamo")):
+        with runtime.session(
+            [], together=2, warm=("torch", "graftwork.cluster.training.deepspeed_engine", "torch._dynamo")
+        ):
             yield
 
 
@@ -122,7 +125,7 @@ def trained(task: tuple[Path, str, bool], device: torch.device) -> None:
 
         run_search(partial)
     else:
-        from graftwork.cluster.sharded import ShardedEngine
+        from graftwork.cluster.training.deepspeed_engine import ShardedEngine
 
         recipe = FinetuneSpec(**RECIPE.model_dump() | {"workers": 2})
         engine = lambda state: ShardedEngine(lively(DiT(TINY)), recipe, state)  # noqa: E731
@@ -229,7 +232,7 @@ def test_a_launcher_that_is_lost_leaves_no_cpu_taken(tmp_path: Path, retries: in
 
 
 def finetuned(folder: Path, device: torch.device) -> None:
-    from graftwork.cluster.sharded import ShardedEngine
+    from graftwork.cluster.training.deepspeed_engine import ShardedEngine
 
     for zero in (2, 3):
         recipe = FinetuneSpec(steps=2, batch=4, lr=1e-2, workers=dist.get_world_size(), deepspeed={"zero": zero})

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from graftwork.pipeline import leases
-from graftwork.pipeline.leases import Held, Holder, Lease, Waiter, look, take
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.store import leases
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.leases import Held, Holder, Lease, Waiter, look, take
 
 spawn = multiprocessing.get_context("spawn")
 

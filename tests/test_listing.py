@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from graftwork.pipeline import api, preflight
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.view import SilentView
+from graftwork.pipeline import api
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, load
-from graftwork.stages import listing
-from graftwork.stages.images import IMAGE_SUFFIXES
-from graftwork.stages.listing import list_images, listing_once
-from graftwork.stages.sources import class_folders, class_names, class_sizes, items, split
+from graftwork.specs.reading.load import SpecError, load
+from graftwork.stages.features import listing
+from graftwork.stages.features.images import IMAGE_SUFFIXES
+from graftwork.stages.features.listing import list_images, listing_once
+from graftwork.stages.features.sources import class_folders, class_names, class_sizes, items, split
 from tests.conftest import TINY
 
 FEW = ["distill.samples=2", "distill.heldout=1"]

@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from graftwork.cluster import machine
-from graftwork.pipeline import estimates
-from graftwork.pipeline.planning import make_plan
-from graftwork.specs.job import StepResources
-from graftwork.specs.load import load
-from graftwork.stages import activations
+from graftwork.pipeline.estimates import estimate as estimates
+from graftwork.pipeline.estimates import simulate
+from graftwork.pipeline.planning.plan import make_plan
+from graftwork.specs.reading.load import load
+from graftwork.specs.resources import StepResources
+from graftwork.stages.distillation import activations
 from tests.conftest import TINY
 
 GIB = 2**30
@@ -168,7 +169,7 @@ def test_a_distillation_s_room_and_an_estimate_go_by_them(monkeypatch: pytest.Mo
     monkeypatch.setattr(activations, "num_cpus", lambda: 4)
     monkeypatch.setattr(estimates, "num_cpus", lambda: 7)
     assert room_of("cpu") == 2 * GIB
-    assert estimates.machine_for(make_plan(load(TINY)), None).cpus == 7
+    assert simulate.machine_for(make_plan(load(TINY)), None).cpus == 7
 
 
 def test_the_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:

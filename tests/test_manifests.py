@@ -23,8 +23,8 @@ import ray
 import yaml
 from typer.testing import CliRunner
 
-from graftwork.pipeline.cli import app
-from graftwork.specs.load import load
+from graftwork.pipeline.cli.app import app
+from graftwork.specs.reading.load import load
 from tests.conftest import ROOT, TINY, Finished
 from tests.loopback import LOOPBACK, OBJECT_STORE_BYTES, PYTHON_BIN, RAY_START, free_port
 

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor, nn
 
-from graftwork.models.costs import forward_flops, num_parameters
-from graftwork.models.diffusion import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
-from graftwork.models.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
-from graftwork.models.frechet import Gaussian, Moments, distance
-from graftwork.models.sampling import guided, sample
-from graftwork.models.streams import SampleNoise, generator, initialising, seed_of
-from graftwork.specs.evaluate import AncestralSampler, DdimSampler
+from graftwork.models.measures.costs import forward_flops, num_parameters
+from graftwork.models.measures.frechet import Gaussian, Moments, distance
+from graftwork.models.numerics.streams import SampleNoise, generator, initialising, seed_of
+from graftwork.models.objectives.gaussian import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
+from graftwork.models.sampling.gaussian import sample
+from graftwork.models.sampling.guidance import guided
+from graftwork.specs.sampler import AncestralSampler, DdimSampler
 from tests.small import lively
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from graftwork.models import cache
+from graftwork.models.numerics import parts as cache
 from graftwork.models.operators import REGISTRY, attention, build_operator, kernels, recognise
 from graftwork.models.operators.convolution import CausalConv1d
 from graftwork.models.operators.hyena import Projections

@@ -15,19 +15,21 @@ from torch import Tensor
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import Labels, UnfitCheckpoint
 from graftwork.models.checkpoints.labels import TABLE
-from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.pipeline import api
-from graftwork.pipeline.planning import make_plan
-from graftwork.pipeline.store import Store
-from graftwork.specs.graft import Edit, Site
-from graftwork.specs.job import JobSpec, StepResources
-from graftwork.specs.load import SpecError, load
-from graftwork.specs.model import CheckpointWeights, DitModel
+from graftwork.pipeline.planning.plan import make_plan
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.edits import Edit, Site
+from graftwork.specs.job import JobSpec
 from graftwork.specs.operators import HyenaY
-from graftwork.specs.steps import BaseParams
-from graftwork.stages import Context, base
-from graftwork.stages.latents import LatentsMeta, write_meta
+from graftwork.specs.params import BaseParams
+from graftwork.specs.reading.load import SpecError, load
+from graftwork.specs.resources import StepResources
+from graftwork.specs.rootstock import CheckpointWeights, DitModel
+from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.training import base
 from tests.conftest import TINY
 from tests.small import Folder, lively
 from tests.stores import commit

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import COSTS, lower_bound, simulate
-from graftwork.pipeline.packing import MOST, Item, duration, makespan, pack
+from graftwork.pipeline.estimates.packing import MOST, Item, duration, makespan, pack
 
 GIB = 2.0**30
 

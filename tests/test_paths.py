@@ -12,11 +12,14 @@ import yaml
 from typer.testing import CliRunner
 
 import graftwork
-from graftwork.pipeline import api, planning, remote
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.files import StoreError, open_files
+from graftwork.pipeline import api
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.execution import remote
+from graftwork.pipeline.planning import plan as planning
+from graftwork.pipeline.store.errors import StoreError
+from graftwork.pipeline.store.open import open_files
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, job_from, load
+from graftwork.specs.reading.load import SpecError, job_from, load
 from tests.conftest import TINY
 
 FIELDS: dict[str, Callable[[str], str]] = {

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from graftwork.models import checkpoints
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.streams import initialising
+from graftwork.models.numerics.streams import initialising
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 from graftwork.models.surgery import graft as graft_into
-from graftwork.specs.graft import Edit, Site
+from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import HyenaY
 from tests.conftest import Graft, states
 from tests.vaes import SIDE, make_vae

@@ -16,14 +16,15 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from graftwork.pipeline.execute import StepResult
-from graftwork.pipeline.planning import make_plan
-from graftwork.pipeline.running import Run
-from graftwork.pipeline.view import SilentView
-from graftwork.specs.load import load
-from graftwork.stages import drawing, pictures, search_pictures
-from graftwork.stages.drawing import label
-from graftwork.stages.evidence import LocalityCurves, Outputs, QuarterCurves
+from graftwork.pipeline.execution.run import Run
+from graftwork.pipeline.execution.task import StepResult
+from graftwork.pipeline.execution.view import SilentView
+from graftwork.pipeline.planning.plan import make_plan
+from graftwork.specs.reading.load import load
+from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, QuarterCurves
+from graftwork.stages.pictures import drawing, pictures
+from graftwork.stages.pictures import search as search_pictures
+from graftwork.stages.pictures.drawing import label
 from tests.conftest import TINY
 from tests.stores import ORIGIN
 

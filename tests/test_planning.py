@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graftwork.pipeline import preflight
-from graftwork.pipeline.planning import Plan, costs, difference, differences, make_plan
-from graftwork.pipeline.store import FileEntry, Manifest, Origin, Store, canonical
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.plan import Plan, costs, difference, differences, make_plan
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import FileEntry, Manifest, Origin, canonical
 from graftwork.specs.data import DigitsData, ImageFolderData
 from graftwork.specs.fields import keyed
 from graftwork.specs.job import JobSpec
-from graftwork.specs.load import SpecError, load
+from graftwork.specs.reading.load import SpecError, load
 from graftwork.stages import STAGES
-from graftwork.stages.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
+from graftwork.stages.features.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
 from tests.conftest import ROOT
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
@@ -353,7 +354,7 @@ def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
 def test_the_digits_file_is_in_the_key_of_the_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = planned()
     (tmp_path / "digits.csv.gz").write_bytes(b"others")
-    monkeypatch.setattr("graftwork.pipeline.fingerprints.digits_file", lambda: tmp_path / "digits.csv.gz")
+    monkeypatch.setattr("graftwork.pipeline.planning.fingerprints.digits_file", lambda: tmp_path / "digits.csv.gz")
     assert "features" in changed(before, planned())
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graftwork.cluster import runtime
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.models.precision import TRITON_PRECISION, allow_tf32, computing, products
-from graftwork.models.sampling import guided
-from graftwork.specs.evaluate import AncestralSampler
+from graftwork.cluster.session import runtime
+from graftwork.models.numerics.precision import TRITON_PRECISION, allow_tf32, computing, products
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.sampling.guidance import guided
+from graftwork.specs.sampler import AncestralSampler
 from graftwork.specs.training import Precision
 from tests.products import Products
 from tests.small import lively

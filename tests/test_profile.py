@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftwork.models import checkpoints
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.models.locality import BandMass, Locality
+from graftwork.models.measures.locality import BandMass, Locality
 from graftwork.models.operators.attention import Attention, split_heads
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft, observe, scion_at
-from graftwork.specs.graft import Edit, Site
-from graftwork.specs.job import StepResources
+from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import Mha, Place, Swa
-from graftwork.specs.steps import ProfileParams
+from graftwork.specs.params import ProfileParams
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
-from graftwork.stages import Context, profile
-from graftwork.stages.evidence import Profile, read_profile
-from graftwork.stages.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.artifacts.evidence import Profile, read_profile
+from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.selection import profile
 from tests.products import Products
 from tests.small import Folder, lively
 
@@ -407,5 +408,5 @@ def test_a_rootstock_without_any_full_attention_has_no_locality_to_show(tmp_path
 
 
 def test_a_profile_is_read_without_torch() -> None:
-    code = "import sys, graftwork.stages.evidence; sys.exit('torch' in sys.modules)"
+    code = "import sys, graftwork.stages.artifacts.evidence; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

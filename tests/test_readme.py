@@ -61,7 +61,7 @@ def test_the_operator_of_the_readme_passes_the_conformance_tests(copy: Path) -> 
 
 
 def test_the_operator_of_the_readme_can_be_asked_for(copy: Path) -> None:
-    main = "from graftwork.pipeline.cli import app; app()"
+    main = "from graftwork.pipeline.cli.app import app; app()"
     wish = "graft.0.operator.kind=mean"
     done = python(copy, "-c", main, "plan", "examples/digits-tiny.yaml", "--set", wish)
     assert done.returncode == 0, done.stderr

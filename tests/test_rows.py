@@ -17,19 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.models import checkpoints
-from graftwork.models.classifier import Classifier
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.models.frechet import Gaussian, distance
-from graftwork.models.precision import allow_tf32
-from graftwork.models.streams import generator
-from graftwork.pipeline.store import Store
-from graftwork.specs.data import PixelCodec
-from graftwork.specs.evaluate import DdimSampler, EvaluateSpec
-from graftwork.specs.job import StepResources
-from graftwork.specs.steps import EvaluateParams, HeldoutParams, SampleParams, TrainingStatisticsParams
+from graftwork.models.measures.classifier import Classifier
+from graftwork.models.measures.frechet import Gaussian, distance
+from graftwork.models.numerics.precision import allow_tf32
+from graftwork.models.numerics.streams import generator
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.codec import PixelCodec
+from graftwork.specs.evaluate import EvaluateSpec
+from graftwork.specs.params import EvaluateParams, HeldoutParams, SampleParams, TrainingStatisticsParams
+from graftwork.specs.resources import StepResources
+from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.training import Precision
-from graftwork.stages import Context, Stopped, evaluate, pictures, reference, rows
-from graftwork.stages.latents import Latents, LatentsMeta, Shards, write_meta
+from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
+from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.evaluation import evaluate, reference
+from graftwork.stages.evaluation import samples as rows
+from graftwork.stages.pictures import pictures
 from tests.products import Products
 from tests.small import lively
 from tests.stores import KEY

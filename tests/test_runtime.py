@@ -12,8 +12,8 @@ import pytest
 import ray
 import torch
 
-from graftwork.cluster import runtime
-from graftwork.specs.job import StepResources
+from graftwork.cluster.session import runtime
+from graftwork.specs.resources import StepResources
 
 
 def test_a_task_whose_gpu_torch_cannot_use_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,11 @@ import pytest
 from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
-from graftwork.pipeline import files
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.files import StoreError
-from graftwork.pipeline.store import MANIFEST, Store
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.store import open, remote
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.errors import StoreError
+from graftwork.pipeline.store.manifest import MANIFEST
 from tests.conftest import ROOT, TINY
 from tests.flaky import FAULTS, Fault, Plan, Proxy, flaky, seeded
 from tests.stores import FILES, KEY, OTHER, commit, flip, stored
@@ -33,11 +34,11 @@ MIB = 2**20
 @contextmanager
 def through_a_proxy(store: Store, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Iterator[tuple[Store, Proxy]]:
     """The same store behind a proxy that spoils requests, and little patience with it."""
-    monkeypatch.setattr(files, "READ_TIMEOUT", 1)
-    monkeypatch.setattr(files, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(files, "LONGEST_WAIT", 0.2)
-    monkeypatch.setattr(files, "REQUEST_TRIES", 1)
-    monkeypatch.setattr(files, "PART_BYTES", 5 * MIB)  # the least that S3 takes
+    monkeypatch.setattr(open, "READ_TIMEOUT", 1)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(open, "REQUEST_TRIES", 1)
+    monkeypatch.setattr(remote, "PART_BYTES", 5 * MIB)  # the least that S3 takes
     with flaky(os.environ["AWS_ENDPOINT_URL"], plan, stall_seconds=1.5) as proxy:
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -96,7 +97,7 @@ def test_a_fault_that_stays_ends_in_one_line_that_says_what_was_tried(
     s3: Store, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     commit(s3)
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.5)
     with through_a_proxy(s3, monkeypatch, lambda _: fault) as (store, proxy), pytest.raises(StoreError) as caught:
         store.read_run("digits") if fault == "half an answer" else commit(store, OTHER)
     line = str(caught.value)
@@ -145,7 +146,7 @@ from pathlib import Path
 from graftwork.pipeline import files
 from graftwork.pipeline.cli import app
 from graftwork.pipeline.store import Store
-files.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
+remote.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
 Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
 """
 
@@ -182,7 +183,7 @@ def race(url: str, number: int, barrier: Any, won: Any) -> None:
 def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store, tmp_path: Path) -> None:
     store = s3 if place == "s3" else Store(str(tmp_path / "store"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["s3fs", "graftwork.pipeline.store"])
+    context.set_forkserver_preload(["s3fs", "graftwork.pipeline.store.artifacts"])
     barrier, won = context.Barrier(8), context.Queue()
     racers = [context.Process(target=race, args=(store.url, number, barrier, won)) for number in range(8)]
     for racer in racers:
@@ -248,7 +249,7 @@ def test_no_credentials_are_one_line(s3: Store, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment |= {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment |= {"AWS_EC2_METADATA_DISABLED": "true"}
-    code = f"from graftwork.pipeline.store import Store; Store({s3.url!r}).runs()"
+    code = f"from graftwork.pipeline.store.artifacts import Store; Store({s3.url!r}).runs()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
     assert f"store: got {s3.url!r}, for which there are no credentials; accepted: AWS_ACCESS_KEY_ID" in last

@@ -24,28 +24,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftwork.models import checkpoints
-from graftwork.models.budget import Budget, budget_of
-from graftwork.models.costs import forward_flops
-from graftwork.models.diffusion import Diffusion
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.gates import Gate, GatedDiT, GatedOperator, Gates, add_lora, admissible_masks, gumbel, merge_lora
+from graftwork.models.lora import add_lora, merge_lora
+from graftwork.models.measures.costs import forward_flops
+from graftwork.models.numerics.streams import initialising
+from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.operators import REGISTRY
-from graftwork.models.streams import initialising
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.selection.budget import Budget, budget_of
+from graftwork.models.selection.gates import Gate, GatedDiT, GatedOperator, Gates, admissible_masks, gumbel
 from graftwork.models.surgery import graft, new_scion, scion_at
-from graftwork.pipeline.store import Partial, Store
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.partial import Partial
 from graftwork.specs.costs import ORIGINALS
-from graftwork.specs.graft import Edit, Site
-from graftwork.specs.job import StepResources
-from graftwork.specs.layers import Group
+from graftwork.specs.edits import Edit, Site
+from graftwork.specs.layers.learned import Group
 from graftwork.specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
-from graftwork.specs.steps import SearchParams
+from graftwork.specs.params import SearchParams
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import SearchSpec, TrainingSpec
-from graftwork.stages import Context, search, training
-from graftwork.stages.batches import TrainingSet, draw_batch, shuffled
-from graftwork.stages.evidence import read_search
-from graftwork.stages.latents import LatentsMeta, write_meta
-from graftwork.stages.search import SearchEngine
-from graftwork.stages.training import PlainEngine, final_state, set_up_blocks, train
+from graftwork.stages.artifacts.evidence import read_search
+from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.selection import search
+from graftwork.stages.selection.search import SearchEngine
+from graftwork.stages.training import loop as training
+from graftwork.stages.training.batches import TrainingSet, draw_batch, shuffled
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import final_state, set_up_blocks, train
 from tests import small
 from tests.products import Products
 from tests.small import Folder

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from graftwork.specs.graft import Edit, OperatorEdits, ParallelEdits
-from graftwork.specs.layers import Layers
+from graftwork.specs.edits import Edit, OperatorEdits, ParallelEdits
+from graftwork.specs.layers.union import Layers
 from graftwork.specs.operators import HyenaY
-from graftwork.specs.steps import Rule, SelectParams
-from graftwork.stages import Context, select
-from graftwork.stages.evidence import (
+from graftwork.specs.params import Rule, SelectParams
+from graftwork.stages.artifacts import plan
+from graftwork.stages.artifacts.evidence import (
     Distilled,
     LocalityCurves,
     Outputs,
@@ -23,6 +23,8 @@ from graftwork.stages.evidence import (
     write_distilled,
     write_profile,
 )
+from graftwork.stages.contract import Context
+from graftwork.stages.selection import select
 from tests.small import Folder
 from tests.tiny_training import Reports
 
@@ -108,8 +110,8 @@ def test_the_plan_of_several_edits_is_in_the_order_in_which_they_are_made(
     first, last = edits(kind="explicit", blocks=[0]), edits(kind="explicit", blocks=[3])
     inputs["scions/01.pair"] = inputs["scions/01.mha"]
     chosen(inputs, tmp_path, ParallelEdits(pairs=((1, 2),)), last, first)
-    plan: tuple[Edit, ...] = select.read_plan(tmp_path)
-    assert [str(edit.site) for edit in plan] == ["00.mha", "03.mha", "01.pair"]
+    chosen_edits: tuple[Edit, ...] = plan.read_plan(tmp_path)
+    assert [str(edit.site) for edit in chosen_edits] == ["00.mha", "03.mha", "01.pair"]
 
 
 def test_every_strategy_of_the_spec_is_tested_here() -> None:

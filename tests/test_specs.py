@@ -12,15 +12,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from graftwork.specs.evaluate import AncestralSampler
+from graftwork.specs.edits import ParallelEdits
 from graftwork.specs.fields import Spec, Unkeyed, keyed
-from graftwork.specs.graft import ParallelEdits
 from graftwork.specs.job import JobSpec
-from graftwork.specs.layers import AllLayers, InterleavedLayers, LearnedLayers
-from graftwork.specs.load import SpecError, job_from, job_schema, load
-from graftwork.specs.model import DitModel
+from graftwork.specs.layers.learned import LearnedLayers
+from graftwork.specs.layers.static import AllLayers, InterleavedLayers
 from graftwork.specs.problems import problem
 from graftwork.specs.problems import refusal as refusal_line
+from graftwork.specs.reading.load import SpecError, job_from, job_schema, load
+from graftwork.specs.rootstock import DitModel
+from graftwork.specs.sampler import AncestralSampler
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "sklearn")
@@ -760,7 +761,7 @@ def test_the_schema_describes_every_section() -> None:
 
 
 @pytest.mark.parametrize(
-    "modules", ["graftwork.specs.job, graftwork.specs.load", "graftwork", "graftwork.pipeline.cli"]
+    "modules", ["graftwork.specs.job, graftwork.specs.reading.load", "graftwork", "graftwork.pipeline.cli.app"]
 )
 def test_the_front_door_opens_without_the_heavy_libraries(modules: str) -> None:
     check = f"import sys, {modules}; print(*[name for name in {HEAVY!r} if name in sys.modules])"

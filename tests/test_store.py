@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from graftwork.pipeline.store import MANIFEST, Artifact, RottenArtifact, Store, canonical
+from graftwork.pipeline.store.artifacts import Artifact, Store
+from graftwork.pipeline.store.manifest import MANIFEST, RottenArtifact, canonical
 from tests.stores import DAMAGE, FILES, KEY, ORIGIN, OTHER, commit, flip, overwrite, remove, stored
 
 ROOT = Path(__file__).parents[1]

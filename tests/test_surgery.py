@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.models import checkpoints
-from graftwork.models.costs import forward_flops, forward_inputs, forward_memory, num_parameters
-from graftwork.models.dit import Absorbed, DiT, DiTConfig, ParallelBlock
+from graftwork.models.measures.costs import forward_flops, forward_inputs, forward_memory, num_parameters
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
 from graftwork.models.surgery import all_edits, answer, graft, modulations, new_scion, observe, replace, scion_at
 from graftwork.specs.costs import graft_cost, rootstock_cost
-from graftwork.specs.graft import Edit, Parallel, Site
-from graftwork.specs.model import DitModel
+from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, MlpHyenaX, Swa
+from graftwork.specs.rootstock import DitModel
 from tests.small import lively
 
 TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)

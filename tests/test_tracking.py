@@ -19,14 +19,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from graftwork.cluster.board import Point
-from graftwork.pipeline import api, mlflow_runs, outbox, record, track
-from graftwork.pipeline.destination import Destination
-from graftwork.pipeline.outbox import waiting
-from graftwork.pipeline.planning import Plan, Step, make_plan
-from graftwork.pipeline.record import RunRecord, StepRecord
-from graftwork.pipeline.store import Origin, Store
-from graftwork.pipeline.track import Tracker
-from graftwork.specs.load import load
+from graftwork.pipeline import api
+from graftwork.pipeline.planning.plan import Plan, Step, make_plan
+from graftwork.pipeline.runs import record
+from graftwork.pipeline.runs.record import RunRecord, StepRecord
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import Origin
+from graftwork.pipeline.tracking import entries, outbox
+from graftwork.pipeline.tracking import tracker as track
+from graftwork.pipeline.tracking.destination import Destination
+from graftwork.pipeline.tracking.outbox import waiting
+from graftwork.pipeline.tracking.tracker import Tracker
+from graftwork.specs.reading.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys
 from tests.servers import MlflowServer, WebServer
 
@@ -332,7 +336,7 @@ def test_what_a_run_came_to_before_mlflow_heard_of_it_comes_with_its_beginning_a
     for name in ("base", "finetune"):
         tracker.started(job.step(name))
         job.end(tracker, name)
-    assert sum(isinstance(entry, mlflow_runs.Values) for entry in tracker.outbox.entries) == 1  # the first is under way
+    assert sum(isinstance(entry, entries.Values) for entry in tracker.outbox.entries) == 1  # the first is under way
     line.lose, line.is_cut = b'"seconds"', False
     job.finish(tracker)
     assert line.lost == 1
@@ -428,7 +432,7 @@ def test_a_run_that_fails_while_ray_starts_does_not_stand_as_running(
     def fail(_: Plan) -> None:
         raise ConnectionError("no Ray")
 
-    monkeypatch.setattr("graftwork.pipeline.execute.session", fail)
+    monkeypatch.setattr("graftwork.pipeline.execution.scheduler.session", fail)
     experiment = request.node.name
     changes = [f"store={tmp_path}", f"tracking.uri={server.address}", f"tracking.experiment={experiment}"]
     with pytest.raises(ConnectionError, match="no Ray"):
@@ -441,7 +445,7 @@ def test_what_mlflow_refuses_is_told_once_and_holds_up_nothing(job: Job) -> None
     tracker = job.opened()
     tracker.started(job.step("finetune"))
     for done in (1, 2):
-        tracker.outbox.put(mlflow_runs.Tags(run="finetune", tags={"k" * 300: "too long a name"}))
+        tracker.outbox.put(entries.Tags(run="finetune", tags={"k" * 300: "too long a name"}))
         tracker.points(curve(range(done, done + 1), step="finetune"))
     job.finish(tracker)
     client = MlflowClient(job.uri)
@@ -488,7 +492,7 @@ def test_a_picture_that_is_gone_from_the_store_is_named_and_holds_up_nothing(job
     tracker = job.opened()
     tracker.started(job.step("finetune"))
     until(lambda: not tracker.outbox.entries)
-    tracker.outbox.put(mlflow_runs.File(run="finetune", key=job.step("finetune").key, name="loss.png"))
+    tracker.outbox.put(entries.File(run="finetune", key=job.step("finetune").key, name="loss.png"))
     job.finish(tracker)
     (told,) = job.said
     assert "does not get loss.png of finetune, which is not in the store any more" in told

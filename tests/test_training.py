@@ -21,19 +21,22 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftwork.models.diffusion import STEPS, Diffusion
-from graftwork.models.dit import Block, DiT
-from graftwork.models.streams import generator
-from graftwork.pipeline.store import Store
-from graftwork.specs.job import StepResources
-from graftwork.specs.model import DitModel, PretrainWeights
-from graftwork.specs.steps import BaseParams
+from graftwork.models.numerics.streams import generator
+from graftwork.models.objectives.gaussian import STEPS, Diffusion
+from graftwork.models.rootstocks.dit import Block, DiT
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.params import BaseParams
+from graftwork.specs.resources import StepResources
+from graftwork.specs.rootstock import DitModel, PretrainWeights
 from graftwork.specs.training import Precision, TrainingSpec
-from graftwork.stages import Context, Stopped, base, batches, microbatches, never, training
-from graftwork.stages.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
-from graftwork.stages.checkpoint_writer import CheckpointWriter
-from graftwork.stages.latents import LatentsMeta, write_meta
-from graftwork.stages.training import PlainEngine, final_weights, learning_rate, train
+from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.contract import Context, Stopped, never
+from graftwork.stages.training import base, batches, microbatches
+from graftwork.stages.training import loop as training
+from graftwork.stages.training.batches import DrawnAhead, TrainingSet, draw_batch, shuffled
+from graftwork.stages.training.checkpoint_writer import CheckpointWriter
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import final_weights, learning_rate, train
 from tests import small
 from tests.products import Products
 from tests.tiny_training import (

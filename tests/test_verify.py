@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.store import MANIFEST, Store
-from graftwork.pipeline.verify import verify
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.manifest import MANIFEST
+from graftwork.pipeline.store.verify import verify
 from tests.stores import DAMAGE, FILES, KEY, ORIGIN, OTHER, commit, overwrite, remove, stored
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from graftwork.cluster.imports import without
-from graftwork.cluster.warm import Nursery
+from graftwork.cluster.session.imports import without
+from graftwork.cluster.session.warm import Nursery
 
 pytestmark = pytest.mark.skipif(not Nursery.possible(), reason="needs Linux")
 
@@ -127,7 +127,8 @@ def test_no_worker_outlives_the_nursery_and_those_after_it_start_by_themselves(t
 
 
 def test_a_nursery_goes_with_who_started_it(tmp_path: Path) -> None:
-    code = "from graftwork.cluster.warm import Nursery; n = Nursery([]); print(n._process.pid, flush=True); input()"
+    code = "from graftwork.cluster.session.warm import Nursery\n"
+    code += "n = Nursery([]); print(n._process.pid, flush=True); input()"
     owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
@@ -178,6 +179,8 @@ def test_what_is_imported_without_a_module_does_not_find_it(tmp_path: Path, monk
 
 def test_deepspeed_s_engine_comes_without_mlflow() -> None:
     loaded = "print('mlflow' in sys.modules)"
-    code = f"import sys, graftwork.cluster.sharded; {loaded}; import mlflow; print(mlflow.__version__)"
+    code = (
+        f"import sys, graftwork.cluster.training.deepspeed_engine; {loaded}; import mlflow; print(mlflow.__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2] == "False"

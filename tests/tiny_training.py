@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.pipeline.store import Partial, Store
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.partial import Partial
 from graftwork.specs.training import TrainingSpec
-from graftwork.stages import never, training
-from graftwork.stages.batches import TrainingSet
-from graftwork.stages.training import PlainEngine, train
+from graftwork.stages.contract import never
+from graftwork.stages.training import loop as training
+from graftwork.stages.training.batches import TrainingSet
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import train
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)

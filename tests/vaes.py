@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from graftwork.models.streams import initialising
+from graftwork.models.numerics.streams import initialising
 
 SIDE = 16  # pixels of its images; latents have half
 SHAPE: dict[str, Any] = {

@@ -22,7 +22,7 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.export import ExportRefused, export
 from graftwork.models.checkpoints.fit import fill
 from graftwork.models.checkpoints.labels import Labels
-from graftwork.models.checkpoints.native import load, save
+from graftwork.models.checkpoints.layouts.native import load, save
 from graftwork.models.checkpoints.reading import check, read
 
 __all__ = [

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from graftwork.specs.edits import Edit
 from graftwork.specs.figures import figure
-from graftwork.specs.graft import Edit
 from graftwork.specs.hub import is_hub_id
 
 FRONT = {

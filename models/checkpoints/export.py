@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from graftwork.models.checkpoints import diffusers, native, published
 from graftwork.models.checkpoints.card import Card, write_card
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
+from graftwork.models.checkpoints.layouts import diffusers, native, published
 from graftwork.models.checkpoints.reading import located, read
 from graftwork.models.checkpoints.vae import read_vae
 from graftwork.specs.export import Layout
@@ -21,7 +21,7 @@ USAGE = {
     "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
     "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
     "DiTPipeline": (
-        "import graftwork.models.checkpoints.transformer  # lets diffusers load a graft\n"
+        "import graftwork.models.checkpoints.layouts.transformer  # lets diffusers load a graft\n"
         "from diffusers import DiTPipeline\n\n"
         'model = DiTPipeline.from_pretrained("{folder}")'
     ),
@@ -30,7 +30,7 @@ USAGE = {
         'model = DiTTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
     ),
     "GraftTransformer2DModel": (
-        "from graftwork.models.checkpoints.transformer import GraftTransformer2DModel\n\n"
+        "from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel\n\n"
         'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
     ),
 }

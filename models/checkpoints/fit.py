@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors, odd_kind
 from graftwork.models.checkpoints.labels import TABLE
-from graftwork.models.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.costs import rootstock_cost
-from graftwork.specs.graft import Edit
+from graftwork.specs.edits import Edit
 
 MAX_NAMED = 3  # tensors of a kind of misfit that an error names
 LARGER = 16  # times, at most, that a rootstock has the numbers of its graft

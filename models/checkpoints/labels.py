@@ -8,7 +8,7 @@ import torch
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors
-from graftwork.models.streams import generator
+from graftwork.models.numerics.streams import generator
 
 TABLE = "y_embedder.embedding_table.weight"  # a row a class, and one of the null class
 FRESH_STD = 0.02  # of a row that is learned anew, as DiT's are at the start

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from graftwork.models.checkpoints import diffusers, folders, native, published
+from graftwork.models.checkpoints import folders
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import read_index, read_shards
 from graftwork.models.checkpoints.fit import build, fitting
 from graftwork.models.checkpoints.labels import Labels, num_classes, relabelled
+from graftwork.models.checkpoints.layouts import diffusers, native, published
 from graftwork.models.checkpoints.recognition import Found, recognised
-from graftwork.models.dit import DiT, DiTConfig
-from graftwork.specs.graft import Edit
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.specs.edits import Edit
 from graftwork.specs.hub import INDEX, SHARD, local_path, parts_of, whereabouts
 from graftwork.specs.problems import shown
 

@@ -14,14 +14,14 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors
 from graftwork.models.checkpoints.fit import MAX_NAMED, require_floats, shapes_of, weightless
 from graftwork.models.checkpoints.folders import ZERO_TOOL
-from graftwork.models.dit import DiTConfig
 from graftwork.models.operators import REGISTRY, recognise
+from graftwork.models.rootstocks.dit import DiTConfig
 from graftwork.models.surgery import ATTRIBUTE
-from graftwork.specs.graft import Edit, Parallel, Site
-from graftwork.specs.layers import MAX_DEPTH
-from graftwork.specs.load import shown
-from graftwork.specs.model import SIZES
+from graftwork.specs.edits import Edit, Parallel, Site
+from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
+from graftwork.specs.reading.load import shown
+from graftwork.specs.rootstock import SIZES
 
 # What a rootstock's shape is read from, with the number of dimensions it has.
 TELLING = {

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
-from graftwork.models.diffusion import STEPS
-from graftwork.specs.load import SpecError, parsed
+from graftwork.models.objectives.gaussian import STEPS
 from graftwork.specs.problems import shown
+from graftwork.specs.reading.load import SpecError
+from graftwork.specs.reading.safe_yaml import parsed
 
 BESIDE = ("config.json", "args.json", "model_index.json", "hparams.yaml", "config.yaml", "config.yml")
 MAX_BYTES = 2**20  # of a file beside the weights

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftwork.models.cache import in_parts
+from graftwork.models.numerics.parts import in_parts
 from graftwork.models.operators.kernels import CAUSAL_CONVOLUTION, choose
 from graftwork.specs.operators import Accelerated
 

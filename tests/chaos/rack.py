@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from graftwork.cluster.group import TITLE
+from graftwork.cluster.training.group import TITLE
 from tests.conftest import GRAFT, ROOT, TINY
 from tests.loopback import LoopbackCluster, free_port
 from tests.servers import MlflowServer

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.store.artifacts import Store
 from tests.chaos.rack import BUCKET, Rack
 from tests.conftest import Finished, keys
 

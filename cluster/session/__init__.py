@@ -1,0 +1,1 @@
+"""Ray on this machine: how it is started or joined, its scratch files, and the processes it starts."""

@@ -1,0 +1,1 @@
+"""Measures of models and of samples: costs, locality of attention, distances."""

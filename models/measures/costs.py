@@ -1,0 +1,80 @@
+"""What a model costs, measured: parameters, FLOPs by torch's counter, the time and memory of a forward pass.
+
+`specs/costs.py` has the first two by formula.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from graftwork.models.objectives.gaussian import Network
+from graftwork.models.rootstocks.dit import DiT
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(value.numel() for value in model.parameters())
+
+
+def forward_flops(model: DiT) -> int:
+    """FLOPs of one forward pass of one sample; a multiply-add counts as two. Counted on meta tensors: nothing runs."""
+    model = copy.deepcopy(model).to("meta")
+    inputs = forward_inputs(model, 1, torch.device("meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def forward_inputs(model: DiT, batch: int, device: torch.device) -> Inputs:
+    """Something of the right shape to run the model on."""
+    config = model.config
+    x = torch.zeros(batch, config.in_channels, config.input_size, config.input_size, device=device)
+    index = torch.zeros(batch, dtype=torch.long, device=device)
+    return x, index, index
+
+
+@torch.no_grad()
+def forward_seconds(network: Network, inputs: Inputs) -> float:
+    """Wall time of one forward pass, until its result is there."""
+    start = time.perf_counter()
+    network(*inputs)
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def forward_memory(model: DiT, inputs: Inputs, network: Network | None = None) -> int:
+    """Largest number of bytes held at once during a forward pass: the model's, and what the pass allocates.
+
+    network: what the pass goes through instead, such as the model's compiled code.
+    """
+    network = model if network is None else network
+    held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    if inputs[0].is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        network(*inputs)
+        return held + torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        network(*inputs)
+    # Each of the allocator's events adds or, with a negative size, frees.
+    results = profiler.profiler.kineto_results.events()
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in results
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
+    )
+    now = peak = 0
+    for _, size in events:
+        now += size
+        peak = max(peak, now)
+    return held + peak

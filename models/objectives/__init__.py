@@ -1,0 +1,1 @@
+"""What a model learns to predict, and the loss: Gaussian diffusion with a learned variance."""

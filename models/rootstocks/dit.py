@@ -1,0 +1,192 @@
+"""The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of its published checkpoints.
+
+Shapes: B batch, C latent channels, S latent side, P patch, N = (S / P)^2 tokens, D width, H heads, L depth.
+A block is  x + gate * operator(norm(x) * (1 + scale) + shift), once with `attn` and once with `mlp`. A graft replaces
+those two operators only; norms, modulation and gates stay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from graftwork.models.operators import build_operator
+from graftwork.specs.costs import FREQUENCIES, ORIGINALS
+from graftwork.specs.operators import Place
+
+MAX_PERIOD = 10_000.0
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes the tensors of a rootstock."""
+
+    input_size: int  # S, latent pixels a side
+    in_channels: int  # C
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    num_classes: int
+    learn_sigma: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def place(self) -> Place:
+        return Place(self.width, self.heads, self.num_tokens)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+class PatchEmbedding(nn.Module):
+    """(B,C,S,S) -> (B,N,D), rows first."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch, stride=config.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedding(nn.Module):
+    """(B,) timesteps in 0 .. 999 -> (B,D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """(B,) labels -> (B,D); label `num_classes` is the null class of unconditional samples."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B,N,D) with (B,D) shift and scale."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+class Block(nn.Module):
+    """One transformer block under adaLN-Zero conditioning."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(place.width)
+        self.attn: nn.Module = build_operator(ORIGINALS["mha"], place)
+        self.norm2 = layer_norm(place.width)
+        self.mlp: nn.Module = build_operator(ORIGINALS["mlp"], place)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(place.width, 6 * place.width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """(B,N,D) -> (B,N,P*P*C_out)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(config.width)
+        self.linear = nn.Linear(config.width, config.patch**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The whole transformer: a noised latent, its timestep and its label in; noise (and variance) out."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbedding(config)
+        self.t_embedder = TimestepEmbedding(config.width)
+        self.y_embedder = LabelEmbedding(config.num_classes, config.width)
+        self.register_buffer("pos_embed", position_embedding(config))
+        self.blocks = nn.ModuleList(Block(config.place) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.checkpointing = False  # in training, keep each block's input alone and compute the rest again
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B,C,S,S), t (B,), y (B,) -> (B,C_out,S,S)."""
+        tokens, c = self.embed(x, t, y)
+        for block in self.blocks:
+            tokens = self._through(block, tokens, c)
+        return self.unpatchify(self.final_layer(tokens, c))
+
+    def _through(self, block: nn.Module, tokens: Tensor, c: Tensor) -> Tensor:
+        if not self.checkpointing:
+            return block(tokens, c)
+        # Nothing in a block is random.
+        return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B,N,D) and condition (B,D)."""
+        tokens = self.x_embedder(x)
+        # As the weights are: fp32 where autocast makes the products alone bf16, which keeps the stream of all blocks in
+        # fp32, as published; bf16 where an engine cast the parameters, which may have left this buffer in fp32.
+        embedding = self.pos_embed.to(self.x_embedder.proj.weight.dtype)
+        return tokens + embedding, self.t_embedder(t) + self.y_embedder(y)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""
+        side, patch, channels = self.config.input_size // self.config.patch, self.config.patch, self.config.out_channels
+        x = x.reshape(-1, side, side, patch, patch, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+
+
+def position_embedding(config: DiTConfig) -> Tensor:
+    """Fixed 2-D sin-cos embedding (1,N,D): half of the channels for the column, half for the row."""
+    side, quarter = config.input_size // config.patch, config.width // 4
+    frequencies = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def initialise(model: DiT, label_std: float = 0.02) -> None:
+    """Published initialisation: xavier-uniform linears, N(0, .02) embeddings, adaLN and the final layer zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for linear in model.t_embedder.mlp:
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=0.02)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
+    for module in (*model.blocks, model.final_layer):
+        nn.init.zeros_(module.adaLN_modulation[1].weight)
+    nn.init.zeros_(model.final_layer.linear.weight)

@@ -1,0 +1,104 @@
+"""Fingerprints of what lies outside the store: they stand in a step's key for the bytes that it will read."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.store.manifest import canonical, digest
+from graftwork.specs.data import Data, DigitsData, ImageFolderData
+from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
+from graftwork.specs.problems import plain
+from graftwork.stages.features.hashes import ImageHashes
+from graftwork.stages.features.sources import items, split
+
+ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
+UNREAD = "unread"  # stands for contents that were never read: the keys are not those of a run either
+
+
+class ChangedFiles(ValueError):
+    """Files hold something else than they did when the plan hashed them; the text is the whole line."""
+
+
+@dataclass(frozen=True)
+class External:
+    """A file or folder that a step reads from outside of the store; its fingerprint stands in the step's key."""
+
+    role: str
+    path: str
+    field: str  # of the spec, that names it
+
+    def fingerprint(self, contents: Contents) -> str:
+        """Return the hash of a file, of all files of a folder, or of all parts of what a file is a part of; of a hub
+        id, the revision that is in the local cache; ABSENT if it is not here, UNREAD if it has to be read first."""
+        if is_hub_id(self.path):
+            snapshot = local_snapshot(self.path)
+            return f"{self.path}@{snapshot.name}" if snapshot else ABSENT
+        place = Path(self.path)
+        if place.is_dir():
+            return self._of_files(place, _names(place, self.role), contents)
+        if len(parts := parts_of(place)) > 1:
+            return self._of_files(place.parent, [part.name for part in parts], contents)
+        if not place.is_file():
+            return ABSENT
+        digests = contents.files(self.field, place, [""])
+        return digests[0] if digests else UNREAD
+
+    def require_same(self, fingerprint: str) -> None:
+        """Raise ChangedFiles if it is on this machine, and no longer what has that fingerprint."""
+        now = self.fingerprint(Contents())
+        if now not in (fingerprint, ABSENT):
+            accepted = "accepted: files that stay as they are while a job reads them, the same on all machines"
+            raise ChangedFiles(f"{self.field}: got {plain(self.path)}, which is not as the plan found it; {accepted}")
+
+    def _of_files(self, place: Path, names: list[str], contents: Contents) -> str:
+        digests = contents.files(self.field, place, names)
+        return _hash([[name, one] for name, one in zip(names, digests, strict=True)]) if digests is not None else UNREAD
+
+
+def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], ImageHashes | None]:
+    """Return that of the digits' file, or of the images that the job chose, by content unless `data.trust` says
+    otherwise; and what each image holds, as far as that was read."""
+    if isinstance(data, DigitsData):
+        return {"digits": digest(digits_file())}, None
+    if not Path(data.path).is_dir():
+        return {"images": ABSENT}, None
+    if data.trust == "times":
+        return _times(data), None
+    hashes = contents.images(data)
+    return {"images": hashes.root if hashes else UNREAD}, hashes
+
+
+def _times(data: ImageFolderData) -> dict[str, str]:
+    """Return the fingerprint of the images by their names, sizes and times."""
+    chosen = items(data) if data.skip_broken else [item for part in split(data) for item in part]
+    listing: list[list[object]] = []
+    for item in chosen:
+        try:
+            found = (Path(data.path) / item.name).stat()
+            listing.append([item.name, item.label, found.st_size, found.st_mtime_ns])
+        except OSError:  # a link to nothing
+            listing.append([item.name, item.label])
+    return {"images": _hash(listing)}
+
+
+def _names(place: Path, role: str) -> list[str]:
+    """Return the files of a folder that are read: those right in one of reference images, else all below it."""
+    if role == "reference":
+        return sorted(entry.name for entry in os.scandir(place) if entry.is_file() and not entry.name.startswith("."))
+    return [file.relative_to(place).as_posix() for file in sorted(place.rglob("*")) if file.is_file()]
+
+
+def _hash(listing: list[list[object]]) -> str:
+    return hashlib.sha256(canonical(listing).encode(errors="surrogateescape")).hexdigest()
+
+
+def digits_file() -> Path:
+    """Return where scikit-learn keeps its digits, found without importing it."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"

@@ -1,0 +1,403 @@
+"""What can be known to be wrong before anything starts: files that are not there, places that cannot be reached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from graftwork.cluster.session.address import check_cluster, cluster_address
+from graftwork.cluster.session.scratch import scratch_problem
+from graftwork.pipeline.planning.plan import Plan, carried_edits
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.pipeline.store.errors import StoreError
+from graftwork.specs.codec import VaeCodec
+from graftwork.specs.data import ImageFolderData
+from graftwork.specs.edits import OperatorEdits, overlapping
+from graftwork.specs.evaluate import inception_file
+from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
+from graftwork.specs.job import JobSpec
+from graftwork.specs.problems import refusal
+from graftwork.specs.reading.load import SpecError
+from graftwork.specs.rootstock import CheckpointWeights
+from graftwork.stages.features.codec import misfits, vae_place
+from graftwork.stages.features.listing import Listing, counted, list_images, listed
+from graftwork.stages.features.sources import (
+    MIN_HELDOUT,
+    class_folders,
+    class_names,
+    class_sizes,
+    heldout_of,
+    num_classes,
+    scarce,
+    split_sizes,
+)
+
+ACCEPTED_CHECKPOINT = "a checkpoint of the job's model and classes"
+ACCEPTED_VAE = "an AutoencoderKL with all of its weights, as floating-point numbers"
+ACCEPTED_REFERENCE = "an .npz with mu and sigma, or a folder with images, all of one size, directly in it"
+PLANNED_HEADERS = 1000  # of images that a plan reads
+
+
+def check(job: JobSpec) -> None:
+    """Raise SpecError, one line a problem, for all that a run of the job would not find, or not find enough of."""
+    lines = [*absent(job), *shortages(job)]
+    if lines:
+        raise SpecError(lines)
+
+
+def machine_problems() -> list[str]:
+    """Return a line for what this machine's environment says of Ray that is of no use, without asking a cluster."""
+    try:
+        problem = scratch_problem() if cluster_address() is None else None
+    except SpecError as error:
+        return error.lines
+    return [problem] if problem else []
+
+
+def check_ray() -> None:
+    """Raise SpecError where neither the cluster of RAY_ADDRESS can be joined nor a Ray of our own be started."""
+    if lines := machine_problems():
+        raise SpecError(lines)
+    if (address := cluster_address()) is not None:
+        check_cluster(address)
+
+
+def check_places(store: Store) -> None:
+    """Raise SpecError if the store cannot be written."""
+    try:
+        store.check_writable()
+    except StoreError as error:
+        raise SpecError([str(error)]) from None
+
+
+def check_pending(made: Plan, store: Store, max_headers: int | None = None) -> list[str]:
+    """Check the files that the plan's steps read, but for those in the store; see `check_files`."""
+    job = made.job
+    scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
+    weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
+    if not (weights or scions or "fid" in job.evaluate.metrics):
+        return []
+    return check_files(job, [step for step, state in made.states(store).items() if state != "cached"], max_headers)
+
+
+def check_files(job: JobSpec, pending: Collection[str], max_headers: int | None = None) -> list[str]:
+    """Return lines on what pending steps will read; raise SpecError if they need other files than those that are here.
+
+    Names, shapes and headers are read; what the numbers are shows when the step reads them. A file on another machine
+    is not looked for: `absent` names it. max_headers: of images, beyond which none of a folder's are read.
+    """
+    lines: list[str] = []
+    notes: list[str] = []
+    for field, source in _checkpoints(job, pending):
+        if _absent_weights(field, source):
+            continue
+        from graftwork.models.checkpoints import UnfitCheckpoint  # torch loads with it
+
+        try:
+            notes += [f"{field}: {note}" for note in _check_checkpoint(job, field, source)]
+        except UnfitCheckpoint as error:
+            lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
+    lines += _check_vae(job, pending)
+    try:
+        notes += _check_reference(job, pending, max_headers)
+    except ValueError as error:
+        lines.append(refusal("evaluate.reference", error, ACCEPTED_REFERENCE))
+    if lines:
+        raise SpecError(lines)
+    return notes
+
+
+def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the fields and paths of the checkpoints that pending steps read."""
+    if isinstance(job.weights, CheckpointWeights) and "base" in pending:
+        yield "weights.path", job.weights.path
+    for number, edit in enumerate(job.graft):
+        names = {f"distill/{one.name}" for one in edit.edits(job.model.depth)}
+        if isinstance(edit, OperatorEdits) and edit.scions is not None and names & set(pending):
+            yield f"graft.{number}.scions", edit.scions
+
+
+def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
+    """Yield what is to be said of a checkpoint that fits the job; raise UnfitCheckpoint for another."""
+    from graftwork.models import checkpoints
+    from graftwork.models.rootstocks.dit import DiTConfig
+
+    count = num_classes(job.data)
+    config = DiTConfig(
+        input_size=job.latent_side(),
+        in_channels=job.codec.latent_channels(job.data),
+        patch=job.model.patch,
+        depth=job.model.depth,
+        width=job.model.width,
+        heads=job.model.heads,
+        num_classes=count or 0,
+        learn_sigma=job.model.learn_sigma,
+    )
+    labels = None
+    if field == "weights.path" and isinstance(job.weights, CheckpointWeights) and _data_are_here(job):
+        names = class_names(job.data)
+        if (rows := job.weights.rows(names)) is not None:
+            labels = checkpoints.Labels(names, rows, job.seed)
+            yield _labels_line(rows)
+    # Scions do not see labels; the number of classes may be in data that are elsewhere.
+    any_classes = field != "weights.path" or (labels is None and (count is None or _has_own_classes(job)))
+    yield from checkpoints.check(source, config, labels=labels, any_classes=any_classes)
+
+
+def _has_own_classes(job: JobSpec) -> bool:
+    return isinstance(job.weights, CheckpointWeights) and job.weights.classes is not None
+
+
+def _data_are_here(job: JobSpec) -> bool:
+    return not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
+
+
+def _labels_line(rows: Sequence[int | None]) -> str:
+    fresh = rows.count(None)
+    known = f"{len(rows) - fresh:,} of {len(rows):,} classes begin with rows of its label table"
+    return f"{known}, {fresh:,} with fresh ones, and the null class with its own"
+
+
+def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
+    """Return a line if the VAE is not one, or not whole."""
+    if not isinstance(job.codec, VaeCodec) or "features" not in pending or (folder := vae_place(job.codec)) is None:
+        return []
+    from graftwork.models.checkpoints import UnfitCheckpoint
+    from graftwork.models.checkpoints.vae import check_vae
+
+    try:
+        check_vae(folder)
+    except UnfitCheckpoint as error:
+        return [refusal("codec.path", error, ACCEPTED_VAE)]
+    return []
+
+
+def _check_reference(job: JobSpec, pending: Collection[str], max_headers: int | None) -> list[str]:
+    """Return notes on what is left out, or not looked at now; raise ValueError if samples cannot be held against it."""
+    reference = job.evaluate.reference
+    if "fid" not in job.evaluate.metrics or reference is None or "reference/fid" not in pending:
+        return []
+    if not Path(reference).exists():
+        return []
+    from graftwork.stages.evaluation.inception import read_statistics, reference_images, require_one_size
+
+    if not Path(reference).is_dir():
+        read_statistics(reference)
+        return []
+    images = reference_images(reference)
+    others = {entry.name for entry in Path(reference).iterdir() if entry.is_file() and not entry.name.startswith(".")}
+    kinds = Counter(Path(name).suffix.lower() for name in others - {image.name for image in images})
+    notes = [f"evaluate.reference: left out, by suffix: {counted(kinds)}"] if kinds else []
+    if max_headers is not None and len(images) > max_headers:
+        some = f"whether its {len(images):,} images are all of one size is looked at before a run"
+        return [*notes, f"evaluate.reference: {some}"]
+    require_one_size(reference, images)
+    return notes
+
+
+def absent(job: JobSpec) -> list[str]:
+    """A line for each file or folder that the job names and that is not on this machine."""
+    lines = []
+    if isinstance(job.data, ImageFolderData):
+        lines += _absent_data(job.data)
+    lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
+    for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
+        if path is not None and not Path(path).exists():
+            lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
+    if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not (hub := inception_file(None)).is_file():
+        lines.append(
+            f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights ({hub.name}), named here or "
+            f"placed at {hub}"
+        )
+    return lines
+
+
+def unfetched(job: JobSpec) -> list[str]:
+    """Return a line for each hub id that the job names and that is not in the local cache: one of `absent`'s."""
+    return [line for field, path in _weights(job) if is_hub_id(path) and (line := _absent_weights(field, path))]
+
+
+def _absent_data(data: ImageFolderData) -> list[str]:
+    accepted = "accepted: a folder with one folder a class"
+    if not Path(data.path).is_dir():
+        lines = [f"data.path: got {data.path!r}, no such folder; {accepted}"]
+        if isinstance(data.classes, str) and not Path(data.classes).exists():
+            lines.append(
+                f"data.classes: got {data.classes!r}, no such file; accepted: a number, or a file on this machine"
+            )
+        return lines
+    try:
+        listing = list_images(data)
+    except OSError as error:
+        return [f"data.path: got {data.path!r}, which cannot be read ({error.strerror}: {error.filename}); {accepted}"]
+    except ValueError:  # of `data.classes`
+        return []
+    if listing.num_images or listing.nested():
+        return []
+    kinds = listing.kinds_left_out()
+    found = f"no images in class folders, but {counted(kinds)}" if kinds else "no images in it"
+    return [f"data.path: got {data.path!r}, {found}; {accepted}"]
+
+
+def notes(job: JobSpec) -> list[str]:
+    """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples, work
+    that nothing measures, GPUs that compute without their tensor cores."""
+    lines = []
+    if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
+        left_out = list_images(job.data).left_out_line()
+        lines = [*([left_out] if left_out else []), *_without_heldout(job.data)]
+    classes, samples = num_classes(job.data) or 0, job.evaluate.samples
+    if samples < classes:
+        lines.append(
+            f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
+        )
+    if job.finetune.control and "random_init" not in job.rows():
+        lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
+    return [*lines, *_without_tensor_cores(job)]
+
+
+def _without_tensor_cores(job: JobSpec) -> list[str]:
+    """A line if steps compute in fp32 on GPUs."""
+    fields = [field for field, (precision, gpu) in job.precisions().items() if precision == "fp32" and gpu]
+    if not fields:
+        return []
+    return [
+        f"fp32 uses no tensor cores of a GPU, and tf32 is up to 8 times as fast: {', '.join(fields)}; accepted there: "
+        "tf32, as the published sampling, and bf16"
+    ]
+
+
+def _without_heldout(data: ImageFolderData) -> list[str]:
+    """A line if classes have one image each, which stays to train on."""
+    folders = class_folders(data)
+    single = [name for name, images in folders.items() if not heldout_of(len(images), data.heldout)]
+    if not single:
+        return []
+    return [
+        f"data.heldout: {len(single)} of {len(folders)} classes have one image, and none held out: {listed(single)}"
+    ]
+
+
+def fetch(job: JobSpec) -> None:
+    """Have every hub id that the job names in the local cache; raises SpecError where one cannot be had."""
+    for field, path in _weights(job):
+        try:
+            local_path(path, _part(field))
+        except Exception as error:  # whatever the network, the hub or its library says
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            accepted = "accepted: a file or folder on this machine, or a hub id that can be fetched"
+            place = whereabouts(path, _part(field))
+            raise SpecError(
+                [f"{field}: got {path!r}, {place}, and it cannot be fetched: {reason}; {accepted}"]
+            ) from None
+
+
+def _part(field: str) -> str:
+    """Return the folder, in that of a pipeline, that the weights of a field lie in."""
+    return "vae" if field == "codec.path" else "transformer"
+
+
+def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """Yield the field and path of all files and folders that the job reads; a hub id is not one."""
+    if isinstance(job.data, ImageFolderData):
+        yield "data.path", job.data.path
+        if isinstance(job.data.classes, str):
+            yield "data.classes", job.data.classes
+    yield from ((field, path) for field, path in _weights(job) if not is_hub_id(path))
+    for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
+        if path is not None:
+            yield f"evaluate.{name}", path
+
+
+def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """The field and path of all weights that the job brings along."""
+    if isinstance(job.codec, VaeCodec):
+        yield "codec.path", job.codec.path
+    if isinstance(job.weights, CheckpointWeights):
+        yield "weights.path", job.weights.path
+    for number, edit in enumerate(job.graft):
+        if isinstance(edit, OperatorEdits) and edit.scions is not None:
+            yield f"graft.{number}.scions", edit.scions
+
+
+def _absent_weights(field: str, path: str) -> str | None:
+    if is_hub_id(path):
+        place = whereabouts(path, _part(field))
+        then = "HF_HUB_OFFLINE keeps a run from fetching it" if is_offline() else "a run asks the hub for it"
+        return None if place is None else f"{field}: got {path!r}, {place}; {then}"
+    if Path(path).exists():
+        return None
+    return f"{field}: got {path!r}, no such file; accepted: a file or folder with weights, or a hub id"
+
+
+def shortages(job: JobSpec) -> list[str]:
+    """A line for what the data, the codec or the weights, where they are on this machine, cannot meet."""
+    pair = overlapping(carried_edits(job), job.edits())
+    pairs = (
+        [f"graft: got {pair}; accepted: pairs of blocks that are in no parallel block of the weights"] if pair else []
+    )
+    data = _data_shortages(job)
+    labels = [] if data else _label_shortages(job)
+    return [*misfits(job.codec, job.data), *pairs, *data, *labels]
+
+
+def _label_shortages(job: JobSpec) -> list[str]:
+    """Return a line if `weights.classes` names what is not a class of the job."""
+    if not isinstance(job.weights, CheckpointWeights) or not isinstance(job.weights.classes, dict):
+        return []
+    names = class_names(job.data) if _data_are_here(job) else ()
+    unknown = [name for name in job.weights.classes if name not in names]
+    if not names or not unknown:
+        return []
+    return [f"weights.classes: got {listed(unknown)}; accepted: the job's classes, {listed(names)}"]
+
+
+def _data_shortages(job: JobSpec) -> list[str]:
+    if not isinstance(job.data, ImageFolderData):
+        return _sizes(job)
+    try:
+        listing = list_images(job.data)
+    except OSError:
+        return []  # `absent` says so
+    except ValueError as misfit:
+        return [str(misfit)]
+    line = listing.nested() or _empty_classes(job, listing) or _other_classes(job.data, len(listing.folders))
+    if not listing.num_images and not listing.nested():
+        return []  # `absent` says so
+    return [line] if line else _sizes(job)
+
+
+def _empty_classes(job: JobSpec, listing: Listing) -> str | None:
+    line = listing.empty()
+    if line is None or not isinstance(job.weights, CheckpointWeights):
+        return line
+    return f"{line}; weights.classes takes the rows of fewer classes from a checkpoint, without empty folders"
+
+
+def _other_classes(data: ImageFolderData, number: int) -> str | None:
+    if not isinstance(data.classes, int) or data.classes == number:
+        return None
+    return f"data.classes: got {data.classes}; accepted: {number}, the class folders in {data.path}"
+
+
+def _sizes(job: JobSpec) -> list[str]:
+    if line := scarce(job.data, class_sizes(job.data)):
+        return [line]
+    total, kept = split_sizes(job.data)
+    lines = []
+    if kept < MIN_HELDOUT:
+        lines.append(
+            f"data.heldout: got {job.data.heldout}, which holds out {kept} of {sum(class_sizes(job.data))} images, one "
+            f"of each class at least staying to train on; accepted: data of which at least {MIN_HELDOUT} are held out, "
+            "since the table's first row is their distance"
+        )
+    if job.distill.samples > total:
+        lines.append(
+            f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are"
+        )
+    if job.distill.heldout is not None and job.distill.heldout > kept:
+        lines.append(
+            f"distill.heldout: got {job.distill.heldout}; accepted: at most {kept}, the held-out images there are"
+        )
+    return lines

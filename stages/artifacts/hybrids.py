@@ -1,0 +1,52 @@
+"""Models put together from artifacts: the rootstock, its graft with distilled or fresh scions, the finetuned graft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from safetensors.torch import load_file
+
+from graftwork.models import checkpoints
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.surgery import all_edits, graft, scion_at
+from graftwork.specs.edits import Edit
+from graftwork.specs.evaluate import Row
+from graftwork.stages.artifacts.plan import read_plan
+from graftwork.stages.contract import Context
+
+
+def with_fresh_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
+    """The rootstock with the plan's edits, initialised as they were before distillation."""
+    model, edits = checkpoints.load(context.input("base"))
+    plan = read_plan(context.input("select"))
+    return graft(model, plan, seed), all_edits(edits, plan)
+
+
+def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
+    """The graft after stage 1; or, where the step needs `searched`, what the search for layers trained."""
+    start = "searched" in context.inputs
+    model, edits = checkpoints.load(context.input("searched") / "hybrid" if start else context.input("base"))
+    plan = read_plan(context.input("select"))
+    carried = {(edit.site, edit.operator) for edit in edits} if start else set()
+    missing = [edit for edit in plan if (edit.site, edit.operator) not in carried]
+    return with_scions(model, missing, context, seed), all_edits(edits, plan)
+
+
+def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) -> DiT:
+    """Put the distilled scion of each edit into the model, in place; a pair's holds those of its blocks."""
+    for edit in sorted(edits, key=Edit.sort_key):
+        graft(model, [edit], seed)
+        state = load_file(context.input(f"scions/{edit.name}") / "scion.safetensors")
+        scion_at(model, edit.site).load_state_dict(state)
+    return model
+
+
+def row_model(context: Context, row: Row, seed: int) -> DiT:
+    """The model that a row of the table is about."""
+    if row == "rootstock":
+        model, _ = checkpoints.load(context.input("base"))
+    elif row == "stage1":
+        model, _ = with_distilled_scions(context, seed)
+    else:
+        model, _ = checkpoints.load(context.input(f"finetuned/{row}"))
+    return model.eval()

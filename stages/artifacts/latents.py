@@ -1,0 +1,235 @@
+"""The artifact of `features`: what its files are, how they are written, and how the other stages read them.
+
+A split's latents lie in shards, each a .npy file of (n,C,S,S) float32: `training_latents-00000.npy` and so on, in the
+order of their names. They are memory-mapped, so that a split may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from graftwork.models.numerics.streams import generator
+from graftwork.models.objectives.gaussian import STEPS, Diffusion
+from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.specs.rootstock import DitModel
+
+SPLITS = ("training", "heldout")
+
+
+class LatentsMeta(BaseModel):
+    """What the latents are; `meta.json`."""
+
+    model_config = ConfigDict(frozen=True)
+    codec: str
+    # Latents are the codec's own, times this; a few VAEs shift them before, and divide them by deviations.
+    scale: float = 1.0
+    shift: float | None = None
+    means: tuple[float, ...] | None = None  # of each channel
+    deviations: tuple[float, ...] | None = None
+    channels: int
+    side: int
+    classes: tuple[str, ...]
+    num_training: int
+    num_heldout: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether latents lie in [-1, 1]: pixels do."""
+        return self.codec == "pixel"
+
+    def dit_config(self, model: DitModel) -> DiTConfig:
+        """The model that the spec describes, for these latents."""
+        return DiTConfig(
+            input_size=self.side,
+            in_channels=self.channels,
+            patch=model.patch,
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            num_classes=len(self.classes),
+            learn_sigma=model.learn_sigma,
+        )
+
+
+class Shards:
+    """Latents (n,C,S,S) in several memory-mapped files, read as a tensor is.
+
+    A slice is a view, which reads nothing; a tensor of indices gives a tensor, for which those latents alone are read.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self.parts[0].shape[1:]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, chosen: slice) -> Shards: ...
+
+    @overload
+    def __getitem__(self, chosen: Tensor) -> Tensor: ...
+
+    def __getitem__(self, chosen: slice | Tensor) -> Shards | Tensor:
+        return self._run(chosen) if isinstance(chosen, slice) else self._picked(chosen)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Tensors of `size` latents, one after another; the last may be smaller."""
+        return (self[start : start + size].tensor() for start in range(0, len(self), size))
+
+    def tensor(self) -> Tensor:
+        """All of it, which is read where it lies in more than one file."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    def _run(self, chosen: slice) -> Shards:
+        start, stop, step = chosen.indices(len(self))
+        assert step == 1
+        begins = [0, *self.ends.tolist()[:-1]]
+        parts = [
+            part[max(0, start - begin) : max(0, stop - begin)] for part, begin in zip(self.parts, begins, strict=True)
+        ]
+        return Shards([part for part in parts if len(part)] or parts[:1])
+
+    def _picked(self, chosen: Tensor) -> Tensor:
+        found = self.parts[0].new_empty((len(chosen), *self.shape[1:]))
+        shard = torch.bucketize(chosen, self.ends, right=True)
+        for number in shard.unique().tolist():
+            here = (shard == number).nonzero().flatten()
+            part = self.parts[number]
+            found[here] = part.index_select(0, chosen[here] - (self.ends[number] - len(part)))
+        return found
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One split, in an order in which every prefix is class-stratified."""
+
+    x: Tensor | Shards  # (n,C,S,S) float32
+    labels: Tensor  # (n,)
+    mirrored: Tensor | Shards | None = None  # like x, of each image's mirror image
+
+    def first(self, count: int) -> Latents:
+        mirrored = None if self.mirrored is None else self.mirrored[:count]
+        return Latents(self.x[:count], self.labels[:count], mirrored)
+
+    def spread(self, count: int) -> Latents:
+        """Return the first turns of the classes, and of the turn that is not full some that are spread over it."""
+        turn = len(self.labels.unique())
+        rest = count % turn
+        full = count - rest
+        if rest == 0 or count >= len(self.x):
+            return self.first(count)
+        chosen = full + torch.arange(rest) * min(turn, len(self.x) - full) // rest
+        mirrored = None if self.mirrored is None else _extended(self.mirrored[:full], self.mirrored[chosen])
+        labels = torch.cat([self.labels[:full], self.labels[chosen]])
+        return Latents(_extended(self.x[:full], self.x[chosen]), labels, mirrored)
+
+    def stratified(self, count: int) -> Latents:
+        """Return the first; but some that are spread over the classes if there are fewer than those."""
+        return self.spread(count) if count < len(self.labels.unique()) else self.first(count)
+
+    def share(self, fraction: float) -> Latents:
+        """The same share of each class; at least one latent. Of fewer than there are classes, see `stratified`."""
+        return self.stratified(max(1, round(len(self.x) * fraction)))
+
+    def tensor(self) -> Tensor:
+        """All of x, in memory where it lies in more than one file: for splits that are known to be small."""
+        return self.x if isinstance(self.x, Tensor) else self.x.tensor()
+
+
+def _extended(x: Tensor | Shards, more: Tensor) -> Tensor | Shards:
+    """Return x and what follows it, of which no more is read than was."""
+    return torch.cat([x, more]) if isinstance(x, Tensor) else Shards([*x.parts, more])
+
+
+def either(x: Tensor | Shards, mirrored: Tensor | Shards, chosen: Tensor, mirror: Tensor) -> Tensor:
+    """The chosen latents, each of its image or, where `mirror` (n,) is true, of the mirror image."""
+    found = torch.empty((len(chosen), *x.shape[1:]), device=x.device)
+    found[~mirror] = x[chosen[~mirror]]
+    found[mirror] = mirrored[chosen[mirror]]
+    return found
+
+
+def read_meta(folder: Path) -> LatentsMeta:
+    return LatentsMeta.model_validate_json((folder / "meta.json").read_text())
+
+
+def write_meta(folder: Path, meta: LatentsMeta) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta.model_dump(mode="json", exclude_none=True), indent=1))
+
+
+def read(folder: Path, split: str) -> Latents:
+    """A split, memory-mapped."""
+    labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy"))
+    mirrored = _shards(folder, f"{split}_mirrored")
+    return Latents(Shards(_shards(folder, f"{split}_latents")), labels, Shards(mirrored) if mirrored else None)
+
+
+def require_enough(field: str, asked: int, found: int, kind: str) -> None:
+    """Raise ValueError where a split is too small: known beforehand, unless broken images were left out."""
+    if asked > found:
+        raise ValueError(f"{field}: got {asked}; accepted: at most {found}, the {kind} images that can be read")
+
+
+def _shards(folder: Path, name: str) -> list[Tensor]:
+    return [torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob(f"{name}*.npy"))]
+
+
+class ShardWriter:
+    """A shard that is filled in any order. Nothing of it stays in memory; a full disk is an OSError."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self.path, self.item_bytes = path, 4 * math.prod(shape[1:])
+        described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with path.open("xb") as file:
+            np.lib.format.write_array_header_1_0(file, described)
+            self.begin = file.tell()
+            file.truncate(self.begin + shape[0] * self.item_bytes)
+
+    def write(self, start: int, latents: NDArray[np.float32]) -> None:
+        """Latents (n,C,S,S) from item `start` on; raises OSError."""
+        with self.path.open("r+b") as file:
+            file.seek(self.begin + start * self.item_bytes)
+            file.write(np.ascontiguousarray(latents).data)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Latents with noise at uniformly drawn timesteps: what the rootstock is shown."""
+
+    z: Tensor  # (n,C,S,S)
+    t: Tensor  # (n,)
+    labels: Tensor  # (n,)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Noised:
+        return Noised(self.z[chosen], self.t[chosen], self.labels[chosen])
+
+
+def noised(latents: Latents, draws: int, seed: int, stream: str) -> Noised:
+    """Each latent at `draws` uniform timesteps with noise of its own; a sample's draws depend on its place alone."""
+    t, noise = [], []
+    for index in range(len(latents.x)):
+        source = generator(seed, stream, index)
+        t.append(torch.randint(STEPS, (draws,), generator=source))
+        noise.append(torch.randn((draws, *latents.x.shape[1:]), generator=source))
+    x, times = latents.tensor().repeat_interleave(draws, 0), torch.cat(t)
+    return Noised(Diffusion().add_noise(x, times, torch.cat(noise)), times, latents.labels.repeat_interleave(draws, 0))

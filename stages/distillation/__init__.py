@@ -1,0 +1,1 @@
+"""Stage 1 of grafting: activations of the rootstock, and each scion learning to put them out."""

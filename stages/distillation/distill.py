@@ -1,0 +1,160 @@
+"""`distill`: one scion learns to put out what the operator in its site puts out, given the operator's own input.
+
+Stage 1 of the method (arXiv 2506.05340, section 3). The rootstock sees latents noised to uniformly drawn timesteps,
+with their labels, up to the site's block; the scion regresses the operator's output. The weights with the lowest
+held-out error are kept. Leaves `scion.safetensors`, `distill.json` and the loss curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from graftwork.models import checkpoints
+from graftwork.models.numerics.precision import computing, products
+from graftwork.models.numerics.streams import generator
+from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.surgery import alike, answer, new_scion, scion_at
+from graftwork.specs.edits import Edit
+from graftwork.specs.params import DistillParams
+from graftwork.specs.training import DistillSpec
+from graftwork.stages.artifacts.evidence import Distilled, write_distilled
+from graftwork.stages.artifacts.hybrids import with_scions
+from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.distillation.activations import Pairs, Rootstock, Source, activations, record, shared
+from graftwork.stages.distillation.loss import LOSSES, LossFunction, Mimic, error, error_on, loss_for, relative_error
+from graftwork.stages.pictures.pictures import loss_curve
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import save_tensors
+
+__all__ = ["record", "run"]  # what the sites of a job have in common is their activations
+
+CHECKPOINT = "distill.safetensors"
+
+
+def run(context: Context) -> None:
+    params: DistillParams = context.params
+    with products(params.recipe.precision):  # of backward passes, too
+        _distil(context, params)
+
+
+def _distil(context: Context, params: DistillParams) -> None:
+    recipe, edit, device = params.recipe, params.edit, context.device
+    context.report(0, recipe.epochs)
+    rootstock = shared(context)
+    rootstock.require_free(edit)
+    shown, unseen = activations(context)
+    loss, because = loss_for(recipe, edit.site, context)
+    scion = _new_scion(rootstock, context).to(device)
+    if edit.scions is None:
+        history = fit(scion, shown, unseen, loss, context)
+        loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
+        best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
+    else:
+        take(scion, edit, edit.scions, rootstock.model.config)
+        best_epoch, heldout_error = 0, error_on(mimic_of(scion, recipe, device), unseen, LOSSES[loss])
+    save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
+    summary = Distilled(
+        loss=loss,
+        loss_because=because,
+        heldout_error=heldout_error,
+        relative_error=relative_error(mimic_of(scion, recipe, device), unseen),
+        best_epoch=int(best_epoch),
+    )
+    write_distilled(context.out, summary)
+
+
+def _new_scion(rootstock: Rootstock, context: Context) -> nn.Module:
+    """As it is before it learns; a pair is made of copies of the rootstock's blocks, with the scions in them."""
+    params: DistillParams = context.params
+    model = rootstock.model
+    if params.edit.site.target == "pair":
+        model = with_scions(copy.deepcopy(model), params.within, context, params.seed)
+    return new_scion(model, params.edit, params.seed)
+
+
+def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> None:
+    """Fill the scion from a graft of such a rootstock, which has one of its kind in the same site."""
+    graft, carried = checkpoints.read(source, config=rootstock, any_classes=True)
+    for other in carried:
+        if other.site == edit.site and not alike(other, edit):
+            found, wanted = (one.operator.model_dump(exclude={"backend"}) for one in (other, edit))
+            raise checkpoints.UnfitCheckpoint(
+                f"{source}: {edit.site}: got {found}; accepted: {wanted}, as the spec says"
+            )
+    checkpoints.fill(scion, scion_at(graft, edit.site).state_dict(), f"{source}: {edit.site}")
+
+
+def fit(
+    scion: nn.Module, shown: Source, unseen: Source, loss: str, context: Context
+) -> list[tuple[float, float, float]]:
+    """Train to the last epoch, from the last checkpoint if there is one, and leave the best weights in `scion`.
+
+    Returns (epoch, training error, held-out error) of every epoch. Within an epoch nothing waits for the device.
+    """
+    params: DistillParams = context.params
+    recipe, size = params.recipe, len(shown)
+    mimic, loss_of = mimic_of(scion, recipe, context.device), LOSSES[loss]
+    state, history, best = _last_checkpoint(context)
+    engine = PlainEngine(scion, clip=recipe.clip, state=state)
+    stream = f"distill/{params.edit.site}"
+    for epoch in range(len(history), recipe.epochs):
+        lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
+        order = torch.randperm(size, generator=generator(params.seed, stream, "epoch", epoch)).to(context.device)
+        total = torch.zeros((), device=context.device)
+        for pairs in shown.batches(recipe.batch, order):
+            total += learn(engine, mimic, pairs, loss_of, lr) * len(pairs)
+        training_error, heldout_error = total.item() / size, error_on(mimic, unseen, loss_of)
+        if not math.isfinite(heldout_error):
+            raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
+        if heldout_error < min((point[2] for point in history), default=math.inf):
+            best = {name: value.detach().clone() for name, value in scion.state_dict().items()}
+        history.append((epoch + 1, training_error, heldout_error))
+        context.report(epoch + 1, recipe.epochs, {"training_error": training_error, "heldout_error": heldout_error})
+        last = epoch + 1 == recipe.epochs
+        stopping = not last and context.stopping()
+        if (epoch + 1) % recipe.checkpoint_every == 0 or last or stopping:
+            kept = {f"best/{name}": value.cpu() for name, value in best.items()}
+            kept["history"] = torch.tensor(history, dtype=torch.float64)
+            save_tensors(context.partial, CHECKPOINT, engine.state() | kept)
+        if stopping:
+            raise Stopped(f"after epoch {epoch + 1}")
+    scion.load_state_dict(best)
+    return history
+
+
+def mimic_of(scion: nn.Module, recipe: DistillSpec, device: torch.device) -> Mimic:
+    """The function that is distilled, in the recipe's precision."""
+    called = torch.compile(answer(scion)) if recipe.compile else answer(scion)
+
+    def mimic(*inputs: Tensor) -> Tensor:
+        # Entered anew for each pass: as long as autocast lasts, it keeps the weights that it has rounded, and would
+        # not see them change.
+        with computing(recipe.precision, device):
+            return called(*inputs)
+
+    return mimic
+
+
+def learn(engine: PlainEngine, mimic: Mimic, pairs: Pairs, loss_of: LossFunction, lr: float) -> Tensor:
+    """One step on a batch; returns its mean error."""
+    value = error(mimic, pairs, loss_of)
+    engine.step(value, lr)
+    return value.detach()
+
+
+def _last_checkpoint(
+    context: Context,
+) -> tuple[dict[str, Tensor] | None, list[tuple[float, float, float]], dict[str, Tensor]]:
+    """Engine state, history and best weights so far."""
+    path = context.partial.load(CHECKPOINT)
+    if path is None:
+        return None, [], {}
+    state = load_file(path)
+    history = [(float(a), float(b), float(c)) for a, b, c in state.pop("history").tolist()]
+    best = {name.removeprefix("best/"): state.pop(name) for name in list(state) if name.startswith("best/")}
+    return state, history, best

@@ -1,0 +1,90 @@
+"""Losses of distillation, and the errors that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graftwork.models.numerics.parts import in_parts
+from graftwork.specs.edits import Site
+from graftwork.specs.training import DistillSpec
+from graftwork.stages.artifacts.evidence import read_profile
+from graftwork.stages.contract import Context
+from graftwork.stages.distillation.activations import BATCH, Pairs, Source
+
+Mimic = Callable[..., Tensor]  # a scion, as a function of what the operator saw
+LossFunction = Callable[..., Tensor]
+LOSSES: dict[str, LossFunction] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+
+
+def error(mimic: Mimic, pairs: Pairs, loss_of: LossFunction) -> Tensor:
+    """The scion's mean error on the pairs, a scalar."""
+    predicted = mimic(*pairs.inputs)
+    if loss_of is F.l1_loss and pairs.weights is None:
+        return MeanAbsolute.apply(predicted, pairs.outputs)
+    each = loss_of(predicted.float(), pairs.outputs.float(), reduction="none")
+    return (each if pairs.weights is None else each * pairs.weights).mean()
+
+
+class MeanAbsolute(torch.autograd.Function):
+    """The mean of |predicted - wanted| in fp32, as F.l1_loss, with its gradient to the bit. That is all signs: they are
+    kept in the precision of the scion, and fewer passes over memory make them, which beside a small scion are much of a
+    step's time."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, wanted: Tensor) -> Tensor:
+        learning = ctx.needs_input_grad[0]
+        signs = torch.empty_like(predicted) if learning else predicted
+        total = torch.zeros((), device=predicted.device)
+        for given, other, sign in in_parts(predicted, wanted, signs):
+            difference = given.float() - other
+            if learning:
+                sign.copy_(difference).sign_()
+            total += difference.abs_().sum()
+        ctx.save_for_backward(signs)
+        return total / predicted.numel()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (signs,) = ctx.saved_tensors
+        return signs * (gradient / signs.numel()), None
+
+
+@torch.no_grad()
+def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
+    """Mean error over all pairs."""
+    errors = [error(mimic, pairs, loss_of).double() * len(pairs) for pairs in source.batches(BATCH)]
+    return torch.stack(errors).sum().item() / len(source)
+
+
+@torch.no_grad()
+def relative_error(mimic: Mimic, source: Source) -> float:
+    """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
+    wrong = total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for pairs in source.batches(BATCH):
+        for given, outputs in in_parts(mimic(*pairs.inputs), pairs.outputs):
+            predicted, wanted = given.double(), outputs.double()
+            wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
+            total = total.to(wanted.device) + wanted.sum((0, 1))
+            squares = squares.to(wanted.device) + wanted.square().sum()
+            count += wanted.shape[0] * wanted.shape[1]
+    return (wrong / (squares - total.square().sum() / count)).item()
+
+
+def loss_for(recipe: DistillSpec, site: Site, context: Context) -> tuple[str, str]:
+    """The loss to distil with, and why. `auto`: L1 where the outputs' tails are heavy, so that a few outliers do not
+    decide what is learned, and L2 elsewhere (section 4.1 of the paper); a pair's output holds that of attention: L1.
+    """
+    if recipe.loss != "auto":
+        return recipe.loss, "set in the spec"
+    if site.target == "pair":
+        return "l1", "a pair adds what its attention puts out"
+    kurtosis = read_profile(context.input("profile")).excess_kurtosis(site)
+    heavy = kurtosis > recipe.heavy_tails
+    compared = "above" if heavy else "at most"
+    return "l1" if heavy else "l2", f"the outputs' excess kurtosis is {kurtosis:.3g}, {compared} {recipe.heavy_tails:g}"

@@ -1,0 +1,1 @@
+"""How good a model is: samples, the judges that look at them, the reference, and the table."""

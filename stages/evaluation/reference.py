@@ -1,0 +1,82 @@
+"""`reference`: what samples are held against, computed once, whatever is grafted; and the table's row of real images.
+
+`reference/classifier` looks at the training images, `reference/fid` at those of `evaluate.reference`, or takes the
+statistics that it is: each leaves mu and sigma of the features in `<metric>.npz`. `reference/heldout` looks at real
+images that nothing was trained on, and leaves what a sampled row does (see `samples.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graftwork.specs.codec import Codec
+from graftwork.specs.data import COLOURS
+from graftwork.specs.params import FidStatisticsParams, HeldoutParams, TrainingStatisticsParams
+from graftwork.stages.artifacts.latents import Latents, read, read_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation.inception import load_inception, reference_statistics
+from graftwork.stages.evaluation.judges import Judges, Scores, statistics_file
+from graftwork.stages.features.codec import load_codec
+
+BATCH = 256
+
+
+def run(context: Context) -> None:
+    params: TrainingStatisticsParams | FidStatisticsParams | HeldoutParams = context.params
+    if isinstance(params, FidStatisticsParams):
+        _read_reference(context, params)
+    elif isinstance(params, TrainingStatisticsParams):
+        _judge_training_images(context, params)
+    else:
+        _judge_heldout_images(context, params)
+
+
+def _read_reference(context: Context, params: FidStatisticsParams) -> None:
+    def report(done: int, total: int) -> None:
+        context.report(done, total)
+        context.stop_if_asked()
+
+    network = partial(load_inception, params.inception, context.device)
+    statistics = reference_statistics(
+        params.reference, params.background or COLOURS["white"], network, context.device, report
+    )
+    statistics.write(statistics_file(context.out, "fid"))
+
+
+def _judge_training_images(context: Context, params: TrainingStatisticsParams) -> None:
+    judges = Judges(context, ("classifier",), None, context.device)
+    training = read(context.input("features"), "training")
+    scores = _judged(context, judges, params.codec, training)
+    scores.moments["classifier"].gaussian().write(statistics_file(context.out, "classifier"))
+
+
+def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:
+    from graftwork.stages.pictures.pictures import CELLS, sample_grid
+
+    judges = Judges(context, params.metrics, params.inception, context.device)
+    heldout = read(context.input("features"), "heldout").spread(params.samples)
+    _judged(context, judges, params.codec, heldout).write(context.out)
+    classes = read_meta(context.input("features")).classes
+    images, labels = next(_decoded(context, params.codec, heldout.stratified(CELLS)))
+    sample_grid(images, [classes[label] for label in labels], "heldout", context.out / "grid")
+
+
+def _judged(context: Context, judges: Judges, codec: Codec, latents: Latents) -> Scores:
+    scores = Scores()
+    for images, labels in _decoded(context, codec, latents):
+        scores.add(judges.look(images, labels))
+        context.report(scores.count, len(latents.x))
+        context.stop_if_asked()
+    return scores
+
+
+def _decoded(context: Context, codec: Codec, latents: Latents) -> Iterator[tuple[NDArray[np.uint8], Tensor]]:
+    """The images of the latents and their labels, some at a time."""
+    coder = load_codec(codec, context.device, min(context.resources.gpu, 1.0))
+    for x, labels in zip(latents.x.split(BATCH), latents.labels.split(BATCH), strict=True):
+        yield coder.decode(x), labels

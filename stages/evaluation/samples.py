@@ -1,0 +1,230 @@
+"""Samples of one row of the table: fixed batches, each a task of its own with its own noise, judged where it is drawn.
+
+What comes back of a batch are the judges' features, which the step adds to its sums in the order of the batches: its
+memory does not grow with the samples, and neither the number of workers nor a kill shows in a bit of the sums. A kill
+loses SAVE_SECONDS of work and the batches that are under way.
+
+Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; and with `evaluate.keep_samples`
+`samples.npy` (n,C,S,S) uint8, decoded by the codec, and `labels.npy` (n,).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graftwork.cluster.fan_out import fan_out
+from graftwork.models.numerics.precision import computing
+from graftwork.models.numerics.streams import SampleNoise
+from graftwork.models.objectives.gaussian import Network
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.sampling.gaussian import sample
+from graftwork.specs.params import SampleParams
+from graftwork.specs.sampler import Sampler
+from graftwork.stages.artifacts.hybrids import row_model
+from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation.judges import Judges, Scores, Verdict
+from graftwork.stages.features.codec import Coder, load_codec
+
+SAVE_SECONDS = 10.0  # between two checkpoints
+STATE = "scores.safetensors"
+KEPT_MODELS = 4  # rows whose batches may come to one process in turn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are drawn together, and the places among them of those in the row's picture."""
+
+    samples: range
+    shown: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What comes back of a batch."""
+
+    verdict: Verdict
+    shown: NDArray[np.uint8]
+    kept: NDArray[np.uint8]  # all of them, or none
+
+
+@dataclass
+class Progress:
+    """What is kept of the batches so far."""
+
+    batches: int
+    scores: Scores
+    shown: NDArray[np.uint8] | None = None  # samples in the picture
+
+    def add(self, drawn: Drawn) -> None:
+        self.batches += 1
+        self.scores.add(drawn.verdict)
+        self.shown = drawn.shown if self.shown is None else np.concatenate([self.shown, drawn.shown])
+
+    def save(self, context: Context) -> None:
+        state = {"batches": torch.tensor(self.batches), "shown": torch.from_numpy(self.shown), **self.scores.state()}
+        context.partial.save(STATE, partial(save_file, state))
+
+
+def sample_row(context: Context) -> None:
+    from graftwork.stages.pictures.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
+
+    params: SampleParams = context.params
+    meta = read_meta(context.input("features"))
+    shown = shown_of(params.samples, len(meta.classes), CELLS)
+    batches = batches_of(params, shown)
+    progress = _resumed(context, batches)
+    saved = time.monotonic()
+    context.report(progress.scores.count, params.samples)
+    missing = batches[progress.batches :]
+    for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
+        if params.keep_samples:
+            context.partial.save(_file(batch), partial(_save, drawn.kept))
+        progress.add(drawn)
+        context.report(progress.scores.count, params.samples)
+        stopping = context.stopping()
+        if stopping or time.monotonic() - saved > SAVE_SECONDS:
+            progress.save(context)
+            saved = time.monotonic()
+        if stopping:
+            context.stop_if_asked()
+    progress.scores.write(context.out)
+    labels = labels_of(range(params.samples), params.samples, len(meta.classes))
+    if params.keep_samples:
+        _gather(context, batches)
+        np.save(context.out / "labels.npy", labels.numpy())
+    assert progress.shown is not None
+    sample_grid(progress.shown, [meta.classes[label] for label in labels[shown]], params.row, context.out / "grid")
+
+
+def batches_of(params: SampleParams, shown: Sequence[int]) -> list[Batch]:
+    starts = range(0, params.samples, params.batch)
+    samples = [range(start, min(start + params.batch, params.samples)) for start in starts]
+    return [Batch(part, tuple(index - part.start for index in shown if index in part)) for part in samples]
+
+
+def shown_of(samples: int, num_classes: int, cells: int) -> list[int]:
+    """Return which samples the picture has: the first, or some of classes all over where it has no cell for each."""
+    turn = min(samples, num_classes)
+    return [cell * turn // cells for cell in range(cells)] if turn > cells else list(range(min(samples, cells)))
+
+
+def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
+    """What the last checkpoint holds; nothing, where samples to be kept of it are damaged."""
+    params: SampleParams = context.params
+    path = context.partial.load(STATE)
+    if path is not None:
+        state = load_file(path)
+        done = int(state["batches"])
+        files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
+        if None not in files:
+            return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
+    return Progress(0, Scores())
+
+
+def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
+    """Return the labels of some of `total` samples: they take turns, sample i is of class i modulo their number.
+
+    Those of a last turn that is not full are spread over all classes, which the first few would not stand for.
+    """
+    rest = total % num_classes
+    full = total - rest
+    return torch.tensor(
+        [index % num_classes if index < full else (index - full) * num_classes // rest for index in indices]
+    )
+
+
+def draw(
+    network: Network,
+    meta: LatentsMeta,
+    indices: range,
+    labels: Tensor,
+    sampler: Sampler,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
+    labels = labels.to(device)
+    noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
+    return sample(network, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
+
+
+def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
+    params: SampleParams = context.params
+    loaded = _loaded(context, device)
+    meta = read_meta(context.input("features"))
+    labels = labels_of(batch.samples, params.samples, len(meta.classes))
+    with computing(params.precision, device):
+        latents = draw(loaded.network, meta, batch.samples, labels, params.sampler, params.seed, device)
+    images = loaded.codec.decode(latents)
+    verdict = loaded.judges.look(images, labels)
+    return Drawn(verdict.cpu(), images[list(batch.shown)], images if params.keep_samples else images[:0])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that a batch of a row needs on its device."""
+
+    network: Network
+    codec: Coder
+    judges: Judges
+
+
+_LOADED: dict[tuple[object, ...], Loaded] = {}
+
+
+def _loaded(context: Context, device: torch.device) -> Loaded:
+    """What a process that draws several batches of a row loads, and compiles, once."""
+    params: SampleParams = context.params
+    # The key of the features stands for the VAE's content.
+    keys = (context.inputs[role].key for role in sorted(context.inputs))
+    identity = (params.row, params.metrics, params.inception, params.compile, *keys)
+    if identity not in _LOADED:
+        if len(_LOADED) == KEPT_MODELS:
+            _LOADED.clear()
+        model = row_model(context, params.row, params.seed).to(device)
+        judges = Judges(context, params.metrics, params.inception, device)
+        codec = load_codec(params.codec, device, min(context.resources.gpu, 1.0))
+        _LOADED[identity] = Loaded(network_of(model, params.compile), codec, judges)
+    return _LOADED[identity]
+
+
+def network_of(model: DiT, compiled: bool) -> Network:
+    """Return what samples are drawn with: the model, or code compiled for each shape that it meets."""
+    return cast(Network, torch.compile(model, dynamic=False)) if compiled else model
+
+
+def _gather(context: Context, batches: Sequence[Batch]) -> None:
+    """Put the kept samples into one file, without holding them all."""
+    gathered: np.memmap[Any, np.dtype[np.uint8]] | None = None
+    for batch in batches:
+        path = context.partial.load(_file(batch))
+        if path is None:
+            raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw all again")
+        images = np.load(path)
+        if gathered is None:
+            shape = (batches[-1].samples.stop, *images.shape[1:])
+            gathered = np.lib.format.open_memmap(context.out / "samples.npy", "w+", np.uint8, shape)
+        gathered[batch.samples.start : batch.samples.stop] = images
+    assert gathered is not None
+    gathered.flush()
+
+
+def _save(images: NDArray[np.uint8], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, numpy would add a suffix to its name
+        np.save(file, images)
+
+
+def _file(batch: Batch) -> str:
+    return f"samples-{batch.samples.start:07d}.npy"

@@ -1,0 +1,1 @@
+"""Which sites to replace: the profile of the rootstock, the search with gates, and the choice."""

@@ -1,0 +1,62 @@
+"""`finetune`: stage 2, the whole graft on a small share of the data, on DeepSpeed's engine. Leaves a model folder.
+
+The same recipe starts from distilled scions or, as the control, from freshly initialised ones; both see the same
+batches, noise and timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graftwork.cluster.training.launcher import launch
+from graftwork.models import checkpoints
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.specs.edits import Edit
+from graftwork.specs.params import FinetuneParams
+from graftwork.stages.artifacts.hybrids import with_distilled_scions, with_fresh_scions
+from graftwork.stages.artifacts.latents import read
+from graftwork.stages.contract import Context
+from graftwork.stages.training.batches import TrainingSet
+from graftwork.stages.training.loop import final_weights, set_up_blocks, train
+
+
+def run(context: Context) -> None:
+    from graftwork.stages.pictures.pictures import loss_curve  # matplotlib, which the workers do not need
+
+    params: FinetuneParams = context.params
+    # DeepSpeed counts modules and parameters by process, and all workers of ZeRO 3 must have counted alike.
+    launch(finetune, context, params.recipe, context.resources, last=True)
+    weights, curve = final_weights(context.partial)
+    model, edits = _start(context)
+    model.load_state_dict(weights, strict=False)
+    checkpoints.save(model, edits, context.out)
+    loss_curve(curve, "finetuning loss", context.out / "loss")
+
+
+def finetune(context: Context, device: torch.device) -> None:
+    """One worker's part."""
+    from graftwork.cluster.training.deepspeed_engine import ShardedEngine  # DeepSpeed, which only the workers need
+
+    params: FinetuneParams = context.params
+    recipe = params.recipe
+    model, _ = _start(context)
+    set_up_blocks(model, recipe)
+    latents = read(context.input("features"), "training").share(recipe.fraction)
+    train(
+        lambda state: ShardedEngine(model.to(device), recipe, state),
+        TrainingSet(latents.x, latents.labels, model.config.num_classes, device, latents.mirrored),
+        recipe,
+        seed=params.seed,
+        stream="finetune",
+        partial=context.partial,
+        report=context.report,
+        stopping=context.stopping,
+    )
+
+
+def _start(context: Context) -> tuple[DiT, Sequence[Edit]]:
+    params: FinetuneParams = context.params
+    build = with_distilled_scions if params.scions == "distilled" else with_fresh_scions
+    return build(context, params.seed)
