@@ -1,8 +1,8 @@
 """`evaluate`: samples of each row (a step of its own, in `samples.py`), then the table over all rows.
 
 The table's rows: `heldout`, real images that nothing was trained on (the floor), and the models sampled by
-`samples.py`. Each row, and what it is held against, comes as the statistics that its step left. Leaves `results.json` and the plot of
-quality against cost.
+`samples.py`. Each row, and what it is held against, comes as the statistics that its step left. Leaves
+`results.json` and the plot of quality against cost.
 """
 
 from __future__ import annotations

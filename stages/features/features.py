@@ -2,7 +2,7 @@
 
 Which images are encoded is settled before any is read. They are encoded in shards: a shard that is whole is kept, and
 not encoded again after a kill or a stop. Leaves the shards, of training images also those of the mirror images where
-the spec asks for them (their layout: `stages.artifacts.latents`), `{training,heldout}_labels.npy` (n,), `meta.json`, and
+the spec asks for them (layout: `stages.artifacts.latents`), `{training,heldout}_labels.npy` (n,), `meta.json`, and
 `broken.json`, the images that were left out, where the spec allows that; and `images.sha256`, what each image holds,
 which is what the step's key was made of: an image that holds something else when it is read is an error.
 """

@@ -1,9 +1,9 @@
 """The training loop of `base`, `search` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
 
 It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `engine.PlainEngine` or a sharded one. Every
-random draw belongs to a step number (stages.training.batches). Training that goes on from a checkpoint therefore ends in
-the same bits as training that never stopped. The host asks a device for a number only at points of the loss curve and at
-checkpoints, so that between them the device never waits for the host.
+random draw belongs to a step number (stages.training.batches). Training that goes on from a checkpoint therefore
+ends in the same bits as training that never stopped. The host asks a device for a number only at points of the loss
+curve and at checkpoints, so that between them the device never waits for the host.
 
 A worker passes its share of a batch in parts of `micro_batch` samples (stages.training.microbatches). Checkpoints are
 gathered from all workers between two steps, and written by the first one while training goes on.
