@@ -24,10 +24,9 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import aiohttp
 import ray
-from ray.dashboard.modules import dashboard_sdk
-from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobSubmissionClient
 
+from graftwork.cluster.session import ray_internals
 from graftwork.cluster.session.address import WHERE_TOKENS_ARE, token, token_path
 from graftwork.cluster.session.variables import environment
 from graftwork.specs.reading.load import SpecError
@@ -81,7 +80,7 @@ class Cluster:
         self._no_proxy = dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(LOOPBACK)) if here else {}
         headers = {"Authorization": f"Bearer {secret}"} if (secret := token()) else {}
         self._check_version(headers)
-        for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
+        for logger in (logging.getLogger("ray"), ray_internals.jobs_logger, ray_internals.dashboard_logger):
             logger.setLevel(logging.ERROR)
         with self._problems(), environment(dict.fromkeys(OVERRIDING)):
             self.client = JobSubmissionClient(self.address, headers=headers)

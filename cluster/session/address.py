@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from graftwork.cluster.session import ray_internals
 from graftwork.cluster.session.variables import environment
 from graftwork.specs.reading.load import SpecError
 
@@ -61,11 +62,9 @@ def head_of(address: str) -> str:
     """Return `host:port`, also for `auto`: the Ray that was started on this machine. Raise SpecError."""
     if address != "auto":
         return address
-    from ray._private.services import canonicalize_bootstrap_address
-
     try:
         with environment({"RAY_ADDRESS": None}):  # which Ray would read as it is written
-            return str(canonicalize_bootstrap_address(address))
+            return str(ray_internals.canonicalize_bootstrap_address(address))
     except ConnectionError:
         raise SpecError([f"RAY_ADDRESS: got 'auto', with no Ray on this machine; accepted: {HEAD}"]) from None
 
@@ -88,21 +87,14 @@ class _Head:
 
     def versions(self, secret: str | None) -> dict[str, str] | None:
         """Return `ray_version` and `python_version`; None if it wants a token, or another one."""
-        from ray.core.generated.gcs_service_pb2 import InternalKVGetRequest
-        from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub
-
-        request = InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
-        answer = self._answer(InternalKVGcsServiceStub(self._channel).InternalKVGet, request, secret)
+        request = ray_internals.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
+        answer = self._answer(ray_internals.InternalKVGcsServiceStub(self._channel).InternalKVGet, request, secret)
         return None if answer is None else json.loads(answer.value or b"{}")
 
     def nodes(self, secret: str | None) -> set[str]:
         """Return the ids of the nodes that are alive."""
-        from ray.core.generated.gcs_pb2 import GcsNodeInfo
-        from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
-        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
-
-        request = GetAllNodeInfoRequest(state_filter=GcsNodeInfo.ALIVE)
-        answer = self._answer(NodeInfoGcsServiceStub(self._channel).GetAllNodeInfo, request, secret)
+        request = ray_internals.GetAllNodeInfoRequest(state_filter=ray_internals.GcsNodeInfo.ALIVE)
+        answer = self._answer(ray_internals.NodeInfoGcsServiceStub(self._channel).GetAllNodeInfo, request, secret)
         return set() if answer is None else {node.node_id.hex() for node in answer.node_info_list}
 
     def refused(self, found: str, accepted: str = HEAD) -> SpecError:
@@ -123,9 +115,7 @@ class _Head:
 
 def _nodes_here() -> set[str]:
     """Return the ids of the nodes that run on this machine: Ray joins a cluster by one of its own."""
-    from ray._private.services import find_node_ids
-
-    return set(find_node_ids())
+    return set(ray_internals.find_node_ids())
 
 
 def _check_versions(head: _Head, theirs: Mapping[str, str]) -> None:

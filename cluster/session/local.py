@@ -15,12 +15,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
-from ray import _raylet
-from ray._private import ray_constants
-from ray._private.utils import resolve_object_store_memory
 from ray.job_config import JobConfig
 
 from graftwork.cluster import machine
+from graftwork.cluster.session import ray_internals
 from graftwork.cluster.session.imports import code_folders
 from graftwork.cluster.session.scratch import scratch
 from graftwork.cluster.session.variables import environment
@@ -52,7 +50,9 @@ def _memory() -> dict[str, int]:
     available = machine.available_memory()
     if available >= psutil.virtual_memory().available:
         return {}
-    store = max(resolve_object_store_memory(available), ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES)
+    store = max(
+        ray_internals.resolve_object_store_memory(available), ray_internals.constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES
+    )
     return {"object_store_memory": store, "_memory": max(available - store, 0)}
 
 
@@ -71,16 +71,17 @@ def _environment_of_its_own() -> Iterator[None]:
 
 def read_authentication() -> None:
     """Have Ray read anew from the environment whether there is a token, and which."""
-    _raylet.Config.initialize("")  # type: ignore[attr-defined]
-    _raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+    ray_internals.Config.initialize("")
+    ray_internals.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
 def _constant(name: str, value: object) -> Iterator[None]:
     """Set a constant of Ray's, which it read from the environment when it was imported."""
-    before = getattr(ray_constants, name)
-    setattr(ray_constants, name, value)
+    constants = ray_internals.constants
+    before = getattr(constants, name)
+    setattr(constants, name, value)
     try:
         yield
     finally:
-        setattr(ray_constants, name, before)
+        setattr(constants, name, before)

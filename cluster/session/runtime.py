@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private.state import state
-from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
 from graftwork.cluster.checks.drivers import gpu_problem
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
+from graftwork.cluster.session import ray_internals
 from graftwork.cluster.session.address import check_cluster, cluster_address, head_of
 from graftwork.cluster.session.imports import code_folders
 from graftwork.cluster.session.local import job_config, local_settings, read_authentication
@@ -165,11 +164,13 @@ def free_orphaned_groups() -> int:
     """
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     orphaned = 0
-    for entry in state._connect_and_get_accessor().get_placement_group_table():  # who made it is in no public answer
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+    table = ray_internals.PlacementGroupTableData
+    accessor = ray_internals.state._connect_and_get_accessor()
+    for entry in accessor.get_placement_group_table():  # who made it is in no public answer
+        group = table.FromString(entry)
         made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()  # one that is not counts as dead
         orphan = group.creator_job_id == job and made_by_actor and group.creator_actor_dead
-        if orphan and group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+        if orphan and group.state != table.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             orphaned += 1
     return orphaned

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from graftwork.cluster.session.imports import without
+from graftwork.models.numerics.torch_internals import move_towards
 from graftwork.models.outlines import outline
 from graftwork.specs.training import FinetuneSpec
 
@@ -25,11 +26,11 @@ with without("mlflow"):  # its autotuner, which we do not use, logs there if it 
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
+    from graftwork.cluster.training.deepspeed_internals import flat_weights, part_size, skip_probes
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# None of its operations is used here. Asked for this table the first time, DeepSpeed probes compilers and GPUs for all
-# of them, and on a CPU would then compile one for inference.
-vars(deepspeed.ops)["__compatible_ops__"] = {}
+skip_probes()
 
 
 def _sums_in_fp32(recipe: FinetuneSpec, device: torch.device) -> bool:
@@ -118,7 +119,7 @@ class ShardedEngine:
         self.engine.backward(loss)
         self.engine.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self._flats(), 1 - self.recipe.ema)
+            move_towards(self.ema, self._flats(), 1 - self.recipe.ema)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, EMA, moments and step count as whole fp32 tensors, on the first worker alone; all must call it."""
@@ -160,10 +161,7 @@ class ShardedEngine:
 
     def _flats(self) -> list[Tensor]:
         """This worker's flat fp32 weights."""
-        optimizer = self.engine.optimizer
-        if self.recipe.deepspeed.zero == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        return list(optimizer.single_partition_of_fp32_groups)
+        return flat_weights(self.engine.optimizer, self.recipe.deepspeed.zero)
 
     def _copies(self) -> list[Tensor]:
         return [flat.detach().clone() for flat in self._flats()]
@@ -192,7 +190,7 @@ class ShardedEngine:
                 safe_set_full_fp32_param(parameter, value)
                 continue
             # ZeRO 3 pads a parameter to equal parts; its own setter of whole values does not.
-            part = parameter.ds_tensor.ds_numel
+            part = part_size(parameter)
             rank = torch.distributed.get_rank()
             padded = F.pad(value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel()))
             safe_set_local_fp32_param(parameter, padded[rank * part : (rank + 1) * part])

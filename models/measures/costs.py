@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from graftwork.models.numerics.torch_internals import memory_events
 from graftwork.models.objectives.gaussian import Network
 from graftwork.models.rootstocks.dit import DiT
 
@@ -67,14 +68,8 @@ def forward_memory(model: DiT, inputs: Inputs, network: Network | None = None) -
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network(*inputs)
     # Each of the allocator's events adds or, with a negative size, frees.
-    results = profiler.profiler.kineto_results.events()
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in results
-        if event.name() == "[memory]" and event.device_type().name == "CPU"
-    )
     now = peak = 0
-    for _, size in events:
+    for _, size in memory_events(profiler):
         now += size
         peak = max(peak, now)
     return held + peak

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graftwork.models.numerics.torch_internals import constant_when_compiled
 from graftwork.specs.operators import Accelerated
 
 Fused = Callable[..., Tensor]
@@ -121,6 +122,7 @@ def generation(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@constant_when_compiled
 def remember(operator: str, kernel: str, obstacle: str | None) -> None:
     """Add to this process's decisions."""
     DECISIONS.add(Decision(operator, kernel, obstacle))
@@ -131,6 +133,7 @@ def import_failure(kernel: Kernel) -> str | None:
     return _import_failure(kernel.package)
 
 
+@constant_when_compiled
 def _import_failure(package: str) -> str | None:
     kernel = KERNELS[package]
     if kernel.fused is None and kernel.failure is None:
@@ -162,9 +165,3 @@ def _without_init(package: str | None) -> Iterator[None]:
         yield
     finally:
         del sys.modules[spec.name]  # others that import the package get the whole of it
-
-
-# Where an operator is compiled, dynamo calls these instead of tracing through them; what they take has to be strings
-# then. The public way to say so, torch.compiler.assume_constant_result, would import the whole compiler here.
-_import_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
-remember._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -219,11 +219,10 @@ def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     It claims as many CPUs as any task asks for; tasks then share those there are.
     """
-    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
-
     from graftwork.cluster.machine import available_memory
+    from graftwork.cluster.session import ray_internals
 
-    types = {NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu["model"]) for gpu in gpus}
+    types = {ray_internals.NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu["model"]) for gpu in gpus}
     named = {f"accelerator_type:{name}": 1.0 for name in types if name}
     return {"CPU": ANY_CPUS, "GPU": float(len(gpus)), "memory": float(available_memory()), **named}
 

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from graftwork.models.numerics.torch_internals import group_store
+
 LAG = 2  # steps, from where all workers are known to be, to where the fastest may be
 
 
@@ -29,7 +31,7 @@ class ActTogether:
         """stopping, saving: whether it is time for that; asked of the first worker."""
         self.stopping, self.saving, self.device = stopping, saving, device
         alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.store = None if alone else dist.distributed_c10d._get_default_store()
+        self.store = None if alone else group_store()
         self.taken = 0
         self.announced: tuple[Action, int] | None = None  # and before which step it is due
         self.queued: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU may not have reached

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graftwork.models.numerics.precision import computing
+from graftwork.models.numerics.torch_internals import move_towards
 from graftwork.models.outlines import outline
 from graftwork.specs.training import Precision
 from graftwork.stages.training.microbatches import Trainable
@@ -103,7 +104,7 @@ class PlainEngine:
                 group["lr"] = lr * group["rate"]
             self.adam.step()
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, self.weights, 1 - self.decay)
+                move_towards(self.ema, self.weights, 1 - self.decay)
         self.adam.zero_grad()
         return taken
 
