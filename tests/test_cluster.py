@@ -216,7 +216,7 @@ def test_what_we_start_listens_on_loopback_only(site: Site, sent: tuple[str, str
 def test_a_local_run_listens_on_loopback_only() -> None:
     look = """
 import psutil
-from graftwork.cluster.runtime import session
+from graftwork.cluster.session.runtime import session
 with session([], together=1):
     me = psutil.Process()
     for one in (me, *me.children(recursive=True)):
@@ -232,7 +232,7 @@ with session([], together=1):
 
 ON_THE_CLUSTER = """
 import ray
-from graftwork.cluster.runtime import session
+from graftwork.cluster.session.runtime import session
 @ray.remote(num_cpus=1)
 def look():
     import sys, graftwork.stages.features.sources

@@ -351,7 +351,7 @@ MAKE = """
 import sys
 from pathlib import Path
 from mlflow import MlflowClient
-from graftwork.pipeline import mlflow_database
+from graftwork.pipeline.tracking import mlflow_database
 mlflow_database.make(Path(sys.argv[1]))
 client = MlflowClient(f"sqlite:///{sys.argv[1]}")
 print(client.create_run("0").info.run_id)

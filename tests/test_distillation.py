@@ -34,7 +34,8 @@ from graftwork.stages.artifacts import hybrids as hybrid
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from graftwork.stages.contract import Context, Portion, Stopped, Together
-from graftwork.stages.distillation import activations, distill, loss
+from graftwork.stages.distillation import activations, distill
+from graftwork.stages.distillation import loss as losses
 from graftwork.stages.distillation.activations import Kept, Pairs, Rootstock
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
@@ -208,7 +209,7 @@ def test_auto_goes_by_the_tails_of_what_the_operator_puts_out(
 ) -> None:
     keep_profile(tmp_path, {MHA_SITE: 30.0, MLP_SITE: 12.0})
     context = make_bare({"profile": Folder("p", tmp_path)})
-    assert loss.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
+    assert losses.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
 
 
 def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
@@ -291,7 +292,7 @@ def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
     source: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
-    monkeypatch.setattr(distill, "BATCH", 7)
+    monkeypatch.setattr(losses, "BATCH", 7)
     assert loss.error_on(nn.Identity(), source, loss.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 

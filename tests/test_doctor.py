@@ -170,8 +170,8 @@ def test_a_disk_that_is_nearly_full_is_told(
 FULL = """
 import json, sys
 from pathlib import Path
-from graftwork.cluster import health
-from graftwork.pipeline import checkup
+from graftwork.cluster.checks import health
+from graftwork.pipeline.doctor import checkup
 
 place = Path(sys.argv[1])
 (place / "filler").write_bytes(bytes(2**20))

@@ -53,8 +53,8 @@ import sys
 from pathlib import Path
 import ray
 import torch.distributed as dist
-from graftwork.cluster import launcher
-from graftwork.specs.job import StepResources
+from graftwork.cluster.training import launcher
+from graftwork.specs.resources import StepResources
 from graftwork.specs.training import TrainingSpec
 
 def work(folder, device):

@@ -35,7 +35,7 @@ DEAD = "http://127.0.0.1:9"
 LOOK = """
 import json, os, sys
 import psutil, ray
-from graftwork.cluster.runtime import session
+from graftwork.cluster.session.runtime import session
 
 @ray.remote(num_cpus=1)
 def look():
@@ -190,7 +190,7 @@ def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, mo
 
 KILLED = """
 import os, signal
-from graftwork.cluster.scratch import scratch
+from graftwork.cluster.session.scratch import scratch
 with scratch() as folder:
     print(os.path.realpath(folder), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -234,8 +234,10 @@ def test_a_user_without_a_home_gets_one_for_as_long_as_the_command_lasts(monkeyp
 
 NOBODY = f"""
 import os
-from graftwork.pipeline import api, planning, preflight, running
-from graftwork.stages import codec
+from graftwork.pipeline import api
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.execution import run
+from graftwork.stages.features import codec
 import sklearn.datasets, scipy.ndimage, pwd, tempfile, shutil, atexit
 for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME"):
     os.environ.pop(name, None)

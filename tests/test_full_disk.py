@@ -23,8 +23,8 @@ import json, sys
 from pathlib import Path
 from graftwork.pipeline import api
 from graftwork.pipeline.api import Run
-from graftwork.pipeline.files import StoreError
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.store.errors import StoreError
+from graftwork.pipeline.store.artifacts import Store
 from tests.stores import FILES, KEY, ORIGIN, OTHER, commit
 
 disk = Path(sys.argv[1])
@@ -70,7 +70,7 @@ print(json.dumps({"lines": lines, "states": states, "kept": kept, "drafts": stor
 READ_ONLY = """
 import subprocess, sys
 from pathlib import Path
-from graftwork.pipeline.store import Store
+from graftwork.pipeline.store.artifacts import Store
 from tests.stores import KEY, OTHER, commit
 
 disk = Path(sys.argv[1])
@@ -93,7 +93,7 @@ SHARD = """
 import sys
 from pathlib import Path
 import numpy as np
-from graftwork.stages.latents import ShardWriter
+from graftwork.stages.artifacts.latents import ShardWriter
 
 disk = Path(sys.argv[1])
 writer = ShardWriter(disk / "training_latents-00000.npy", (2048, 4, 32, 32))

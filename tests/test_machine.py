@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from graftwork.cluster import machine
-from graftwork.pipeline.estimates import estimate as estimates
 from graftwork.pipeline.estimates import simulate
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.specs.reading.load import load
@@ -127,9 +126,9 @@ def asked(code: str, *before: str, preface: str = "") -> list[str]:
 
 ESTIMATE = """
 from graftwork.cluster.machine import num_cpus
-from graftwork.pipeline.estimates import machine_for
-from graftwork.pipeline.planning import make_plan
-from graftwork.specs.load import load
+from graftwork.pipeline.estimates.simulate import machine_for
+from graftwork.pipeline.planning.plan import make_plan
+from graftwork.specs.reading.load import load
 plan = make_plan(load({job!r}, ["finetune.workers=1", "weights.workers=1"]))
 print(num_cpus(), machine_for(plan, None).cpus)
 """
@@ -167,7 +166,7 @@ def test_a_process_in_a_real_control_group_has_its_limit(group: Path) -> None:
 def test_a_distillation_s_room_and_an_estimate_go_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "available_memory", lambda: 8 * GIB)
     monkeypatch.setattr(activations, "num_cpus", lambda: 4)
-    monkeypatch.setattr(estimates, "num_cpus", lambda: 7)
+    monkeypatch.setattr(simulate, "num_cpus", lambda: 7)
     assert room_of("cpu") == 2 * GIB
     assert simulate.machine_for(make_plan(load(TINY)), None).cpus == 7
 

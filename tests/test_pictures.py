@@ -90,7 +90,7 @@ DRAW = r"""
 import sys
 from pathlib import Path
 import numpy as np
-from graftwork.stages import pictures
+from graftwork.stages.pictures import pictures
 out = Path(sys.argv[1])
 pictures.sample_grid(np.zeros((3, 3, 8, 8), np.uint8), ["US$5_^x$", "caf\xe9", "\u732b"], "title", out / "grid")
 pictures.loss_curve([(1, 2.0), (2, 1.0)], "loss", out / "loss")

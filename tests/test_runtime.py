@@ -62,7 +62,7 @@ import os
 import time
 import ray
 from ray.util import placement_group
-from graftwork.cluster import runtime
+from graftwork.cluster.session import runtime
 
 @ray.remote(num_cpus=0)
 class Controller:

@@ -143,10 +143,10 @@ def test_what_does_not_pass_is_not_tried_again(s3: Store, monkeypatch: pytest.Mo
 UPLOAD = """
 import sys
 from pathlib import Path
-from graftwork.pipeline import files
-from graftwork.pipeline.cli import app
-from graftwork.pipeline.store import Store
-remote.PART_BYTES, files.PARTS_AT_ONCE = 5 * 2**20, 1
+from graftwork.pipeline.cli.app import app
+from graftwork.pipeline.store import remote
+from graftwork.pipeline.store.artifacts import Store
+remote.PART_BYTES, remote.PARTS_AT_ONCE = 5 * 2**20, 1
 Store(sys.argv[1]).files.put(Path(sys.argv[2]), "artifacts/key/model.safetensors")
 """
 
@@ -200,7 +200,8 @@ def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store,
 LARGE = """
 import resource, sys
 from pathlib import Path
-from graftwork.pipeline.store import FileEntry, Store, digest
+from graftwork.pipeline.store.manifest import FileEntry, digest
+from graftwork.pipeline.store.artifacts import Store
 store, path = Store(sys.argv[1]), Path(sys.argv[2])
 store.write("runs/a.json", "{}")  # the libraries are there
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,13 +17,14 @@ import torch, torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-from graftwork.cluster.sharded import ShardedEngine
-from graftwork.models.dit import DiT, DiTConfig, initialise
-from graftwork.models.streams import generator, initialising
+from graftwork.cluster.training.deepspeed_engine import ShardedEngine
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.numerics.streams import generator, initialising
 from graftwork.specs.training import FinetuneSpec
-from graftwork.stages.batches import Batch, share_of
-from graftwork.stages.microbatches import parts
-from graftwork.stages.training import PlainEngine, set_up_blocks
+from graftwork.stages.training.batches import Batch, share_of
+from graftwork.stages.training.microbatches import parts
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import set_up_blocks
 
 def model():
     with initialising(0, "test"):

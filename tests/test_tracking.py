@@ -350,7 +350,7 @@ def test_what_a_run_came_to_before_mlflow_heard_of_it_comes_with_its_beginning_a
 DRIVER = """
 import sys, time
 from pathlib import Path
-from graftwork.pipeline import outbox, track
+from graftwork.pipeline.tracking import outbox, tracker as track
 from tests.test_tracking import Job, curve
 outbox.KEEP_SECONDS = track.FLUSH_SECONDS = 0.1
 job = Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
