@@ -158,9 +158,9 @@ def test_distilling_brings_the_scion_nearer(
     rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
 ) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
-    before = loss.relative_error(scion, unseen)
+    before = losses.relative_error(scion, unseen)
     distill.fit(scion, source, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
-    assert loss.relative_error(scion, unseen) < 0.7 * before
+    assert losses.relative_error(scion, unseen) < 0.7 * before
 
 
 def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, store: Store, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, st
     history = distill.fit(scion, source, contrary, "l1", make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
-    assert loss.error_on(scion, contrary, loss.LOSSES["l1"]) == errors[0]
+    assert losses.error_on(scion, contrary, losses.LOSSES["l1"]) == errors[0]
 
 
 def test_the_rate_halves_at_each_milestone(
@@ -238,7 +238,7 @@ def test_the_mean_absolute_error_is_pytorchs_and_its_gradient_to_the_bit(
     predicted, wanted = (torch.randn(7, 16, 16, generator=draws).to(dtype) for _ in range(2))
     predicted[0] = wanted[0]  # where the gradient is 0
     found = []
-    for mean in (loss.MeanAbsolute.apply, lambda one, other: F.l1_loss(one.float(), other.float())):
+    for mean in (losses.MeanAbsolute.apply, lambda one, other: F.l1_loss(one.float(), other.float())):
         one = predicted.clone().requires_grad_()
         value = mean(one, wanted)
         found.append((value, *torch.autograd.grad(3.0 * value, one)))
@@ -255,7 +255,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
     weights = torch.rand(5, 1, 3, generator=draws)
     pairs = Pairs((inputs[1:4],), outputs[1:4], weights[1:4] if weighted else None)
     expected = ERRORS[kind](inputs[1:4] - outputs[1:4]) * (weights[1:4] if weighted else 1)
-    found = loss.error(nn.Identity(), pairs, loss.LOSSES[kind])
+    found = losses.error(nn.Identity(), pairs, losses.LOSSES[kind])
     torch.testing.assert_close(found, expected.mean())
 
 
@@ -293,7 +293,7 @@ def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
 ) -> None:
     whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
     monkeypatch.setattr(losses, "BATCH", 7)
-    assert loss.error_on(nn.Identity(), source, loss.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
+    assert losses.error_on(nn.Identity(), source, losses.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
@@ -301,8 +301,8 @@ def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site
     scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
     scion.load_state_dict(scion_at(rootstock, site).state_dict())
     same = recorded(rootstock, site, shown)
-    assert loss.error_on(scion, same, loss.LOSSES["l1"]) == 0
-    assert loss.relative_error(scion, same) == 0
+    assert losses.error_on(scion, same, losses.LOSSES["l1"]) == 0
+    assert losses.relative_error(scion, same) == 0
 
 
 def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept) -> None:
@@ -310,7 +310,7 @@ def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept
         def forward(self, x: Tensor) -> Tensor:
             return source.pairs.outputs.mean((0, 1)).expand_as(x)
 
-    assert loss.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
+    assert losses.relative_error(Mean(), source) == pytest.approx(1, rel=1e-5)
 
 
 # -- the whole step, and what it leaves
@@ -358,7 +358,7 @@ def test_a_distill_step_leaves_the_best_scion_and_its_figures(
         "loss_because": "the outputs' excess kurtosis is 30, above 12",
         "heldout_error": best["heldout_error"],
         "best_epoch": best_done,
-        "relative_error": pytest.approx(loss.relative_error(scion, unseen)),
+        "relative_error": pytest.approx(losses.relative_error(scion, unseen)),
     }
 
 
@@ -390,9 +390,9 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
     latents = read(inputs["features"].place, "heldout").first(24)
     unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"))
     summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
-    assert summary["relative_error"] < 0.9 * loss.relative_error(answer(start), unseen)
+    assert summary["relative_error"] < 0.9 * losses.relative_error(answer(start), unseen)
     start.load_state_dict(pair)
-    assert summary["relative_error"] == pytest.approx(loss.relative_error(answer(start), unseen), rel=1e-5)
+    assert summary["relative_error"] == pytest.approx(losses.relative_error(answer(start), unseen), rel=1e-5)
 
 
 # -- sites that share a task
@@ -559,8 +559,8 @@ def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(r
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with computing("bf16", CPU), torch.no_grad():
         seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
-        exact = loss.error(scion, Pairs(seen.inputs, seen.output, None), loss.LOSSES["l1"])
-        assert loss.error(scion, found[MHA_SITE], loss.LOSSES["l1"]) == exact
+        exact = losses.error(scion, Pairs(seen.inputs, seen.output, None), losses.LOSSES["l1"])
+        assert losses.error(scion, found[MHA_SITE], losses.LOSSES["l1"]) == exact
 
 
 def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
