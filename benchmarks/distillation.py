@@ -200,7 +200,7 @@ def public_way(work: Work) -> tuple[dict[str, float], dict[Site, list[float]], i
 def extract(work: Work, model: DiT, split: str) -> int:
     """The rootstock's own forward pass, whole; what passes the sites goes to files in bf16 or fp32."""
     latents = read(work.inputs["features"].path(), split).first(work.recipe.samples)
-    shown = noised(latents, 1, 0, "distill" if split == "training" else "distill/heldout")
+    shown = noised(latents, model.config.objective, 1, 0, "distill" if split == "training" else "distill/heldout")
     kept = torch.bfloat16 if work.recipe.precision == "bf16" else torch.float32
     sites = [edit.site for edit in work.edits]
     written = 0
@@ -209,9 +209,10 @@ def extract(work: Work, model: DiT, split: str) -> int:
     for start in range(0, len(shown.t), EXTRACTED):
         part = slice(start, start + EXTRACTED)
         with computing(work.recipe.precision, work.device), torch.no_grad():
-            inputs = [value[part].to(work.device) for value in (shown.z, shown.t, shown.labels)]
+            noisy = shown[part].to(work.device)
             # To the last block, as a forward pass goes; one more site says so to `observe`.
-            seen = observe(model, [*sites, Site(block=model.config.depth - 1, target="mlp")], *inputs)
+            last = Site(block=model.config.depth - 1, target="mlp")
+            seen = observe(model, [*sites, last], noisy.z, noisy.t, noisy.condition)
         for site in sites:
             pairs = zip(seen[site].inputs[0].to(kept).cpu(), seen[site].output.to(kept).cpu(), strict=True)
             for offset, (given, put_out) in enumerate(pairs):

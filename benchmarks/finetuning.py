@@ -48,6 +48,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import report
+from graftwork.models.condition import Condition
 from graftwork.models.measures.costs import forward_flops, num_parameters
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import initialising
@@ -55,6 +56,7 @@ from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import FinetuneSpec, Precision
+from graftwork.stages.artifacts.latents import Latents
 from graftwork.stages.contract import Stopped
 from graftwork.stages.training.batches import Batch, TrainingSet, draw_batch, shuffled
 from graftwork.stages.training.engine import PlainEngine
@@ -214,8 +216,8 @@ def plain_loop(
         waited += (time.perf_counter() - began) * (step >= work.warmup)
         x, y = x.to(device), y.to(device)
         null = work.config.num_classes
-        y = torch.where(drawn.y == null, null, y)
-        loss = diffusion.loss(network, x, drawn.t, y, drawn.noise).mean()
+        condition = Condition(labels=torch.where(drawn.condition.require("labels") == null, null, y))
+        loss = diffusion.loss(network, x, drawn.t, condition, drawn.noise).mean()
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -295,7 +297,7 @@ def one_device(
     latents, labels = work.latents()
     np.save(folder / "latents.npy", latents.numpy())
     mapped = torch.from_numpy(np.load(folder / "latents.npy", mmap_mode="c"))
-    data = TrainingSet(mapped, labels, work.config.num_classes, device)
+    data = TrainingSet.of(Latents(mapped, Condition(labels=labels)), work.config, device)
     files = PerSampleFiles(folder)
     files.write(latents, labels)
     recipe = work.recipe()
@@ -411,7 +413,8 @@ def launched(work: Work, workers: int, folder: Path, name: str = "") -> dict[str
 
 def one_worker(work: Work, found: Path, _: object, device: torch.device) -> None:
     latents, labels = work.latents()
-    outcome = our_loop(work, TrainingSet(latents, labels, work.config.num_classes, device), sharded_engine)
+    data = TrainingSet.of(Latents(latents, Condition(labels=labels)), work.config, device)
+    outcome = our_loop(work, data, sharded_engine)
     size = num_parameters(work.model(device))
     collectives = report.best(partial(one_steps_collectives, size), device)
     if dist.get_rank() == 0:

@@ -435,10 +435,11 @@ def measure_sampling(session: Session) -> dict[str, Any]:
 
     from benchmarks import report
     from benchmarks.public_sampling import public_sample
+    from graftwork.models.condition import Condition
     from graftwork.models.numerics.precision import computing
     from graftwork.models.numerics.streams import SampleNoise
     from graftwork.models.rootstocks.dit import DiT, DiTConfig
-    from graftwork.models.sampling.gaussian import sample
+    from graftwork.models.sampling import sample
     from graftwork.specs.costs import rootstock_cost
     from graftwork.specs.sampler import AncestralSampler
 
@@ -448,17 +449,25 @@ def measure_sampling(session: Session) -> dict[str, Any]:
         model = DiT(config).eval()
         for value in model.parameters():  # nothing is zero, and what comes out keeps to the size of noise
             value.normal_(std=0.02 if value.dim() > 1 else 0.1)
-    y = torch.arange(sizes.samples, device=device) % config.num_classes
-    shape = (config.in_channels, config.input_size, config.input_size)
-    rest = {"null_class": config.num_classes, "bounded": False}
+    condition = Condition(labels=torch.arange(sizes.samples, device=device) % config.num_classes)
+    shape, conditioner = config.latent_shape, config.conditioner
 
     def ours(network: Any, precision: Any, steps: int) -> Any:
         noise = SampleNoise(0, range(sizes.samples), shape, device)
         with computing(precision, device):
-            return sample(network, y, noise, sampler=AncestralSampler(steps=steps), **rest)
+            return sample(
+                network,
+                condition,
+                noise,
+                sampler=AncestralSampler(steps=steps),
+                conditioner=conditioner,
+                objective=config.objective,
+                bounded=False,
+            )
 
     def public(steps: int, reduced: bool) -> Any:
-        return public_sample(model, y, iter(noise), sampler=AncestralSampler(steps=steps), tf32=reduced, **rest)
+        sampler, told = AncestralSampler(steps=steps), {"conditioner": conditioner, "bounded": False}
+        return public_sample(model, condition, iter(noise), sampler=sampler, tf32=reduced, **told)
 
     draw = SampleNoise(0, range(sizes.samples), shape, device)
     noise = [draw() for _ in range(sizes.steps)]  # the public way is given its noise for nothing

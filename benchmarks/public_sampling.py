@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graftwork.models.objectives.gaussian import Network, respaced
+from graftwork.models.condition import Condition, Conditioner
+from graftwork.models.objectives import Network
+from graftwork.models.objectives.gaussian import respaced
 from graftwork.models.sampling.gaussian import _ancestral, _ddim
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import Sampler
@@ -16,23 +18,23 @@ from graftwork.specs.sampler import Sampler
 @torch.no_grad()
 def public_sample(
     model: Network,
-    y: Tensor,
+    condition: Condition,
     noise: Iterator[Tensor],
     *,
     sampler: Sampler,
-    null_class: int,
+    conditioner: Conditioner,
     bounded: bool,
     tf32: bool,
 ) -> Tensor:
-    """Latents (B,C,S,S) for the labels y; noise: as many draws of that shape as the sampler takes."""
+    """Return latents (B,C,..) for the condition; noise: as many draws of that shape as the sampler takes."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     chain = respaced(sampler.steps)  # its constants are copied to the device where a step needs them
     step = _ancestral if sampler.kind == "ancestral" else _ddim
-    network = guided(model, y, null_class, sampler)
+    network = guided(model, condition, conditioner, sampler)
     x = next(noise)
     for i in reversed(range(sampler.steps)):
-        position = torch.full_like(y, i)
-        output = network(x, chain.timesteps.to(y.device)[position], y)
+        position = torch.full((len(x),), i, dtype=torch.long, device=x.device)
+        output = network(x, chain.timesteps.to(x.device)[position], condition)
         epsilon, raw = output[:, : x.shape[1]], output[:, x.shape[1] :]
         x0 = chain.x0_from_noise(x, position, epsilon)
         x0 = x0.clamp(-1, 1) if bounded else x0

@@ -37,6 +37,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.public_sampling import public_sample
 from graftwork.models import checkpoints
+from graftwork.models.condition import Condition
 from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Gaussian, distance
 from graftwork.models.numerics.precision import products
@@ -119,7 +120,7 @@ class Setting:
     def noise(self) -> list[list[Tensor]]:
         """All draws of each batch, on the device."""
         draws = self.params.sampler.steps if self.params.sampler.kind == "ancestral" else 1
-        shape = (self.meta.channels, self.meta.side, self.meta.side)
+        shape = self.meta.shape
         sources = [SampleNoise(self.params.seed, batch.samples, shape, self.device) for batch in self.batches]
         return [[source() for _ in range(draws)] for source in sources]
 
@@ -139,10 +140,10 @@ def public(setting: Setting) -> Gaussian:
     for batch, noise in zip(setting.batches, setting.noise, strict=True):
         latents = public_sample(
             setting.model,
-            setting.labels(batch.samples).to(setting.device),
+            Condition(labels=setting.labels(batch.samples)).to(setting.device),
             iter(noise),
             sampler=setting.params.sampler,
-            null_class=len(setting.meta.classes),
+            conditioner=setting.model.config.conditioner,
             bounded=setting.meta.bounded,
             tf32=setting.params.precision != "fp32",
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks.dit import Block, DiT
@@ -89,8 +90,10 @@ def answer(scion: nn.Module) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def observe(model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, y: Tensor) -> dict[Site, Observation]:
-    """Run the model on (x, t, y), no further than the last site's block, and record what stands in each site."""
+def observe(
+    model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, condition: Condition | Tensor
+) -> dict[Site, Observation]:
+    """Run the model, no further than the last site's block, and record what stands in each site."""
     sites = tuple(sites)
     operators = [site for site in sites if site.target != "pair"]
     seen: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -105,7 +108,7 @@ def observe(model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, y: Tensor) 
     last = max(site.block + (site.target == "pair") for site in sites)
     stream: dict[int, Tensor] = {}  # before the block of that number
     try:
-        tokens, c = model.embed(x, t, y)
+        tokens, c = model.embed(x, t, condition)
         for index, block in enumerate(model.blocks[: 1 + last]):
             if index in kept:
                 stream[index] = tokens

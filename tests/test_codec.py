@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.models import checkpoints
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator, initialising
 from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 from graftwork.pipeline import api
@@ -635,8 +636,8 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
         device=CPU,
     )
     found = rows.sample_batch(context, rows.Batch(range(3, 5), shown=(0, 1)), CPU).shown
-    labels = rows.labels_of(range(3, 5), 5, 3)
-    drawn = rows.draw(model.eval(), read_meta(encoded), range(3, 5), labels, sampler, 0, CPU)
+    condition = Condition(labels=rows.labels_of(range(3, 5), 5, 3))
+    drawn = rows.draw(model.eval(), model.config, read_meta(encoded), range(3, 5), condition, sampler, 0, CPU)
     assert drawn.abs().max() > 1
     with torch.no_grad():
         assert_truncated(found, official.decode(drawn / 0.18215).sample)

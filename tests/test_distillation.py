@@ -58,17 +58,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_samples_noise_depends_on_its_place_alone(data: TrainingSet) -> None:
-    latents = Latents(data.latents, data.labels)
-    few, many = (noised(latents.first(count), 2, 0, "distill") for count in (4, 9))
-    assert (
-        torch.equal(few.z, many.z[:8]) and torch.equal(few.t, many.t[:8]) and torch.equal(few.labels, many.labels[:8])
-    )
+    latents = Latents(data.latents, data.condition)
+    few, many = (noised(latents.first(count), TINY.objective, 2, 0, "distill") for count in (4, 9))
+    assert torch.equal(few.z, many.z[:8]) and torch.equal(few.t, many.t[:8])
+    assert torch.equal(few.condition.require("labels"), many.condition[:8].require("labels"))
 
 
 def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: TrainingSet) -> None:
-    shown = noised(Latents(data.latents[:1], data.labels[:1]), 3, 0, "distill")
+    shown = noised(Latents(data.latents[:1], data.condition[:1]), TINY.objective, 3, 0, "distill")
     assert len(set(shown.t.tolist())) == 3
-    assert shown.labels.tolist() == [0, 0, 0]
+    assert shown.condition.labels.tolist() == [0, 0, 0]
 
 
 # -- distillation
@@ -100,7 +99,7 @@ def rootstock() -> DiT:
 
 @pytest.fixture
 def shown(data: TrainingSet) -> Noised:
-    return noised(Latents(data.latents[:24], data.labels[:24]), 1, 0, "distill")
+    return noised(Latents(data.latents[:24], data.condition[:24]), TINY.objective, 1, 0, "distill")
 
 
 @pytest.fixture
@@ -110,8 +109,8 @@ def source(rootstock: DiT, shown: Noised) -> Kept:
 
 @pytest.fixture
 def unseen(rootstock: DiT, data: TrainingSet) -> Kept:
-    kept = Latents(data.latents[24:], data.labels[24:])
-    return recorded(rootstock, MHA_SITE, noised(kept, 1, 0, "distill/heldout"))
+    kept = Latents(data.latents[24:], data.condition[24:])
+    return recorded(rootstock, MHA_SITE, noised(kept, TINY.objective, 1, 0, "distill/heldout"))
 
 
 def recorded(rootstock: DiT, site: Site, shown: Noised, gate_weighted: bool = False) -> Kept:
@@ -262,7 +261,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
 def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, shown: Noised, site: Site) -> None:
     pairs = recorded(rootstock, site, shown, gate_weighted=True).pairs
-    _, c = rootstock.embed(shown.z, shown.t, shown.labels)
+    _, c = rootstock.embed(shown.z, shown.t, shown.condition)
     gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
@@ -284,7 +283,7 @@ def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
 ) -> None:
     monkeypatch.setattr(activations, "BATCH", 7)
     pairs = recorded(rootstock, MHA_SITE, shown).pairs
-    seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+    seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.condition)[MHA_SITE]
     torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.inputs, seen.output))
 
 
@@ -323,7 +322,7 @@ def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folde
     base.mkdir()
     for name, part in (("training", slice(0, 24)), ("heldout", slice(24, 30))):
         np.save(features / f"{name}_latents.npy", data.latents[part].numpy())
-        np.save(features / f"{name}_labels.npy", data.labels[part].numpy())
+        np.save(features / f"{name}_labels.npy", data.condition.require("labels")[part].numpy())
     meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=24, num_heldout=6)
     write_meta(features, meta)
     checkpoints.save(rootstock, (), base)
@@ -388,7 +387,7 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
     model = hybrid.with_scions(rootstock, (MHA_EDIT,), make_bare(inputs), 0)
     start = new_scion(model, PAIR, 0)
     latents = read(inputs["features"].place, "heldout").first(24)
-    unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, 1, 0, "distill/heldout"))
+    unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, TINY.objective, 1, 0, "distill/heldout"))
     summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
     assert summary["relative_error"] < 0.9 * losses.relative_error(answer(start), unseen)
     start.load_state_dict(pair)
@@ -558,7 +557,7 @@ def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(r
     assert {value.dtype for value in found[PAIR.site].tensors()} == {torch.float32}
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with computing("bf16", CPU), torch.no_grad():
-        seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.labels)[MHA_SITE]
+        seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.condition)[MHA_SITE]
         exact = losses.error(scion, Pairs(seen.inputs, seen.output, None), losses.LOSSES["l1"])
         assert losses.error(scion, found[MHA_SITE], losses.LOSSES["l1"]) == exact
 

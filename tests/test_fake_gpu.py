@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graftwork.models import surgery
+from graftwork.models.condition import Condition
 from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Moments
 from graftwork.models.measures.locality import Locality, by_displacement
@@ -28,7 +29,7 @@ from graftwork.models.numerics.streams import SampleNoise, generator
 from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.operators import REGISTRY, attention, build_operator, kernels
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
-from graftwork.models.sampling.gaussian import sample
+from graftwork.models.sampling import sample
 from graftwork.models.selection.budget import Budget
 from graftwork.models.selection.gates import Gate, GatedOperator, Gates
 from graftwork.specs.edits import Site
@@ -129,13 +130,14 @@ def test_a_forward_pass_stays_on_the_gpu(model: DiT, precision: Precision) -> No
 
 @in_every_precision
 def test_a_training_step_stays_on_the_gpu(model: DiT, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = TrainingSet(given(20, 4, 8, 8, device=HOST), torch.zeros(20, dtype=torch.long, device=HOST), 3, CUDA)
+    condition = CONFIG.conditioner.example(20, HOST)
+    data = TrainingSet(given(20, 4, 8, 8, device=HOST), condition, CONFIG.conditioner, CONFIG.objective, CUDA)
     batch = draw_batch(data, TrainingSpec(batch=BATCH), 0, "test", 0, 0, 2)
-    assert {part.device for part in batch} == {HOST}
-    x, t, y, noise = batch.pinned().to(CUDA)
+    assert {part.device for part in (batch.x, batch.t, batch.condition.labels, batch.noise)} == {HOST}
+    x, t, condition, noise = batch.pinned().to(CUDA)
     engine = PlainEngine(model, clip=1.0, ema=0.999, state=None)
     with computing(precision, CUDA):
-        loss = Diffusion().on(CUDA).loss(engine, x, t, y, noise).mean()
+        loss = Diffusion().on(CUDA).loss(engine, x, t, condition, noise).mean()
     with gradients_put_in(engine, monkeypatch):
         assert engine.step(loss, 1e-3)
     moments = [value for state in engine.adam.state.values() for value in state.values()]
@@ -161,7 +163,15 @@ def test_a_training_goes_on_on_the_gpu_from_what_it_left_on_the_host(
 def test_a_sampling_stays_on_the_gpu(model: DiT, sampler: Sampler, bounded: bool, precision: Precision) -> None:
     noise = SampleNoise(0, range(BATCH), (4, 8, 8), CUDA)
     with computing(precision, CUDA):
-        drawn = sample(model, indices(), noise, sampler=sampler, null_class=3, bounded=bounded)
+        drawn = sample(
+            model,
+            Condition(labels=indices()),
+            noise,
+            sampler=sampler,
+            conditioner=CONFIG.conditioner,
+            objective=CONFIG.objective,
+            bounded=bounded,
+        )
     assert drawn.device == CUDA and drawn.dtype == torch.float32 and drawn.shape == (BATCH, 4, 8, 8)
 
 
@@ -235,7 +245,7 @@ def test_the_profile_is_taken_on_the_gpu(model: DiT) -> None:
     tally.add(tokens())
     assert {value.device for value in (tally.powers, tally.largest, tally.counts)} == {CUDA}
     block: Any = model.blocks[0]
-    locality = Locality(4, CUDA)  # samples are chosen by the values of their timesteps, which are not there
+    locality = Locality((4, 4), CUDA)  # samples are chosen by the values of their timesteps, which are not there
     chunks = [by_displacement(chunk, 4) for _, chunk in locality._chunks(block.attn, tokens())]
     assert {value.device for value in (locality.mass, *chunks)} == {CUDA}
 
@@ -253,7 +263,7 @@ def test_activations_are_recorded_where_they_are_to_be_kept(
     model: DiT, place: torch.device, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    shown = Noised(latents(HOST), indices(HOST), indices(HOST))
+    shown = Noised(latents(HOST), indices(HOST), Condition(labels=indices(HOST)))
     recipe = DistillSpec(precision="bf16", gate_weighted=weighted)
     rootstock = Rootstock(model, (), shown, shown, recipe, CUDA)
     sites = [Site(block=0, target="mha"), Site(block=1, target="mlp"), Site(block=0, target="pair")]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from graftwork.models.condition import Condition
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.store.artifacts import Store
@@ -34,7 +36,7 @@ from graftwork.stages.features.listing import ClassFolder, Listing
 from graftwork.stages.features.sources import Item, interleave, split, split_sizes
 from graftwork.stages.training.loop import TrainingSet, draw_batch
 from tests.conftest import ROOT
-from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of
+from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of, tensors_of
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -133,17 +135,18 @@ def both() -> TrainingSet:
     """Latents, and as their mirror images the same below zero."""
     data = make_data()
     positive = data.latents[torch.arange(30)].abs() + 0.1
-    return TrainingSet(positive, data.labels, data.num_classes, CPU, mirrored=-positive)
+    return replace(data, latents=positive, mirrored=-positive)
 
 
 def test_training_sees_an_image_or_its_mirror_image_one_as_often_as_the_other(both: TrainingSet) -> None:
-    plain = TrainingSet(both.latents, both.labels, both.num_classes, CPU)
+    plain = replace(both, mirrored=None)
     mirrored = []
     for step in range(100):
         found, without = (draw_batch(data, RECIPE, 0, "base", step, 0, 1) for data in (both, plain))
         signs = found[0].sign().amax((1, 2, 3))
         assert torch.equal(found[0], without[0] * signs[:, None, None, None])
-        assert all(torch.equal(a, b) for a, b in zip(found[1:], without[1:], strict=True))  # all else is drawn the same
+        others = zip(tensors_of(found)[1:], tensors_of(without)[1:], strict=True)
+        assert all(torch.equal(a, b) for a, b in others)  # all else is drawn the same
         mirrored.append(signs < 0)
     assert 0.4 < torch.cat(mirrored).float().mean() < 0.6
     assert len({tuple(one.tolist()) for one in mirrored}) > 50  # another draw each step
@@ -153,7 +156,8 @@ def test_training_sees_an_image_or_its_mirror_image_one_as_often_as_the_other(bo
 def test_the_workers_see_the_same_views_as_one_would(both: TrainingSet, workers: int) -> None:
     one = draw_batch(both, RECIPE, 0, "base", 3, 0, 1)
     parts = [draw_batch(both, RECIPE, 0, "base", 3, rank, workers) for rank in range(workers)]
-    assert all(torch.equal(torch.cat(some), all_) for some, all_ in zip(zip(*parts, strict=True), one, strict=True))
+    together = map(torch.cat, zip(*map(tensors_of, parts), strict=True))
+    assert all(map(torch.equal, together, tensors_of(one)))
 
 
 def test_training_on_both_views_that_was_killed_ends_in_the_same_bits(tmp_path: Path, both: TrainingSet) -> None:
@@ -164,7 +168,7 @@ def test_training_on_both_views_that_was_killed_ends_in_the_same_bits(tmp_path: 
 
 
 def test_a_prefix_keeps_its_mirror_images() -> None:
-    latents = Latents(torch.arange(8.0), torch.arange(8) % 2, -torch.arange(8.0)).share(0.5)
+    latents = Latents(torch.arange(8.0), Condition(labels=torch.arange(8) % 2), -torch.arange(8.0)).share(0.5)
     assert latents.mirrored is not None and latents.mirrored.tolist() == [0, -1, -2, -3]
 
 
@@ -183,7 +187,9 @@ def test_so_many_of_each_class_are_the_fraction_that_finetuning_took(monkeypatch
     settings = {"path": "imagenet", "heldout": 0.0078}
     everything, heldout = split(ImageFolderData(**settings))
     kept, held = split(ImageFolderData(**settings, per_class=128))
-    tenth = Latents(torch.arange(len(everything)), torch.arange(len(everything)) % 20).share(0.1).tensor()
+    tenth = (
+        Latents(torch.arange(len(everything)), Condition(labels=torch.arange(len(everything)) % 20)).share(0.1).tensor()
+    )
     assert len(everything) == 20 * 1280 and len(kept) == 20 * 128
     assert kept == [everything[index] for index in tenth.tolist()]
     assert held == heldout

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor, nn
 
+from graftwork.models.condition import Condition
 from graftwork.models.measures.costs import forward_flops, num_parameters
 from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.models.numerics.streams import SampleNoise, generator, initialising, seed_of
+from graftwork.models.objectives import Network, over
 from graftwork.models.objectives.gaussian import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
 from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
-from graftwork.models.sampling.gaussian import sample
+from graftwork.models.sampling import sample
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import AncestralSampler, DdimSampler
 from tests.small import lively
@@ -183,7 +185,7 @@ def filled(value: float, channels: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
 def test_noising_has_the_right_mean_and_spread(t: int) -> None:
-    z = Diffusion().add_noise(
+    z = Diffusion().noised(
         torch.full((100_000, 1, 1, 1), 0.7), torch.full((100_000,), t), torch.randn(100_000, 1, 1, 1)
     )
     spread = math.sqrt(1 - ALPHA_BAR[t])
@@ -203,7 +205,7 @@ def test_a_chain_on_a_device_has_its_constants_there_and_computes_the_same() -> 
 
 def test_removing_the_noise_gives_back_the_image() -> None:
     chain, x0, noise, t = Diffusion(), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 300, 600])
-    torch.testing.assert_close(chain.x0_from_noise(chain.add_noise(x0, t, noise), t, noise), x0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(chain.x0_from_noise(chain.noised(x0, t, noise), t, noise), x0, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("t", [1, 2, 500, 999])
@@ -361,10 +363,11 @@ def drawn(
     draws = torch.Generator().manual_seed(1)
     return sample(
         network,
-        torch.zeros(shape[0], dtype=torch.long),
+        TINY.conditioner.example(shape[0], torch.device("cpu")),
         lambda: torch.randn(shape, generator=draws),
         sampler=sampler,
-        null_class=5,
+        conditioner=TINY.conditioner,
+        objective=TINY.objective,
         bounded=bounded,
     )
 
@@ -401,41 +404,46 @@ def test_ddim_draws_noise_only_once(batch: tuple[Tensor, Tensor, Tensor], model:
         calls.append(1)
         return batch[0]
 
-    sample(model, batch[2], draw, sampler=DdimSampler(steps=4), null_class=5, bounded=False)
+    told = {"conditioner": TINY.conditioner, "objective": TINY.objective}
+    sample(model, Condition(labels=batch[2]), draw, sampler=DdimSampler(steps=4), bounded=False, **told)
     assert len(calls) == 1
 
 
 @pytest.fixture
-def labelled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A network over 4 channels whose output tells the label: y + channel / 10."""
-    return lambda x, t, y: y[:, None, None, None] + (torch.arange(8) / 10)[None, :, None, None].expand(len(x), 8, 2, 2)
+def labelled() -> Network:
+    """A network over 4 channels whose output tells the label: label + channel / 10."""
+    channels = (torch.arange(8) / 10)[None, :, None, None]
+    return lambda x, t, condition: over(condition.require("labels"), x) + channels.expand(len(x), 8, 2, 2)
+
+
+def of(*labels: int) -> Condition:
+    return Condition(labels=torch.tensor(labels))
 
 
 def test_guidance_of_one_is_no_guidance(model: DiT) -> None:
-    assert guided(model, torch.tensor([1]), 5, DdimSampler(guidance=1.0)) is model
+    assert guided(model, of(1), TINY.conditioner, DdimSampler(guidance=1.0)) is model
 
 
 @pytest.mark.parametrize(("channels", "count"), [("first_three", 3), ("all", 4)])
 def test_guidance_moves_the_guided_channels_away_from_the_null_class(
-    labelled: Callable[[Tensor, Tensor, Tensor], Tensor], channels: Any, count: int
+    labelled: Network, channels: Any, count: int
 ) -> None:
-    y = torch.tensor([1, 3])
     x, t = torch.zeros(2, 4, 2, 2), torch.zeros(2, dtype=torch.long)
-    found = guided(labelled, y, 5, DdimSampler(guidance=4.0, guided_channels=channels))(x, t, y)
-    expected = labelled(x, t, y).clone()
-    expected[:, :count] = labelled(x, t, 5 + 4 * (y - 5))[:, :count]
+    sampler = DdimSampler(guidance=4.0, guided_channels=channels)
+    found = guided(labelled, of(1, 3), TINY.conditioner, sampler)(x, t, of(1, 3))
+    expected = labelled(x, t, of(1, 3)).clone()
+    expected[:, :count] = labelled(x, t, of(5 + 4 * (1 - 5), 5 + 4 * (3 - 5)))[:, :count]
     torch.testing.assert_close(found, expected)
 
 
-def test_guiding_three_of_one_channel_guides_that_one(labelled: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    def one_channel(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return labelled(x, t, y)[:, :2]
+def test_guiding_three_of_one_channel_guides_that_one(labelled: Network) -> None:
+    def one_channel(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return labelled(x, t, condition)[:, :2]
 
-    y, zero = torch.tensor([1]), torch.zeros(1, dtype=torch.long)
-    x = torch.zeros(1, 1, 2, 2)
-    found = guided(one_channel, y, 5, DdimSampler(guidance=2.0))(x, zero, y)
+    x, zero = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long)
+    found = guided(one_channel, of(1), TINY.conditioner, DdimSampler(guidance=2.0))(x, zero, of(1))
     torch.testing.assert_close(
-        found, torch.cat([one_channel(x, zero, 2 * y - 5)[:, :1], one_channel(x, zero, y)[:, 1:]], 1)
+        found, torch.cat([one_channel(x, zero, of(2 * 1 - 5))[:, :1], one_channel(x, zero, of(1))[:, 1:]], 1)
     )
 
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graftwork.cluster.session import runtime
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.precision import TRITON_PRECISION, allow_tf32, computing, products
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.sampling.guidance import guided
@@ -128,7 +129,8 @@ def test_guidance_is_taken_in_fp32_of_what_a_network_puts_out_in_bf16(channels: 
     x, t, y = inputs()
     output = torch.randn(4, 8, 8, 8).bfloat16()
     sampler = AncestralSampler(guidance=1.5, guided_channels=channels)
-    found = guided(lambda x, t, y: output, y, 3, sampler)(x, t, y)
+    condition = Condition(labels=y)
+    found = guided(lambda *_: output, condition, TINY.conditioner, sampler)(x, t, condition)
     with_label, without = output.double().chunk(2)
     count = 4 if channels == "all" else 3
     expected = without + 1.5 * (with_label - without)

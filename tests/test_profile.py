@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftwork.models import checkpoints
 from graftwork.models.measures.locality import BandMass, Locality
+from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.operators.attention import Attention, split_heads
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft, observe, scion_at
@@ -68,10 +69,10 @@ def assert_curves(found: BandMass | None, tokens: Any, patches: Any) -> None:
 def test_the_mass_within_every_band_is_that_of_the_dense_computation(chunk_bytes: int) -> None:
     attention = lively(Attention(Mha(), Place(width=12, heads=2, num_tokens=25)), scale=0.6)
     draws = torch.Generator().manual_seed(1)
-    x, t = torch.randn(7, 25, 12, generator=draws), torch.tensor([3, 999, 510, 20, 740, 900, 600])
-    locality = Locality(5, CPU, chunk_bytes)
-    locality.add(attention, x[:4], t[:4])
-    locality.add(attention, x[4:], t[4:])
+    x, quarters = torch.randn(7, 25, 12, generator=draws), torch.tensor([0, 3, 2, 0, 2, 3, 2])
+    locality = Locality((5, 5), CPU, chunk_bytes)
+    locality.add(attention, x[:4], quarters[:4])
+    locality.add(attention, x[4:], quarters[4:])
     with torch.no_grad():
         assert_curves(locality.overall(), *dense(attention, x))
         first, second, third, fourth = locality.by_quarter()
@@ -90,8 +91,8 @@ def pairs_within(length: int) -> np.ndarray:
 def test_of_uniform_attention_a_band_holds_its_share_of_the_pairs(side: int) -> None:
     attention = Attention(Mha(), Place(width=8, heads=2, num_tokens=side**2))
     nn.init.zeros_(attention.qkv.weight)
-    locality = Locality(side, CPU)
-    locality.add(attention, torch.randn(3, side**2, 8), torch.tensor([0, 500, 999]))
+    locality = Locality((side, side), CPU)
+    locality.add(attention, torch.randn(3, side**2, 8), torch.tensor([0, 2, 3]))
     tokens, patches = pairs_within(side**2) / side**4, (pairs_within(side) / side**2) ** 2
     assert_curves(locality.overall(), tokens, patches)
 
@@ -119,16 +120,16 @@ POINTING = {
 @pytest.mark.parametrize("chunk_bytes", [64 * 2**20, ONE_ROW])
 @pytest.mark.parametrize("to", POINTING)
 def test_of_attention_to_one_known_token_the_mass_stands_at_its_distance(to: int, chunk_bytes: int) -> None:
-    locality = Locality(4, CPU, chunk_bytes)
-    locality.add(pointing(16, to), torch.eye(16)[None], torch.tensor([100]))
+    locality = Locality((4, 4), CPU, chunk_bytes)
+    locality.add(pointing(16, to), torch.eye(16)[None], torch.tensor([0]))
     assert_curves(locality.overall(), *POINTING[to])
 
 
 def test_a_quarter_of_the_timesteps_ends_before_the_next_begins() -> None:
     itself, nowhere = torch.eye(16), torch.zeros(16, 16)  # tokens that look at themselves, and at all alike
-    locality = Locality(4, CPU)
+    locality = Locality((4, 4), CPU)
     times = torch.tensor([0, 249, 250, 499, 500, 749, 750, 999])
-    locality.add(pointing(16, 0), torch.stack([itself, itself, nowhere, nowhere] * 2), times)
+    locality.add(pointing(16, 0), torch.stack([itself, itself, nowhere, nowhere] * 2), Diffusion().quarter(times))
     by_quarter = [mass.tokens[0].item() for mass in locality.by_quarter() if mass is not None]
     assert by_quarter == pytest.approx([1, 1 / 16, 1, 1 / 16])
 
@@ -161,10 +162,10 @@ class Footprint(TorchDispatchMode):
 
 def footprint(side: int, num_samples: int, chunk_bytes: int) -> Footprint:
     attention = lively(Attention(Mha(), Place(width=8, heads=2, num_tokens=side**2)))
-    x, t = torch.randn(num_samples, side**2, 8), torch.full((num_samples,), 600)
-    locality = Locality(side, CPU, chunk_bytes)
+    x, quarters = torch.randn(num_samples, side**2, 8), torch.full((num_samples,), 2)
+    locality = Locality((side, side), CPU, chunk_bytes)
     with Footprint() as seen:
-        locality.add(attention, x, t)
+        locality.add(attention, x, quarters)
     return seen
 
 
@@ -304,9 +305,9 @@ PICTURES = ("activations.png", "locality.png", "locality_by_quarter.png")
 
 def test_the_profile_is_of_each_operator_on_noised_training_latents(found: Profile, inputs: dict[str, Folder]) -> None:
     rootstock = lively(DiT(TINY))
-    shown = noised(read(inputs["features"].place, "training").first(24), 1, 0, "profile")
+    shown = noised(read(inputs["features"].place, "training").first(24), TINY.objective, 1, 0, "profile")
     sites = [Site(block=block, target=target) for block in (0, 1) for target in ("mha", "mlp")]
-    for site, seen in observe(rootstock, sites, shown.z, shown.t, shown.labels).items():
+    for site, seen in observe(rootstock, sites, shown.z, shown.t, shown.condition).items():
         described = found.outputs[str(site)]
         assert described.mean == pytest.approx(seen.output.mean().item(), abs=1e-6)
         assert described.std == pytest.approx(seen.output.std(correction=0).item())
@@ -331,7 +332,7 @@ def test_curves_rise_to_one_and_a_band_beyond_the_last_holds_all(found: Profile)
 def test_the_quarters_average_to_the_whole_by_their_numbers_of_samples(
     found: Profile, inputs: dict[str, Folder]
 ) -> None:
-    times = noised(read(inputs["features"].place, "training").first(24), 1, 0, "profile").t
+    times = noised(read(inputs["features"].place, "training").first(24), TINY.objective, 1, 0, "profile").t
     weights = np.array([((times >= start) & (times < start + 250)).sum() / 24 for start in (0, 250, 500, 750)])
     assert (weights > 0).all()
     for distance in ("tokens", "patches"):

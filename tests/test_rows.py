@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftwork.models import checkpoints
+from graftwork.models.condition import Condition
 from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Gaussian, distance
 from graftwork.models.numerics.precision import allow_tf32
@@ -293,7 +294,7 @@ def test_samples_of_the_picture_are_taken_from_whichever_batch_has_them(context:
 def test_held_out_images_that_are_fewer_than_the_classes_are_spread_over_them() -> None:
     labels = torch.arange(100) % 10
     for x in (torch.arange(100), Shards([torch.arange(60), torch.arange(60, 100)])):
-        held = Latents(x, labels, x)
+        held = Latents(x, Condition(labels=labels), x)
         assert held.spread(4).labels.tolist() == [0, 2, 5, 7]
         found = held.spread(23)
         assert found.tensor().tolist() == [*range(20), 20, 23, 26] and len(found.labels) == 23
@@ -339,7 +340,7 @@ def test_samples_have_the_steps_precision_and_are_judged_in_fp32(context: Contex
     for decoded_only in (True, False):
         with pytest.MonkeyPatch.context() as patch, Products() as counted:
             if decoded_only:
-                patch.setattr(rows, "draw", lambda network, meta, indices, *_: torch.zeros(len(indices), 1, SIDE, SIDE))
+                patch.setattr(rows, "draw", lambda *_: torch.zeros(4, 1, SIDE, SIDE))
             allow_tf32(matrices=False, convolutions=False)  # as a task begins
             rows.sample_batch(context, rows.Batch(range(4), (0,)), CPU)
         products.append(counted.matrices + counted.convolutions)

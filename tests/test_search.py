@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftwork.models import checkpoints
+from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora, merge_lora
 from graftwork.models.measures.costs import forward_flops
 from graftwork.models.numerics.streams import initialising
@@ -122,7 +123,8 @@ def make_batch(batch: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_data() -> TrainingSet:
     draws = torch.Generator().manual_seed(1)
-    return TrainingSet(torch.randn(30, 1, 8, 8, generator=draws), torch.arange(30) % 3, num_classes=3, device=CPU)
+    latents, condition = torch.randn(30, 1, 8, 8, generator=draws), Condition(labels=torch.arange(30) % 3)
+    return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
 
 
 def run_search(
@@ -642,7 +644,7 @@ def make_context(
         made.place.mkdir(parents=True)
     data, model = make_data(), lively(graft(DiT(TINY), [CARRIED], 0))
     np.save(folder / "features" / "training_latents.npy", data.latents.numpy())
-    np.save(folder / "features" / "training_labels.npy", data.labels.numpy())
+    np.save(folder / "features" / "training_labels.npy", data.condition.require("labels").numpy())
     meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(folder / "features", meta)
     checkpoints.save(model, (CARRIED,), folder / "base")
@@ -1023,7 +1025,8 @@ def planted_data() -> TrainingSet:
     """One image a class."""
     draws = torch.Generator().manual_seed(4)
     images = torch.randn(3, 1, 8, 8, generator=draws).sign()
-    return TrainingSet(images[torch.arange(60) % 3], torch.arange(60) % 3, num_classes=3, device=CPU)
+    numbers = torch.arange(60) % 3
+    return TrainingSet(images[numbers], Condition(labels=numbers), TINY.conditioner, TINY.objective, CPU)
 
 
 def search_planted(

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 from graftwork.cluster.training.deepspeed_engine import ShardedEngine
+from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
 from graftwork.models.numerics.streams import generator, initialising
 from graftwork.specs.training import FinetuneSpec
@@ -44,7 +45,7 @@ def steps(engine, first, last, batch=4, passes=1):
             loss = engine(*part.batch[:3]).float().square().mean() * (part.samples * 2 / batch)
             return loss * 5 ** (step % 3)  # some gradients are longer than `clip` and some are not
 
-        *others, end = parts(Batch(x[mine], t[mine], y[mine], x[mine]), passes)
+        *others, end = parts(Batch(x[mine], t[mine], Condition(labels=y[mine]), x[mine]), passes)
         for part in others:
             engine.accumulate(loss_of(part))
         engine.step(loss_of(end), 1e-3)

@@ -21,6 +21,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives.gaussian import STEPS, Diffusion
 from graftwork.models.rootstocks.dit import Block, DiT
@@ -50,6 +51,7 @@ from tests.tiny_training import (
     run_training,
     run_until_done,
     state_of,
+    tensors_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,7 +222,8 @@ def test_a_batch_in_parts_ends_where_the_whole_does_up_to_rounding(
 
 @pytest.mark.parametrize(("size", "passes", "samples"), [(8, 3, [3, 3, 2]), (3, 4, [1, 1, 1, 0]), (5, 1, [5])])
 def test_parts_are_nearly_equal_and_together_the_whole(size: int, passes: int, samples: list[int]) -> None:
-    share = batches.Batch(*(torch.arange(size) for _ in range(4)))
+    numbers = torch.arange(size)
+    share = batches.Batch(numbers, numbers, Condition(labels=numbers), numbers)
     found = list(microbatches.parts(share, passes))
     assert [part.samples for part in found] == samples
     assert torch.equal(torch.cat([part.batch.t for part in found if part.samples]), share.t)
@@ -401,7 +404,7 @@ def test_pretraining_has_the_precision_of_its_recipe(
     store: Store, data: TrainingSet, tmp_path: Path, precision: Precision
 ) -> None:
     np.save(tmp_path / "training_latents.npy", data.latents[:].numpy())
-    np.save(tmp_path / "training_labels.npy", data.labels.numpy())
+    np.save(tmp_path / "training_labels.npy", data.condition.require("labels").numpy())
     meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(tmp_path, meta)
     recipe = PretrainWeights(steps=2, batch=4, precision=precision)
@@ -499,24 +502,23 @@ def test_any_slicing_gives_the_same_sequence(count: int) -> None:
 def test_the_workers_slices_are_the_whole_batch(data: TrainingSet, workers: int) -> None:
     whole = draw_batch(data, RECIPE, 0, "base", 5, rank=0, workers=1)
     slices = [draw_batch(data, RECIPE, 0, "base", 5, rank, workers) for rank in range(workers)]
-    assert all(
-        torch.equal(torch.cat(parts), part) for parts, part in zip(zip(*slices, strict=True), whole, strict=True)
-    )
+    together = map(torch.cat, zip(*map(tensors_of, slices), strict=True))
+    assert all(map(torch.equal, together, tensors_of(whole)))
 
 
 def test_a_latent_keeps_its_label(data: TrainingSet) -> None:
     recipe = RECIPE.model_copy(update={"label_dropout": 0.0})
-    x, _, y, _ = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1)
-    for latent, label in zip(x, y, strict=True):
+    x, _, condition, _ = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1)
+    for latent, label in zip(x, condition.require("labels"), strict=True):
         (index,) = (data.latents == latent).flatten(1).all(1).nonzero().flatten().tolist()
-        assert data.labels[index] == label
+        assert data.condition.require("labels")[index] == label
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_share_of_dropped_labels_becomes_the_null_class(data: TrainingSet, share: float) -> None:
     recipe = RECIPE.model_copy(update={"label_dropout": share, "batch": 4000})
-    _, _, y, _ = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1)
-    assert (y == data.num_classes).float().mean().item() == pytest.approx(share, abs=0.03)
+    condition = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1).condition
+    assert (condition.labels == TINY.num_classes).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:

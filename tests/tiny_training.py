@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.partial import Partial
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.contract import never
 from graftwork.stages.training import loop as training
-from graftwork.stages.training.batches import TrainingSet
+from graftwork.stages.training.batches import Batch, TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import train
 from tests import small
@@ -57,7 +58,8 @@ def lively(module: nn.Module, seed: int = 0) -> Any:
 
 def make_data() -> TrainingSet:
     draws = torch.Generator().manual_seed(1)
-    return TrainingSet(torch.randn(30, 1, 8, 8, generator=draws), torch.arange(30) % 3, num_classes=3, device=CPU)
+    latents, condition = torch.randn(30, 1, 8, 8, generator=draws), Condition(labels=torch.arange(30) % 3)
+    return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
 
 
 def run_training(
@@ -97,6 +99,11 @@ def run_until_done(store: Store, key: str, data: TrainingSet, deaths: tuple[int,
             run_training(store.partial(key), data, report=Reports(dies_at=death), weights=weights)
         except Killed:
             assert death is not None
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All that a batch is made of."""
+    return [batch.x, batch.t, batch.noise, *batch.condition.tensors().values()]
 
 
 def state_of(partial: Partial, name: str = training.CHECKPOINT) -> dict[str, Tensor]:

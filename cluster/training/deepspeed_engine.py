@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from graftwork.cluster.session.imports import without
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.torch_internals import move_towards
 from graftwork.models.outlines import outline
 from graftwork.specs.training import FinetuneSpec
@@ -98,8 +99,9 @@ class ShardedEngine:
         else:
             self._resume(state)
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.engine(x.to(self.dtype), t, y)
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        # By name: of what it is given by position, DeepSpeed warns where it knows the type of none.
+        return self.engine(x.to(self.dtype), t, condition=condition.to(dtype=self.dtype))
 
     def stand_in(self) -> Self:
         copied = copy.copy(self)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from graftwork.models.condition import Condition
+from graftwork.models.numerics.streams import generator
 from graftwork.models.numerics.torch_internals import memory_events
-from graftwork.models.objectives.gaussian import Network
+from graftwork.models.objectives import Network
 from graftwork.models.rootstocks.dit import DiT
 
 
@@ -31,15 +33,14 @@ def forward_flops(model: DiT) -> int:
     return counter.get_total_flops()
 
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Condition]  # x, t and the condition of a batch
 
 
 def forward_inputs(model: DiT, batch: int, device: torch.device) -> Inputs:
-    """Something of the right shape to run the model on."""
+    """Return something of the right shape to run the model on."""
     config = model.config
-    x = torch.zeros(batch, config.in_channels, config.input_size, config.input_size, device=device)
-    index = torch.zeros(batch, dtype=torch.long, device=device)
-    return x, index, index
+    t = config.objective.draw_t(batch, generator(0, "example")).to(device)
+    return torch.zeros(batch, *config.latent_shape, device=device), t, config.conditioner.example(batch, device)
 
 
 @torch.no_grad()

@@ -1,27 +1,33 @@
 """Gaussian diffusion with a learned variance: noising and the training loss (arXiv 2102.09672, as DiT uses it).
 
 1000 steps, linear beta from 1e-4 to 0.02; the network predicts the noise and, with `learn_sigma`, where the variance
-lies between its two bounds. Shapes: x (B,C,S,S), t (B,) integers in 0 .. T-1.
+lies between its two bounds. Shapes: x (B,C,..), t (B,) integers in 0 .. T-1.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from graftwork.models.condition import Condition
+from graftwork.models.objectives import QUARTERS, Network, over, register
+from graftwork.specs.sampler import Prediction
+
 STEPS = 1000
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@register
 class Diffusion:
     """The constants of a chain of noising steps: the full one, or one respaced to a subset of its timesteps.
 
     `timesteps[i]` is what the network is told at step i of this chain.
     """
+
+    kind: ClassVar[Prediction] = "epsilon"
 
     def __init__(self, timesteps: Tensor | None = None) -> None:
         self.timesteps = torch.arange(STEPS) if timesteps is None else timesteps
@@ -47,9 +53,21 @@ class Diffusion:
             setattr(chain, name, values.to(device, torch.float32 if values.is_floating_point() else values.dtype))
         return chain
 
-    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def draw_t(self, count: int, source: torch.Generator) -> Tensor:
+        """Return steps (count,) of the chain, uniform."""
+        return torch.randint(len(self.timesteps), (count,), generator=source)
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """z_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise."""
         return at(self.sqrt_kept, t, x0) * x0 + at(self.sqrt_noise, t, x0) * noise
+
+    def x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """Return the clean latents that the noise in a network's output points to."""
+        return self.x0_from_noise(x, t, output[:, : x.shape[1]])
+
+    def quarter(self, t: Tensor) -> Tensor:
+        """Return the quarter (B,) of the chain that t is in; the first has the least noise."""
+        return t * QUARTERS // len(self.timesteps)
 
     def x0_from_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return (x - at(self.sqrt_noise, t, x) * noise) / at(self.sqrt_kept, t, x)
@@ -62,10 +80,10 @@ class Diffusion:
         share = (raw + 1) / 2
         return share * at(self.max_log_var, t, raw) + (1 - share) * at(self.min_log_var, t, raw)
 
-    def loss(self, network: Network, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, network: Network, x0: Tensor, t: Tensor, condition: Condition, noise: Tensor) -> Tensor:
         """The hybrid loss a sample, (B,): noise MSE, plus the variational bound in bits a dimension."""
-        x = self.add_noise(x0, t, noise)
-        output = network(x, t, y).float()
+        x = self.noised(x0, t, noise)
+        output = network(x, t, condition).float()
         predicted, raw = output.chunk(2, dim=1) if output.shape[1] == 2 * x0.shape[1] else (output, None)
         error = (predicted - noise).square().flatten(1).mean(1)
         if raw is None:
@@ -78,7 +96,7 @@ class Diffusion:
         mean = self.posterior_mean(self.x0_from_noise(x, t, predicted), x, t)
         log_var = self.log_variance(raw, t)
         kl = gaussian_kl(self.posterior_mean(x0, x, t), at(self.min_log_var, t, x), mean, log_var)
-        bound = torch.where(t[:, None, None, None] == 0, -discretised_log_likelihood(x0, mean, log_var), kl)
+        bound = torch.where(over(t, x) == 0, -discretised_log_likelihood(x0, mean, log_var), kl)
         return bound.flatten(1).mean(1) / math.log(2.0)
 
 
@@ -89,8 +107,8 @@ def respaced(count: int) -> Diffusion:
 
 
 def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """values[t] as (B,1,1,1), in the type and on the device of `like`."""
-    return values.to(device=like.device, dtype=torch.float32)[t][:, None, None, None]
+    """Return values[t] as (B,1,..), in float32 and on the device of `like`."""
+    return over(values.to(device=like.device, dtype=torch.float32)[t], like)
 
 
 def gaussian_kl(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_log_var: Tensor) -> Tensor:

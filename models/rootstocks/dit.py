@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from graftwork.models.condition import ClassConditioner, Condition
+from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.operators import build_operator
 from graftwork.specs.costs import FREQUENCIES, ORIGINALS
 from graftwork.specs.operators import Place
@@ -45,6 +47,25 @@ class DiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one latent: (C,S,S)."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.input_size // self.patch
+        return (side, side)
+
+    @property
+    def conditioner(self) -> ClassConditioner:
+        return ClassConditioner(self.num_classes)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of("epsilon")
 
 
 class PatchEmbedding(nn.Module):
@@ -125,7 +146,10 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The whole transformer: a noised latent, its timestep and its label in; noise (and variance) out."""
+    """The whole transformer: a noised latent, its timestep and its label in; noise (and variance) out.
+
+    A tensor of labels (B,) will do for the condition: `model(x, t, labels)`.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -138,9 +162,9 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.checkpointing = False  # in training, keep each block's input alone and compute the rest again
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B,C,S,S), t (B,), y (B,) -> (B,C_out,S,S)."""
-        tokens, c = self.embed(x, t, y)
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
+        """Return the output (B,C_out,S,S) for x (B,C,S,S) at t (B,), with the condition's labels (B,)."""
+        tokens, c = self.embed(x, t, condition)
         for block in self.blocks:
             tokens = self._through(block, tokens, c)
         return self.unpatchify(self.final_layer(tokens, c))
@@ -151,13 +175,14 @@ class DiT(nn.Module):
         # Nothing in a block is random.
         return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B,N,D) and condition (B,D)."""
+    def embed(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (B,N,D) and what modulates the blocks (B,D). Raises ValueError if there are no labels."""
+        labels = Condition.of(condition).require("labels")
         tokens = self.x_embedder(x)
         # As the weights are: fp32 where autocast makes the products alone bf16, which keeps the stream of all blocks in
         # fp32, as published; bf16 where an engine cast the parameters, which may have left this buffer in fp32.
         embedding = self.pos_embed.to(self.x_embedder.proj.weight.dtype)
-        return tokens + embedding, self.t_embedder(t) + self.y_embedder(y)
+        return tokens + embedding, self.t_embedder(t) + self.y_embedder(labels)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""

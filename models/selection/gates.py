@@ -18,6 +18,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora, merge_lora
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.rootstocks.dit import DiT
@@ -166,8 +167,8 @@ class GatedDiT(nn.Module):
         for site in self.sites:
             self._gated(site).holds = holds[site.block]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.model(x, t, y)
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
+        return self.model(x, t, condition)
 
     def choice(self) -> dict[Site, int]:
         """What each site is to hold: 0 its original, 1 .. a scion."""

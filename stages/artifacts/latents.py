@@ -1,6 +1,6 @@
 """The artifact of `features`: what its files are, how they are written, and how the other stages read them.
 
-A split's latents lie in shards, each a .npy file of (n,C,S,S) float32: `training_latents-00000.npy` and so on, in the
+A split's latents lie in shards, each a .npy file of (n,C,..) float32: `training_latents-00000.npy` and so on, in the
 order of their names. They are memory-mapped, so that a split may be larger than the memory.
 """
 
@@ -11,16 +11,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
-from graftwork.models.objectives.gaussian import STEPS, Diffusion
+from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks.dit import DiTConfig
 from graftwork.specs.rootstock import DitModel
 
@@ -37,11 +38,31 @@ class LatentsMeta(BaseModel):
     shift: float | None = None
     means: tuple[float, ...] | None = None  # of each channel
     deviations: tuple[float, ...] | None = None
-    channels: int
-    side: int
+    shape: tuple[int, ...]  # of one latent, channels first: (C,S,S) of an image
     classes: tuple[str, ...]
     num_training: int
     num_heldout: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_squares(cls, given: Any) -> Any:
+        """Read what earlier versions wrote, `channels` and `side` of square latents, as their shape."""
+        if not isinstance(given, dict) or "side" not in given:
+            return given
+        others = {name: value for name, value in given.items() if name not in ("channels", "side")}
+        return {**others, "shape": (given["channels"], given["side"], given["side"])}
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def side(self) -> int:
+        """S of square latents (C,S,S). Raises ValueError for others."""
+        _, *sides = self.shape
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise ValueError(f"latents: got the shape {self.shape}; accepted: (channels, side, side)")
+        return sides[0]
 
     @property
     def bounded(self) -> bool:
@@ -63,7 +84,7 @@ class LatentsMeta(BaseModel):
 
 
 class Shards:
-    """Latents (n,C,S,S) in several memory-mapped files, read as a tensor is.
+    """Latents (n,C,..) in several memory-mapped files, read as a tensor is.
 
     A slice is a view, which reads nothing; a tensor of indices gives a tensor, for which those latents alone are read.
     """
@@ -123,13 +144,18 @@ class Shards:
 class Latents:
     """One split, in an order in which every prefix is class-stratified."""
 
-    x: Tensor | Shards  # (n,C,S,S) float32
-    labels: Tensor  # (n,)
+    x: Tensor | Shards  # (n,C,..) float32
+    condition: Condition  # of n
     mirrored: Tensor | Shards | None = None  # like x, of each image's mirror image
 
     def first(self, count: int) -> Latents:
         mirrored = None if self.mirrored is None else self.mirrored[:count]
-        return Latents(self.x[:count], self.labels[:count], mirrored)
+        return Latents(self.x[:count], self.condition[:count], mirrored)
+
+    @property
+    def labels(self) -> Tensor:
+        """The class (n,) of each latent. Raises ValueError where latents have none."""
+        return self.condition.require("labels")
 
     def spread(self, count: int) -> Latents:
         """Return the first turns of the classes, and of the turn that is not full some that are spread over it."""
@@ -140,8 +166,8 @@ class Latents:
             return self.first(count)
         chosen = full + torch.arange(rest) * min(turn, len(self.x) - full) // rest
         mirrored = None if self.mirrored is None else _extended(self.mirrored[:full], self.mirrored[chosen])
-        labels = torch.cat([self.labels[:full], self.labels[chosen]])
-        return Latents(_extended(self.x[:full], self.x[chosen]), labels, mirrored)
+        condition = self.condition[:full].join(self.condition[chosen])
+        return Latents(_extended(self.x[:full], self.x[chosen]), condition, mirrored)
 
     def stratified(self, count: int) -> Latents:
         """Return the first; but some that are spread over the classes if there are fewer than those."""
@@ -181,7 +207,8 @@ def read(folder: Path, split: str) -> Latents:
     """A split, memory-mapped."""
     labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy"))
     mirrored = _shards(folder, f"{split}_mirrored")
-    return Latents(Shards(_shards(folder, f"{split}_latents")), labels, Shards(mirrored) if mirrored else None)
+    latents = Shards(_shards(folder, f"{split}_latents"))
+    return Latents(latents, Condition(labels=labels), Shards(mirrored) if mirrored else None)
 
 
 def require_enough(field: str, asked: int, found: int, kind: str) -> None:
@@ -206,7 +233,7 @@ class ShardWriter:
             file.truncate(self.begin + shape[0] * self.item_bytes)
 
     def write(self, start: int, latents: NDArray[np.float32]) -> None:
-        """Latents (n,C,S,S) from item `start` on; raises OSError."""
+        """Latents (n,C,..) from item `start` on; raises OSError."""
         with self.path.open("r+b") as file:
             file.seek(self.begin + start * self.item_bytes)
             file.write(np.ascontiguousarray(latents).data)
@@ -214,22 +241,29 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Noised:
-    """Latents with noise at uniformly drawn timesteps: what the rootstock is shown."""
+    """Latents with noise at timesteps that the objective draws: what the rootstock is run on."""
 
-    z: Tensor  # (n,C,S,S)
+    z: Tensor  # (n,C,..)
     t: Tensor  # (n,)
-    labels: Tensor  # (n,)
+    condition: Condition  # of n
+
+    def __len__(self) -> int:
+        return len(self.z)
 
     def __getitem__(self, chosen: Tensor | slice) -> Noised:
-        return Noised(self.z[chosen], self.t[chosen], self.labels[chosen])
+        return Noised(self.z[chosen], self.t[chosen], self.condition[chosen])
+
+    def to(self, device: torch.device) -> Noised:
+        return Noised(self.z.to(device), self.t.to(device), self.condition.to(device))
 
 
-def noised(latents: Latents, draws: int, seed: int, stream: str) -> Noised:
-    """Each latent at `draws` uniform timesteps with noise of its own; a sample's draws depend on its place alone."""
+def noised(latents: Latents, objective: Objective, draws: int, seed: int, stream: str) -> Noised:
+    """Return each latent at `draws` timesteps with noise of its own; a sample's draws depend on its place alone."""
     t, noise = [], []
     for index in range(len(latents.x)):
         source = generator(seed, stream, index)
-        t.append(torch.randint(STEPS, (draws,), generator=source))
+        t.append(objective.draw_t(draws, source))
         noise.append(torch.randn((draws, *latents.x.shape[1:]), generator=source))
     x, times = latents.tensor().repeat_interleave(draws, 0), torch.cat(t)
-    return Noised(Diffusion().add_noise(x, times, torch.cat(noise)), times, latents.labels.repeat_interleave(draws, 0))
+    repeated = torch.arange(len(latents.x)).repeat_interleave(draws)
+    return Noised(objective.noised(x, times, torch.cat(noise)), times, latents.condition[repeated])

@@ -165,9 +165,8 @@ class Rootstock:
                 raise Stopped(f"after {start} samples of the rootstock's pass")
             part = slice(start, start + BATCH)
             with computing(self.recipe.precision, self.device):
-                seen = observe(
-                    self.model, sites, *(one[part].to(self.device) for one in (shown.z, shown.t, shown.labels))
-                )
+                noisy = shown[part].to(self.device)
+                seen = observe(self.model, sites, noisy.z, noisy.t, noisy.condition)
             for site, one in seen.items():
                 kept = kept_as(site, self.recipe)
                 weighted = self.recipe.gate_weighted and one.gate is not None
@@ -187,14 +186,15 @@ def read_rootstock(
 ) -> Rootstock:
     recipe, features = params.recipe, inputs["features"].path()
     model, carried = checkpoints.load(inputs["base"].path())
+    objective = model.config.objective
     training, heldout = read(features, "training"), read(features, "heldout")
     require_enough("distill.samples", recipe.samples, len(training.x), "training")
     require_enough("distill.heldout", recipe.heldout or 0, len(heldout.x), "held-out")
     return Rootstock(
         model.to(device),
         tuple(carried),
-        noised(training.stratified(recipe.samples), recipe.draws, params.seed, "distill"),
-        noised(heldout.stratified(recipe.heldout or recipe.samples), 1, params.seed, "distill/heldout"),
+        noised(training.stratified(recipe.samples), objective, recipe.draws, params.seed, "distill"),
+        noised(heldout.stratified(recipe.heldout or recipe.samples), objective, 1, params.seed, "distill/heldout"),
         recipe,
         device,
         stopping,

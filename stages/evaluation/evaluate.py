@@ -18,6 +18,7 @@ from typing import cast, get_args
 import torch
 
 from graftwork.cluster.fan_out import fan_out
+from graftwork.models.condition import Condition
 from graftwork.models.measures.costs import (
     forward_flops,
     forward_inputs,
@@ -27,7 +28,7 @@ from graftwork.models.measures.costs import (
 )
 from graftwork.models.measures.frechet import distance
 from graftwork.models.numerics.precision import computing
-from graftwork.models.objectives.gaussian import Network
+from graftwork.models.objectives import Network
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.specs.evaluate import EvaluateSpec, Metric, Row
 from graftwork.specs.params import EvaluateParams, SampleParams
@@ -99,11 +100,12 @@ def _costs(context: Context, params: EvaluateParams, device: torch.device) -> Ta
     """
     recipe, rows = params.recipe, {row: _timed_row(context, row, device) for row in _rows(context)}
     meta, timed = read_meta(context.input("features")), range(TIMED_SAMPLES)
-    labels = labels_of(timed, TIMED_SAMPLES, len(meta.classes))
+    condition = Condition(labels=labels_of(timed, TIMED_SAMPLES, len(meta.classes)))
     # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
     for round_ in range(TIMED_RUNS + 1):
         for row in rows.values():
-            sampling = partial(draw, row.network, meta, timed, labels, recipe.sampler, params.seed, device)
+            drawn = (row.model.config, meta, timed, condition, recipe.sampler, params.seed, device)
+            sampling = partial(draw, row.network, *drawn)
             with computing(recipe.precision, device):
                 row.samplings.append(_seconds(sampling))
                 # By now bf16 has rounded the weights, which a sampling does once.

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.cluster.fan_out import fan_out
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.precision import computing
 from graftwork.models.numerics.streams import SampleNoise
-from graftwork.models.objectives.gaussian import Network
-from graftwork.models.rootstocks.dit import DiT
-from graftwork.models.sampling.gaussian import sample
+from graftwork.models.objectives import Network
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.sampling import sample
 from graftwork.specs.params import SampleParams
 from graftwork.specs.sampler import Sampler
 from graftwork.stages.artifacts.hybrids import row_model
@@ -147,17 +148,27 @@ def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
 
 def draw(
     network: Network,
+    config: DiTConfig,
     meta: LatentsMeta,
     indices: range,
-    labels: Tensor,
+    condition: Condition,
     sampler: Sampler,
     seed: int,
     device: torch.device,
 ) -> Tensor:
-    """Latents of the samples with these indices: the same for any batch that they come in, up to rounding."""
-    labels = labels.to(device)
-    noise = SampleNoise(seed, indices, (meta.channels, meta.side, meta.side), device)
-    return sample(network, labels, noise, sampler=sampler, null_class=len(meta.classes), bounded=meta.bounded)
+    """Return latents of the samples with these indices: the same for any batch that they come in, up to rounding.
+
+    config: of the network's model, which says what it predicts and what it is told.
+    """
+    return sample(
+        network,
+        condition.to(device),
+        SampleNoise(seed, indices, meta.shape, device),
+        sampler=sampler,
+        conditioner=config.conditioner,
+        objective=config.objective,
+        bounded=meta.bounded,
+    )
 
 
 def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
@@ -165,8 +176,11 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
     loaded = _loaded(context, device)
     meta = read_meta(context.input("features"))
     labels = labels_of(batch.samples, params.samples, len(meta.classes))
+    condition = Condition(labels=labels)
     with computing(params.precision, device):
-        latents = draw(loaded.network, meta, batch.samples, labels, params.sampler, params.seed, device)
+        latents = draw(
+            loaded.network, loaded.config, meta, batch.samples, condition, params.sampler, params.seed, device
+        )
     images = loaded.codec.decode(latents)
     verdict = loaded.judges.look(images, labels)
     return Drawn(verdict.cpu(), images[list(batch.shown)], images if params.keep_samples else images[:0])
@@ -177,6 +191,7 @@ class Loaded:
     """All that a batch of a row needs on its device."""
 
     network: Network
+    config: DiTConfig
     codec: Coder
     judges: Judges
 
@@ -196,7 +211,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
         model = row_model(context, params.row, params.seed).to(device)
         judges = Judges(context, params.metrics, params.inception, device)
         codec = load_codec(params.codec, device, min(context.resources.gpu, 1.0))
-        _LOADED[identity] = Loaded(network_of(model, params.compile), codec, judges)
+        _LOADED[identity] = Loaded(network_of(model, params.compile), model.config, codec, judges)
     return _LOADED[identity]
 
 

@@ -9,7 +9,6 @@ with L1; locality tells which blocks may do with a local operator. Leaves `profi
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,23 +49,25 @@ def run(context: Context) -> None:
     model = model.to(context.device)
     sites = [Site(block=block, target=target) for block in range(model.config.depth) for target in ("mha", "mlp")]
     attentions = {site: scion for site in sites if isinstance(scion := scion_at(model, site), Attention)}
-    side = math.isqrt(model.config.num_tokens)
+    objective = model.config.objective.on(context.device)
     tallies = {site: Tally(context.device) for site in sites}
-    localities = {site: Locality(side, context.device) for site in attentions}
+    localities = {site: Locality(model.config.grid, context.device) for site in attentions}
 
-    shown = noised(read(context.input("features"), "training").stratified(params.samples), 1, params.seed, "profile")
+    training = read(context.input("features"), "training").stratified(params.samples)
+    shown = noised(training, model.config.objective, 1, params.seed, "profile")
     batch, done = batch_size(model.config, len(sites)), 0
-    for parts in zip(shown.z.split(batch), shown.t.split(batch), shown.labels.split(batch), strict=True):
-        z, t, labels = (part.to(context.device) for part in parts)
+    while done < len(shown):
+        part = shown[done : done + batch].to(context.device)
         with computing(params.precision, context.device):
-            found = observe(model, sites, z, t, labels)
+            found = observe(model, sites, part.z, part.t, part.condition)
+        quarters = objective.quarter(part.t)
         with products(params.precision):  # in bf16 the statistics are fp32's
             for site, seen in found.items():
                 tallies[site].add(seen.output)
                 if site in attentions:
-                    localities[site].add(attentions[site], seen.inputs[0], t)
-        done += len(z)
-        context.report(done, len(shown.z))
+                    localities[site].add(attentions[site], seen.inputs[0], quarters)
+        done += len(part)
+        context.report(done, len(shown))
         context.stop_if_asked()
 
     outputs = {str(site): tally.summary(str(site)) for site, tally in tallies.items()}

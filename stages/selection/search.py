@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.selection.budget import budget_of
 from graftwork.models.selection.gates import Gate, GatedDiT, admissible_masks, gumbel
@@ -101,7 +102,7 @@ def search(context: Context, device: torch.device) -> None:
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: SearchEngine(gated, recipe, params.seed, state),
-        TrainingSet(latents.x, latents.labels, gated.model.config.num_classes, device, latents.mirrored),
+        TrainingSet.of(latents, gated.model.config, device),
         recipe,
         seed=params.seed,
         stream="search",
@@ -192,21 +193,21 @@ class SearchEngine(PlainEngine):
             self.done, self.skipped, self.skipped_in_a_row = state["counts"].tolist()
             self.course = [tuple(row) for row in state["course"].tolist()]
 
-    def __call__(self, *args: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Pass the next part of this worker's share of the step's batch, under its part of the step's gates."""
         recipe, step = self.recipe, self.done
         noise = gumbel(recipe.batch, len(self.gated.gates.logits), generator(self.seed, "search", "gates", step))
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        share, samples = share_of(recipe.batch, rank, workers), len(args[0])
+        share, samples = share_of(recipe.batch, rank, workers), len(x)
         # A pass that does not count repeats the last sample; one on trial may be of a sample more than the share has.
         begin = max(0, min(share.start + self.passed, share.stop - samples))
         self.passed += samples
         self.gated.draw(
-            noise[begin : begin + samples].to(args[0].device),
+            noise[begin : begin + samples].to(x.device),
             at(recipe.temperature, step, recipe.steps),
             at(recipe.logit_scale, step, recipe.steps),
         )
-        return super().__call__(*args)
+        return super().__call__(x, t, condition)
 
     def step(self, loss: Tensor, lr: float) -> bool:
         made = super().step(loss + self.penalty(), lr)

@@ -55,7 +55,7 @@ def pretrain(context: Context, device: torch.device) -> None:
         lambda state: PlainEngine(
             model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=state
         ),
-        TrainingSet(latents.x, latents.labels, model.config.num_classes, device, latents.mirrored),
+        TrainingSet.of(latents, model.config, device),
         recipe,
         seed=params.seed,
         stream="base",

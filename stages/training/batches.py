@@ -1,4 +1,4 @@
-"""What each training step learns from: latents with their timesteps, labels and noise, drawn while earlier steps run.
+"""What a training step learns from: latents with their timesteps, conditions and noise, drawn while earlier steps run.
 
 Every draw belongs to a step number, and noise to a place in that step's batch, of which each worker draws its slice.
 Which batch a step gets thus depends neither on how many workers there are nor on when it was drawn.
@@ -17,10 +17,12 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from graftwork.models.condition import Condition, Conditioner
 from graftwork.models.numerics.streams import generator
-from graftwork.models.objectives.gaussian import STEPS
+from graftwork.models.objectives import Objective
+from graftwork.models.rootstocks.dit import DiTConfig
 from graftwork.specs.training import TrainingSpec
-from graftwork.stages.artifacts.latents import Shards, either
+from graftwork.stages.artifacts.latents import Latents, Shards, either
 
 DEPTH = 2  # batches that are drawn ahead
 T = TypeVar("T")  # a batch of whatever kind
@@ -28,16 +30,22 @@ T = TypeVar("T")  # a batch of whatever kind
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latents and labels to train on, mapped from a file or in memory; a batch of them is moved to `device`."""
+    """Latents and conditions to train on, mapped from a file or in memory; a batch of them is moved to `device`."""
 
-    latents: Tensor | Shards  # (n,C,S,S)
-    labels: Tensor  # (n,)
-    num_classes: int
+    latents: Tensor | Shards  # (n,C,..)
+    condition: Condition  # of all n
+    conditioner: Conditioner
+    objective: Objective
     device: torch.device
     mirrored: Tensor | Shards | None = None  # like latents, of each image's mirror image
 
+    @classmethod
+    def of(cls, latents: Latents, config: DiTConfig, device: torch.device) -> TrainingSet:
+        """Return what a model of that config learns from these latents on a device."""
+        return cls(latents.x, latents.condition, config.conditioner, config.objective, device, latents.mirrored)
+
     def pick(self, chosen: Tensor, mirror: Tensor) -> Tensor:
-        """The chosen latents (B,C,S,S); where there are mirror images, `mirror` (B,) says which of the two each is."""
+        """The chosen latents (B,C,..); where there are mirror images, `mirror` (B,) says which of the two each is."""
         if self.mirrored is None:
             return self.latents[chosen]
         return either(self.latents, self.mirrored, chosen, mirror)
@@ -46,17 +54,22 @@ class TrainingSet:
 class Batch(NamedTuple):
     """A worker's slice of a step's batch."""
 
-    x: Tensor  # (B,C,S,S) latents
+    x: Tensor  # (B,C,..) latents
     t: Tensor  # (B,) timesteps
-    y: Tensor  # (B,) labels, some dropped
-    noise: Tensor  # (B,C,S,S)
+    condition: Condition  # of B, some dropped
+    noise: Tensor  # (B,C,..)
+
+    def cut(self, places: slice) -> Batch:
+        """Return some of its samples."""
+        return Batch(self.x[places], self.t[places], self.condition[places], self.noise[places])
 
     def pinned(self) -> Batch:
         """In memory from which a GPU copies while the host goes on."""
-        return Batch(*(part.pin_memory() for part in self))
+        return Batch(self.x.pin_memory(), self.t.pin_memory(), self.condition.pin_memory(), self.noise.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        x, t, noise = (part.to(device, non_blocking=True) for part in (self.x, self.t, self.noise))
+        return Batch(x, t, self.condition.to(device, non_blocking=True), noise)
 
 
 def share_of(batch: int, rank: int, workers: int) -> range:
@@ -69,7 +82,7 @@ def draw_batch(
 ) -> Batch:
     """This worker's slice of a step's batch, in main memory."""
     draws, batch = generator(seed, stream, "step", step), recipe.batch
-    t = torch.randint(STEPS, (batch,), generator=draws)
+    t = data.objective.draw_t(batch, draws)
     dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
     chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
     places = share_of(batch, rank, workers)
@@ -79,8 +92,8 @@ def draw_batch(
         row.normal_(generator=generator(seed, stream, "noise", step, place))
     # From a stream of its own, so that all else is drawn the same where there are no mirror images.
     mirror = torch.rand(batch, generator=generator(seed, stream, "mirror", step)) < 0.5
-    y = data.labels[chosen[share]].masked_fill(dropped[share], data.num_classes)
-    return Batch(data.pick(chosen[share], mirror[share]), t[share], y, noise)
+    condition = data.conditioner.drop(data.condition[chosen[share]], dropped[share])
+    return Batch(data.pick(chosen[share], mirror[share]), t[share], condition, noise)
 
 
 class DrawnAhead(Generic[T]):

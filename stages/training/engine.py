@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graftwork.models.condition import Condition
 from graftwork.models.numerics.precision import computing
 from graftwork.models.numerics.torch_internals import move_towards
 from graftwork.models.outlines import outline
@@ -76,9 +77,9 @@ class PlainEngine:
         if state is not None:
             self._resume(state)
 
-    def __call__(self, *args: Tensor) -> Tensor:
-        with computing(self.precision, args[0].device):
-            output: Tensor = self.model(*args)
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with computing(self.precision, x.device):
+            output: Tensor = self.model(x, t, condition)
         return output
 
     def stand_in(self) -> Self:

@@ -46,7 +46,7 @@ def finetune(context: Context, device: torch.device) -> None:
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: ShardedEngine(model.to(device), recipe, state),
-        TrainingSet(latents.x, latents.labels, model.config.num_classes, device, latents.mirrored),
+        TrainingSet.of(latents, model.config, device),
         recipe,
         seed=params.seed,
         stream="finetune",

@@ -1,4 +1,4 @@
-"""The training loop of `base`, `search` and `finetune`: the diffusion loss over shuffled latents, an EMA, checkpoints.
+"""The training loop of `base`, `search` and `finetune`: the objective's loss on shuffled latents, an EMA, checkpoints.
 
 It knows nothing of Ray or DeepSpeed: an `Engine` does the step, be it `engine.PlainEngine` or a sharded one. Every
 random draw belongs to a step number (stages.training.batches). Training that goes on from a checkpoint therefore
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.models.numerics.precision import products
-from graftwork.models.objectives.gaussian import Diffusion
+from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.contract import Partial, Report, Stopped, never
@@ -72,7 +72,7 @@ def train(
     progress, state = _last_checkpoint(partial)
     engine = make_engine(state)
     del state
-    diffusion = Diffusion().on(data.device)
+    objective = data.objective.on(data.device)
     every = max(1, recipe.steps // POINTS)
     loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
     report(progress.step, recipe.steps)
@@ -106,7 +106,7 @@ def train(
                 raise Stopped(f"before step {step + 1}")
 
             share = batch.to(data.device)
-            loss = _step(engine, diffusion, share, passes, recipe.batch / workers, learning_rate(recipe, step))
+            loss = _step(engine, objective, share, passes, recipe.batch / workers, learning_rate(recipe, step))
             if loss is not None:
                 loss_sum += loss
                 progress.losses += 1
@@ -129,7 +129,7 @@ def train(
         dist.barrier()
 
 
-def _step(engine: Engine, diffusion: Diffusion, share: Batch, passes: int, usual: float, lr: float) -> Tensor | None:
+def _step(engine: Engine, objective: Objective, share: Batch, passes: int, usual: float, lr: float) -> Tensor | None:
     """Make a step of a worker's share of a batch; return the share's loss, or None if the step was skipped.
 
     usual: samples of a batch by workers. A part counts by its samples over that; the mean over the workers, which
@@ -137,8 +137,8 @@ def _step(engine: Engine, diffusion: Diffusion, share: Batch, passes: int, usual
     """
 
     def loss_of(part: Part) -> Tensor:
-        x, t, y, noise = part.batch
-        loss = diffusion.loss(engine, x, t, y, noise).mean()
+        x, t, condition, noise = part.batch
+        loss = objective.loss(engine, x, t, condition, noise).mean()
         scale = part.samples / usual  # exactly 1 for an even share
         return loss if scale == 1 else loss * scale
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graftwork.cluster import memory
-from graftwork.models.objectives.gaussian import Diffusion
+from graftwork.models.condition import Condition
+from graftwork.models.numerics.streams import generator
+from graftwork.models.objectives import Objective
 from graftwork.stages.training.batches import Batch, TrainingSet
 
 # Devices on which the size is tried out when it is left out. On a CPU it is the whole share: how sums are cut up
@@ -27,7 +29,7 @@ TRIAL_PASSES = 2  # the second has the gradients of the first beside it, as in t
 class Trainable(Protocol):
     """What passes are made with."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, /) -> Tensor: ...
 
     def stand_in(self) -> Self:
         """Return an engine for passes alone, without exchange: a network as large, that shares no state with this."""
@@ -51,9 +53,9 @@ def parts(share: Batch, passes: int) -> Iterator[Part]:
     for number in range(passes):
         samples = size // passes + (number < size % passes)
         if samples:
-            yield Part(Batch(*(part[begin : begin + samples] for part in share)), samples)
+            yield Part(share.cut(slice(begin, begin + samples)), samples)
         else:
-            yield Part(Batch(*(part[-1:] for part in share)), 0)
+            yield Part(share.cut(slice(-1, None)), 0)
         begin += samples
 
 
@@ -68,8 +70,8 @@ def try_out(engine: Trainable, data: TrainingSet, share: int) -> int:
 
     Nothing is exchanged while sizes are tried, so that a worker which has less room lets no other wait in vain.
     """
-    diffusion = Diffusion().on(data.device)
-    largest = torch.tensor(largest_that_fits(lambda size: _fits(engine, diffusion, data, size), share))
+    objective = data.objective.on(data.device)
+    largest = torch.tensor(largest_that_fits(lambda size: _fits(engine, objective, data, size), share))
     if dist.is_initialized() and dist.get_world_size() > 1:
         largest = largest.to(data.device)
         dist.all_reduce(largest, dist.ReduceOp.MIN)
@@ -78,10 +80,10 @@ def try_out(engine: Trainable, data: TrainingSet, share: int) -> int:
     return int(largest.item())
 
 
-def _fits(engine: Trainable, diffusion: Diffusion, data: TrainingSet, samples: int) -> bool:
+def _fits(engine: Trainable, objective: Objective, data: TrainingSet, samples: int) -> bool:
     fits = True
     try:
-        _rehearse(engine.stand_in(), diffusion, data, samples)
+        _rehearse(engine.stand_in(), objective, data, samples)
     except Exception as error:
         if not memory.is_short(error):
             raise
@@ -93,12 +95,13 @@ def _fits(engine: Trainable, diffusion: Diffusion, data: TrainingSet, samples: i
     return fits
 
 
-def _rehearse(engine: Trainable, diffusion: Diffusion, data: TrainingSet, samples: int) -> None:
-    """Make the passes of a training step, on zeros."""
+def _rehearse(engine: Trainable, objective: Objective, data: TrainingSet, samples: int) -> None:
+    """Make the passes of a training step, on latents that are zeros."""
     x = torch.zeros(samples, *data.latents.shape[1:], device=data.device)
-    zeros = torch.zeros(samples, dtype=torch.long, device=data.device)
+    t = objective.draw_t(samples, generator(0, "example")).to(data.device)
+    condition = data.conditioner.example(samples, data.device)
     for _ in range(TRIAL_PASSES):
-        diffusion.loss(engine, x, zeros, zeros, x).mean().backward()
+        objective.loss(engine, x, t, condition, x).mean().backward()
     if data.device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graftwork.models.checkpoints.fit import Uninitialised
 from graftwork.models.checkpoints.recognition import edits_from, edits_json
+from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.edits import Edit
@@ -65,5 +66,6 @@ class GraftTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  #
         The pipeline's null class is 1000 whatever the model's: any label past the classes is the null class here.
         """
         assert timestep is not None and class_labels is not None
-        output = self.dit(hidden_states, timestep, class_labels.clamp(max=self.dit.config.num_classes))
+        condition = Condition(labels=class_labels.clamp(max=self.dit.config.num_classes))
+        output = self.dit(hidden_states, timestep, condition)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -1,0 +1,116 @@
+"""What a network is told beside the noised latent and its timestep: a class or a text; and what to say for "nothing".
+
+Shapes: B samples, L tokens of a text, E channels of a token, P channels of a pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """The conditions of B samples: labels, or texts. A field that a network does not know stays None."""
+
+    labels: Tensor | None = None  # (B,) integers
+    text: Tensor | None = None  # (B,L,E)
+    mask: Tensor | None = None  # (B,L), 1 at the tokens of a text and 0 at what fills it up
+    pooled: Tensor | None = None  # (B,P)
+
+    @classmethod
+    def of(cls, given: Condition | Tensor) -> Condition:
+        """Return a condition as it is, and of a tensor (B,) of labels that of the labels."""
+        return given if isinstance(given, Condition) else cls(labels=given)
+
+    def __len__(self) -> int:
+        """Return B. Raises ValueError if no field is set."""
+        for value in self.tensors().values():
+            return len(value)
+        raise ValueError(f"condition: got none; accepted: at least one of {', '.join(NAMES)}")
+
+    def __getitem__(self, chosen: Tensor | slice) -> Condition:
+        """Return those of some samples: a slice, or indices (n,), or a mask (B,)."""
+        return self._each(lambda value: value[chosen])
+
+    def join(self, other: Condition) -> Condition:
+        """Return the conditions of this batch, then those of the other; both must have the same fields."""
+        return self._with(other, lambda own, others: torch.cat([own, others]))
+
+    def replace(self, which: Tensor, other: Condition) -> Condition:
+        """Return this batch with the samples where `which` (B,) is true taken from the other, as large, batch."""
+        return self._with(
+            other, lambda own, others: torch.where(which.reshape(-1, *[1] * (own.dim() - 1)), others, own)
+        )
+
+    def to(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> Condition:
+        """Return the condition on a device, and what is floating-point in it in a type; both stay where left out."""
+        return self._each(
+            lambda value: value.to(
+                device=value.device if device is None else device,
+                dtype=dtype if dtype is not None and value.is_floating_point() else value.dtype,
+                non_blocking=non_blocking,
+            )
+        )
+
+    def pin_memory(self) -> Condition:
+        """Return the condition in memory from which a GPU copies while the host goes on."""
+        return self._each(lambda value: value.pin_memory())
+
+    def require(self, name: str) -> Tensor:
+        """Return a field. Raises ValueError if it is not set."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"condition: got {', '.join(self.tensors()) or 'none'}; accepted: {name}")
+        return value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are set, by name."""
+        return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        return Condition(**{name: change(value) for name, value in self.tensors().items()})
+
+    def _with(self, other: Condition, change: Callable[[Tensor, Tensor], Tensor]) -> Condition:
+        own, others = self.tensors(), other.tensors()
+        if own.keys() != others.keys():
+            raise ValueError(f"condition: got {', '.join(others) or 'none'} beside {', '.join(own) or 'none'}")
+        return Condition(**{name: change(value, others[name]) for name, value in own.items()})
+
+
+NAMES = tuple(field.name for field in fields(Condition))
+
+
+class Conditioner(Protocol):
+    """What conditions a model takes: each family's config has one as `conditioner`."""
+
+    def null(self, like: Condition) -> Condition:
+        """Return the condition of unconditional samples, of the batch size and shapes and on the device of `like`."""
+        ...
+
+    def drop(self, condition: Condition, which: Tensor) -> Condition:
+        """Return the condition, made null in the samples where `which` (B,) is true."""
+        return condition.replace(which, self.null(condition))
+
+    def example(self, count: int, device: torch.device) -> Condition:
+        """Return some condition of `count` samples, to run the model on where only its shape matters."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassConditioner(Conditioner):
+    """Labels 0 .. num_classes - 1; label `num_classes` is the null class."""
+
+    num_classes: int
+
+    def null(self, like: Condition) -> Condition:
+        return Condition(labels=torch.full_like(like.require("labels"), self.num_classes))
+
+    def example(self, count: int, device: torch.device) -> Condition:
+        return Condition(labels=torch.zeros(count, dtype=torch.long, device=device))
