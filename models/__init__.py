@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> DiT:
-    """The model in a file or folder, or under a hub id, ready to be called: see `models.checkpoints.read`.
+    """Return the model in a file or folder, or under a hub id, ready to be called; see `models.checkpoints.read`.
 
+    It is called as `model(x, t, labels)` with latents x (B,C,S,S), timesteps t (B,) in 0 .. 999 and labels (B,), of
+    which `num_classes` is the null class; or with a `models.condition.Condition` in place of the labels.
     heads: attention heads, needed where neither the file nor a published size tells them.
     """
     from graftwork.models import checkpoints

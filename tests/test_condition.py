@@ -21,6 +21,7 @@ from graftwork.specs.operators import Mha, Place
 from graftwork.specs.sampler import AncestralSampler, DdimSampler
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, noised, read_meta, write_meta
+from graftwork.stages.pictures.pictures import attention_to_all_alike
 from graftwork.stages.training.batches import TrainingSet, draw_batch
 from graftwork.stages.training.microbatches import parts
 from tests.tiny_training import TINY
@@ -244,6 +245,7 @@ def test_attention_over_tokens_that_are_no_square_is_told_by_rows_and_columns(ch
     apart = np.maximum(abs(rows[:, None] - rows), abs(columns[:, None] - columns))
     alike = [(apart <= k).mean() for k in range(width)]
     assert locality.overall().patches.tolist() == pytest.approx(alike)
+    assert attention_to_all_alike(8, width, "patches").tolist() == pytest.approx(alike)
     tokens = abs(np.arange(8)[:, None] - np.arange(8))
     assert locality.overall().tokens.tolist() == pytest.approx([(tokens <= k).mean() for k in range(8)])
     assert [quarter is None for quarter in locality.by_quarter()] == [False, False, True, False]

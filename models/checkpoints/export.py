@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
-    "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
-    "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, y)',
+    "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, labels)',
+    "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, labels)',
     "DiTPipeline": (
         "import graftwork.models.checkpoints.layouts.transformer  # lets diffusers load a graft\n"
         "from diffusers import DiTPipeline\n\n"

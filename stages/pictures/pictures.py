@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +102,7 @@ def locality_by_quarter(locality: LocalityCurves, path: Path) -> None:
         figure.suptitle("attention mass within k; dashed: if a query looked at all tokens alike")
         colours = colormaps["viridis"].resampled(len(sites))
         for line, distance in zip(lines, DISTANCES, strict=True):
-            alike = _attention_to_all_alike(len(locality.tokens[sites[0]]), distance)
+            alike = attention_to_all_alike(len(locality.tokens[sites[0]]), len(locality.patches[sites[0]]), distance)
             for quarter, axes in enumerate(line):
                 for number, site in enumerate(sites):
                     curve = locality.by_quarter.along(distance)[site][quarter]
@@ -119,11 +118,20 @@ def locality_by_quarter(locality: LocalityCurves, path: Path) -> None:
     draw(path, (3 * num_quarters, 5.5), paint)
 
 
-def _attention_to_all_alike(num_tokens: int, distance: Distance) -> NDArray[np.float64]:
-    """The mass within each distance if it were spread evenly: the share of pairs of tokens."""
-    length = num_tokens if distance == "tokens" else math.isqrt(num_tokens)
-    pairs = np.cumsum([length, *(2 * (length - apart) for apart in range(1, length))]) / length**2
-    return pairs if distance == "tokens" else pairs**2
+def attention_to_all_alike(num_tokens: int, longest: int, distance: Distance) -> NDArray[np.float64]:
+    """Return the mass within each distance if it were spread evenly: the share of pairs of tokens.
+
+    longest: tokens along the longer side of the image.
+    """
+    if distance == "tokens":
+        return _pairs_within(num_tokens)
+    shorter = _pairs_within(num_tokens // longest)
+    return _pairs_within(longest) * np.pad(shorter, (0, longest - len(shorter)), constant_values=1.0)
+
+
+def _pairs_within(length: int) -> NDArray[np.float64]:
+    """Return the share of ordered pairs of places on a line that are 0, 1, .. or less apart."""
+    return np.cumsum([length, *(2 * (length - apart) for apart in range(1, length))]) / length**2
 
 
 def activation_boxes(outputs: Mapping[str, Outputs], path: Path) -> None:
