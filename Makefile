@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-slow test-all test-chaos chaos check gpu clean
+.PHONY: demo test test-fast test-slow test-all test-chaos chaos check docs gpu clean
 
 demo: .venv/ready
 	$(BIN)/graft run examples/digits.yaml
@@ -39,6 +39,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict --quiet
 
 # One environment for everything, with the exact versions that were tested.
 .venv/ready: pyproject.toml constraints.txt

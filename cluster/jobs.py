@@ -67,7 +67,9 @@ def check_url(address: str) -> None:
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
         raise SpecError([f"--address: got {address!r}; accepted: a Ray dashboard, as http://head:8265"])
     if "@" in urlsplit(address).netloc:
-        raise SpecError(["--address: got a URL with a password; accepted: one without, and a token (see README)"])
+        raise SpecError(
+            ["--address: got a URL with a password; accepted: one without, and a token (see docs/cluster.md)"]
+        )
 
 
 class Cluster:

@@ -1,4 +1,4 @@
-"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`. The command line is a thin layer over these.
+"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`, `export`. The command line is a thin layer on it.
 
 Nothing heavy is imported until a step has to run: a run whose steps are all cached starts neither Ray nor torch.
 """
@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.pipeline.execution.run import Run
-from graftwork.pipeline.execution.view import SilentView, View
+from graftwork.pipeline.execution.view import LoggedView, SilentView, View
 from graftwork.pipeline.planning import plan as planning
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents, Report
@@ -35,6 +35,9 @@ from graftwork.specs.reading.overrides import expanded
 from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.features.listing import listing_once
 from graftwork.stages.features.sources import num_classes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 WORTH_TELLING = 2**28  # bytes that are read
 MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
@@ -101,9 +104,15 @@ def untracked(made: Plan) -> list[str]:
 
 
 def run(job: JobSpec | str | Path, overrides: Iterable[str] = (), view: View | None = None) -> RunRecord:
-    """Do what is not in the store yet and return the run; raises SpecError before, RunFailed after it has begun."""
+    """Run a job: compute the steps that its store lacks, and return the record of the run.
+
+    job: a JobSpec, or the path of a YAML file. overrides: `path=value` each, as after `--set`. view: what shows the
+    course of the run; by default nothing is printed. The logger `graftwork` has each step's end as INFO.
+    The record has `run` (the name), `steps`, `results` (row -> column -> value) and `frame()`.
+    Raise SpecError before anything starts, RunFailed or RunStopped afterwards.
+    """
     spec = job if isinstance(job, JobSpec) else load(job, overrides)
-    view = view or SilentView()
+    view = LoggedView(view or SilentView())
     settle_home()
     preflight.fetch(spec)
     try:
@@ -134,15 +143,18 @@ def reading(view: View) -> Report:
 
 
 def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:
-    """Go on with a run: the steps in the store are not repeated, training goes on from its last checkpoint."""
+    """Resume a run: keep the steps that the store has, and let trainings go on from their last checkpoints.
+
+    name: of the run, as `graft status` lists it. Raise SpecError if there is no such run; otherwise as `run`.
+    """
     past = record.find(Store(store), name)
     return run(job_from({**past.job, "store": store}), view=view)
 
 
 def stop(name: str, store: str = ".graftwork") -> RunRecord:
-    """Ask the driver of a run, wherever it is, to save what it has and stop; returns the run as it is now.
+    """Ask the driver of a run, wherever it is, to save and stop; return the record of the run as it is now.
 
-    Raises SpecError where nobody is at that run.
+    Raise SpecError if no driver is at work on that run.
     """
     place = Store(store)
     found = record.find(place, name)
@@ -153,13 +165,23 @@ def stop(name: str, store: str = ".graftwork") -> RunRecord:
 
 
 def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, Any]]:
-    """One flat row a run: its name, status, and `row.column` as in MLflow."""
+    """Return one flat row a run: `run`, `name`, `status`, and each figure as `row.column`, as MLflow names it.
+
+    Raise SpecError if there is no such run in the store. `table` returns the same as a pandas DataFrame.
+    """
     found = [record.find(Store(store), name) for name in runs]
     return [
         {"run": one.run, "name": one.name, "status": one.status}
         | {f"{row}.{column}": value for row, columns in one.results.items() for column, value in columns.items()}
         for one in found
     ]
+
+
+def table(runs: Sequence[str], store: str = ".graftwork") -> DataFrame:
+    """Return what `compare` returns as a pandas DataFrame: a row a run, a column a figure."""
+    import pandas
+
+    return pandas.DataFrame(compare(runs, store)).set_index("run")
 
 
 def export(

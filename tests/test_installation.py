@@ -1,4 +1,4 @@
-"""The two sets of versions: what the README and the Makefile name is in them, and they differ in torch alone."""
+"""The two sets of versions: what the documentation and the Makefile name is in them, and they differ in torch alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_set_for_gpus_is_the_other_with_another_torch_and_what_is_built_for_
 
 
 def section() -> str:
-    return (ROOT / "README.md").read_text().split("## Kernels on NVIDIA GPUs")[1].split("\n## ")[0]
+    return (ROOT / "docs" / "performance.md").read_text().split("## Kernels on NVIDIA GPUs")[1].split("\n## ")[0]
 
 
 def test_the_readme_names_the_versions_of_torch_that_are_in_the_sets() -> None:

@@ -182,7 +182,7 @@ def test_each_says_at_its_top_how_it_is_used(path: Path) -> None:
     first = path.read_text().removeprefix("#!/usr/bin/env bash\n")
     top = first[: re.search(r"^[^#]", first, flags=re.MULTILINE).start()]  # type: ignore[union-attr]
     assert str(path.relative_to(ROOT)) in top
-    assert str(path.relative_to(ROOT)) in (ROOT / "README.md").read_text()
+    assert str(path.relative_to(ROOT)) in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def commands() -> list[list[str]]:

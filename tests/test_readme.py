@@ -1,4 +1,4 @@
-"""What the README shows works: its operator is added, in two places, to a copy of the project."""
+"""What the documentation shows works: its operator is added, in two places, to a copy of the project."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPIED = ("graftwork", "specs", "models", "cluster", "stages", "pipeline", "test
 @pytest.fixture(scope="module")
 def code() -> tuple[str, str]:
     """The two blocks under "Adding an operator"."""
-    section = (ROOT / "README.md").read_text().split("## Adding an operator")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "operators.md").read_text().split("## Adding an operator")[1].split("\n## ")[0]
     spec, module = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     return spec, module
 

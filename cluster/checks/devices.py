@@ -255,7 +255,7 @@ def _kernel(spec: OperatorSpec, place: Place, device: torch.device) -> Check:
     except KernelUnavailable as reason:
         if "flash-attn" in str(reason):  # PyTorch's own attention is as fast
             return fine(name, f"none: {reason}")
-        return warning(name, str(reason), "steps run its definition; the README's extra `gpu` has faster kernels")
+        return warning(name, str(reason), "steps run its definition; faster kernels: docs/performance.md")
     except Exception as error:  # of a package built for another torch
         advice = "set backend: torch for this operator, and reinstall the kernel's package"
         return broken(name, f"{type(error).__name__}: {error}", advice)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import graftwork
 from graftwork.pipeline.cli.tables import (
     columns,
     document,
@@ -69,8 +70,18 @@ Dashboard = Annotated[str, typer.Option("--address", metavar="URL", help="a Ray 
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"graftwork {graftwork.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def every_command() -> None:
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Spell out the signs of a name that a terminal's encoding has not."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -449,11 +460,17 @@ def doctor(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page with every field.")] = False,
+) -> None:
     """Print the JSON Schema of a job, for editors that complete YAML."""
     from graftwork.specs.reading.load import job_schema
+    from graftwork.specs.reading.page import page_of
 
-    document(job_schema())
+    if markdown:
+        print(page_of(job_schema()), end="")
+    else:
+        document(job_schema())
 
 
 @contextmanager

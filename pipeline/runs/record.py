@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
@@ -17,6 +17,9 @@ from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.leases import Holder
 from graftwork.specs.problems import SpecError, shown
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Status = Literal["running", "finished", "failed", "stopped", "lost"]  # lost: its driver died
 StepState = Literal["pending", "running", "cached", "done", "failed", "skipped"]
@@ -79,6 +82,12 @@ class RunRecord(BaseModel):
 
     def step(self, name: str) -> StepRecord:
         return next(step for step in self.steps if step.name == name)
+
+    def frame(self) -> DataFrame:
+        """Return the results as a pandas DataFrame: a row a model, a column a figure."""
+        import pandas
+
+        return pandas.DataFrame.from_dict(self.results, orient="index")
 
     def resume_command(self) -> str:
         """What a user types to go on with it."""
