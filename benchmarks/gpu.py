@@ -389,7 +389,7 @@ def measure_distillation(session: Session) -> dict[str, Any]:
 
     from benchmarks import distillation, report
     from graftwork.stages.distillation import distill
-    from graftwork.stages.distillation.activations import activations, shared
+    from graftwork.stages.distillation.sources import choose_source, task_state
 
     options = distillation.arguments(session.line(DISTILLATION))
     with tempfile.TemporaryDirectory() as folder:
@@ -399,10 +399,10 @@ def measure_distillation(session: Session) -> dict[str, Any]:
         context = distillation.context_of(work, edit, (), {})
 
         def ours() -> list[tuple[float, float, float]]:
-            rootstock = shared(context)
-            shown, unseen = activations(context)
-            scion = distillation.new_scion(rootstock.model, edit, 0).to(session.device)
-            return distill.fit(scion, shown, unseen, "l1", context)
+            task = task_state(context)
+            train, heldout = choose_source(task, context)
+            scion = distillation.new_scion(task.teacher.model, edit, 0).to(session.device)
+            return distill.fit(scion, train, heldout, "l1", context)
 
         history: list[tuple[float, float, float]] = []
         with report.peak_memory(session.device) as peak:

@@ -34,9 +34,10 @@ from graftwork.stages.artifacts import hybrids as hybrid
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
 from graftwork.stages.contract import Context, Portion, Stopped, Together
-from graftwork.stages.distillation import activations, distill
+from graftwork.stages.distillation import activations, distill, sources
 from graftwork.stages.distillation import loss as losses
-from graftwork.stages.distillation.activations import Kept, Pairs, Rootstock
+from graftwork.stages.distillation.activations import Pairs, Teacher
+from graftwork.stages.distillation.sources import InMemory, Recomputed, TaskState, choose_source
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
@@ -65,9 +66,9 @@ def test_a_samples_noise_depends_on_its_place_alone(data: TrainingSet) -> None:
 
 
 def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: TrainingSet) -> None:
-    shown = noised(Latents(data.latents[:1], data.condition[:1]), TINY.objective, 3, 0, "distill")
-    assert len(set(shown.t.tolist())) == 3
-    assert shown.condition.labels.tolist() == [0, 0, 0]
+    latents = noised(Latents(data.latents[:1], data.condition[:1]), TINY.objective, 3, 0, "distill")
+    assert len(set(latents.t.tolist())) == 3
+    assert latents.condition.labels.tolist() == [0, 0, 0]
 
 
 # -- distillation
@@ -98,37 +99,37 @@ def rootstock() -> DiT:
 
 
 @pytest.fixture
-def shown(data: TrainingSet) -> Noised:
+def latents(data: TrainingSet) -> Noised:
     return noised(Latents(data.latents[:24], data.condition[:24]), TINY.objective, 1, 0, "distill")
 
 
 @pytest.fixture
-def source(rootstock: DiT, shown: Noised) -> Kept:
-    return recorded(rootstock, MHA_SITE, shown)
+def source(rootstock: DiT, latents: Noised) -> InMemory:
+    return captured(rootstock, MHA_SITE, latents)
 
 
 @pytest.fixture
-def unseen(rootstock: DiT, data: TrainingSet) -> Kept:
+def heldout(rootstock: DiT, data: TrainingSet) -> InMemory:
     kept = Latents(data.latents[24:], data.condition[24:])
-    return recorded(rootstock, MHA_SITE, noised(kept, TINY.objective, 1, 0, "distill/heldout"))
+    return captured(rootstock, MHA_SITE, noised(kept, TINY.objective, 1, 0, "distill/heldout"))
 
 
-def recorded(rootstock: DiT, site: Site, shown: Noised, gate_weighted: bool = False) -> Kept:
-    whole = Rootstock(rootstock, (), shown, shown, DistillSpec(gate_weighted=gate_weighted), CPU)
-    return Kept(whole.record([site], shown, CPU)[site], CPU)
+def captured(rootstock: DiT, site: Site, latents: Noised, gate_weighted: bool = False) -> InMemory:
+    whole = Teacher(rootstock, (), latents, latents, DistillSpec(gate_weighted=gate_weighted), CPU)
+    return InMemory(whole.capture([site], latents, CPU)[site], CPU)
 
 
 @pytest.mark.parametrize("deaths", [(1,), (3,), (4,), (7,), (3, 5, 6)], ids=str)
 def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
-    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path, deaths: tuple[int, ...]
+    rootstock: DiT, source: InMemory, heldout: InMemory, store: Store, tmp_path: Path, deaths: tuple[int, ...]
 ) -> None:
     def distilled(key: str, deaths: tuple[int, ...]) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
         for death in deaths:
             scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
             with pytest.raises(Killed):
-                distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
+                distill.fit(scion, source, heldout, "l1", make_context(store, key, tmp_path, Reports(dies_at=death)))
         scion = new_scion(rootstock, MHA_EDIT, 99 if store.state(key) == "partial" else 0)
-        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
+        history = distill.fit(scion, source, heldout, "l1", make_context(store, key, tmp_path))
         return scion.state_dict(), history
 
     straight, killed = distilled("straight", ()), distilled("killed", deaths)
@@ -137,7 +138,7 @@ def test_distilling_that_was_killed_and_resumed_ends_in_the_same_bits(
 
 
 def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
-    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+    rootstock: DiT, source: InMemory, heldout: InMemory, store: Store, tmp_path: Path
 ) -> None:
     ends = []
     for key, asked in (("straight", False), ("stopped", True)):
@@ -145,27 +146,27 @@ def test_distilling_that_is_asked_to_stop_saves_and_goes_on_in_the_same_bits(
         context = replace(make_context(store, key, tmp_path, report), stopping=report.past(3))
         if asked:
             with pytest.raises(Stopped, match="after epoch 3"):
-                distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
+                distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, heldout, "l1", context)
         scion = new_scion(rootstock, MHA_EDIT, 99 if asked else 0)
-        history = distill.fit(scion, source, unseen, "l1", make_context(store, key, tmp_path))
+        history = distill.fit(scion, source, heldout, "l1", make_context(store, key, tmp_path))
         ends.append((scion.state_dict(), history))
     assert ends[0][1] == ends[1][1]
     assert_same_bits(ends[0][0], ends[1][0])
 
 
 def test_distilling_brings_the_scion_nearer(
-    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+    rootstock: DiT, source: InMemory, heldout: InMemory, store: Store, tmp_path: Path
 ) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
-    before = losses.relative_error(scion, unseen)
-    distill.fit(scion, source, unseen, "l1", make_context(store, "a", tmp_path, epochs=30))
-    assert losses.relative_error(scion, unseen) < 0.7 * before
+    before = losses.relative_error(scion, heldout)
+    distill.fit(scion, source, heldout, "l1", make_context(store, "a", tmp_path, epochs=30))
+    assert losses.relative_error(scion, heldout) < 0.7 * before
 
 
-def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, store: Store, tmp_path: Path) -> None:
+def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: InMemory, store: Store, tmp_path: Path) -> None:
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with torch.no_grad():  # held out is what the scion puts out at first, so that each epoch leads away from it
-        contrary = Kept(Pairs(source.pairs.inputs, scion(*source.pairs.inputs), None), CPU)
+        contrary = InMemory(Pairs(source.pairs.inputs, scion(*source.pairs.inputs), None), CPU)
     history = distill.fit(scion, source, contrary, "l1", make_context(store, "a", tmp_path))
     errors = [heldout for _, _, heldout in history]
     assert errors.index(min(errors)) == 0
@@ -173,7 +174,7 @@ def test_the_weights_of_the_best_epoch_are_kept(rootstock: DiT, source: Kept, st
 
 
 def test_the_rate_halves_at_each_milestone(
-    rootstock: DiT, source: Kept, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rootstock: DiT, source: InMemory, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
     step = PlainEngine.step
@@ -185,9 +186,9 @@ def test_the_rate_halves_at_each_milestone(
 
 
 def test_a_heldout_error_that_is_no_number_stops_the_distilling_and_names_the_epoch(
-    rootstock: DiT, source: Kept, store: Store, tmp_path: Path
+    rootstock: DiT, source: InMemory, store: Store, tmp_path: Path
 ) -> None:
-    broken = Kept(Pairs(source.pairs.inputs, source.pairs.outputs * math.nan, None), CPU)
+    broken = InMemory(Pairs(source.pairs.inputs, source.pairs.outputs * math.nan, None), CPU)
     with pytest.raises(FloatingPointError, match="epoch 1"):
         distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, broken, "l1", make_context(store, "a", tmp_path))
 
@@ -259,52 +260,52 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
 
 
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
-def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, shown: Noised, site: Site) -> None:
-    pairs = recorded(rootstock, site, shown, gate_weighted=True).pairs
-    _, c = rootstock.embed(shown.z, shown.t, shown.condition)
+def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, latents: Noised, site: Site) -> None:
+    pairs = captured(rootstock, site, latents, gate_weighted=True).pairs
+    _, c = rootstock.embed(latents.z, latents.t, latents.condition)
     gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_batches_from_the_hosts_memory_are_those_that_lie_on_the_device(source: Kept, shuffled: bool) -> None:
+def test_batches_from_the_hosts_memory_are_those_that_lie_on_the_device(source: InMemory, shuffled: bool) -> None:
     order = torch.randperm(len(source)) if shuffled else None
     for there, sent in zip(source.batches(10, order), source._uploaded(10, order), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there.tensors(), sent.tensors(), strict=True))
 
 
-def test_unweighted_pairs_have_no_weights(source: Kept) -> None:
+def test_unweighted_pairs_have_no_weights(source: InMemory) -> None:
     assert source.pairs.weights is None
 
 
 def test_pairs_are_what_the_operator_saw_and_put_out_whatever_the_batches(
-    rootstock: DiT, shown: Noised, monkeypatch: pytest.MonkeyPatch
+    rootstock: DiT, latents: Noised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "BATCH", 7)
-    pairs = recorded(rootstock, MHA_SITE, shown).pairs
-    seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.condition)[MHA_SITE]
+    monkeypatch.setattr(activations, "PASS_BATCH", 7)
+    pairs = captured(rootstock, MHA_SITE, latents).pairs
+    seen = observe(rootstock, [MHA_SITE], latents.z, latents.t, latents.condition)[MHA_SITE]
     torch.testing.assert_close((pairs.inputs, pairs.outputs), (seen.inputs, seen.output))
 
 
 def test_the_heldout_error_is_the_mean_over_all_pairs_whatever_the_batches(
-    source: Kept, monkeypatch: pytest.MonkeyPatch
+    source: InMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = (source.pairs.inputs[0] - source.pairs.outputs).abs().mean().item()
-    monkeypatch.setattr(losses, "BATCH", 7)
+    monkeypatch.setattr(losses, "PASS_BATCH", 7)
     assert losses.error_on(nn.Identity(), source, losses.LOSSES["l1"]) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("site", "operator"), [(MHA_SITE, Mha()), (MLP_SITE, Mlp(ratio=4))], ids=str)
-def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, shown: Noised, site: Site, operator: Any) -> None:
+def test_a_copy_of_the_operator_has_no_error(rootstock: DiT, latents: Noised, site: Site, operator: Any) -> None:
     scion = new_scion(rootstock, Edit(site=site, operator=operator), seed=0)
     scion.load_state_dict(scion_at(rootstock, site).state_dict())
-    same = recorded(rootstock, site, shown)
+    same = captured(rootstock, site, latents)
     assert losses.error_on(scion, same, losses.LOSSES["l1"]) == 0
     assert losses.relative_error(scion, same) == 0
 
 
-def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: Kept) -> None:
+def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: InMemory) -> None:
     class Mean(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return source.pairs.outputs.mean((0, 1)).expand_as(x)
@@ -344,7 +345,7 @@ def run_distill(
 
 
 def test_a_distill_step_leaves_the_best_scion_and_its_figures(
-    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, unseen: Kept
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, heldout: InMemory
 ) -> None:
     report = Reports()
     run_distill(store, "a", inputs, tmp_path / "out", report)
@@ -357,7 +358,7 @@ def test_a_distill_step_leaves_the_best_scion_and_its_figures(
         "loss_because": "the outputs' excess kurtosis is 30, above 12",
         "heldout_error": best["heldout_error"],
         "best_epoch": best_done,
-        "relative_error": pytest.approx(losses.relative_error(scion, unseen)),
+        "relative_error": pytest.approx(losses.relative_error(scion, heldout)),
     }
 
 
@@ -387,11 +388,11 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
     model = hybrid.with_scions(rootstock, (MHA_EDIT,), make_bare(inputs), 0)
     start = new_scion(model, PAIR, 0)
     latents = read(inputs["features"].place, "heldout").first(24)
-    unseen = recorded(lively(DiT(TINY)), PAIR.site, noised(latents, TINY.objective, 1, 0, "distill/heldout"))
+    heldout = captured(lively(DiT(TINY)), PAIR.site, noised(latents, TINY.objective, 1, 0, "distill/heldout"))
     summary = json.loads((tmp_path / "pair" / "distill.json").read_text())
-    assert summary["relative_error"] < 0.9 * losses.relative_error(answer(start), unseen)
+    assert summary["relative_error"] < 0.9 * losses.relative_error(answer(start), heldout)
     start.load_state_dict(pair)
-    assert summary["relative_error"] == pytest.approx(losses.relative_error(answer(start), unseen), rel=1e-5)
+    assert summary["relative_error"] == pytest.approx(losses.relative_error(answer(start), heldout), rel=1e-5)
 
 
 # -- sites that share a task
@@ -457,11 +458,11 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
     store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    record = Rootstock.record
+    capture = Teacher.capture
     monkeypatch.setattr(
-        Rootstock,
-        "record",
-        lambda self, sites, shown, place: (sizes.append(len(shown.t)), record(self, sites, shown, place))[1],
+        Teacher,
+        "capture",
+        lambda self, sites, latents, place: (sizes.append(len(latents)), capture(self, sites, latents, place))[1],
     )
     run_distill(store, "fits", inputs, tmp_path / "fits")
     assert sizes == [24, 6]
@@ -480,7 +481,7 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
 def recorded_in(parts: int, inputs: dict[str, Folder], *edits: Edit, **changes: Any) -> list[list[Any]]:
     """For each site, its parts, as they come out of another process."""
     steps = [make_context(Store("unused"), "", Path(), edit=edit, **changes).params for edit in edits]
-    found = [activations.record(Portion(steps, inputs, CPU, part, parts)) for part in range(parts)]
+    found = [activations.capture(Portion(steps, inputs, CPU, part, parts)) for part in range(parts)]
     return [list(site) for site in zip(*pickle.loads(pickle.dumps(found)), strict=True)]
 
 
@@ -495,7 +496,7 @@ def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_i
     parts: int,
     precision: str,
 ) -> None:
-    monkeypatch.setattr(activations, "BATCH", 5)
+    monkeypatch.setattr(activations, "PASS_BATCH", 5)
     edits = (MHA_EDIT, MLP_EDIT, PAIR)
     changes = {"precision": precision, "gate_weighted": True}
     found = dict(zip(edits, recorded_in(parts, inputs, *edits, **changes), strict=True))
@@ -516,7 +517,7 @@ def test_every_sample_is_in_one_part() -> None:
     for count, parts in ((1, 4), (64, 2), (65, 2), (640, 3), (1000, 7)):
         found = [activations._part_of(count, part, parts) for part in range(parts)]
         assert [index for one in found for index in range(one.start, one.stop)] == list(range(count))
-        assert all(one.start % activations.BATCH == 0 for one in found if one.start < one.stop)
+        assert all(one.start % activations.PASS_BATCH == 0 for one in found if one.start < one.stop)
 
 
 @pytest.mark.parametrize("lost", ["one part", "all parts"])
@@ -543,32 +544,76 @@ def test_what_does_not_fit_a_task_is_not_fetched(
 def test_a_pass_that_is_asked_to_stop_stops_between_batches(
     inputs: dict[str, Folder], passes: list[tuple[Site, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "BATCH", 5)
+    monkeypatch.setattr(activations, "PASS_BATCH", 5)
     params = make_context(Store("unused"), "", Path()).params
     with pytest.raises(Stopped):
-        activations.record(Portion([params], inputs, CPU, 0, 1, stopping=lambda: len(passes) == 2))
+        activations.capture(Portion([params], inputs, CPU, 0, 1, stopping=lambda: len(passes) == 2))
     assert len(passes) == 2
 
 
-def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(rootstock: DiT, shown: Noised) -> None:
+class OnCard:
+    """A teacher on a GPU that is not there, which notes where it is to leave what it captures: 10 bytes a site."""
+
+    device, num_samples, train, heldout = torch.device("cuda"), 1, "train", "heldout"
+
+    def __init__(self) -> None:
+        self.captured: list[tuple[list[Site], str, str]] = []
+
+    def bytes_a_sample(self, site: Site) -> int:
+        return 10
+
+    def capture(self, sites: list[Site], latents: str, place: torch.device) -> dict[Site, Pairs]:
+        self.captured.append((sites, latents, place.type))
+        return {site: Pairs((torch.zeros(1),), torch.zeros(1), None) for site in sites}
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "expected"),
+    [
+        (20, 0, ([MHA_SITE, MLP_SITE], "cuda")),
+        (10, 99, ([MHA_SITE], "cuda")),
+        (9, 20, ([MHA_SITE, MLP_SITE], "cpu")),
+        (9, 19, ([MHA_SITE], "cpu")),
+        (9, 9, None),
+    ],
+)
+def test_what_does_not_fit_the_gpu_is_kept_on_the_host_and_what_fits_neither_is_computed_anew(
+    monkeypatch: pytest.MonkeyPatch, card: int, host: int, expected: tuple[list[Site], str] | None
+) -> None:
+    monkeypatch.setattr(sources, "memory_budget", lambda context, place: card if place.type == "cuda" else host)
+    teacher: Any = OnCard()
+    context = make_context(Store("unused"), "", Path())
+    ahead = make_context(Store("unused"), "", Path(), edit=MLP_EDIT).params
+    context = replace(context, together=Together(next=[ahead]))
+    task = TaskState((), teacher, {})
+    found = choose_source(task, context)
+    if expected is None:
+        assert all(isinstance(one, Recomputed) for one in found) and not teacher.captured
+        return
+    sites, place = expected
+    assert teacher.captured == [(sites, "train", place), (sites, "heldout", place)]
+    assert [*task.pairs] == sites[1:]  # the step's own are taken, the others wait for their steps
+
+
+def test_in_bf16_an_operators_pairs_are_kept_in_bf16_and_its_error_is_the_same(rootstock: DiT, latents: Noised) -> None:
     recipe = DistillSpec(precision="bf16")
-    found = Rootstock(rootstock, (), shown, shown, recipe, CPU).record([MHA_SITE, PAIR.site], shown, CPU)
+    found = Teacher(rootstock, (), latents, latents, recipe, CPU).capture([MHA_SITE, PAIR.site], latents, CPU)
     assert {value.dtype for value in found[MHA_SITE].tensors()} == {torch.bfloat16}
     assert {value.dtype for value in found[PAIR.site].tensors()} == {torch.float32}
     scion = new_scion(rootstock, MHA_EDIT, 0)
     with computing("bf16", CPU), torch.no_grad():
-        seen = observe(rootstock, [MHA_SITE], shown.z, shown.t, shown.condition)[MHA_SITE]
+        seen = observe(rootstock, [MHA_SITE], latents.z, latents.t, latents.condition)[MHA_SITE]
         exact = losses.error(scion, Pairs(seen.inputs, seen.output, None), losses.LOSSES["l1"])
         assert losses.error(scion, found[MHA_SITE], losses.LOSSES["l1"]) == exact
 
 
 def test_in_bf16_a_scion_learns_as_it_does_in_fp32(
-    rootstock: DiT, source: Kept, unseen: Kept, store: Store, tmp_path: Path
+    rootstock: DiT, source: InMemory, heldout: InMemory, store: Store, tmp_path: Path
 ) -> None:
     histories = {}
     for precision in ("fp32", "bf16"):
         context = make_context(store, precision, tmp_path, precision=precision)
-        histories[precision] = distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, unseen, "l1", context)
+        histories[precision] = distill.fit(new_scion(rootstock, MHA_EDIT, 0), source, heldout, "l1", context)
     assert histories["fp32"][-1][2] < 0.9 * histories["fp32"][0][2]
     assert histories["bf16"] == [pytest.approx(point, rel=0.02) for point in histories["fp32"]]
 
@@ -580,7 +625,7 @@ def test_every_product_of_a_distillation_has_its_precision(
     with Products() as counted:
         run_distill(store, "a", inputs, tmp_path / "out", precision=precision, epochs=2)
         steps = [make_context(Store("unused"), "", Path(), precision=precision).params]
-        activations.record(Portion(steps, inputs, CPU, 0, 1))
+        activations.capture(Portion(steps, inputs, CPU, 0, 1))
     assert set(counted.matrices) == set(counted.convolutions) == {precision}
 
 

@@ -37,10 +37,11 @@ from graftwork.specs.operators import HyenaX, HyenaY, Mha, Place, Swa
 from graftwork.specs.sampler import AncestralSampler, DdimSampler, Sampler
 from graftwork.specs.training import DistillSpec, Precision, TrainingSpec
 from graftwork.stages.artifacts.latents import Noised
-from graftwork.stages.distillation import activations
-from graftwork.stages.distillation.activations import Kept, Pairs, Recomputed, Rootstock
+from graftwork.stages.distillation import sources
+from graftwork.stages.distillation.activations import Pairs, Teacher
 from graftwork.stages.distillation.distill import learn
 from graftwork.stages.distillation.loss import LOSSES, error
+from graftwork.stages.distillation.sources import InMemory, Recomputed
 from graftwork.stages.selection.profile import Tally
 from graftwork.stages.training import batches
 from graftwork.stages.training.batches import TrainingSet, draw_batch
@@ -210,7 +211,7 @@ def test_a_distillation_stays_on_the_gpu_wherever_activations_are_kept(
     inputs, outputs = (given(10, CONFIG.num_tokens, CONFIG.width, device=place) for _ in range(2))
     weights = given(10, 1, CONFIG.width, device=place) if weighted else None
     order = torch.randperm(10, generator=generator(0, "order")).to(CUDA) if shuffled else None
-    for pairs in Kept(Pairs((inputs,), outputs, weights), CUDA).batches(BATCH, order):
+    for pairs in InMemory(Pairs((inputs,), outputs, weights), CUDA).batches(BATCH, order):
         assert {value.device for value in pairs.tensors()} == {CUDA}
         with torch.no_grad():
             assert error(scion, pairs, LOSSES[loss]).device == CUDA
@@ -221,9 +222,9 @@ def test_a_distillation_stays_on_the_gpu_wherever_activations_are_kept(
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_activations_on_the_gpu_take_no_way_through_the_host(shuffled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task's device has no number, what lies there has."""
-    monkeypatch.setattr(activations, "_gathered", None)  # what takes batches out of the host's memory
+    monkeypatch.setattr(sources, "_gathered", None)  # what takes batches out of the host's memory
     tensors = given(10, CONFIG.num_tokens, CONFIG.width), given(10, CONFIG.num_tokens, CONFIG.width)
-    kept = Kept(Pairs(tensors[:1], tensors[1], None), torch.device("cuda"))
+    kept = InMemory(Pairs(tensors[:1], tensors[1], None), torch.device("cuda"))
     order = torch.randperm(10, generator=generator(0, "order")) if shuffled else None
     assert {value.device for pairs in kept.batches(BATCH, order) for value in pairs.tensors()} == {CUDA}
 
@@ -263,14 +264,14 @@ def test_activations_are_recorded_where_they_are_to_be_kept(
     model: DiT, place: torch.device, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    shown = Noised(latents(HOST), indices(HOST), Condition(labels=indices(HOST)))
+    noisy = Noised(latents(HOST), indices(HOST), Condition(labels=indices(HOST)))
     recipe = DistillSpec(precision="bf16", gate_weighted=weighted)
-    rootstock = Rootstock(model, (), shown, shown, recipe, CUDA)
+    teacher = Teacher(model, (), noisy, noisy, recipe, CUDA)
     sites = [Site(block=0, target="mha"), Site(block=1, target="mlp"), Site(block=0, target="pair")]
-    recorded = rootstock.record(sites, shown, place)
-    held = [value for pairs in recorded.values() for value in pairs.tensors()]
-    assert list(recorded) == sites and {value.device for value in held} == {place}
-    again = Recomputed(rootstock, sites[0], shown, BATCH // 2).batches(2)
+    captured = teacher.capture(sites, noisy, place)
+    held = [value for pairs in captured.values() for value in pairs.tensors()]
+    assert list(captured) == sites and {value.device for value in held} == {place}
+    again = Recomputed(teacher, sites[0], noisy, BATCH // 2).batches(2)
     assert {value.device for pairs in again for value in pairs.tensors()} == {CUDA}
 
 

@@ -19,7 +19,7 @@ from graftwork.pipeline.estimates import simulate
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
-from graftwork.stages.distillation import activations
+from graftwork.stages.distillation import sources
 from tests.conftest import TINY
 
 GIB = 2**30
@@ -164,8 +164,8 @@ def test_a_process_in_a_real_control_group_has_its_limit(group: Path) -> None:
 
 
 def test_a_distillation_s_room_and_an_estimate_go_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "available_memory", lambda: 8 * GIB)
-    monkeypatch.setattr(activations, "num_cpus", lambda: 4)
+    monkeypatch.setattr(sources, "available_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(sources, "num_cpus", lambda: 4)
     monkeypatch.setattr(simulate, "num_cpus", lambda: 7)
     assert room_of("cpu") == 2 * GIB
     assert simulate.machine_for(make_plan(load(TINY)), None).cpus == 7
@@ -184,7 +184,7 @@ def room_of(place: str, **resources: float) -> float:
 
     step = next(step for step in make_plan(load(TINY)).steps if step.stage == "distill")
     context = SimpleNamespace(params=step.params, resources=StepResources(**resources))  # type: ignore[arg-type]
-    return activations._room(context, torch.device(place)) / activations.SHARE  # type: ignore[arg-type]
+    return sources.memory_budget(context, torch.device(place)) / sources.MEMORY_SHARE  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_tasks_part_of_a_gpu_is_its_share_of_the_whole_card(
 def test_the_host_is_divided_by_the_gpus_among_tasks_on_gpus(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], expected: int
 ) -> None:
-    monkeypatch.setattr(activations, "available_memory", lambda: 64 * GIB)
-    monkeypatch.setattr(activations, "num_cpus", lambda: 64)
-    monkeypatch.setattr(activations, "num_gpus", lambda: 8)
+    monkeypatch.setattr(sources, "available_memory", lambda: 64 * GIB)
+    monkeypatch.setattr(sources, "num_cpus", lambda: 64)
+    monkeypatch.setattr(sources, "num_gpus", lambda: 8)
     assert room_of("cpu", **resources) == expected * GIB

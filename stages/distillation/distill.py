@@ -24,14 +24,13 @@ from graftwork.specs.params import DistillParams
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import Distilled, write_distilled
 from graftwork.stages.artifacts.hybrids import with_scions
-from graftwork.stages.contract import Context, Stopped
-from graftwork.stages.distillation.activations import Pairs, Rootstock, Source, activations, record, shared
+from graftwork.stages.contract import Context, Portion, Stopped
+from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, capture
 from graftwork.stages.distillation.loss import LOSSES, LossFunction, Mimic, error, error_on, loss_for, relative_error
+from graftwork.stages.distillation.sources import Source, choose_source, task_state
 from graftwork.stages.pictures.pictures import loss_curve
 from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import save_tensors
-
-__all__ = ["record", "run"]  # what the sites of a job have in common is their activations
 
 CHECKPOINT = "distill.safetensors"
 
@@ -42,36 +41,42 @@ def run(context: Context) -> None:
         _distil(context, params)
 
 
+def record(portion: Portion) -> list[Capture]:
+    """Return what the sites of a job have in common, for a part of the samples: their activations. Raises Stopped."""
+    return capture(portion)
+
+
 def _distil(context: Context, params: DistillParams) -> None:
     recipe, edit, device = params.recipe, params.edit, context.device
     context.report(0, recipe.epochs)
-    rootstock = shared(context)
-    rootstock.require_free(edit)
-    shown, unseen = activations(context)
+    task = task_state(context)
+    teacher = task.teacher
+    teacher.require_free(edit)
+    train, heldout = choose_source(task, context)
     loss, because = loss_for(recipe, edit.site, context)
-    scion = _new_scion(rootstock, context).to(device)
+    scion = _new_scion(teacher, context).to(device)
     if edit.scions is None:
-        history = fit(scion, shown, unseen, loss, context)
+        history = fit(scion, train, heldout, loss, context)
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
         best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
     else:
-        take(scion, edit, edit.scions, rootstock.model.config)
-        best_epoch, heldout_error = 0, error_on(mimic_of(scion, recipe, device), unseen, LOSSES[loss])
+        take(scion, edit, edit.scions, teacher.model.config)
+        best_epoch, heldout_error = 0, error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
         loss=loss,
         loss_because=because,
         heldout_error=heldout_error,
-        relative_error=relative_error(mimic_of(scion, recipe, device), unseen),
+        relative_error=relative_error(mimic_of(scion, recipe, device), heldout),
         best_epoch=int(best_epoch),
     )
     write_distilled(context.out, summary)
 
 
-def _new_scion(rootstock: Rootstock, context: Context) -> nn.Module:
+def _new_scion(teacher: Teacher, context: Context) -> nn.Module:
     """As it is before it learns; a pair is made of copies of the rootstock's blocks, with the scions in them."""
     params: DistillParams = context.params
-    model = rootstock.model
+    model = teacher.model
     if params.edit.site.target == "pair":
         model = with_scions(copy.deepcopy(model), params.within, context, params.seed)
     return new_scion(model, params.edit, params.seed)
@@ -90,14 +95,14 @@ def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> Non
 
 
 def fit(
-    scion: nn.Module, shown: Source, unseen: Source, loss: str, context: Context
+    scion: nn.Module, train: Source, heldout: Source, loss: str, context: Context
 ) -> list[tuple[float, float, float]]:
     """Train to the last epoch, from the last checkpoint if there is one, and leave the best weights in `scion`.
 
     Returns (epoch, training error, held-out error) of every epoch. Within an epoch nothing waits for the device.
     """
     params: DistillParams = context.params
-    recipe, size = params.recipe, len(shown)
+    recipe, size = params.recipe, len(train)
     mimic, loss_of = mimic_of(scion, recipe, context.device), LOSSES[loss]
     state, history, best = _last_checkpoint(context)
     engine = PlainEngine(scion, clip=recipe.clip, state=state)
@@ -106,9 +111,9 @@ def fit(
         lr = recipe.lr * 0.5 ** sum(epoch >= milestone for milestone in recipe.milestones)
         order = torch.randperm(size, generator=generator(params.seed, stream, "epoch", epoch)).to(context.device)
         total = torch.zeros((), device=context.device)
-        for pairs in shown.batches(recipe.batch, order):
+        for pairs in train.batches(recipe.batch, order):
             total += learn(engine, mimic, pairs, loss_of, lr) * len(pairs)
-        training_error, heldout_error = total.item() / size, error_on(mimic, unseen, loss_of)
+        training_error, heldout_error = total.item() / size, error_on(mimic, heldout, loss_of)
         if not math.isfinite(heldout_error):
             raise FloatingPointError(f"the held-out error is {heldout_error} in epoch {epoch + 1}; a lower lr may help")
         if heldout_error < min((point[2] for point in history), default=math.inf):

@@ -14,7 +14,8 @@ from graftwork.specs.edits import Site
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import read_profile
 from graftwork.stages.contract import Context
-from graftwork.stages.distillation.activations import BATCH, Pairs, Source
+from graftwork.stages.distillation.activations import PASS_BATCH, Pairs
+from graftwork.stages.distillation.sources import Source
 
 Mimic = Callable[..., Tensor]  # a scion, as a function of what the operator saw
 LossFunction = Callable[..., Tensor]
@@ -57,7 +58,7 @@ class MeanAbsolute(torch.autograd.Function):
 @torch.no_grad()
 def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
     """Mean error over all pairs."""
-    errors = [error(mimic, pairs, loss_of).double() * len(pairs) for pairs in source.batches(BATCH)]
+    errors = [error(mimic, pairs, loss_of).double() * len(pairs) for pairs in source.batches(PASS_BATCH)]
     return torch.stack(errors).sum().item() / len(source)
 
 
@@ -66,7 +67,7 @@ def relative_error(mimic: Mimic, source: Source) -> float:
     """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
     wrong = total = squares = torch.zeros((), dtype=torch.float64)
     count = 0
-    for pairs in source.batches(BATCH):
+    for pairs in source.batches(PASS_BATCH):
         for given, outputs in in_parts(mimic(*pairs.inputs), pairs.outputs):
             predicted, wanted = given.double(), outputs.double()
             wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()

@@ -1,0 +1,195 @@
+"""Where a distillation step's activations come from: memory, or passes made anew; `choose_source` says which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graftwork.cluster.machine import available_memory, num_cpus, num_gpus
+from graftwork.specs.edits import Site
+from graftwork.specs.params import DistillParams
+from graftwork.stages.artifacts.latents import Noised
+from graftwork.stages.contract import Context
+from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, joined, read_teacher
+from graftwork.stages.training.batches import DrawnAhead
+
+MEMORY_SHARE = 0.5  # of this task's memory, for activations
+TASK_STATE = "activations"  # the name under which a task keeps its state from step to step
+
+
+class Source(Protocol):
+    """Where batches of pairs come from."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        """All pairs on the device, `size` at a time; order: (n,) indices, else as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Pairs in memory: the device's, or the host's, from where batches are moved."""
+
+    pairs: Pairs
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        if self.pairs.outputs.device.type != self.device.type:  # a GPU in use has a number, too
+            yield from self._uploaded(size, order)
+        elif order is None:
+            yield from self.pairs.split(size)
+        else:
+            for part in order.to(self.device).split(size):
+                yield self.pairs.of([value[part] for value in self.pairs.tensors()])
+
+    def _uploaded(self, size: int, order: Tensor | None) -> Iterator[Pairs]:
+        """The same from the host's memory: a thread gathers the next batches where a GPU copies them from by itself."""
+        parts = (torch.arange(len(self)) if order is None else order.cpu()).split(size)
+
+        def gather(number: int) -> Pairs:
+            return self.pairs.of([_gathered(value, parts[number]) for value in self.pairs.tensors()])
+
+        with DrawnAhead(gather, range(len(parts))) as gathered:
+            for _, batch in gathered:
+                yield batch.of([value.to(self.device, non_blocking=True) for value in batch.tensors()])
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A source that stores nothing: it runs the teacher again for each chunk of the batches."""
+
+    teacher: Teacher
+    site: Site
+    latents: Noised
+    chunk: int  # samples whose activations are held at once
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Pairs]:
+        whole = torch.arange(len(self)) if order is None else order.cpu()
+        for part in whole.split(max(self.chunk // size, 1) * size):
+            captured = self.teacher.capture([self.site], self.latents[part], self.teacher.device)
+            yield from InMemory(captured[self.site], self.teacher.device).batches(size)
+
+
+@dataclass
+class TaskState:
+    """What the steps of one task share: the teacher, and the pairs of sites whose step is still to come."""
+
+    identity: tuple[object, ...]  # of steps that can share it
+    teacher: Teacher
+    pairs: dict[Site, tuple[InMemory, InMemory]]  # to train on, and held-out
+
+
+def task_state(context: Context) -> TaskState:
+    """Return the state of the step's task; the first step of the task loads the teacher."""
+    params: DistillParams = context.params
+    identity = (context.inputs["base"].key, context.inputs["features"].key, params.seed, params.recipe)
+    state: TaskState | None = context.together.kept.get(TASK_STATE)
+    if state is None or state.identity != identity:
+        teacher = read_teacher(params, context.inputs, context.device, context.stopping)
+        state = TaskState(identity, teacher, {})
+        context.together.kept[TASK_STATE] = state
+    return state
+
+
+def choose_source(task: TaskState, context: Context) -> tuple[Source, Source]:
+    """Return the pairs of the step's site: those to train on, and the held-out ones. Raises Stopped.
+
+    They come from a pass that an earlier step of this task made, or from passes that earlier tasks made, or from one
+    that this step makes: on the device, or else on the host. What fits neither is computed anew in each epoch.
+    """
+    params: DistillParams = context.params
+    site, teacher = params.edit.site, task.teacher
+    if site in task.pairs:
+        return task.pairs.pop(site)
+
+    needed = teacher.num_samples * teacher.bytes_a_sample(site)
+    room, place = memory_budget(context, teacher.device), teacher.device
+    if needed <= room:
+        fetched = _captured_by_tasks(context, teacher.device)
+        if fetched is not None:
+            return fetched
+    elif place.type != "cpu":
+        room, place = memory_budget(context, torch.device("cpu")), torch.device("cpu")
+
+    if needed <= room:
+        task.pairs |= _captured_now(teacher, _sites_ahead(context), room, place)
+        return task.pairs.pop(site)
+
+    # A chunk lives until the last batch of it is used, and by then the next one is being captured.
+    chunk = max(memory_budget(context, teacher.device) // (2 * teacher.bytes_a_sample(site)), 1)
+    return Recomputed(teacher, site, teacher.train, chunk), Recomputed(teacher, site, teacher.heldout, chunk)
+
+
+def memory_budget(context: Context, place: torch.device) -> int:
+    """Return the bytes of activations that this task may hold on a device, or on the host."""
+    params: DistillParams = context.params
+    if params.recipe.activations is not None:
+        return int(params.recipe.activations)
+    if place.type == "cuda":
+        return int(MEMORY_SHARE * gpu_memory(place, context.resources.gpu))
+    if context.resources.memory is not None:
+        return int(MEMORY_SHARE * context.resources.memory)
+    if context.resources.gpu:  # what such tasks there can be beside this one is settled by the GPUs
+        neighbours = num_gpus() / context.resources.gpu
+    else:
+        neighbours = num_cpus() / max(context.resources.cpu, 1.0)
+    return int(MEMORY_SHARE * available_memory() / max(neighbours, 1.0))
+
+
+def gpu_memory(device: torch.device, share: float) -> float:
+    """Return the bytes of a GPU that a task with a share of it may take: of the whole card, if so many are free.
+
+    What PyTorch caches for this process counts as free, which the driver counts as taken.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(min(share or 1.0, 1.0) * total, free + cached)
+
+
+def _captured_by_tasks(context: Context, device: torch.device) -> tuple[InMemory, InMemory] | None:
+    """Return what earlier tasks captured for the step's site; None if none was to, or a part was lost."""
+    if context.together.recorded is None:
+        return None
+    parts: Sequence[Capture | None] = context.together.recorded()
+    whole = [part for part in parts if part is not None]
+    if not whole or len(whole) < len(parts):
+        return None
+    train, heldout = (joined([part[half] for part in whole]) for half in (0, 1))
+    return InMemory(train, device), InMemory(heldout, device)
+
+
+def _captured_now(
+    teacher: Teacher, sites: Sequence[Site], room: int, place: torch.device
+) -> dict[Site, tuple[InMemory, InMemory]]:
+    """Make one pass for as many of the sites, in their order, as fit so many bytes at a place."""
+    needed = [teacher.num_samples * teacher.bytes_a_sample(site) for site in sites]
+    fitting = [site for number, site in enumerate(sites) if sum(needed[: number + 1]) <= room]
+    train, heldout = (teacher.capture(fitting, latents, place) for latents in (teacher.train, teacher.heldout))
+    return {site: (InMemory(train[site], teacher.device), InMemory(heldout[site], teacher.device)) for site in fitting}
+
+
+def _sites_ahead(context: Context) -> list[Site]:
+    """Return the step's own site, and those of the steps of the same job that come after it in the task."""
+    mine: DistillParams = context.params
+    others = [other for other in context.together.next if (other.seed, other.recipe) == (mine.seed, mine.recipe)]
+    return [params.edit.site for params in (mine, *others)]
+
+
+def _gathered(values: Tensor, chosen: Tensor) -> Tensor:
+    """Some rows of a tensor of the host, in memory that is pinned if there is a GPU.
+
+    PyTorch gives such memory to nobody else before the copies from it are over.
+    """
+    room = torch.empty((len(chosen), *values.shape[1:]), dtype=values.dtype, pin_memory=torch.cuda.is_available())
+    return torch.index_select(values, 0, chosen, out=room)
