@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import ray
 import yaml
 from typer.testing import CliRunner
 
+import graftwork
 from graftwork.pipeline.cli.app import app
 from graftwork.specs.reading.load import load
 from tests.conftest import ROOT, TINY, Finished
@@ -150,7 +150,7 @@ def test_the_ray_up_file_is_one_by_rays_own_schema() -> None:
 
 
 def test_all_of_them_have_the_ray_and_the_version_of_this_project() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = graftwork.__version__
     for path in (RAYCLUSTER, RAYJOB):
         assert cluster_spec(path)["rayVersion"] == ray.__version__
         assert all(one["image"].endswith(f":{version}") for pod in pods(path) for one in pod["containers"])
