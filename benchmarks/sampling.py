@@ -45,7 +45,7 @@ from graftwork.models.numerics.streams import SampleNoise, initialising
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.costs import rootstock_cost
-from graftwork.specs.evaluate import Metric
+from graftwork.specs.metrics import Metric
 from graftwork.specs.params import SampleParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import DitModel

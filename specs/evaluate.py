@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed, refuse
+from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.sampler import AncestralSampler, Sampler
 from graftwork.specs.training import Precision
 
-WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes them
-Metric = Literal["classifier", "fid"]
 Row = Literal["rootstock", "stage1", "stage2", "random_init"]
 
 
@@ -50,18 +47,9 @@ class EvaluateSpec(Spec):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if "fid" in self.metrics and self.reference is None:
-            refuse(["reference"], None, "with metrics [fid], an .npz with mu and sigma or a folder of images")
+        for metric in self.metrics:
+            METRICS[metric].check_section(self)
         for number, row in enumerate(self.rows or ()):
             if row in (self.rows or ())[:number]:
                 refuse(["rows", number], row, "each row once")
         return self
-
-
-def inception_file(given: str | None) -> Path:
-    """The Inception weights: the file given, or where torch's hub keeps them (found without importing torch)."""
-    if given is not None:
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    torch_home = os.path.expanduser(os.environ.get("TORCH_HOME", os.path.join(cache, "torch")))  # noqa: PTH111, PTH118  # needs no home
-    return Path(torch_home) / "hub" / "checkpoints" / WEIGHTS_FILE

@@ -14,6 +14,7 @@ from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import Line, Location, Spec, refuse
 from graftwork.specs.layers.learned import LearnedLayers
 from graftwork.specs.layers.static import ExplicitLayers
+from graftwork.specs.metrics import METRICS
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import DitModel, PretrainWeights, Weights
@@ -57,8 +58,8 @@ class JobSpec(Spec):
         if self.data.image_size % self.codec.factor or side % self.model.patch:
             factor = f" times the codec's factor, {self.codec.factor}" if self.codec.factor > 1 else ""
             refuse(["data", "image_size"], self.data.image_size, f"a multiple of the patch, {self.model.patch}{factor}")
-        if "classifier" in self.evaluate.metrics and not isinstance(self.codec, PixelCodec):
-            refuse(["evaluate", "metrics"], list(self.evaluate.metrics), "[fid]; the classifier reads pixels only")
+        for metric in self.evaluate.metrics:
+            METRICS[metric].check_job(self)
         for number, edit in enumerate(self.graft):
             self._check_blocks(number, edit)
         self._check_sites()

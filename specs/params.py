@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 from graftwork.specs.codec import Codec
 from graftwork.specs.data import Data
 from graftwork.specs.edits import Edit
-from graftwork.specs.evaluate import EvaluateSpec, Metric, Row
-from graftwork.specs.fields import LocalPath, Spec, Unkeyed
+from graftwork.specs.evaluate import EvaluateSpec, Row
+from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.layers.learned import Group
 from graftwork.specs.layers.union import Layers
+from graftwork.specs.metrics import Metric
 from graftwork.specs.rootstock import DitModel, Weights
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import ADDED_PRECISION, DistillSpec, FinetuneSpec, Precision, SearchSpec
@@ -90,17 +91,19 @@ class FinetuneParams(Spec):
 
 
 class TrainingStatisticsParams(Spec):
-    """What the classifier sees in the training images."""
+    """What a metric sees in the training images."""
 
     codec: Codec
+    metric: Annotated[Metric, KeyedIfSet("classifier")] = "classifier"
 
 
-class FidStatisticsParams(Spec):
-    """What Inception sees in the images of `evaluate.reference`, or the statistics that it is."""
+class GivenStatisticsParams(Spec):
+    """What a metric sees in the images of `evaluate.reference`, or the statistics that it is."""
 
     reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
     background: str | None = None  # of images, in a folder: what shows through transparent pixels
     inception: Annotated[LocalPath | None, Unkeyed()] = None
+    metric: Annotated[Metric, KeyedIfSet("fid")] = "fid"
 
 
 class HeldoutParams(Spec):

@@ -19,7 +19,7 @@ from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.pipeline import api
 from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
-from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.specs.metrics import INCEPTION_FILE, inception_file
 from graftwork.specs.reading.load import SpecError, load
 from graftwork.stages.evaluation import inception
 from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
@@ -213,7 +213,7 @@ def test_missing_weights_are_asked_for_in_one_line_that_says_where_to_put_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "mine.pth" if named else tmp_path / "hub" / "checkpoints" / WEIGHTS_FILE
+    path = tmp_path / "mine.pth" if named else tmp_path / "hub" / "checkpoints" / INCEPTION_FILE
     with pytest.raises(FileNotFoundError) as caught:
         load_inception(str(path) if named else None, CPU)
     message = str(caught.value)
@@ -267,11 +267,11 @@ def test_the_cache_is_where_torchs_hub_puts_the_file(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert inception_file(None) == Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    assert inception_file(None) == Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
 def test_the_file_is_the_one_that_pytorch_fid_downloads() -> None:
-    assert pytorch_fid.inception.FID_WEIGHTS_URL.endswith(f"/{WEIGHTS_FILE}")
+    assert pytorch_fid.inception.FID_WEIGHTS_URL.endswith(f"/{INCEPTION_FILE}")
 
 
 # -- the reference

@@ -34,6 +34,7 @@ from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, wri
 from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.evaluation import evaluate, reference
 from graftwork.stages.evaluation import samples as rows
+from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
 from tests.small import lively
@@ -136,7 +137,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def judge(context: Context) -> Classifier:
-    return reference.Judges(context, ("classifier",), None, CPU).classifier  # type: ignore[return-value]
+    return reference.Judges(context, ("classifier",), None, CPU).judges["classifier"].network  # type: ignore[attr-defined, no-any-return]
 
 
 def at_once(context: Context, images: NDArray[np.uint8]) -> tuple[Gaussian, NDArray[np.int64]]:
@@ -413,9 +414,10 @@ def test_the_root_of_covariances_is_taken_where_no_gpu_is_held(
 
     monkeypatch.setattr(evaluate, "fan_out", here)
     monkeypatch.setattr(evaluate, "quality_against_cost", lambda *_: None)
-    monkeypatch.setattr(evaluate, "_distance", lambda context, folder, metric: 2.5)
+    monkeypatch.setattr(FidJudge, "figures", staticmethod(lambda row, reference: {"fid": 2.5}))
     params = EvaluateParams(seed=0, recipe=EvaluateSpec(metrics=["fid"], reference="reference.npz"))
     inputs = {**context.inputs, "rows/rootstock": context.inputs["base"], "rows/heldout": context.inputs["base"]}
+    inputs["reference/fid"] = context.inputs["base"]
     resources = StepResources(cpu=2, gpu=1, custom={"fast": 1})
     evaluate.run(replace(context, params=params, inputs=inputs, resources=resources))
     assert held == {"_costs": resources, "_quality": StepResources(cpu=2, custom={"fast": 1})}

@@ -32,7 +32,7 @@ PARAMS: dict[str, tuple[type[Spec], ...]] = {
     "search": (params.SearchParams,),
     "select": (params.SelectParams,),
     "finetune": (params.FinetuneParams,),
-    "reference": (params.TrainingStatisticsParams, params.FidStatisticsParams, params.HeldoutParams),
+    "reference": (params.TrainingStatisticsParams, params.GivenStatisticsParams, params.HeldoutParams),
     "evaluate": (params.SampleParams, params.EvaluateParams),
 }
 

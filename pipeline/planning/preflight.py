@@ -14,9 +14,9 @@ from graftwork.pipeline.store.errors import StoreError
 from graftwork.specs.codec import VaeCodec
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.edits import OperatorEdits, overlapping
-from graftwork.specs.evaluate import inception_file
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
+from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
@@ -76,7 +76,7 @@ def check_pending(made: Plan, store: Store, max_headers: int | None = None) -> l
     job = made.job
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
     weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
-    if not (weights or scions or "fid" in job.evaluate.metrics):
+    if not (weights or scions or _with_reference(job)):
         return []
     return check_files(job, [step for step, state in made.states(store).items() if state != "cached"], max_headers)
 
@@ -176,7 +176,8 @@ def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
 def _check_reference(job: JobSpec, pending: Collection[str], max_headers: int | None) -> list[str]:
     """Return notes on what is left out, or not looked at now; raise ValueError if samples cannot be held against it."""
     reference = job.evaluate.reference
-    if "fid" not in job.evaluate.metrics or reference is None or "reference/fid" not in pending:
+    steps = {f"reference/{metric}" for metric in _with_reference(job)}
+    if reference is None or not steps & set(pending):
         return []
     if not Path(reference).exists():
         return []
@@ -205,12 +206,13 @@ def absent(job: JobSpec) -> list[str]:
     for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
         if path is not None and not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
-    if "fid" in job.evaluate.metrics and job.evaluate.inception is None and not (hub := inception_file(None)).is_file():
-        lines.append(
-            f"evaluate.inception: got nothing; accepted: pytorch-fid's Inception weights ({hub.name}), named here or "
-            f"placed at {hub}"
-        )
-    return lines
+    absences = (METRICS[metric].absent(job.evaluate) for metric in job.evaluate.metrics)
+    return lines + [line for of_metric in absences for line in of_metric]
+
+
+def _with_reference(job: JobSpec) -> list[Metric]:
+    """Return the metrics that hold samples against what `evaluate.reference` names."""
+    return [metric for metric in job.evaluate.metrics if METRICS[metric].reference == "given"]
 
 
 def unfetched(job: JobSpec) -> list[str]:

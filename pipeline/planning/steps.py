@@ -13,10 +13,11 @@ from graftwork.specs import params
 from graftwork.specs.codec import VaeCodec
 from graftwork.specs.data import DigitsData
 from graftwork.specs.edits import Edit
-from graftwork.specs.evaluate import Metric, Row, inception_file
+from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import Spec
 from graftwork.specs.job import JobSpec
 from graftwork.specs.layers.evidence import LocalityLayers
+from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.training import Precision
 from graftwork.specs.vae import vae_folder
@@ -66,7 +67,7 @@ def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
         external = (External("checkpoint", job.weights.path, "weights.path"),)
     base = params.BaseParams(seed=job.seed, model=job.model, weights=job.weights)
     yield Draft("base", "base", base, FEATURES, external=external)
-    if "classifier" in job.evaluate.metrics:
+    if any("classifier" in METRICS[metric].steps for metric in job.evaluate.metrics):
         yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
     profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES, precision=job.profile.precision)
     yield Draft("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
@@ -140,10 +141,8 @@ def _finetuning(job: JobSpec) -> Iterator[Draft]:
 def _evaluation(job: JobSpec) -> Iterator[Draft]:
     asked = job.evaluate
     metrics = tuple(sorted(set(asked.metrics)))
-    judges: Needs = {"classifier": "classifier"} if "classifier" in metrics else {}
-    weights: tuple[External, ...] = ()
-    if "fid" in metrics:
-        weights = (External("inception", str(inception_file(asked.inception)), "evaluate.inception"),)
+    judges: Needs = {step: step for metric in metrics for step in METRICS[metric].steps}
+    weights = tuple(external for metric in metrics for external in _weights(asked, metric))
     yield from _references(job, metrics, judges, weights)
 
     models: dict[Row, Needs] = {
@@ -199,22 +198,32 @@ def _share(job: JobSpec, fraction: float) -> float:
     return max(1, round(split_sizes(job.data)[0] * fraction)) if here else math.inf
 
 
+def _weights(evaluate: EvaluateSpec, metric: Metric) -> tuple[External, ...]:
+    """Return the files with networks that a metric looks with."""
+    files = METRICS[metric].weights(evaluate)
+    return tuple(External(field, str(path), f"evaluate.{field}") for field, path in files.items())
+
+
 def _references(
     job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: tuple[External, ...]
 ) -> Iterator[Draft]:
     """What the rows are held against, and the row of real images: whatever is grafted, they stay."""
     asked = job.evaluate
-    if "classifier" in metrics:
-        training = params.TrainingStatisticsParams(codec=job.codec)
-        yield Draft("reference/classifier", "reference", training, FEATURES | judges)
-    if "fid" in metrics:
+    for metric in metrics:
+        if METRICS[metric].reference == "training":
+            training = params.TrainingStatisticsParams(codec=job.codec, metric=metric)
+            needs = {step: step for step in METRICS[metric].steps}
+            yield Draft(f"reference/{metric}", "reference", training, FEATURES | needs)
+            continue
         assert asked.reference is not None
         external: tuple[External, ...] = (External("reference", asked.reference, "evaluate.reference"),)
         background = None
         if Path(asked.reference).is_dir():  # statistics are taken as they are
-            external += weights
+            external += _weights(asked, metric)
             background = job.data.background
-        told = params.FidStatisticsParams(reference=asked.reference, background=background, inception=asked.inception)
-        yield Draft("reference/fid", "reference", told, {}, external=external)
+        given = params.GivenStatisticsParams(
+            reference=asked.reference, background=background, inception=asked.inception, metric=metric
+        )
+        yield Draft(f"reference/{metric}", "reference", given, {}, external=external)
     heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
     yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, _last_turn(job), weights)

@@ -12,7 +12,6 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import cast, get_args
 
 import torch
@@ -26,16 +25,17 @@ from graftwork.models.measures.costs import (
     forward_seconds,
     num_parameters,
 )
-from graftwork.models.measures.frechet import distance
 from graftwork.models.numerics.precision import computing
 from graftwork.models.objectives import Network
 from graftwork.models.rootstocks.dit import DiT
-from graftwork.specs.evaluate import EvaluateSpec, Metric, Row
+from graftwork.specs.evaluate import EvaluateSpec, Row
+from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.params import EvaluateParams, SampleParams
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import read_meta
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.judges import read_scores, read_statistics_of
+from graftwork.stages.evaluation.judges import read_summary
+from graftwork.stages.evaluation.metrics import JUDGES
 from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row
 from graftwork.stages.pictures.pictures import quality_against_cost
 
@@ -59,27 +59,22 @@ def _tabulate(context: Context) -> None:
     qualities = fan_out(_quality, context, list(costs), on_cpu)
     results = {row: quality | costs[row] for row, quality in zip(costs, qualities, strict=True)}
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
-    quality_against_cost(
-        results, "distance" if "distance" in results["heldout"] else "fid", context.out / "quality-cost"
-    )
+    quality_against_cost(results, METRICS[_metrics(context)[0]].figures[0], context.out / "quality-cost")
 
 
 def _quality(context: Context, row: str, _: torch.device) -> dict[str, float]:
-    """`distance`: Frechet, on the classifier's features, to the training images. `agreement`: the share that the
-    classifier reads as their label. `fid`: Frechet, on Inception's features, to the reference."""
-    params: EvaluateParams = context.params
-    folder, columns = context.input(f"rows/{row}"), {}
-    if "classifier" in params.recipe.metrics:
-        columns["distance"] = _distance(context, folder, "classifier")
-        columns["agreement"] = read_scores(folder).agreement
-    if "fid" in params.recipe.metrics:
-        columns["fid"] = _distance(context, folder, "fid")
+    """Return the figures of all metrics for a row."""
+    columns: dict[str, float] = {}
+    for metric in _metrics(context):
+        summary = read_summary(context.input(f"rows/{row}"), metric)
+        reference = read_summary(context.input(f"reference/{metric}"), metric)
+        columns |= JUDGES[metric].figures(summary, reference)
     return columns
 
 
-def _distance(context: Context, folder: Path, metric: Metric) -> float:
-    reference = read_statistics_of(context.input(f"reference/{metric}"), metric)
-    return distance(read_statistics_of(folder, metric), reference)
+def _metrics(context: Context) -> list[Metric]:
+    params: EvaluateParams = context.params
+    return sorted(set(params.recipe.metrics))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from graftwork.specs.evaluate import WEIGHTS_FILE, inception_file
+from graftwork.specs.metrics import INCEPTION_FILE, inception_file
 from graftwork.specs.problems import plain, text
 from graftwork.stages.features.images import is_image, read_rgb, size_of
 
@@ -36,7 +36,7 @@ def load_inception(weights: str | None, device: torch.device) -> Any:
     path = inception_file(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no Inception weights there; put {WEIGHTS_FILE} there, or name a file in evaluate.inception"
+            f"{path}: no Inception weights there; put {INCEPTION_FILE} there, or name a file in evaluate.inception"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,14 +1,14 @@
 """`reference`: what samples are held against, computed once, whatever is grafted; and the table's row of real images.
 
-`reference/classifier` looks at the training images, `reference/fid` at those of `evaluate.reference`, or takes the
-statistics that it is: each leaves mu and sigma of the features in `<metric>.npz`. `reference/heldout` looks at real
+`reference/<metric>` looks at the training images, or at those of `evaluate.reference`, or takes the statistics that
+it is: each leaves mu and sigma of the features in `<metric>.npz`. `reference/heldout` looks at real
 images that nothing was trained on, and leaves what a sampled row does (see `samples.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from graftwork.specs.codec import Codec
 from graftwork.specs.data import COLOURS
-from graftwork.specs.params import FidStatisticsParams, HeldoutParams, TrainingStatisticsParams
+from graftwork.specs.params import GivenStatisticsParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.artifacts.latents import Latents, read, read_meta
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.inception import load_inception, reference_statistics
 from graftwork.stages.evaluation.judges import Judges, Scores, statistics_file
+from graftwork.stages.evaluation.metrics import JUDGES
 from graftwork.stages.features.codec import load_codec
 
 BATCH = 256
 
 
 def run(context: Context) -> None:
-    params: TrainingStatisticsParams | FidStatisticsParams | HeldoutParams = context.params
-    if isinstance(params, FidStatisticsParams):
+    params: TrainingStatisticsParams | GivenStatisticsParams | HeldoutParams = context.params
+    if isinstance(params, GivenStatisticsParams):
         _read_reference(context, params)
     elif isinstance(params, TrainingStatisticsParams):
         _judge_training_images(context, params)
@@ -36,23 +36,23 @@ def run(context: Context) -> None:
         _judge_heldout_images(context, params)
 
 
-def _read_reference(context: Context, params: FidStatisticsParams) -> None:
+def _read_reference(context: Context, params: GivenStatisticsParams) -> None:
     def report(done: int, total: int) -> None:
         context.report(done, total)
         context.stop_if_asked()
 
-    network = partial(load_inception, params.inception, context.device)
-    statistics = reference_statistics(
-        params.reference, params.background or COLOURS["white"], network, context.device, report
-    )
-    statistics.write(statistics_file(context.out, "fid"))
+    background = params.background or COLOURS["white"]
+    judge = JUDGES[params.metric]
+    statistics = judge.read_reference(context, Path(params.reference), background, params.inception, report)
+    statistics.write(statistics_file(context.out, params.metric))
 
 
 def _judge_training_images(context: Context, params: TrainingStatisticsParams) -> None:
-    judges = Judges(context, ("classifier",), None, context.device)
+    judges = Judges(context, (params.metric,), None, context.device)
     training = read(context.input("features"), "training")
-    scores = _judged(context, judges, params.codec, training)
-    scores.moments["classifier"].gaussian().write(statistics_file(context.out, "classifier"))
+    moments = _judged(context, judges, params.codec, training).moments
+    for metric, sums in moments.items():
+        sums.gaussian().write(statistics_file(context.out, metric))
 
 
 def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:

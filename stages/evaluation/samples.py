@@ -127,9 +127,9 @@ def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
     path = context.partial.load(STATE)
     if path is not None:
         state = load_file(path)
-        done = int(state["batches"])
+        done = int(state["batches"]) if "count" in state else 0  # of before, by other names
         files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
-        if None not in files:
+        if done and None not in files:
             return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
     return Progress(0, Scores())
 

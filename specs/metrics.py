@@ -1,0 +1,102 @@
+"""Metrics: what each one needs of a job, and which figures it puts into the table.
+
+A metric takes two places: a class here, and a module in stages/evaluation/metrics/ that looks at images. The planner,
+the checks before a run, the samples' judges and the table go by the registry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from graftwork.specs.codec import PixelCodec
+from graftwork.specs.fields import refuse
+
+if TYPE_CHECKING:
+    from graftwork.specs.evaluate import EvaluateSpec
+    from graftwork.specs.job import JobSpec
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes the weights
+
+
+class MetricSpec:
+    """A metric, as a plan knows it. All of it is of the class: there are no instances."""
+
+    name: ClassVar[str]
+    figures: ClassVar[tuple[str, ...]]  # columns of the table; quality is drawn against cost by the first one
+    # Images that samples are held against: the job's own training images, or what `evaluate.reference` names.
+    reference: ClassVar[Literal["training", "given"]] = "training"
+    steps: ClassVar[tuple[str, ...]] = ()  # steps of the job whose artifacts it looks with
+
+    @classmethod
+    def check_section(cls, evaluate: EvaluateSpec) -> None:
+        """Raise from the section's validator if it lacks something that the metric needs."""
+        if cls.reference == "given" and evaluate.reference is None:
+            accepted = f"with metrics [{cls.name}], an .npz with mu and sigma or a folder of images"
+            refuse(["reference"], None, accepted)
+
+    @classmethod
+    def check_job(cls, job: JobSpec) -> None:
+        """Raise from the job's validator if the metric cannot look at what the job makes."""
+
+    @classmethod
+    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
+        """Return the files with networks that the metric looks with, by the field of `evaluate` that names each."""
+        return {}
+
+    @classmethod
+    def absent(cls, evaluate: EvaluateSpec) -> list[str]:
+        """Return a line for each file that the section does not name, and that is not where it is looked for."""
+        return []
+
+
+class ClassifierMetric(MetricSpec):
+    """Frechet distance on the features of a small classifier that the job trains on its own data (not FID), and the
+    share of samples that it reads as their label."""
+
+    name = "classifier"
+    figures = ("distance", "agreement")
+    steps = ("classifier",)
+
+    @classmethod
+    def check_job(cls, job: JobSpec) -> None:
+        if not isinstance(job.codec, PixelCodec):
+            refuse(["evaluate", "metrics"], list(job.evaluate.metrics), "[fid]; the classifier reads pixels only")
+
+
+class FidMetric(MetricSpec):
+    """The Frechet Inception distance, on the features of pytorch-fid's network."""
+
+    name = "fid"
+    figures = ("fid",)
+    reference = "given"
+
+    @classmethod
+    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
+        return {"inception": inception_file(evaluate.inception)}
+
+    @classmethod
+    def absent(cls, evaluate: EvaluateSpec) -> list[str]:
+        if evaluate.inception is not None or (hub := inception_file(None)).is_file():
+            return []
+        weights = f"pytorch-fid's Inception weights ({hub.name}), named here or placed at {hub}"
+        return [f"evaluate.inception: got nothing; accepted: {weights}"]
+
+
+METRICS: dict[str, type[MetricSpec]] = {metric.name: metric for metric in (ClassifierMetric, FidMetric)}
+
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[tuple(METRICS)]
+
+
+def inception_file(given: str | None) -> Path:
+    """Return where the Inception weights are: the file given, or where torch's hub keeps them (torch is not needed)."""
+    if given is not None:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    torch_home = os.path.expanduser(os.environ.get("TORCH_HOME", os.path.join(cache, "torch")))  # noqa: PTH111, PTH118  # needs no home
+    return Path(torch_home) / "hub" / "checkpoints" / INCEPTION_FILE

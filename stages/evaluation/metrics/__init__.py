@@ -1,0 +1,91 @@
+"""Metrics at work: a module each, registered for its class in specs/metrics.py.
+
+A judge looks at images some at a time. What it saw is summed over the images of a row, wherever they are drawn:
+features become a mean and a covariance, counts become shares. From those of a row and its reference come the figures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graftwork.models.measures.frechet import Gaussian
+from graftwork.specs.metrics import MetricSpec
+from graftwork.stages.contract import Context
+
+JUDGES: dict[str, type[Judge]] = {}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a judge saw in some images."""
+
+    features: Tensor | None = None  # (n,d) float64
+    counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
+
+    def cpu(self) -> Seen:
+        return Seen(None if self.features is None else self.features.cpu(), self.counts)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a judge saw in all images of a row, or of a reference."""
+
+    statistics: Gaussian | None  # of the features
+    shares: Mapping[str, float] = field(default_factory=dict)  # of the images, by the figure's name
+
+
+class Judge(ABC):
+    """One metric at work, with its network on a device."""
+
+    @abstractmethod
+    def __init__(self, context: Context, inception: str | None, device: torch.device) -> None:
+        """Load what the metric looks with. inception: the file with Inception's weights, if the spec names one."""
+
+    @abstractmethod
+    def look(self, images: NDArray[np.uint8], labels: Tensor) -> Seen:
+        """Return what is seen in images (n,C,H,W) that should be of these labels (n,)."""
+
+    @staticmethod
+    @abstractmethod
+    def figures(row: Summary, reference: Summary) -> dict[str, float]:
+        """Return the figures of a row, in the order of the metric's columns. Needs no network and no GPU."""
+
+    @classmethod
+    def read_reference(
+        cls, context: Context, path: Path, background: str, inception: str | None, report: Callable[[int, int], None]
+    ) -> Gaussian:
+        """Return the statistics of what `evaluate.reference` names; for metrics whose reference is given."""
+        raise NotImplementedError
+
+
+J = TypeVar("J", bound=type[Judge])
+
+
+def register(metric: type[MetricSpec]) -> Callable[[J], J]:
+    """Decorate the judge of a metric."""
+
+    def keep(judge: J) -> J:
+        JUDGES[metric.name] = judge
+        return judge
+
+    return keep
+
+
+def as_floats(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Return images (n,C,H,W) as float32 tensors of 0 .. 255 on a device."""
+    return torch.from_numpy(images).to(device).float()
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
