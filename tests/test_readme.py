@@ -1,7 +1,8 @@
-"""What the documentation shows works: its operator is added, in two places, to a copy of the project."""
+"""What the documentation shows works: its operator and its metric, in two places each, in a copy of the project."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY, Finished, keys
 
 COPIED = ("graftwork", "specs", "models", "cluster", "stages", "pipeline", "tests", "examples", "pyproject.toml")
 
@@ -19,14 +21,19 @@ COPIED = ("graftwork", "specs", "models", "cluster", "stages", "pipeline", "test
 @pytest.fixture(scope="module")
 def code() -> tuple[str, str]:
     """The two blocks under "Adding an operator"."""
-    section = (ROOT / "docs" / "operators.md").read_text().split("## Adding an operator")[1].split("\n## ")[0]
+    return blocks("operators.md", "## Adding an operator")
+
+
+def blocks(page: str, title: str) -> tuple[str, str]:
+    """Return the two blocks of Python under a title: of a spec, and of a module."""
+    section = (ROOT / "docs" / page).read_text().split(title)[1].split("\n## ")[0]
     spec, module = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     return spec, module
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Path:
-    """The project with the README's operator in it."""
+    """The project with the operator and the metric in it."""
     folder = tmp_path_factory.mktemp("copy")
     for name in COPIED:
         source = ROOT / name
@@ -38,6 +45,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Pat
     before, listed = specs.read_text().split("Operator = Annotated[")
     specs.write_text(f"{before}{code[0]}\n\nOperator = Annotated[Mean | {listed.lstrip()}")
     (folder / "models" / "operators" / "mean.py").write_text(code[1])
+    spec, judge = blocks("metrics.md", "## Adding a metric")
+    specs = folder / "specs" / "metrics.py"
+    before, after = specs.read_text().split("METRICS: dict")
+    listed = after.replace("(ClassifierMetric, FidMetric)", "(ClassifierMetric, FidMetric, BrightnessMetric)")
+    specs.write_text(f"{before}{spec}\n\nMETRICS: dict{listed}")
+    (folder / "stages" / "evaluation" / "metrics" / "brightness.py").write_text(judge)
     return folder
 
 
@@ -77,3 +90,36 @@ def test_the_conformance_tests_catch_an_operator_that_is_not_what_it_says(copy: 
         assert done.returncode == 1 and "flops" in done.stdout
     finally:
         specs.write_text(text)
+
+
+def test_they_took_two_places_each(copy: Path) -> None:
+    def files(root: Path) -> dict[str, bytes]:
+        folders = (root / name for name in ("specs", "models", "cluster", "stages", "pipeline"))
+        return {str(path.relative_to(root)): path.read_bytes() for one in folders for path in one.rglob("*.py")}
+
+    before, after = files(ROOT), files(copy)
+    assert sorted(name for name in after if after[name] != before.get(name)) == [
+        "models/operators/mean.py",
+        "specs/metrics.py",
+        "specs/operators.py",
+        "stages/evaluation/metrics/brightness.py",
+    ]
+
+
+def test_the_metric_is_measured_for_every_row(copy: Path, tiny_copy: Finished) -> None:
+    main = "from graftwork.pipeline.cli.app import app; app()"
+    wishes = ["evaluate.metrics=[classifier, brightness]", "evaluate.rows=[rootstock]", "evaluate.keep_samples=true"]
+    wishes += [f"store={tiny_copy.store}"]
+    options = [part for wish in wishes for part in ("--set", wish)]
+    done = python(copy, "-c", main, "run", str(TINY), "--json", *options)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["results"]["heldout"]["brightness_error"] > 0 and outcome["results"]["heldout"]["dark"] < 1
+    key = keys(outcome)
+    samples = np.load(tiny_copy.store / "artifacts" / key["evaluate/rootstock"] / "samples.npy")
+    with np.load(tiny_copy.store / "artifacts" / key["reference/brightness"] / "brightness.npz") as reference:
+        expected = abs(samples.mean((1, 2, 3)).mean() - reference["mu"][0])
+    found = outcome["results"]["rootstock"]
+    assert found["brightness_error"] == pytest.approx(expected)
+    assert found["dark"] == (samples.mean((1, 2, 3)) < 32).mean()
+    assert found["distance"] == tiny_copy.outcome["results"]["rootstock"]["distance"]
