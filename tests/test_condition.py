@@ -167,6 +167,14 @@ def test_any_objective_noises_latents_for_distillation() -> None:
     assert len(found[2:5]) == 3 and found.z.shape == (12, 2, 3, 1, 2)
 
 
+def test_of_latents_without_classes_some_are_the_first() -> None:
+    latents = Latents(FILMS, texts(4))
+    for some in (latents.spread(3), latents.stratified(3), latents.share(0.75)):
+        assert torch.equal(some.tensor(), FILMS[:3]) and same(some.condition, texts(3))
+    with pytest.raises(ValueError, match=r"^condition: got text, mask, pooled; accepted: labels$"):
+        _ = latents.labels
+
+
 def test_a_sampler_that_does_not_serve_what_a_model_predicts_is_one_line() -> None:
     settings: dict[str, Any] = {"conditioner": TINY.conditioner, "objective": Halves(), "bounded": False}
     line = "^sampler.kind: got ddim; accepted: a sampler for models that predict halves, as this one does$"

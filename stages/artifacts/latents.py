@@ -158,7 +158,12 @@ class Latents:
         return self.condition.require("labels")
 
     def spread(self, count: int) -> Latents:
-        """Return the first turns of the classes, and of the turn that is not full some that are spread over it."""
+        """Return the first turns of the classes, and of the turn that is not full some that are spread over it.
+
+        Of latents without labels, as those of texts, they are the first.
+        """
+        if self.condition.labels is None:
+            return self.first(count)
         turn = len(self.labels.unique())
         rest = count % turn
         full = count - rest
@@ -171,7 +176,8 @@ class Latents:
 
     def stratified(self, count: int) -> Latents:
         """Return the first; but some that are spread over the classes if there are fewer than those."""
-        return self.spread(count) if count < len(self.labels.unique()) else self.first(count)
+        labels = self.condition.labels
+        return self.spread(count) if labels is not None and count < len(labels.unique()) else self.first(count)
 
     def share(self, fraction: float) -> Latents:
         """The same share of each class; at least one latent. Of fewer than there are classes, see `stratified`."""
