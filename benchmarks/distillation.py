@@ -38,7 +38,7 @@ from graftwork.cluster.machine import num_cpus
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import new_scion, observe
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.costs import rootstock_cost
@@ -153,7 +153,7 @@ def prepared(options: argparse.Namespace, folder: Path, device: torch.device) ->
     config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
     torch.manual_seed(0)
     model = DiT(config)
-    initialise(model)
+    model.initialise()
     for block in model.blocks:
         nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # zero at the start, operators would see no latents
     checkpoints.save(model, (), base)

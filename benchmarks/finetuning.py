@@ -53,7 +53,7 @@ from graftwork.models.measures.costs import forward_flops, num_parameters
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.objectives.gaussian import Diffusion
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import FinetuneSpec, Precision
 from graftwork.stages.artifacts.latents import Latents
@@ -96,7 +96,7 @@ class Work:
         """As published, but for the layers that start as zero, behind which nothing else would learn at first."""
         with initialising(SEED, "benchmark"):
             model = DiT(self.config)
-            initialise(model)
+            model.initialise()
             for module in (*model.blocks, model.final_layer):
                 nn.init.normal_(module.adaLN_modulation[1].weight, std=0.02)
             nn.init.normal_(model.final_layer.linear.weight, std=0.02)

@@ -32,11 +32,11 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
     import torch.distributed as dist
 
     from graftwork.cluster.training.deepspeed_engine import ShardedEngine
-    from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+    from graftwork.models.rootstocks.dit import DiT, DiTConfig
 
     workers = dist.get_world_size()
     model = DiT(DiTConfig(input_size=16, in_channels=1, patch=2, depth=4, width=32, heads=2, num_classes=10))
-    initialise(model)
+    model.initialise()
     engine = ShardedEngine(model.to(device), FinetuneSpec(steps=1, batch=16, workers=workers), None)
     x, t, y = (
         torch.zeros(16 // workers, 1, 16, 16),

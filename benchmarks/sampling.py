@@ -210,7 +210,7 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     )
     write_meta(inputs["features"].place, meta)
     with initialising(0, "benchmark"):
-        checkpoints.save(random_weights(DiT(meta.dit_config(model))), (), inputs["base"].place)
+        checkpoints.save(random_weights(DiT(meta.rootstock_config(model))), (), inputs["base"].place)
         judge = Classifier(channels, side, num_classes).state_dict()
         save_file(judge, inputs["classifier"].place / "classifier.safetensors")
     sampler: Sampler = DdimSampler(steps=chosen.steps or 10)

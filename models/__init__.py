@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from graftwork.models.rootstocks.dit import DiT
+    from graftwork.models.rootstocks import Rootstock
 
 
-def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> DiT:
+def load(source: str | Path, *, heads: int | None = None, device: torch.device | str | None = None) -> Rootstock:
     """Return the model in a file or folder, or under a hub id, ready to be called; see `models.checkpoints.read`.
 
     It is called as `model(x, t, labels)` with latents x (B,C,S,S), timesteps t (B,) in 0 .. 999 and labels (B,), of

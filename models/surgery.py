@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +11,26 @@ from torch import Tensor, nn
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.operators import build_operator
-from graftwork.models.rootstocks.dit import Block, DiT
+from graftwork.models.rootstocks import Rootstock, Stream
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
 from graftwork.specs.edits import Edit, Parallel, Site
 
-ATTRIBUTE = {"mha": "attn", "mlp": "mlp"}  # a target's name within a block
-GATE = {"mha": 2, "mlp": 5}  # a target's gate among the six modulations
 
-
-def block_at(model: DiT, index: int) -> Block:
-    """The block of that number, also where a parallel block has taken it in."""
-    block: Any = model.blocks[index]
-    if isinstance(block, ParallelBlock):
-        block = block.first
-    elif isinstance(block, Absorbed):
-        block = model.blocks[index - 1].second
-    assert isinstance(block, Block)
-    return block
-
-
-def scion_at(model: DiT, site: Site) -> nn.Module:
+def scion_at(model: Rootstock, site: Site) -> nn.Module:
     """The operator in a site, or the parallel block."""
     if site.target == "pair":
         return model.blocks[site.block]
-    return getattr(block_at(model, site.block), ATTRIBUTE[site.target])
+    return model.slot(site).operator
 
 
-def replace(model: DiT, site: Site, scion: nn.Module) -> None:
+def replace(model: Rootstock, site: Site, scion: nn.Module) -> None:
     if site.target == "pair":
         model.blocks[site.block], model.blocks[site.block + 1] = scion, Absorbed()
     else:
-        setattr(block_at(model, site.block), ATTRIBUTE[site.target], scion)
+        model.slot(site).fill(scion)
 
 
-def new_scion(model: DiT, edit: Edit, seed: int) -> nn.Module:
+def new_scion(model: Rootstock, edit: Edit, seed: int) -> nn.Module:
     """A fresh scion for the edit; the same seed gives the same weights wherever it is made.
 
     An operator is initialised; a parallel block is made of the model's own two blocks.
@@ -57,7 +42,7 @@ def new_scion(model: DiT, edit: Edit, seed: int) -> nn.Module:
         return build_operator(edit.operator, config.place)
 
 
-def graft(model: DiT, edits: Iterable[Edit], seed: int) -> DiT:
+def graft(model: Rootstock, edits: Iterable[Edit], seed: int) -> Rootstock:
     """Put a fresh scion into each edit's site, in place; parallel blocks take in what is there by then."""
     for edit in sorted(edits, key=Edit.sort_key):
         replace(model, edit.site, new_scion(model, edit, seed))
@@ -79,7 +64,7 @@ def alike(one: Edit, other: Edit) -> bool:
 class Observation:
     """What a scion in the site would see, and what it has to answer: see `answer`."""
 
-    inputs: tuple[Tensor, ...]  # an operator's (B,N,D), after norm and modulation; a pair's stream (B,N,D) and c (B,D)
+    inputs: tuple[Tensor, ...]  # an operator's (B,N,D), after norm and modulation; a pair's stream and what blocks get
     output: Tensor  # (B,N,D), before the gate; of a pair, what its blocks add to the stream
     gate: Tensor | None  # (B,D); a pair has none
 
@@ -91,7 +76,7 @@ def answer(scion: nn.Module) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def observe(
-    model: DiT, sites: Iterable[Site], x: Tensor, t: Tensor, condition: Condition | Tensor
+    model: Rootstock, sites: Iterable[Site], x: Tensor, t: Tensor, condition: Condition | Tensor
 ) -> dict[Site, Observation]:
     """Run the model, no further than the last site's block, and record what stands in each site."""
     sites = tuple(sites)
@@ -106,29 +91,24 @@ def observe(
     pairs = [site for site in sites if site.target == "pair"]
     kept = {site.block + offset for site in pairs for offset in (0, 2)}
     last = max(site.block + (site.target == "pair") for site in sites)
-    stream: dict[int, Tensor] = {}  # before the block of that number
+    streams: dict[int, Stream] = {}  # before the block of that number
     try:
-        tokens, c = model.embed(x, t, condition)
-        for index, block in enumerate(model.blocks[: 1 + last]):
+        stream = model.start(x, t, condition)
+        for index in range(1 + last):
             if index in kept:
-                stream[index] = tokens
-            tokens = block(tokens, c)
-        stream[1 + last] = tokens
+                streams[index] = stream
+            stream = model.through(index, stream)
+        streams[1 + last] = stream
     finally:
         for hook in hooks:
             hook.remove()
     found = {}
     for site in sites:
         if site.target == "pair":
-            before, after = stream[site.block], stream[site.block + 2]
-            found[site] = Observation((before, c), after - before, None)
+            before, after = streams[site.block], streams[site.block + 2]
+            found[site] = Observation((before.tokens, *before.given), after.tokens - before.tokens, None)
         else:
             inputs, output = seen[site]
-            gate = modulations(block_at(model, site.block), c)[GATE[site.target]]
-            found[site] = Observation((inputs,), output, gate)
+            gate = model.slot(site).gate
+            found[site] = Observation((inputs,), output, None if gate is None else gate(stream))
     return found
-
-
-def modulations(block: Block, c: Tensor) -> tuple[Tensor, ...]:
-    """The block's six modulations (B,D) under condition c (B,D), in DiT's order."""
-    return tuple(block.adaLN_modulation(c).chunk(6, dim=1))

@@ -17,7 +17,7 @@ from graftwork.specs.layers.static import ExplicitLayers
 from graftwork.specs.metrics import METRICS
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
-from graftwork.specs.rootstock import DitModel, PretrainWeights, Weights
+from graftwork.specs.rootstock import Model, PretrainWeights, Weights
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
 
 
@@ -41,7 +41,7 @@ class JobSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**31)
     data: Data = DigitsData()
     codec: Codec = PixelCodec()
-    model: DitModel
+    model: Model
     weights: Weights = PretrainWeights()
     graft: tuple[EditSpec, ...] = Field(min_length=1)
     profile: ProfileSpec = ProfileSpec()

@@ -15,7 +15,7 @@ from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.layers.learned import Group
 from graftwork.specs.layers.union import Layers
 from graftwork.specs.metrics import Metric
-from graftwork.specs.rootstock import DitModel, Weights
+from graftwork.specs.rootstock import Model, Weights
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import ADDED_PRECISION, DistillSpec, FinetuneSpec, Precision, SearchSpec
 
@@ -31,7 +31,7 @@ class BaseParams(Spec):
     """The rootstock."""
 
     seed: int
-    model: DitModel
+    model: Model
     weights: Weights
 
 

@@ -51,6 +51,9 @@ class DitModel(Spec):
         return self
 
 
+Model = DitModel  # what a job's `model` may be: a union, by `kind`, once there are more
+
+
 class PretrainWeights(TrainingSpec):
     """Train the rootstock in the job itself: the ordinary diffusion loss, EMA weights kept."""
 

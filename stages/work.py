@@ -13,7 +13,7 @@ from graftwork.specs.edits import Parallel
 from graftwork.specs.fields import Spec
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import StepResources
-from graftwork.specs.rootstock import DitModel, PretrainWeights
+from graftwork.specs.rootstock import Model, PretrainWeights
 from graftwork.specs.training import Precision
 
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
@@ -82,7 +82,7 @@ class Known:
 class Rootstock:
     """A rootstock's shape."""
 
-    model: DitModel
+    model: Model
     place: Place
     channels: int
 

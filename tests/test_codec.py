@@ -24,7 +24,7 @@ from torch import Tensor
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator, initialising
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.pipeline import api
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
@@ -620,7 +620,7 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
 ) -> None:
     with initialising(0, "rootstock"):
         model = DiT(DiTConfig(input_size=8, in_channels=4, patch=2, depth=1, width=16, heads=2, num_classes=3))
-        initialise(model)
+        model.initialise()
     checkpoints.save(model, (), tmp_path)
     sampler = DdimSampler(steps=4)
     context = Context(
@@ -650,7 +650,7 @@ def tiny_model(folder: Path) -> Path:
     folder.mkdir()
     with initialising(0, "rootstock"):
         model = DiT(DiTConfig(input_size=8, in_channels=4, patch=2, depth=1, width=16, heads=2, num_classes=3))
-        initialise(model)
+        model.initialise()
     checkpoints.save(model, (), folder)
     return folder
 

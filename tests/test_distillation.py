@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from graftwork.models import checkpoints
 from graftwork.models.numerics import parts as cache
 from graftwork.models.numerics.precision import computing
-from graftwork.models.rootstocks.dit import DiT
-from graftwork.models.surgery import GATE, answer, graft, modulations, new_scion, observe, scion_at
+from graftwork.models.rootstocks.dit import DiT, modulations
+from graftwork.models.surgery import answer, graft, new_scion, observe, scion_at
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaY, Mha, Mlp
@@ -262,8 +262,8 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
 def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, latents: Noised, site: Site) -> None:
     pairs = captured(rootstock, site, latents, gate_weighted=True).pairs
-    _, c = rootstock.embed(latents.z, latents.t, latents.condition)
-    gate = modulations(rootstock.blocks[site.block], c)[GATE[site.target]]
+    (c,) = rootstock.start(latents.z, latents.t, latents.condition).given
+    gate = modulations(rootstock.blocks[site.block], c)[{"mha": 2, "mlp": 5}[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
 
@@ -687,4 +687,4 @@ def test_latents_of_a_spec_become_the_models_shape(inputs: dict[str, Folder]) ->
     from graftwork.specs.rootstock import DitModel
 
     model = DitModel(depth=2, width=16, heads=2, patch=2)
-    assert read_meta(inputs["features"].path()).dit_config(model) == copy.deepcopy(TINY)
+    assert read_meta(inputs["features"].path()).rootstock_config(model) == copy.deepcopy(TINY)

@@ -22,7 +22,7 @@ from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.models.numerics.streams import SampleNoise, generator, initialising, seed_of
 from graftwork.models.objectives import Network, over
 from graftwork.models.objectives.gaussian import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, initialise, position_embedding
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, position_embedding
 from graftwork.models.sampling import sample
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import AncestralSampler, DdimSampler
@@ -153,14 +153,14 @@ def test_patches_go_back_where_they_came_from() -> None:
 
 def test_an_initialised_model_puts_out_zero(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     model = DiT(TINY)
-    initialise(model)
+    model.initialise()
     output = model(*batch)
     assert output.shape == (4, 6, 8, 8) and not output.any()
 
 
 def test_an_initialised_block_passes_its_input_through() -> None:
     model = DiT(TINY)
-    initialise(model)
+    model.initialise()
     x = torch.randn(2, 16, 16)
     assert torch.equal(model.blocks[0](x, torch.randn(2, 16)), x)
 

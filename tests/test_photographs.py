@@ -13,7 +13,7 @@ from PIL import Image
 
 from graftwork.models import checkpoints
 from graftwork.models.numerics.streams import initialising
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft as graft_into
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import HyenaY
@@ -58,7 +58,7 @@ def test_a_published_graft_is_grafted_further_at_two_targets_in_a_vaes_latents(
     config = DiTConfig(input_size=SIDE // 2, in_channels=4, patch=2, depth=3, width=24, heads=2, num_classes=3)
     with initialising(0, "rootstock"):
         rootstock = DiT(config)
-        initialise(rootstock)
+        rootstock.initialise()
         graft_into(rootstock, [Edit(site=Site(block=1, target="mha"), operator=HyenaY(kernel=3))], seed=0)
     published = {"ema": rootstock.state_dict(), "opt": {}, "args": argparse.Namespace(model="DiT")}
     torch.save(published, tmp_path / "rootstock.pt")

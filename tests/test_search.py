@@ -30,9 +30,9 @@ from graftwork.models.measures.costs import forward_flops
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.objectives.gaussian import Diffusion
 from graftwork.models.operators import REGISTRY
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, initialise
+from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.selection.budget import Budget, budget_of
-from graftwork.models.selection.gates import Gate, GatedDiT, GatedOperator, Gates, admissible_masks, gumbel
+from graftwork.models.selection.gates import Gate, GatedOperator, GatedRootstock, Gates, admissible_masks, gumbel
 from graftwork.models.surgery import graft, new_scion, scion_at
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.partial import Partial
@@ -77,11 +77,11 @@ def edit_at(site: Site) -> Edit:
     return Edit(site=site, operator=HyenaY())
 
 
-def make_gated(seed: int = 0, sites: Sequence[Site] = SITES, groups: Sequence[Group] = GROUPS) -> GatedDiT:
+def make_gated(seed: int = 0, sites: Sequence[Site] = SITES, groups: Sequence[Group] = GROUPS) -> GatedRootstock:
     """A gated model whose every trained weight, LoRA's second factor too, comes from the seed."""
     model = lively(DiT(TINY))
     scions = {site: [lively(new_scion(model, edit_at(site), 0), seed + site.block)] for site in sites}
-    return GatedDiT(model, scions, [*map(Gate.of_group, groups)], lora_rank=2, lora_alpha=4.0, seed=seed)
+    return GatedRootstock(model, scions, [*map(Gate.of_group, groups)], lora_rank=2, lora_alpha=4.0, seed=seed)
 
 
 OPTIONS: tuple[Operator, ...] = (Mlp(ratio=2), Mlp(ratio=1), MlpHyenaX(ratio=1))
@@ -94,7 +94,7 @@ CHOICES = tuple(
 
 def make_budgeted(
     seed: int = 0, share: float = 0.8, candidates: Sequence[Edit] = CHOICES, carried: Sequence[Edit] = ()
-) -> GatedDiT:
+) -> GatedRootstock:
     """A gated model of whose sites each may hold several scions."""
     model = lively(graft(DiT(TINY), carried, 0))
     scions: dict[Site, list[nn.Module]] = {}
@@ -102,10 +102,10 @@ def make_budgeted(
         scions.setdefault(edit.site, []).append(lively(new_scion(model, edit, 0), seed + number))
     gates = [Gate.of_site(site.block, len(beside)) for site, beside in scions.items()]
     budget = budget_of(share, TINY, carried, candidates)
-    return GatedDiT(model, scions, gates, budget, lora_rank=2, lora_alpha=4.0, seed=seed)
+    return GatedRootstock(model, scions, gates, budget, lora_rank=2, lora_alpha=4.0, seed=seed)
 
 
-def stir(gated: GatedDiT) -> GatedDiT:
+def stir(gated: GatedRootstock) -> GatedRootstock:
     """Random LoRA updates and gates."""
     draws = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def run_search(
     report: Reports | None = None,
     seed: int = 0,
     weights: int = 0,
-    make: Callable[[int], GatedDiT] = make_gated,
+    make: Callable[[int], GatedRootstock] = make_gated,
 ) -> None:
     """Search from the scions and LoRA of that number, or from the checkpoint."""
     train(
@@ -374,7 +374,7 @@ def test_mlps_are_gated_as_attention_is() -> None:
     model, site = lively(DiT(TINY)), Site(block=1, target="mlp")
     scion = new_scion(model, Edit(site=site, operator=Mlp(ratio=3)), 0)
     gate = Gate.of_group(Group(blocks=(0, 1), keep=1, pinned=()))
-    gated = GatedDiT(model, {site: [scion]}, [gate], lora_rank=2)
+    gated = GatedRootstock(model, {site: [scion]}, [gate], lora_rank=2)
     gated.draw(torch.tensor([[50.0, 0.0]]).repeat(5, 1), 1.0, 1.0)
     torch.testing.assert_close(gated(*make_batch()), plain_model({site: scion})(*make_batch()), rtol=0, atol=1e-5)
     assert isinstance(gated.model.blocks[1].mlp, GatedOperator) and not isinstance(
@@ -394,7 +394,7 @@ RESUMES = [(make_gated, deaths) for deaths in [(3,), (6,), (9,), (12,), (6, 9, 1
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
-    store: Store, monkeypatch: pytest.MonkeyPatch, make: Callable[[int], GatedDiT], deaths: tuple[int, ...]
+    store: Store, monkeypatch: pytest.MonkeyPatch, make: Callable[[int], GatedRootstock], deaths: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(training, "POINTS", 4)  # points of both courses at 3, 6, 9, 12; checkpoints at 4, 8, 12
     monkeypatch.setattr(search, "POINTS", 4)
@@ -432,7 +432,7 @@ def test_a_search_in_parts_draws_the_gates_of_the_whole_batch(store: Store, samp
     torch.testing.assert_close(parts["course"], whole["course"], rtol=0, atol=1e-3)
 
 
-def set_up(**settings: bool) -> GatedDiT:
+def set_up(**settings: bool) -> GatedRootstock:
     gated = make_gated()
     set_up_blocks(gated.model, RECIPE.model_copy(update=settings))
     return gated
@@ -1012,7 +1012,7 @@ def rootstock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
         with initialising(0, "planted"):
             model = DiT(PLANTED)
-            initialise(model)
+            model.initialise()
         return PlainEngine(model, clip=1.0, state=state)
 
     train(make_engine, planted_data(), recipe, seed=0, stream="base", partial=partial, report=Reports())
@@ -1051,7 +1051,7 @@ def search_planted(
             scions.setdefault(edit.site, []).append(scion)
         gates = [*map(Gate.of_group, groups)] or [Gate.of_site(site.block, len(own)) for site, own in scions.items()]
         limit = None if budget is None else budget_of(budget, PLANTED, (), candidates)
-        gated = GatedDiT(model, scions, gates, limit, lora_rank=2, lora_alpha=4.0, seed=seed)
+        gated = GatedRootstock(model, scions, gates, limit, lora_rank=2, lora_alpha=4.0, seed=seed)
         return engines.setdefault("engine", SearchEngine(gated, PLANTED_RECIPE, seed, state))
 
     engines: dict[str, SearchEngine] = {}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from graftwork.models import checkpoints
 from graftwork.models.measures.costs import forward_flops, forward_inputs, forward_memory, num_parameters
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, modulations
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
-from graftwork.models.surgery import all_edits, answer, graft, modulations, new_scion, observe, replace, scion_at
+from graftwork.models.surgery import all_edits, answer, graft, new_scion, observe, replace, scion_at
 from graftwork.specs.costs import graft_cost, rootstock_cost
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, MlpHyenaX, Swa
@@ -45,11 +45,17 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=2, target="mlp")
 
 
+def started(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the tokens before the first block, and what modulates the blocks."""
+    stream = model.start(*batch)
+    return stream.tokens, stream.given[0]
+
+
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE, Site(block=0, target="mlp")], ids=str)
 def test_what_is_observed_is_what_a_forward_by_hand_sees(
     model: DiT, batch: tuple[Tensor, Tensor, Tensor], site: Site
 ) -> None:
-    tokens, c = model.embed(*batch)
+    tokens, c = started(model, batch)
     for block in model.blocks[: site.block]:
         tokens = block(tokens, c)
     block = model.blocks[site.block]
@@ -122,7 +128,7 @@ WITHIN = Edit(site=Site(block=3, target="mha"), operator=HyenaY())
 def test_a_fresh_pair_adds_what_each_of_its_blocks_adds_to_the_same_input(
     model: DiT, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x, c = model.embed(*batch)
+    x, c = started(model, batch)
     first, second = model.blocks[2], model.blocks[3]
     expected = x + (first(x, c) - x) + (second(x, c) - x)
     graft(model, [PAIR], seed=0)
@@ -132,7 +138,7 @@ def test_a_fresh_pair_adds_what_each_of_its_blocks_adds_to_the_same_input(
 def test_a_pair_is_asked_for_what_its_blocks_add_one_after_the_other(
     model: DiT, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    tokens, c = model.embed(*batch)
+    tokens, c = started(model, batch)
     before = model.blocks[1](model.blocks[0](tokens, c), c)
     after = model.blocks[3](model.blocks[2](before, c), c)
     found = observe(model, [PAIR.site], *batch)[PAIR.site]
@@ -141,7 +147,7 @@ def test_a_pair_is_asked_for_what_its_blocks_add_one_after_the_other(
 
 
 def test_a_pair_answers_with_what_it_adds(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, c = model.embed(*batch)
+    x, c = started(model, batch)
     pair = lively(new_scion(model, PAIR, seed=0))
     torch.testing.assert_close(answer(pair)(x, c), pair(x, c) - x)
 
@@ -159,7 +165,7 @@ def test_an_operator_within_a_pair_can_be_observed_and_replaced(
     model: DiT, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     graft(model, [PAIR], seed=0)
-    x, c = model.embed(*batch)
+    x, c = started(model, batch)
     for block in model.blocks[:2]:
         x = block(x, c)
     second = model.blocks[2].second

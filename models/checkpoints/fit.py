@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors, odd_kind
 from graftwork.models.checkpoints.labels import TABLE
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks import Rootstock, RootstockConfig, new_rootstock
 from graftwork.models.surgery import graft
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit
@@ -41,13 +41,13 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def weightless(config: DiTConfig, edits: Iterable[Edit]) -> DiT:
+def weightless(config: RootstockConfig, edits: Iterable[Edit]) -> Rootstock:
     """The model before it has weights: memory is reserved for them and never touched, so that none is used."""
     with Uninitialised():
-        return graft(DiT(config), edits, seed=0)
+        return graft(new_rootstock(config), edits, seed=0)
 
 
-def fitting(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors) -> DiT:
+def fitting(config: RootstockConfig, edits: Iterable[Edit], tensors: Tensors) -> Rootstock:
     """The model before it has weights; raises UnfitCheckpoint, naming the tensors that do not fit it."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     asked = rootstock_cost(config, config.place, config.in_channels, config.num_classes).params
@@ -62,7 +62,9 @@ def fitting(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors) -> DiT:
     return model
 
 
-def build(config: DiTConfig, edits: Iterable[Edit], tensors: Tensors, device: torch.device | str | None = None) -> DiT:
+def build(
+    config: RootstockConfig, edits: Iterable[Edit], tensors: Tensors, device: torch.device | str | None = None
+) -> Rootstock:
     """The model with these tensors; raises UnfitCheckpoint, naming those that do not fit, or hold no numbers."""
     model = fitting(config, edits, tensors)
     state = {

@@ -16,7 +16,7 @@ from graftwork.models.checkpoints.fit import build, fitting
 from graftwork.models.checkpoints.labels import Labels, num_classes, relabelled
 from graftwork.models.checkpoints.layouts import diffusers, native, published
 from graftwork.models.checkpoints.recognition import Found, recognised
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.specs.edits import Edit
 from graftwork.specs.hub import INDEX, SHARD, local_path, parts_of, whereabouts
 from graftwork.specs.problems import shown
@@ -27,12 +27,12 @@ ACCEPTED = "a .pt or .safetensors file, whole or in parts, or a folder with one;
 def read(
     source: str | Path,
     *,
-    config: DiTConfig | None = None,
+    config: RootstockConfig | None = None,
     heads: int | None = None,
     device: torch.device | str | None = None,
     labels: Labels | None = None,
     any_classes: bool = False,
-) -> tuple[DiT, tuple[Edit, ...]]:
+) -> tuple[Rootstock, tuple[Edit, ...]]:
     """The model in a file or folder, or under a hub id, and the edits that it carries.
 
     config: the rootstock that it has to be of; without it, the one that its shapes tell.
@@ -47,7 +47,7 @@ def read(
 
 
 def check(
-    source: str | Path, config: DiTConfig, *, labels: Labels | None = None, any_classes: bool = False
+    source: str | Path, config: RootstockConfig, *, labels: Labels | None = None, any_classes: bool = False
 ) -> tuple[str, ...]:
     """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read.
 
@@ -59,8 +59,8 @@ def check(
 
 
 def _recognised(
-    source: str | Path, config: DiTConfig | None, heads: int | None, labels: Labels | None, any_classes: bool
-) -> tuple[Found, DiTConfig, tuple[Edit, ...]]:
+    source: str | Path, config: RootstockConfig | None, heads: int | None, labels: Labels | None, any_classes: bool
+) -> tuple[Found, RootstockConfig, tuple[Edit, ...]]:
     found = find(located(source))
     if labels is not None:
         found = replace(found, tensors=relabelled(found.tensors, labels, found.num_classes))

@@ -15,8 +15,8 @@ from graftwork.models.checkpoints.files import Shape, Tensors
 from graftwork.models.checkpoints.fit import MAX_NAMED, require_floats, shapes_of, weightless
 from graftwork.models.checkpoints.folders import ZERO_TOOL
 from graftwork.models.operators import REGISTRY, recognise
+from graftwork.models.rootstocks import CONFIGS, RootstockConfig
 from graftwork.models.rootstocks.dit import DiTConfig
-from graftwork.models.surgery import ATTRIBUTE
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
@@ -49,7 +49,7 @@ class Found:
 
     tensors: Tensors
     heads: int | None = None
-    config: DiTConfig | None = None
+    config: RootstockConfig | None = None
     edits: tuple[Edit, ...] | None = None
     num_classes: int | None = None  # that it says it was trained on
     notes: tuple[str, ...] = ()  # what was chosen, or left out, where the file holds more than one model
@@ -60,7 +60,7 @@ def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json", exclude={"scions"}) for edit in edits]
 
 
-def said(source: str, rootstock: Any, listed: Any) -> tuple[DiTConfig, tuple[Edit, ...]]:
+def said(source: str, rootstock: Any, listed: Any) -> tuple[RootstockConfig, tuple[Edit, ...]]:
     """The rootstock and the edits that a file names, of whatever values it has there."""
     try:
         config = _config_from(rootstock)
@@ -75,16 +75,21 @@ def said(source: str, rootstock: Any, listed: Any) -> tuple[DiTConfig, tuple[Edi
     return config, edits
 
 
-def _config_from(rootstock: Any) -> DiTConfig:
+def _config_from(rootstock: Any) -> RootstockConfig:
     if not isinstance(rootstock, dict):
         raise ValueError(f"rootstock: {shown(rootstock)}, expected a mapping")
-    known = {field.name: field.default is MISSING for field in fields(DiTConfig)}  # and whether it is needed
+    kind = rootstock.get("kind", "dit")  # as all were before there were other families
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ValueError(f"rootstock: kind: {shown(kind)}, expected one of {', '.join(sorted(CONFIGS))}")
+    family = CONFIGS[kind]
+    rootstock = {name: value for name, value in rootstock.items() if name != "kind"}
+    known = {field.name: field.default is MISSING for field in fields(family)}  # and whether it is needed
     absent = [name for name, needed in known.items() if needed and name not in rootstock]
     unknown = [str(name) for name in rootstock if name not in known]
     if absent or unknown:
         problems = [f"{name}: missing" for name in absent] + [f"{name}: expected none of that name" for name in unknown]
         raise ValueError(f"rootstock: {named(problems)}")
-    config = DiTConfig(**rootstock)
+    config = family(**rootstock)
     if problem := misfit(config):
         raise ValueError(f"rootstock: {problem}")
     return config
@@ -101,7 +106,7 @@ def _edit_from(position: int, edit: Any) -> Edit:
         raise ValueError(named(problems)) from None
 
 
-def misfit(config: DiTConfig) -> str | None:
+def misfit(config: RootstockConfig) -> str | None:
     """What is wrong with a rootstock's shape; None if there can be such a model."""
     if type(config.learn_sigma) is not bool:
         return f"learn_sigma: {shown(config.learn_sigma)}, expected true or false"
@@ -111,18 +116,10 @@ def misfit(config: DiTConfig) -> str | None:
             return f"{name}: {shown(value)}, expected an integer of at least {least}"
         if value > MOST.get(name, value):
             return f"{name}: {shown(value)}, expected at most {MOST[name]}"
-    misfits = (
-        (config.width % config.heads, f"{config.heads} attention heads do not divide its width, {config.width}"),
-        (config.width % 4, f"width: {config.width}, expected a multiple of 4, for the 2-D position embedding"),
-        (
-            config.input_size % config.patch,
-            f"input_size: {config.input_size}, expected a multiple of patch, {config.patch}",
-        ),
-    )
-    return next((problem for wrong, problem in misfits if wrong), None)
+    return config.shape_misfit()
 
 
-def misplaced(edits: Iterable[Edit], config: DiTConfig) -> str | None:
+def misplaced(edits: Iterable[Edit], config: RootstockConfig) -> str | None:
     """Which edit cannot be made on such a rootstock beside the others; None if all can."""
     sites: set[Site] = set()
     paired: set[int] = set()
@@ -159,7 +156,9 @@ def _unsuited(edit: Edit, place: Place) -> str | None:
     return None
 
 
-def recognised(found: Found, config: DiTConfig | None, heads: int | None) -> tuple[DiTConfig, tuple[Edit, ...]]:
+def recognised(
+    found: Found, config: RootstockConfig | None, heads: int | None
+) -> tuple[RootstockConfig, tuple[Edit, ...]]:
     """The rootstock and the edits: as the file says, else as its shapes do.
 
     config: the rootstock expected, if any; heads: of a file that does not tell.
@@ -234,14 +233,16 @@ def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
     return config
 
 
-def edits_of(tensors: Tensors, config: DiTConfig) -> tuple[Edit, ...]:
+def edits_of(tensors: Tensors, config: RootstockConfig) -> tuple[Edit, ...]:
     """The scions, site by site. What has the rootstock's tensors is no edit; `swa` gets its default window."""
-    block = weightless(replace(config, depth=1), ()).blocks[0]
+    model = weightless(replace(config, depth=1), ())
+    slots = model.slots_of(model.blocks[0])
     edits = []
     for index in range(config.depth):
         for target in TARGETS:
-            own = shapes_of(getattr(block, ATTRIBUTE[target]).state_dict())
-            prefix = f"blocks.{index}.{ATTRIBUTE[target]}."
+            slot = slots[target]
+            own = shapes_of(slot.operator.state_dict())
+            prefix = f"blocks.{index}.{slot.attribute}."
             shapes = {name.removeprefix(prefix): s for name, s in tensors.shapes.items() if name.startswith(prefix)}
             # Rootstock's names with other shapes may still be a scion, as an mlp of another ratio is.
             operator = None if shapes == own else recognise(shapes, target, config.place)

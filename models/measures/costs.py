@@ -17,14 +17,14 @@ from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.numerics.torch_internals import memory_events
 from graftwork.models.objectives import Network
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 
 
 def num_parameters(model: nn.Module) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def forward_flops(model: DiT) -> int:
+def forward_flops(model: Rootstock) -> int:
     """FLOPs of one forward pass of one sample; a multiply-add counts as two. Counted on meta tensors: nothing runs."""
     model = copy.deepcopy(model).to("meta")
     inputs = forward_inputs(model, 1, torch.device("meta"))
@@ -36,7 +36,7 @@ def forward_flops(model: DiT) -> int:
 Inputs = tuple[Tensor, Tensor, Condition]  # x, t and the condition of a batch
 
 
-def forward_inputs(model: DiT, batch: int, device: torch.device) -> Inputs:
+def forward_inputs(model: Rootstock, batch: int, device: torch.device) -> Inputs:
     """Return something of the right shape to run the model on."""
     config = model.config
     t = config.objective.draw_t(batch, generator(0, "example")).to(device)
@@ -54,7 +54,7 @@ def forward_seconds(network: Network, inputs: Inputs) -> float:
 
 
 @torch.no_grad()
-def forward_memory(model: DiT, inputs: Inputs, network: Network | None = None) -> int:
+def forward_memory(model: Rootstock, inputs: Inputs, network: Network | None = None) -> int:
     """Largest number of bytes held at once during a forward pass: the model's, and what the pass allocates.
 
     network: what the pass goes through instead, such as the model's compiled code.

@@ -8,25 +8,29 @@ those two operators only; norms, modulation and gates stay.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from graftwork.models.condition import ClassConditioner, Condition
 from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.operators import build_operator
+from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
 from graftwork.specs.costs import FREQUENCIES, ORIGINALS
 from graftwork.specs.operators import Place
+from graftwork.specs.rootstock import DitModel
 
 MAX_PERIOD = 10_000.0
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """Everything that fixes the tensors of a rootstock."""
+class DiTConfig(RootstockConfig):
+    """Everything that fixes the tensors of a DiT."""
 
+    kind: ClassVar[str] = "dit"
     input_size: int  # S, latent pixels a side
     in_channels: int  # C
     patch: int
@@ -35,6 +39,35 @@ class DiTConfig:
     heads: int
     num_classes: int
     learn_sigma: bool = True
+
+    @classmethod
+    def of(cls, model: DitModel, shape: Sequence[int], num_classes: int) -> Self:
+        """Return the config of what a spec says, for latents (C,S,S). Raise ValueError if they are not square."""
+        channels, *sides = shape
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise ValueError(f"latents: got the shape {tuple(shape)}; accepted: (channels, side, side)")
+        return cls(
+            input_size=sides[0],
+            in_channels=channels,
+            patch=model.patch,
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            num_classes=num_classes,
+            learn_sigma=model.learn_sigma,
+        )
+
+    def shape_misfit(self) -> str | None:
+        """Return which of its sizes do not go together; None if there can be such a model."""
+        misfits = (
+            (self.width % self.heads, f"{self.heads} attention heads do not divide its width, {self.width}"),
+            (self.width % 4, f"width: {self.width}, expected a multiple of 4, for the 2-D position embedding"),
+            (
+                self.input_size % self.patch,
+                f"input_size: {self.input_size}, expected a multiple of patch, {self.patch}",
+            ),
+        )
+        return next((problem for wrong, problem in misfits if wrong), None)
 
     @property
     def num_tokens(self) -> int:
@@ -145,11 +178,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+@register(DiTConfig)
+class DiT(Rootstock):
     """The whole transformer: a noised latent, its timestep and its label in; noise (and variance) out.
 
     A tensor of labels (B,) will do for the condition: `model(x, t, labels)`.
     """
+
+    config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -160,29 +196,41 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(config))
         self.blocks = nn.ModuleList(Block(config.place) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.checkpointing = False  # in training, keep each block's input alone and compute the rest again
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
-        """Return the output (B,C_out,S,S) for x (B,C,S,S) at t (B,), with the condition's labels (B,)."""
-        tokens, c = self.embed(x, t, condition)
-        for block in self.blocks:
-            tokens = self._through(block, tokens, c)
-        return self.unpatchify(self.final_layer(tokens, c))
+    def initialise(self, label_std: float = 0.02) -> None:
+        """Published initialisation: xavier-uniform linears, N(0, .02) embeddings, adaLN and the final layer zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for linear in self.t_embedder.mlp:
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=label_std)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
-    def _through(self, block: nn.Module, tokens: Tensor, c: Tensor) -> Tensor:
-        if not self.checkpointing:
-            return block(tokens, c)
-        # Nothing in a block is random.
-        return checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+    def slots_of(self, block: nn.Module) -> dict[str, Slot]:
+        """Return the slots of attention and MLP; their gates are the third and sixth of a block's modulations."""
+        assert isinstance(block, Block)
+        return {
+            "mha": Slot(block, "attn", lambda stream: modulations(block, stream.given[0])[2]),
+            "mlp": Slot(block, "mlp", lambda stream: modulations(block, stream.given[0])[5]),
+        }
 
-    def embed(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, stream: Stream) -> Tensor:
+        return self.unpatchify(self.final_layer(stream.tokens, *stream.given))
+
+    def start(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Stream:
         """Return tokens (B,N,D) and what modulates the blocks (B,D). Raises ValueError if there are no labels."""
         labels = Condition.of(condition).require("labels")
         tokens = self.x_embedder(x)
         # As the weights are: fp32 where autocast makes the products alone bf16, which keeps the stream of all blocks in
         # fp32, as published; bf16 where an engine cast the parameters, which may have left this buffer in fp32.
         embedding = self.pos_embed.to(self.x_embedder.proj.weight.dtype)
-        return tokens + embedding, self.t_embedder(t) + self.y_embedder(labels)
+        return Stream(tokens + embedding, (self.t_embedder(t) + self.y_embedder(labels),))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""
@@ -201,17 +249,6 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.cat([columns, rows], dim=1).float()[None]
 
 
-def initialise(model: DiT, label_std: float = 0.02) -> None:
-    """Published initialisation: xavier-uniform linears, N(0, .02) embeddings, adaLN and the final layer zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for linear in model.t_embedder.mlp:
-        if isinstance(linear, nn.Linear):
-            nn.init.normal_(linear.weight, std=0.02)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=label_std)
-    for module in (*model.blocks, model.final_layer):
-        nn.init.zeros_(module.adaLN_modulation[1].weight)
-    nn.init.zeros_(model.final_layer.linear.weight)
+def modulations(block: Block, c: Tensor) -> tuple[Tensor, ...]:
+    """Return the block's six modulations (B,D) under c (B,D), in the published order."""
+    return tuple(block.adaLN_modulation(c).chunk(6, dim=1))

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.specs.costs import BUDGET_TOLERANCE, graft_cost, rootstock_cost
 from graftwork.specs.edits import Edit
 
@@ -81,7 +81,7 @@ class Budget:
         return [(low - most, high - least) for least, most in zip(cheapest, dearest, strict=True)]
 
 
-def budget_of(share: float, config: DiTConfig, carried: Sequence[Edit], candidates: Sequence[Edit]) -> Budget:
+def budget_of(share: float, config: RootstockConfig, carried: Sequence[Edit], candidates: Sequence[Edit]) -> Budget:
     """That share of what a rootstock costs, with the edits that it carries already; its originals are what stands.
 
     candidates: at each site, in the order of their options. Raises ValueError where no choice of them meets it.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora, merge_lora
 from graftwork.models.numerics.streams import initialising
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.models.selection.budget import Budget
 from graftwork.models.surgery import replace, scion_at
 from graftwork.specs.edits import Site
@@ -137,12 +137,12 @@ class GatedOperator(nn.Module):
         return self.scions[holding - 1] if holding else self.original
 
 
-class GatedDiT(nn.Module):
+class GatedRootstock(nn.Module):
     """A rootstock under search: frozen but for LoRA on its linear layers, with scions beside each candidate."""
 
     def __init__(
         self,
-        model: DiT,
+        model: Rootstock,
         scions: Mapping[Site, Sequence[nn.Module]],
         gates: Sequence[Gate],
         budget: Budget | None = None,
@@ -175,7 +175,7 @@ class GatedDiT(nn.Module):
         holds = self.gates.choice(self.budget)
         return {site: holds[site.block] for site in self.sites}
 
-    def merge(self) -> DiT:
+    def merge(self) -> Rootstock:
         """The model as chosen, plain again: LoRA added to the weights, in each site what was chosen for it.
 
         It is made of this one's parts, which is used up.

@@ -121,19 +121,11 @@ def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, 
 def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
     """Yield what is to be said of a checkpoint that fits the job; raise UnfitCheckpoint for another."""
     from graftwork.models import checkpoints
-    from graftwork.models.rootstocks.dit import DiTConfig
+    from graftwork.models.rootstocks import config_of
 
     count = num_classes(job.data)
-    config = DiTConfig(
-        input_size=job.latent_side(),
-        in_channels=job.codec.latent_channels(job.data),
-        patch=job.model.patch,
-        depth=job.model.depth,
-        width=job.model.width,
-        heads=job.model.heads,
-        num_classes=count or 0,
-        learn_sigma=job.model.learn_sigma,
-    )
+    shape = (job.codec.latent_channels(job.data), job.latent_side(), job.latent_side())
+    config = config_of(job.model, shape, count or 0)
     labels = None
     if field == "weights.path" and isinstance(job.weights, CheckpointWeights) and _data_are_here(job):
         names = class_names(job.data)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from safetensors.torch import load_file
 
 from graftwork.models import checkpoints
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import all_edits, graft, scion_at
 from graftwork.specs.edits import Edit
 from graftwork.specs.evaluate import Row
@@ -15,14 +15,14 @@ from graftwork.stages.artifacts.plan import read_plan
 from graftwork.stages.contract import Context
 
 
-def with_fresh_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
+def with_fresh_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
     """The rootstock with the plan's edits, initialised as they were before distillation."""
     model, edits = checkpoints.load(context.input("base"))
     plan = read_plan(context.input("select"))
     return graft(model, plan, seed), all_edits(edits, plan)
 
 
-def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Edit]]:
+def with_distilled_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
     """The graft after stage 1; or, where the step needs `searched`, what the search for layers trained."""
     start = "searched" in context.inputs
     model, edits = checkpoints.load(context.input("searched") / "hybrid" if start else context.input("base"))
@@ -32,7 +32,7 @@ def with_distilled_scions(context: Context, seed: int) -> tuple[DiT, Sequence[Ed
     return with_scions(model, missing, context, seed), all_edits(edits, plan)
 
 
-def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) -> DiT:
+def with_scions(model: Rootstock, edits: Iterable[Edit], context: Context, seed: int) -> Rootstock:
     """Put the distilled scion of each edit into the model, in place; a pair's holds those of its blocks."""
     for edit in sorted(edits, key=Edit.sort_key):
         graft(model, [edit], seed)
@@ -41,7 +41,7 @@ def with_scions(model: DiT, edits: Iterable[Edit], context: Context, seed: int) 
     return model
 
 
-def row_model(context: Context, row: Row, seed: int) -> DiT:
+def row_model(context: Context, row: Row, seed: int) -> Rootstock:
     """The model that a row of the table is about."""
     if row == "rootstock":
         model, _ = checkpoints.load(context.input("base"))

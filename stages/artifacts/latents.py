@@ -22,8 +22,8 @@ from torch import Tensor
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives import Objective
-from graftwork.models.rootstocks.dit import DiTConfig
-from graftwork.specs.rootstock import DitModel
+from graftwork.models.rootstocks import RootstockConfig, config_of
+from graftwork.specs.rootstock import Model
 
 SPLITS = ("training", "heldout")
 
@@ -69,18 +69,9 @@ class LatentsMeta(BaseModel):
         """Whether latents lie in [-1, 1]: pixels do."""
         return self.codec == "pixel"
 
-    def dit_config(self, model: DitModel) -> DiTConfig:
-        """The model that the spec describes, for these latents."""
-        return DiTConfig(
-            input_size=self.side,
-            in_channels=self.channels,
-            patch=model.patch,
-            depth=model.depth,
-            width=model.width,
-            heads=model.heads,
-            num_classes=len(self.classes),
-            learn_sigma=model.learn_sigma,
-        )
+    def rootstock_config(self, model: Model) -> RootstockConfig:
+        """Return the config of the model that the spec describes, for these latents."""
+        return config_of(model, self.shape, len(self.classes))
 
 
 class Shards:

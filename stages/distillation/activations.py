@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import Observation, observe
 from graftwork.specs.edits import Edit, Site, overlapping
 from graftwork.specs.params import DistillParams
@@ -76,7 +76,7 @@ def joined(found: Sequence[Pairs | None]) -> Pairs:
 class Teacher:
     """The rootstock, and the noised latents that it is run on: the same ones for every site."""
 
-    model: DiT
+    model: Rootstock
     carried: tuple[Edit, ...]
     train: Noised  # to train scions on
     heldout: Noised

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
-from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.surgery import alike, answer, new_scion, scion_at
 from graftwork.specs.edits import Edit
 from graftwork.specs.params import DistillParams
@@ -82,7 +82,7 @@ def _new_scion(teacher: Teacher, context: Context) -> nn.Module:
     return new_scion(model, params.edit, params.seed)
 
 
-def take(scion: nn.Module, edit: Edit, source: str, rootstock: DiTConfig) -> None:
+def take(scion: nn.Module, edit: Edit, source: str, rootstock: RootstockConfig) -> None:
     """Fill the scion from a graft of such a rootstock, which has one of its kind in the same site."""
     graft, carried = checkpoints.read(source, config=rootstock, any_classes=True)
     for other in carried:

@@ -27,7 +27,7 @@ from graftwork.models.measures.costs import (
 )
 from graftwork.models.numerics.precision import computing
 from graftwork.models.objectives import Network
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.params import EvaluateParams, SampleParams
@@ -81,7 +81,7 @@ def _metrics(context: Context) -> list[Metric]:
 class Timed:
     """A row's model, what it is sampled with, and the seconds of each sampling and of each forward pass."""
 
-    model: DiT
+    model: Rootstock
     network: Network
     samplings: list[float] = field(default_factory=list)
     passes: list[float] = field(default_factory=list)

@@ -28,7 +28,7 @@ from graftwork.models.condition import Condition
 from graftwork.models.numerics.precision import computing
 from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.objectives import Network
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.models.sampling import sample
 from graftwork.specs.params import SampleParams
 from graftwork.specs.sampler import Sampler
@@ -148,7 +148,7 @@ def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
 
 def draw(
     network: Network,
-    config: DiTConfig,
+    config: RootstockConfig,
     meta: LatentsMeta,
     indices: range,
     condition: Condition,
@@ -191,7 +191,7 @@ class Loaded:
     """All that a batch of a row needs on its device."""
 
     network: Network
-    config: DiTConfig
+    config: RootstockConfig
     codec: Coder
     judges: Judges
 
@@ -215,7 +215,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
     return _LOADED[identity]
 
 
-def network_of(model: DiT, compiled: bool) -> Network:
+def network_of(model: Rootstock, compiled: bool) -> Network:
     """Return what samples are drawn with: the model, or code compiled for each shape that it meets."""
     return cast(Network, torch.compile(model, dynamic=False)) if compiled else model
 

@@ -19,7 +19,7 @@ from graftwork.models import checkpoints
 from graftwork.models.measures.locality import Locality
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.operators.attention import Attention
-from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.surgery import observe, scion_at
 from graftwork.specs.edits import Site
 from graftwork.specs.params import ProfileParams
@@ -80,9 +80,9 @@ def run(context: Context) -> None:
         locality_by_quarter(profile.locality, context.out / "locality_by_quarter")
 
 
-def batch_size(config: DiTConfig, num_sites: int) -> int:
+def batch_size(config: RootstockConfig, num_sites: int) -> int:
     """As many samples as OBSERVED_BYTES hold the activations of, in float32."""
-    return max(1, min(BATCH, OBSERVED_BYTES // (2 * num_sites * config.num_tokens * config.width * 4)))
+    return max(1, min(BATCH, OBSERVED_BYTES // (2 * num_sites * config.place.num_tokens * config.width * 4)))
 
 
 class Tally:

@@ -22,7 +22,7 @@ from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.selection.budget import budget_of
-from graftwork.models.selection.gates import Gate, GatedDiT, admissible_masks, gumbel
+from graftwork.models.selection.gates import Gate, GatedRootstock, admissible_masks, gumbel
 from graftwork.models.surgery import all_edits, new_scion
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.layers.learned import Group
@@ -143,7 +143,7 @@ def conclude(context: Context) -> None:
     checkpoints.save(gated.merge(), all_edits(edits, made), folder)
 
 
-def build(context: Context) -> tuple[GatedDiT, tuple[Edit, ...]]:
+def build(context: Context) -> tuple[GatedRootstock, tuple[Edit, ...]]:
     """The rootstock with the distilled scions beside its operators, and the edits that it carries already."""
     params: SearchParams = context.params
     recipe = params.recipe
@@ -157,7 +157,7 @@ def build(context: Context) -> tuple[GatedDiT, tuple[Edit, ...]]:
     if params.budget is not None:
         budget = budget_of(params.budget, model.config, edits, params.candidates)
         gates = [Gate.of_site(site.block, len(beside)) for site, beside in scions.items()]
-    gated = GatedDiT(
+    gated = GatedRootstock(
         model,
         scions,
         gates,
@@ -173,7 +173,9 @@ def build(context: Context) -> tuple[GatedDiT, tuple[Edit, ...]]:
 class SearchEngine(PlainEngine):
     """A gated model in training. It draws each step's gates, skips steps that are no numbers, and keeps the course."""
 
-    def __init__(self, gated: GatedDiT, recipe: SearchSpec, seed: int, state: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self, gated: GatedRootstock, recipe: SearchSpec, seed: int, state: Mapping[str, Tensor] | None
+    ) -> None:
         self.gated, self.recipe, self.seed = gated, recipe, seed
         self.passed = 0  # samples of this worker's share, in the step under way
         self.done = self.skipped = self.skipped_in_a_row = 0
@@ -242,7 +244,7 @@ class SearchEngine(PlainEngine):
 
     def stand_in(self) -> Self:
         copied = super().stand_in()
-        assert isinstance(copied.model, GatedDiT)
+        assert isinstance(copied.model, GatedRootstock)
         copied.gated = copied.model
         return copied
 
@@ -268,7 +270,7 @@ def at(ends: tuple[float, float], step: int, steps: int) -> float:
     return (1 - share) * ends[0] + share * ends[1]
 
 
-def outcome(gated: GatedDiT, params: SearchParams, skipped: int) -> Learned:
+def outcome(gated: GatedRootstock, params: SearchParams, skipped: int) -> Learned:
     """The choice of the gates, how sure they are, and a warning of each that is not."""
     scale, sure = params.recipe.logit_scale[1], params.recipe.undecided
     probabilities = [tuple(values.tolist()) for values in gated.gates.probabilities(scale)]

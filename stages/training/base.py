@@ -10,7 +10,7 @@ import torch
 from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
 from graftwork.models.numerics.streams import initialising
-from graftwork.models.rootstocks.dit import DiT, initialise
+from graftwork.models.rootstocks import Rootstock, new_rootstock
 from graftwork.specs.edits import Edit
 from graftwork.specs.params import BaseParams
 from graftwork.specs.rootstock import CheckpointWeights, PretrainWeights
@@ -31,7 +31,8 @@ def run(context: Context) -> None:
         rows = params.weights.rows(meta.classes)
         labels = None if rows is None else checkpoints.Labels(meta.classes, rows, params.seed)
         try:
-            model, edits = checkpoints.read(params.weights.path, config=meta.dit_config(params.model), labels=labels)
+            config = meta.rootstock_config(params.model)
+            model, edits = checkpoints.read(params.weights.path, config=config, labels=labels)
         except checkpoints.UnfitCheckpoint as error:
             raise checkpoints.UnfitCheckpoint(f"weights.path: {error}") from None
     else:
@@ -65,10 +66,10 @@ def pretrain(context: Context, device: torch.device) -> None:
     )
 
 
-def _new_model(context: Context) -> DiT:
+def _new_model(context: Context) -> Rootstock:
     params: BaseParams = context.params
     assert isinstance(params.weights, PretrainWeights)
     with initialising(params.seed, "base"):
-        model = DiT(read_meta(context.input("features")).dit_config(params.model))
-        initialise(model, params.weights.label_std)
+        model = new_rootstock(read_meta(context.input("features")).rootstock_config(params.model))
+        model.initialise(params.weights.label_std)
     return model

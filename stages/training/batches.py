@@ -20,7 +20,7 @@ from torch import Tensor
 from graftwork.models.condition import Condition, Conditioner
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives import Objective
-from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.artifacts.latents import Latents, Shards, either
 
@@ -40,7 +40,7 @@ class TrainingSet:
     mirrored: Tensor | Shards | None = None  # like latents, of each image's mirror image
 
     @classmethod
-    def of(cls, latents: Latents, config: DiTConfig, device: torch.device) -> TrainingSet:
+    def of(cls, latents: Latents, config: RootstockConfig, device: torch.device) -> TrainingSet:
         """Return what a model of that config learns from these latents on a device."""
         return cls(latents.x, latents.condition, config.conditioner, config.objective, device, latents.mirrored)
 

@@ -12,7 +12,7 @@ import torch
 
 from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.edits import Edit
 from graftwork.specs.params import FinetuneParams
 from graftwork.stages.artifacts.hybrids import with_distilled_scions, with_fresh_scions
@@ -56,7 +56,7 @@ def finetune(context: Context, device: torch.device) -> None:
     )
 
 
-def _start(context: Context) -> tuple[DiT, Sequence[Edit]]:
+def _start(context: Context) -> tuple[Rootstock, Sequence[Edit]]:
     params: FinetuneParams = context.params
     build = with_distilled_scions if params.scions == "distilled" else with_fresh_scions
     return build(context, params.seed)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graftwork.models.numerics.precision import products
 from graftwork.models.objectives import Objective
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.contract import Partial, Report, Stopped, never
 from graftwork.stages.training import microbatches
@@ -168,7 +168,7 @@ def _passes(
     return -(-share // samples)
 
 
-def set_up_blocks(model: DiT, recipe: TrainingSpec) -> None:
+def set_up_blocks(model: Rootstock, recipe: TrainingSpec) -> None:
     """Have the blocks compiled, or their activations not kept, where the recipe says so."""
     model.checkpointing = recipe.checkpointing
     if recipe.compile:

@@ -14,24 +14,29 @@ from safetensors.torch import save_file
 from graftwork.models.checkpoints.files import read_tensors
 from graftwork.models.checkpoints.fit import build
 from graftwork.models.checkpoints.recognition import Found, edits_json, said
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.specs.edits import Edit
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
 
 
-def save(model: DiT, edits: Sequence[Edit], folder: Path) -> None:
+def save(model: Rootstock, edits: Sequence[Edit], folder: Path) -> None:
     """Write the model's tensors and what rebuilds it."""
     save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
     config = {
         "format": FORMAT,
-        "rootstock": asdict(model.config),
+        "rootstock": _rootstock(model.config),
         "edits": edits_json(edits),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
-def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[DiT, tuple[Edit, ...]]:
+def _rootstock(config: RootstockConfig) -> dict[str, Any]:
+    """Return the fields of a config. One without a kind is a DiT's: files of before there were others stay the same."""
+    return ({} if config.kind == "dit" else {"kind": config.kind}) | asdict(config)
+
+
+def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[Rootstock, tuple[Edit, ...]]:
     """The model in a folder that `save` wrote, and the edits that it carries."""
     found = find(folder, json.loads((folder / CONFIG).read_text()))
     assert found.config is not None and found.edits is not None
