@@ -18,16 +18,17 @@ class ParallelBlock(nn.Module):
             self.merge.weight.copy_(torch.eye(width).repeat(1, 2))
             self.merge.bias.zero_()
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return x + self.update(x, c)
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        """Return the stream (B,N,D) behind both blocks; given: what the family gives its blocks beside the stream."""
+        return x + self.update(x, *given)
 
-    def update(self, x: Tensor, c: Tensor) -> Tensor:
-        """What the block adds to its input."""
-        return self.merge(torch.cat([self.first(x, c) - x, self.second(x, c) - x], dim=-1))
+    def update(self, x: Tensor, *given: Tensor) -> Tensor:
+        """Return what the block adds to its input (B,N,D)."""
+        return self.merge(torch.cat([self.first(x, *given) - x, self.second(x, *given) - x], dim=-1))
 
 
 class Absorbed(nn.Module):
-    """Stands where a block was that a parallel block before it took in, so that blocks keep their numbers."""
+    """The identity, left at index i + 1 when a parallel block at i absorbs block i + 1; later blocks keep their index."""
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
         return x

@@ -1,0 +1,210 @@
+"""Whatever is done to a rootstock is done by its contract: a family made up here goes all the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftwork.models import checkpoints
+from graftwork.models.condition import ClassConditioner, Condition
+from graftwork.models.measures.costs import forward_flops, forward_inputs, forward_memory
+from graftwork.models.objectives import Objective, objective_of
+from graftwork.models.operators import build_operator
+from graftwork.models.rootstocks import (
+    CONFIGS,
+    FAMILIES,
+    Rootstock,
+    RootstockConfig,
+    Slot,
+    Stream,
+    config_of,
+    new_rootstock,
+    register,
+)
+from graftwork.models.selection.gates import Gate, GatedRootstock
+from graftwork.models.surgery import graft, new_scion, observe, scion_at
+from graftwork.specs.costs import ORIGINALS
+from graftwork.specs.edits import Edit, Parallel, Site
+from graftwork.specs.fields import Spec
+from graftwork.specs.layers.learned import Group
+from graftwork.specs.operators import HyenaY, Mlp, Place
+from tests.small import lively
+
+
+class StripModel(Spec):
+    """What a job would say of it."""
+
+    kind: Literal["strip"] = "strip"
+    depth: int = 4
+    width: int = 16
+    heads: int = 2
+    patch: int = 2
+
+
+@dataclass(frozen=True)
+class StripConfig(RootstockConfig):
+    """Of latents that are no squares; labels are added to the tokens, and nothing else is given to a block."""
+
+    kind: ClassVar[str] = "strip"
+    height: int
+    length: int
+    in_channels: int
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    num_classes: int
+    learn_sigma: bool = False
+
+    @classmethod
+    def of(cls, model: StripModel, shape: Sequence[int], num_classes: int) -> Self:
+        channels, height, length = shape
+        return cls(height, length, channels, model.patch, model.depth, model.width, model.heads, num_classes)
+
+    def shape_misfit(self) -> str | None:
+        return f"height: {self.height}, expected a multiple of {self.patch}" if self.height % self.patch else None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.height // self.patch, self.length // self.patch
+
+    @property
+    def place(self) -> Place:
+        return Place(self.width, self.heads, self.grid[0] * self.grid[1])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.in_channels, self.height, self.length
+
+    @property
+    def conditioner(self) -> ClassConditioner:
+        return ClassConditioner(self.num_classes)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of("epsilon")
+
+
+class StripBlock(nn.Module):
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(place.width)
+        self.mixer: nn.Module = build_operator(ORIGINALS["mha"], place)
+        self.feed: nn.Module = build_operator(ORIGINALS["mlp"], place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))
+        return x + self.feed(self.norm(x))
+
+
+class Strip(Rootstock):
+    config: StripConfig
+
+    def __init__(self, config: StripConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.into = nn.Conv2d(config.in_channels, config.width, config.patch, config.patch)
+        self.label = nn.Embedding(config.num_classes + 1, config.width)
+        self.blocks = nn.ModuleList(StripBlock(config.place) for _ in range(config.depth))
+        self.out = nn.ConvTranspose2d(config.width, config.in_channels, config.patch, config.patch)
+
+    def initialise(self, label_std: float = 0.02) -> None:
+        nn.init.normal_(self.label.weight, std=label_std)
+
+    def start(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Stream:
+        labels = Condition.of(condition).require("labels")
+        return Stream(self.into(x).flatten(2).mT + self.label(labels)[:, None] + t[:, None, None] / 1000, ())
+
+    def finish(self, stream: Stream) -> Tensor:
+        return self.out(stream.tokens.mT.unflatten(2, self.config.grid))
+
+    def slots_of(self, block: nn.Module) -> dict[str, Slot]:
+        return {"mha": Slot(block, "mixer"), "mlp": Slot(block, "feed")}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    register(StripConfig)(Strip)
+    yield
+    del CONFIGS["strip"], FAMILIES["strip"]
+
+
+SHAPE = (3, 4, 12)
+EDITS = (
+    Edit(site=Site(block=0, target="mha"), operator=HyenaY(kernel=3)),
+    Edit(site=Site(block=1, target="mlp"), operator=Mlp(ratio=2)),
+    Edit(site=Site(block=2, target="pair"), operator=Parallel()),
+)
+
+
+@pytest.fixture
+def model() -> Strip:
+    made = new_rootstock(config_of(StripModel(), SHAPE, 5))  # type: ignore[arg-type]  # no kind of `model` yet
+    assert isinstance(made, Strip)
+    return lively(made)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Condition]:
+    draws = torch.Generator().manual_seed(1)
+    return torch.randn(2, *SHAPE, generator=draws), torch.tensor([3, 900]), Condition(labels=torch.tensor([0, 4]))
+
+
+def test_its_sites_are_observed_and_replaced(model: Strip, batch: tuple[Tensor, Tensor, Condition]) -> None:
+    sites = [edit.site for edit in EDITS]
+    seen = observe(model, sites, *batch)
+    block = model.blocks[0]
+    tokens = model.start(*batch).tokens
+    torch.testing.assert_close(seen[sites[0]].inputs, (block.norm(tokens),))
+    torch.testing.assert_close(seen[sites[0]].output, block.mixer(block.norm(tokens)))
+    assert seen[sites[0]].gate is None and len(seen[sites[2]].inputs) == 1
+    before = model(*batch)
+    graft(model, EDITS[:2], seed=0)
+    assert model.blocks[0].mixer is scion_at(model, sites[0])
+    assert model(*batch).shape == before.shape == batch[0].shape and not torch.equal(model(*batch), before)
+
+
+def test_a_pair_of_its_blocks_is_made(model: Strip, batch: tuple[Tensor, Tensor, Condition]) -> None:
+    stream = model.through(1, model.through(0, model.start(*batch)))
+    first, second = model.blocks[2], model.blocks[3]
+    expected = first(stream.tokens) + second(stream.tokens) - stream.tokens
+    graft(model, EDITS[2:], seed=0)
+    torch.testing.assert_close(model.through(3, model.through(2, stream)).tokens, expected)
+
+
+def test_it_is_searched(model: Strip, batch: tuple[Tensor, Tensor, Condition]) -> None:
+    sites = [Site(block=index, target="mha") for index in (0, 1)]
+    scions = {site: [new_scion(model, Edit(site=site, operator=HyenaY(kernel=3)), 0)] for site in sites}
+    gated = GatedRootstock(model, scions, [Gate.of_group(Group(blocks=(0, 1), keep=1, pinned=()))], lora_rank=2)
+    gated.draw(torch.zeros(2, 2), 1.0, 1.0)
+    assert gated(*batch).shape == batch[0].shape
+    assert sorted(gated.choice().values()) == [0, 1]
+
+
+def test_it_is_measured_with_inputs_of_its_own_shape(model: Strip) -> None:
+    assert forward_inputs(model, 2, torch.device("cpu"))[0].shape == (2, *SHAPE)
+    assert forward_flops(model) > 0 and forward_memory(model, forward_inputs(model, 2, torch.device("cpu"))) > 0
+
+
+def test_a_graft_of_it_is_saved_and_loaded_again(
+    model: Strip, batch: tuple[Tensor, Tensor, Condition], tmp_path: Path
+) -> None:
+    graft(model, EDITS, seed=0)
+    checkpoints.save(model, EDITS, tmp_path)
+    found, edits = checkpoints.load(tmp_path)
+    assert isinstance(found, Strip) and found.config == model.config and edits == EDITS
+    torch.testing.assert_close(found(*batch), model(*batch), rtol=0, atol=0)
+
+
+def test_a_kind_that_is_not_known_is_refused_by_name(model: Strip, tmp_path: Path) -> None:
+    checkpoints.save(model, (), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"strip"', '"stripe"'))
+    with pytest.raises(checkpoints.UnfitCheckpoint, match=r"rootstock: kind: 'stripe', expected one of dit, strip"):
+        checkpoints.load(tmp_path)
