@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 import graftwork
 from graftwork.pipeline.execution.view import LoggedView, SilentView
 from graftwork.specs.reading.load import job_schema
 from graftwork.specs.reading.page import page_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY, Finished
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -92,3 +95,20 @@ def test_the_command_line_says_its_version() -> None:
         [sys.executable, "-m", "graftwork.pipeline", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"graftwork {graftwork.__version__}\n"
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    tiny_copy: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    folder = tiny_copy.store.parent  # where the job is done: each of its steps comes from the store
+    shutil.copy(TINY, folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    shown = [
+        "".join(output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", []))
+        for cell in notebook.cells
+    ]
+    assert "'distill/01.mha'" in shown[1] and "stage2" in shown[3]
+    assert shown[7] == "torch.Size([10, 1, 16, 16])" and "once-more" in shown[10]
+    assert all(not cell.get("outputs") for cell in nbformat.read(ROOT / "examples" / "quickstart.ipynb", 4).cells)

@@ -28,7 +28,7 @@ class ParallelBlock(nn.Module):
 
 
 class Absorbed(nn.Module):
-    """The identity, left at index i + 1 when a parallel block at i absorbs block i + 1; later blocks keep their index."""
+    """The identity, left at index i + 1 when a parallel block absorbs block i + 1: later blocks keep their index."""
 
     def forward(self, x: Tensor, *given: Tensor) -> Tensor:
         return x
