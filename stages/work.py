@@ -1,4 +1,4 @@
-"""FLOPs of each step, by formula."""
+"""The work of each step, by formula: what the planner puts into a step, and its manifest keeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from graftwork.specs.costs import Cost, block_cost, embedding_cost, graft_cost, 
 from graftwork.specs.edits import Parallel
 from graftwork.specs.fields import Spec
 from graftwork.specs.operators import Place
-from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import Model, PretrainWeights
 from graftwork.specs.training import Precision
 
@@ -32,6 +31,7 @@ class Work:
 
     own: float
     shared: float = 0.0  # of the rootstock's pass, which steps of its kind can share
+    activations: int = 0  # bytes that it keeps of that pass: what an operator sees and puts out for all samples
 
     @property
     def total(self) -> float:
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Known:
-    """A step of a plan, or one that was done: what its work is found from."""
+    """What the work of a step of a plan is found from."""
 
     params: Spec
     needs: Mapping[str, str]  # role -> key
@@ -103,7 +103,7 @@ class Rootstock:
 
 
 class Formulas:
-    """The work of steps, by their keys; None where there is no formula, or a step before it is not known."""
+    """The work of a plan's steps, by their keys."""
 
     def __init__(self, known: Callable[[str], Known]) -> None:
         """known: the step with that key; raises KeyError."""
@@ -111,10 +111,10 @@ class Formulas:
         self._forward = cache(self._forward_of)
 
     def work(self, key: str) -> Work | None:
+        """Return the work of the step with that key; None if there is no formula, or its numbers make no sense."""
         try:
             return self._work(self.known(key))
-        # What it needs is gone from the store; or an artifact of a stranger's has numbers or needs that make no sense.
-        except (KeyError, ArithmeticError, RecursionError):
+        except (KeyError, ArithmeticError):
             return None
 
     def _work(self, step: Known) -> Work | None:
@@ -148,14 +148,9 @@ class Formulas:
             last += 1
         taken = "scions" in step.outside  # from another graft: it is only measured
         own = scion * (heldout if taken else recipe.epochs * (TRAINING * shown + heldout))
-        return Work(float(own), float(rootstock.up_to(last) * (shown + heldout)))
-
-    def activations(self, step: Known) -> int:
-        """Bytes of what an operator sees and puts out for all samples of a distillation."""
-        assert isinstance(step.params, params.DistillParams)
-        recipe, place = step.params.recipe, self._of(step).place
-        samples = recipe.samples * recipe.draws + (recipe.heldout or recipe.samples)
-        return 2 * samples * place.num_tokens * place.width * (2 if recipe.precision == "bf16" else 4)
+        shared = rootstock.up_to(last) * (shown + heldout)
+        values = 2 * (shown + heldout) * rootstock.place.num_tokens * rootstock.place.width
+        return Work(float(own), float(shared), values * (2 if recipe.precision == "bf16" else 4))
 
     def _trained(self, step: Known) -> int:
         """FLOPs of a pass of one sample through the model that the step trains or samples from."""
@@ -192,8 +187,3 @@ class Formulas:
         if not isinstance(found, kind):
             raise KeyError(key)
         return found
-
-
-def width(step: Known, resources: StepResources) -> float:
-    """Devices that the step has at once, where it does not take whatever is free."""
-    return step.workers * (resources.gpu or 1.0)

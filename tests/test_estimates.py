@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from graftwork.pipeline import api
 from graftwork.pipeline.cli.tables import lasting, show_expected
 from graftwork.pipeline.estimates.estimate import START_SECONDS, estimate
 from graftwork.pipeline.estimates.history import LOAD_SECONDS, History
-from graftwork.pipeline.estimates.known import known_steps
 from graftwork.pipeline.estimates.sharing import parts_of_pass, site_items
 from graftwork.pipeline.estimates.simulate import Machine, machine_for
 from graftwork.pipeline.estimates.speeds import CORE, assumed_speed
+from graftwork.pipeline.execution.task import work_done
 from graftwork.pipeline.planning.plan import Plan, make_plan
 from graftwork.pipeline.runs import record
 from graftwork.pipeline.runs.record import Expected, RunRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import Manifest, Origin
-from graftwork.specs.fields import keyed
 from graftwork.specs.reading.load import SpecError, load
 from graftwork.specs.resources import StepResources
-from graftwork.stages.work import Formulas
 from tests.conftest import TINY, Finished, Graft
 
 N, D, DEPTH = 64, 32, 4  # of the tiny job: tokens, width, blocks
@@ -45,7 +45,7 @@ def planned(*overrides: str) -> Plan:
 
 
 def work(plan: Plan, step: str) -> tuple[float, float]:
-    found = Formulas(known_steps(plan).__getitem__).work(plan[step].key)
+    found = plan[step].work
     assert found is not None
     return found.own, found.shared
 
@@ -130,15 +130,14 @@ def test_the_pass_of_sites_on_cpus_is_made_by_tasks_of_its_own_where_that_pays(
 # -- speed
 
 
-def stored(store: Store, plan: Plan, seconds: float, gpu: float = 0.0) -> None:
+def stored(store: Store, plan: Plan, seconds: float) -> None:
     """Artifacts as a run leaves them, each step having taken so long, one after another."""
     for number, step in enumerate(plan.steps):
         made = f"2026-01-01T00:{number:02}:00+00:00"
-        origin = Origin(step=step.name, run="earlier", seconds=seconds, made=made)
+        done = work_done(step, torch.device("cpu"))
+        origin = Origin(step=step.name, run="earlier", seconds=seconds, made=made, work=done)
         store.commit(step.key, store.workplace(step.key), dict(step.identity), origin)
-    job = plan.job.model_copy(deep=True).model_dump(mode="json")
-    for resources in job["resources"].values():
-        resources["gpu"] = gpu
+    job = plan.job.model_dump(mode="json")
     record.save(
         store,
         RunRecord(
@@ -203,7 +202,7 @@ def test_what_a_cpu_did_says_nothing_of_a_gpu(store: Store) -> None:
 
 def test_what_a_gpu_did_in_one_precision_says_nothing_of_another(store: Store) -> None:
     on_gpu = Machine(2, 2)
-    stored(store, planned("resources.finetune.gpu=1"), 10.0, gpu=1)
+    stored(store, planned("resources.finetune.gpu=1"), 10.0)
     assert expected(store, planned("resources.finetune.gpu=1", "seed=1"), "finetune", machine=on_gpu).assumed == []
     for precision in ("tf32", "bf16"):
         plan = planned("resources.finetune.gpu=1", f"finetune.precision={precision}")
@@ -222,7 +221,7 @@ def test_every_step_is_assumed_to_reach_half_the_peak_of_its_precision(step: str
     search = f"{{kind: learned, groups: 2, ratio: 0.5, pinned: [], search: {{precision: {precision}}}}}"
     section = RECIPES.get(step, "evaluate")
     plan = planned(f"graft.0.layers={search}" if step == "search/0" else f"{section}.precision={precision}")
-    assert assumed_speed(known_steps(plan)[plan[step].key], StepResources(gpu=1)) == peak / 2
+    assert assumed_speed(replace(plan[step], resources=StepResources(gpu=1))) == peak / 2
 
 
 def test_a_published_graft_should_take_3_hours_at_most_on_8_h100(store: Store) -> None:
@@ -265,59 +264,62 @@ def test_without_history_a_speed_is_assumed_and_what_has_no_formula_is_named(sto
     assert math.isclose(found.seconds - START_SECONDS - LOAD_SECONDS, 3 * ROOTSTOCK * 20 * 16 / (2 * CORE))
 
 
-STRATEGIES = ["{kind: all}", "{kind: most_local, band: 4}", "{kind: learned, groups: 2, keep: 1}"]
-STRATEGIES += ["{kind: learned, groups: 2, count: 2}", "{kind: learned, budget: 0.9, operators: [{kind: swa}]}"]
+def changed(store: Store, stage: str, **changes: object) -> list[Manifest]:
+    """The manifests of a store, those of a stage's steps, or of one step, having another origin."""
+    return [
+        one.model_copy(update={"origin": one.origin.model_copy(update=changes)})
+        if stage in (one.identity["stage"], one.origin.step)
+        else one
+        for one in store.manifests()
+    ]
 
 
-@pytest.mark.parametrize("layers", STRATEGIES)
-def test_every_step_of_every_job_is_known_again_from_its_artifact(store: Store, layers: str) -> None:
-    plan = planned(f"graft.0.layers={layers}")
+def test_artifacts_of_earlier_versions_serve_but_say_nothing_of_speed(store: Store) -> None:
+    plan = planned()
     stored(store, plan, 10.0)
-    history = History(store, store.manifests())
-    for step in plan.steps:
-        assert keyed(history.known(step.key).params) == keyed(step.params), step.name
+    for step in ("finetune", "finetune/random_init", "classifier"):
+        path = Path(store.url) / "artifacts" / plan[step].key / "manifest.json"
+        told = json.loads(path.read_text())
+        del told["seal"], told["origin"]["work"]
+        path.write_text(json.dumps(told))
+    assert set(plan.states(store).values()) == {"cached"}
+    found = expected(store, planned("seed=1"), "finetune", "classifier", "profile")
+    assert found.assumed == ["finetune"] and found.unknown == ["classifier"]
 
 
-def test_images_and_checkpoints_elsewhere_are_known_again_too(store: Store) -> None:
-    plan = make_plan(load(IMAGENET))
+def test_steps_without_a_formula_are_held_against_those_of_their_name(store: Store) -> None:
+    stored(store, planned(), 10.0)
+    history = History(store, changed(store, "reference/heldout", seconds=30.0))
+    heldout, judge = (planned("seed=1")[name] for name in ("reference/heldout", "reference/classifier"))
+    assert (history.nearest(heldout), history.nearest(judge)) == (30.0, 10.0)
+
+
+def test_a_checkpoint_is_not_held_against_a_training(store: Store) -> None:
+    plan = planned()
     stored(store, plan, 10.0)
-    history, formulas = History(store, store.manifests()), Formulas(known_steps(plan).__getitem__)
-    assert [history.formulas.work(step.key) for step in plan.steps] == [formulas.work(step.key) for step in plan.steps]
-    assert history.known(plan["evaluate"].key).params.recipe.samples == 50_000  # type: ignore[attr-defined]
+    assert History(store, store.manifests()).nearest(replace(plan["base"], work=None)) is None
 
 
-@pytest.mark.parametrize("broken", [{}, {"stage": "finetune"}, {"stage": "distill", "params": 3}, {"params": []}])
+@pytest.mark.parametrize("broken", [{}, {"stage": "finetune"}, {"stage": ["finetune"]}])
 def test_artifacts_that_make_no_sense_are_passed_over(store: Store, broken: dict[str, object]) -> None:
     plan = planned()
     stored(store, plan, 10.0)
-    origin = Origin(step="finetune", run="../elsewhere", seconds=math.nan, made="never")
+    done = work_done(plan["finetune"], torch.device("cpu"))
+    origin = Origin(step="finetune", run="../elsewhere", seconds=math.nan, made="never", work=done)
     odd = Manifest(key="0" * 64, identity=broken, files={}, origin=origin)
     history = History(store, [odd, *store.manifests()])
     assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
 
 
-def test_needs_that_make_no_sense_are_passed_over(store: Store) -> None:
+@pytest.mark.parametrize(
+    "odd", [{"flops": 1e300}, {"flops": math.nan}, {"flops": -1.0}, {"shared_flops": -1e20}, {"devices": 0.0}], ids=str
+)
+def test_numbers_that_nobody_means_are_passed_over(store: Store, odd: dict[str, float]) -> None:
     plan = planned()
     stored(store, plan, 10.0)
-    manifests = {one.identity["params"]["row"]: one for one in store.manifests() if "row" in one.identity["params"]}
-    odd = manifests["stage2"].model_copy(deep=True, update={"key": "0" * 64})
-    odd.identity["needs"]["finetuned/stage2"] = odd.key  # itself
-    other = manifests["rootstock"].model_copy(deep=True, update={"key": "1" * 64})
-    other.identity["needs"]["base"] = plan["select"].key
-    history = History(store, [odd, other, *store.manifests()])
-    assert history.formulas.work(odd.key) is None and history.formulas.work(other.key) is None
-    assert estimate(plan, ["evaluate/stage2"], history, MACHINE).assumed == []
-
-
-def test_numbers_that_nobody_means_are_passed_over(store: Store) -> None:
-    plan = planned()
-    stored(store, plan, 10.0)
-    (real,) = (one for one in store.manifests() if one.key == plan["finetune"].key)
-    identity = json.loads(json.dumps(real.identity))
-    identity["params"]["recipe"]["steps"] = 10**400
-    odd = real.model_copy(update={"key": "0" * 64, "identity": identity})
-    history = History(store, [odd, *store.manifests()])
-    assert math.isclose(estimate(plan, ["finetune"], history, MACHINE).seconds - START_SECONDS, 10.0)
+    done = work_done(plan["finetune"], torch.device("cpu")).model_copy(update=odd)
+    history = History(store, changed(store, "finetune", work=done))
+    assert estimate(plan, ["finetune"], history, MACHINE).assumed == ["finetune"]
 
 
 # -- the job played through
@@ -349,7 +351,7 @@ def test_steps_that_need_each_other_run_one_after_another(store: Store) -> None:
 @pytest.mark.parametrize(("share", "gpus"), [(0.5, 1), (1.0, 2)])
 def test_sites_on_shares_of_a_gpu_or_on_several_run_side_by_side(store: Store, share: float, gpus: int) -> None:
     plan = planned(f"resources.distill.gpu={share}")
-    stored(store, plan, 107.0, gpu=share)
+    stored(store, plan, 107.0)
     sites = ("distill/01.mha", "distill/03.mha")
     assert math.isclose(seconds(store, plan, *sites, machine=Machine(2, gpus)), 107.0, rel_tol=0.1)
     hours = expected(store, plan, *sites, machine=Machine(2, gpus)).gpu_hours
@@ -358,7 +360,7 @@ def test_sites_on_shares_of_a_gpu_or_on_several_run_side_by_side(store: Store, s
 
 def test_gpu_hours_count_shares_for_as_long_as_they_are_taken(store: Store) -> None:
     plan = planned("resources.distill.gpu=0.5", "resources.finetune.gpu=1")
-    stored(store, plan, 3600.0, gpu=1.0)
+    stored(store, plan, 3600.0)
     found = expected(store, plan, "finetune", machine=machine_for(plan, None))
     assert found.gpus == 2 and math.isclose(found.gpu_hours, 2.0)  # two workers
 
@@ -366,7 +368,7 @@ def test_gpu_hours_count_shares_for_as_long_as_they_are_taken(store: Store) -> N
 def test_two_shares_of_two_thirds_do_not_fit_a_gpu() -> None:
     plan = planned("resources.distill.gpu=0.6")
     step = plan["distill/01.mha"]
-    assert Machine(2, 2).takes(known_steps(plan)[step.key], step.resources) == ("gpu", 1.0)
+    assert Machine(2, 2).takes(step) == ("gpu", 1.0)
 
 
 def test_fewer_gpus_than_a_step_takes_at_once_are_refused() -> None:
@@ -394,6 +396,11 @@ def test_after_a_run_the_plan_of_a_changed_job_shows_what_it_should_take(
     tiny: Finished, graft: Graft, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny.store, tmp_path / ".graftwork", ignore=shutil.ignore_patterns("mlflow*"))
+    done = {one.origin.step: one.origin.work for one in Store(str(tiny.store)).manifests()}
+    for step in planned().steps:
+        one = done[step.name]
+        assert one is not None and (one.device, one.devices, one.workers) == ("cpu", step.workers, step.workers)
+        assert (one.flops, one.shared_flops) == (work(planned(), step.name) if step.work else (None, 0.0))
     told = json.loads(graft("plan", str(TINY), "--set", "finetune.steps=80", "--json").stdout)
     assert told["expected"]["unknown"] == [] and told["expected"]["assumed"] == []
     assert told["expected"]["gpu_hours"] == 0

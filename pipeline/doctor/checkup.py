@@ -230,11 +230,10 @@ def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> Iterator[Check]:
     """Hold what each kind of task takes against what the nodes have, as Ray does."""
     from graftwork.cluster.session.runtime import room_in, shown, taken
-    from graftwork.pipeline.estimates.known import known_steps
 
-    known, misfit = known_steps(plan), False
+    misfit = False
     for step in {(step.stage, str(step.resources)): step for step in plan.steps}.values():
-        workers = known[step.key].workers
+        workers = step.workers
         least = _least_workers(plan, step, workers)
         room = room_in(nodes, step.resources) if any(taken(step.resources).values()) else workers
         if room >= workers:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from graftwork.pipeline.estimates.known import known_steps
 from graftwork.pipeline.estimates.packing import Item
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs import params
-from graftwork.stages.work import Formulas
 
 WORTH_A_TASK = 256  # samples to learn from, in the pass of the rootstock
 
@@ -16,13 +14,11 @@ WORTH_A_TASK = 256  # samples to learn from, in the pass of the rootstock
 def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     """Sites as items to pack, and the pass that they can share, both in FLOPs; with the bytes that a site's inputs and
     outputs take on its device."""
-    known, keys = known_steps(plan), {step.name: step.key for step in plan.steps}
-    formulas = Formulas(known.__getitem__)
     items, shared = [], 0.0
     for name in names:
-        work = formulas.work(keys[name])
+        work = plan[name].work
         assert work is not None, name
-        items.append(Item(name, work.own, formulas.activations(known[keys[name]]), block_of(plan[name])))
+        items.append(Item(name, work.own, work.activations, block_of(plan[name])))
         shared = max(shared, work.shared)
     return items, shared
 

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftwork.cluster.machine import num_cpus
-from graftwork.pipeline.estimates.known import known_steps
 from graftwork.pipeline.estimates.packing import Item, duration, pack
 from graftwork.pipeline.estimates.sharing import block_of, parts_of_pass
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs.problems import SpecError
-from graftwork.specs.resources import StepResources
-from graftwork.stages.work import Known
 
 TOLERANCE = 1e-9  # of shares that make up a GPU
 
@@ -30,9 +27,10 @@ class Machine:
     cpus: float
     gpus: float
 
-    def takes(self, step: Known, resources: StepResources) -> tuple[str, float]:
+    def takes(self, step: Step) -> tuple[str, float]:
         """What a step takes of it while it runs: GPUs where it has any, else CPUs; a share of a GPU is never made up of
         what is left of two."""
+        resources = step.resources
         if not resources.gpu:
             return "cpu", self.cpus if step.spreads else min(self.cpus, step.workers * resources.cpu)
         each = resources.gpu if resources.gpu >= 1 else 1 / int(1 / resources.gpu)
@@ -44,12 +42,11 @@ def machine_for(plan: Plan, gpus: int | None) -> Machine:
 
     Raises SpecError where a step wants more.
     """
-    known = known_steps(plan)
-    widest = max(plan.steps, key=lambda step: known[step.key].workers * step.resources.gpu)
-    wanted = math.ceil(known[widest.key].workers * widest.resources.gpu)
+    widest = max(plan.steps, key=lambda step: step.workers * step.resources.gpu)
+    wanted = math.ceil(widest.workers * widest.resources.gpu)
     if gpus is not None and gpus < wanted:
         raise SpecError([f"--gpus: got {gpus}; accepted: at least {wanted}, which {widest.name} takes at once"])
-    cpus = max(known[step.key].workers * step.resources.cpu for step in plan.steps)
+    cpus = max(step.workers * step.resources.cpu for step in plan.steps)
     return Machine(max(float(num_cpus()), cpus), float(wanted if gpus is None else gpus if wanted else 0))
 
 
@@ -73,7 +70,7 @@ class _Task:
 
 
 def simulate(
-    steps: Mapping[str, Step], times: Mapping[str, StepTime], known: Mapping[str, Known], machine: Machine
+    steps: Mapping[str, Step], times: Mapping[str, StepTime], machine: Machine
 ) -> tuple[float, float, dict[str, float]]:
     """Run the steps in thought, each when what it needs is there and its share of the machine is free.
 
@@ -86,7 +83,7 @@ def simulate(
         for needed in needs:
             followers.setdefault(needed, []).append(name)
     free = {"cpu": machine.cpus, "gpu": machine.gpus}
-    waiting = _tasks([steps[name] for name, needs in missing.items() if not needs], times, known, machine)
+    waiting = _tasks([steps[name] for name, needs in missing.items() if not needs], times, machine)
     running: list[tuple[float, int, _Task]] = []
     now, gpu_seconds, number = 0.0, 0.0, 0
     by_stage: dict[str, float] = {}
@@ -112,26 +109,24 @@ def simulate(
             for follower in followers.get(name, ()):
                 missing[follower].remove(name)
                 ready += [steps[follower]] * (not missing[follower])
-        waiting += _tasks(ready, times, known, machine)
+        waiting += _tasks(ready, times, machine)
     return now, gpu_seconds, by_stage
 
 
-def _tasks(
-    ready: Sequence[Step], times: Mapping[str, StepTime], known: Mapping[str, Known], machine: Machine
-) -> list[_Task]:
+def _tasks(ready: Sequence[Step], times: Mapping[str, StepTime], machine: Machine) -> list[_Task]:
     """One a step, but for sites, which are packed."""
     sites = [step for step in ready if step.stage == "distill"]
     tasks = [
         _Task(
             (step.name,),
             times[step.name].own + times[step.name].shared,
-            *machine.takes(known[step.key], step.resources),
+            *machine.takes(step),
         )
         for step in ready
         if step.stage != "distill"
     ]
     if sites:
-        pool, amount = machine.takes(known[sites[0].key], sites[0].resources)
+        pool, amount = machine.takes(sites[0])
         slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
         items = [Item(step.name, times[step.name].own, depth=block_of(step)) for step in sites]
         shared = max(times[step.name].shared for step in sites)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from graftwork.pipeline.planning.plan import Step
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
-from graftwork.stages.work import Known
 
 # Dense peak by the vendor's data sheets, FLOP/s by precision, by Ray's names of accelerators; half is assumed.
 PEAKS: dict[str, dict[Precision, float]] = {
@@ -24,8 +24,9 @@ def gpu_kind(resources: StepResources) -> str:
     return next((name for name in asked if name in PEAKS), USUAL_GPU)
 
 
-def assumed_speed(step: Known, resources: StepResources) -> float:
+def assumed_speed(step: Step) -> float:
     """FLOP/s of a worker, where nothing like it was done: half of the peak of what it takes."""
+    resources = step.resources
     if not resources.gpu:
         return CORE
     return PEAKS[gpu_kind(resources)][step.precision] / 2 * resources.gpu

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
@@ -23,11 +23,17 @@ from graftwork.pipeline.planning.plan import Step
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.leases import Held, Holder
-from graftwork.pipeline.store.manifest import Origin, RottenArtifact
+from graftwork.pipeline.store.manifest import CPU, Origin, RottenArtifact, WorkDone
 from graftwork.specs.problems import plain
+from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import redacted
 from graftwork.stages import contract
 from graftwork.stages.decisions import decisions_in
+
+if TYPE_CHECKING:
+    import torch
+
+ACCELERATOR = "accelerator_type:"  # begins Ray's names of resources that are models of GPUs
 
 
 class StepFailed(Exception):
@@ -153,9 +159,33 @@ def _do(work: Work, together: contract.Together) -> float:
     step.require_same_files()
     seconds = time.perf_counter() - began
     made = datetime.now(UTC).isoformat(timespec="seconds")
-    origin = work.origin.model_copy(update={"seconds": seconds, "made": made})
+    origin = work.origin.model_copy(update={"seconds": seconds, "made": made, "work": work_done(step, context.device)})
     store.commit(step.key, context.out, dict(step.identity), origin)
     return seconds
+
+
+def work_done(step: Step, device: torch.device) -> WorkDone:
+    """Return what the step's manifest keeps for later estimates. device: of its task."""
+    return WorkDone(
+        flops=None if step.work is None else step.work.own,
+        shared_flops=0.0 if step.work is None else step.work.shared,
+        device=_device_model(step.resources, device),
+        devices=step.devices,
+        workers=step.workers,
+        precision=step.precision,
+    )
+
+
+def _device_model(resources: StepResources, device: torch.device) -> str:
+    """Return "cpu", or the model of the GPUs as torch names it, or as the job asks for it if the task has none."""
+    if not resources.gpu:
+        return CPU
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    asked = [name.removeprefix(ACCELERATOR) for name in resources.custom if name.startswith(ACCELERATOR)]
+    return asked[0] if asked else "gpu"
 
 
 def _root_cause(error: BaseException) -> BaseException:

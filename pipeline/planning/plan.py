@@ -31,8 +31,10 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import CheckpointWeights
+from graftwork.specs.training import Precision
 from graftwork.stages import STAGES
 from graftwork.stages.features.hashes import IMAGES, ImageHashes, escaped, read_hashes
+from graftwork.stages.work import Formulas, Known, Work
 
 FOUNDATIONS = ("features", "base")  # stages on whose steps all others rest
 MAX_DIFFERENCES = 5  # of a step, that a plan shows
@@ -54,6 +56,15 @@ class Step:
     key: str
     external: tuple[External, ...] = ()  # what it reads from outside of the store
     images: ImageHashes | None = None  # that it reads, and what each holds
+    work: Work | None = None  # None where there is no formula
+    workers: int = 1  # that share the work
+    precision: Precision = "fp32"  # of its products
+    spreads: bool = False  # whether it spreads its work over whatever of the machine is free
+
+    @property
+    def devices(self) -> float:
+        """How many GPUs, or cores, it has at once; if it spreads, how many each of its tasks has."""
+        return self.workers * (self.resources.gpu or 1.0)
 
     def require_same_files(self) -> None:
         """Raise ChangedFiles if what it read from outside of the store is not what its key says."""
@@ -99,16 +110,20 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
     contents: of the files that it brings along; without it, each is read. If one may not be, no run has these keys.
     """
     steps: dict[str, Step] = {}
+    known: dict[str, Known] = {}  # by key
+    formulas = Formulas(known.__getitem__)
     contents = contents or Contents()
     fingerprint = cache(lambda external: external.fingerprint(contents))  # many steps read the same
     for draft in drafts(job, contents):
-        identity = {
+        identity: dict[str, Any] = {
             "stage": draft.stage,
             "version": STAGES[draft.stage].version,
             "params": keyed(draft.params),
             "outside": {**draft.outside, **{one.role: fingerprint(one) for one in draft.external}},
             "needs": {role: steps[needed].key for role, needed in draft.needs.items()},
         }
+        key = hashlib.sha256(canonical(identity).encode()).hexdigest()
+        known[key] = one = Known(draft.params, identity["needs"], identity["outside"])
         steps[draft.name] = Step(
             name=draft.name,
             stage=draft.stage,
@@ -116,9 +131,13 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
             needs=draft.needs,
             resources=getattr(job.resources, draft.stage),
             identity=identity,
-            key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
+            key=key,
             external=draft.external,
             images=draft.images,
+            work=formulas.work(key),
+            workers=one.workers,
+            precision=one.precision,
+            spreads=one.spreads,
         )
     return Plan(job=job, steps=tuple(steps.values()))
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes
+CPU = "cpu"  # as the device of what was done
 DIFFERS = "is not what was committed (SHA-256 differs)"
 
 
@@ -55,6 +56,18 @@ class FileEntry(BaseModel):
         return None if sha256 == self.sha256 else DIFFERS
 
 
+class WorkDone(BaseModel):
+    """How much a step did and on what, from which later runs estimate what a like one takes."""
+
+    model_config = ConfigDict(frozen=True)
+    flops: float | None  # of its own, by formula; None where there is no formula
+    shared_flops: float = 0.0  # of a pass that it can have shared with steps of its kind
+    device: str  # "cpu", or the model of its GPUs
+    devices: float  # that it had at once; shares of a GPU count as such
+    workers: int
+    precision: str  # of its products
+
+
 class Origin(BaseModel):
     """Where an artifact came from; nothing in it is part of the key."""
 
@@ -64,6 +77,7 @@ class Origin(BaseModel):
     seconds: float
     made: str
     git_commit: str | None = None
+    work: WorkDone | None = None  # artifacts of earlier versions have none
 
 
 class Manifest(BaseModel):
