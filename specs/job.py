@@ -18,6 +18,7 @@ from graftwork.specs.metrics import METRICS
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import Model, PretrainWeights, Weights
+from graftwork.specs.sampler import PREDICTED, SAMPLERS, SchedulerSampler
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
 
 
@@ -63,6 +64,7 @@ class JobSpec(Spec):
         for number, edit in enumerate(self.graft):
             self._check_blocks(number, edit)
         self._check_sites()
+        self._check_sampler()
         self._check_guidance()
         self._check_gpus()
         self._check_rows()
@@ -87,6 +89,16 @@ class JobSpec(Spec):
         if "random_init" in rows and not self.finetune.control:
             accepted = "rootstock, stage1 or stage2; random_init needs finetune.control: true"
             refuse(["evaluate", "rows", rows.index("random_init")], "random_init", accepted)
+
+    def _check_sampler(self) -> None:
+        """Refuse a sampler for models that predict another thing."""
+        sampler, prediction = self.evaluate.sampler, self.model.prediction
+        if prediction not in sampler.serves:
+            kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in SAMPLERS if prediction in one.serves]
+            accepted = f"{', '.join(kinds)}: a {self.model.kind} predicts {PREDICTED[prediction]}"
+            refuse(["evaluate", "sampler", "kind"], sampler.kind, accepted)
+        if isinstance(sampler, SchedulerSampler) and (accepted_names := sampler.misfit(prediction)):
+            refuse(["evaluate", "sampler", "name"], sampler.name, accepted_names)
 
     def _check_guidance(self) -> None:
         """That every training teaches the null class, which guidance samples from."""

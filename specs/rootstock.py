@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, WeightsPath, is_integer, refuse
 from graftwork.specs.layers.strategy import MAX_DEPTH
+from graftwork.specs.sampler import Prediction
 from graftwork.specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -16,10 +17,11 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 Size = Literal["S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"]
 
 
-class DitModel(Spec):
-    """A diffusion transformer: a published `size`, or depth, width, heads and patch of your own."""
+class _Transformer(Spec):
+    """The shape of a DiT: a published `size`, or depth, width, heads and patch of your own."""
 
-    kind: Literal["dit"] = "dit"
+    prediction: ClassVar[Prediction]
+    kind: str
     size: Size | None = Field(None, description="a published size; excludes the four fields below")
     depth: int = Field(0, ge=0, le=MAX_DEPTH, description="blocks")
     width: int = Field(0, ge=0, le=65_536, description="channels of a token; a multiple of 4 and of heads")
@@ -51,7 +53,30 @@ class DitModel(Spec):
         return self
 
 
-Model = DitModel  # what a job's `model` may be: a union, by `kind`, once there are more
+class DitModel(_Transformer):
+    """A diffusion transformer, which predicts noise: a published `size`, or depth, width, heads and patch."""
+
+    prediction: ClassVar[Prediction] = "epsilon"
+    kind: Literal["dit"] = "dit"
+
+
+class SitModel(_Transformer):
+    """The same network as a DiT, that predicts the velocity of a flow instead of the noise (SiT, arXiv 2401.08740).
+
+    The second half of its output, which published files have (`learn_sigma`), is not used.
+    """
+
+    prediction: ClassVar[Prediction] = "velocity"
+    kind: Literal["sit"] = "sit"
+
+
+def _kind(given: Any) -> str:
+    """`kind` may be left out of the common case."""
+    kind = given.get("kind", "dit") if isinstance(given, dict) else getattr(given, "kind", "dit")
+    return str(kind)
+
+
+Model = Annotated[Annotated[DitModel, Tag("dit")] | Annotated[SitModel, Tag("sit")], Discriminator(_kind)]
 
 
 class PretrainWeights(TrainingSpec):

@@ -131,7 +131,7 @@ class Formulas:
             case params.FinetuneParams(recipe=recipe):
                 flops = TRAINING * self._trained(step) * recipe.steps * recipe.batch
             case params.SampleParams(sampler=sampler, samples=samples):
-                passes = sampler.steps * (1 if sampler.guidance == 1 else 2)
+                passes = sampler.evaluations() * (1 if sampler.guidance == 1 else 2)
                 flops = self._trained(step) * passes * samples
             case params.DistillParams():
                 return self._distillation(step, told)

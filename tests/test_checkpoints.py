@@ -34,6 +34,7 @@ from graftwork.models.checkpoints.layouts.diffusers import rootstock_transformer
 from graftwork.models.checkpoints.recognition import Found, recognised
 from graftwork.models.operators import REGISTRY
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.sit import SiT, SiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
@@ -513,7 +514,6 @@ PLACES = [
     "metadata",
 ]
 OTHERS: list[dict[str, Any]] = [
-    {"path_type": "Linear", "prediction": "velocity"},  # SiT
     {"path-type": "linear", "prediction": "v", "proj_coeff": 0.5},  # REPA
     {"prediction_type": "v_prediction"},
     {"prediction_type": "sample"},
@@ -523,7 +523,6 @@ OTHERS: list[dict[str, Any]] = [
     {"predict_xstart": True},
     {"use_flow_matching": True},
     {"beta_schedule": "squaredcos_cap_v2"},
-    {"model": "SiT-XL/2"},
     {"model_type": "LightningDiT-XL/1"},
     {"model": "U-ViT-L/2"},
 ]
@@ -534,14 +533,55 @@ def test_a_file_of_another_objective_is_refused_in_its_own_words(model: DiT, tmp
     message = refusal(save_with(model.state_dict(), tmp_path, "a Namespace", said), heads=2)
     for name, value in said.items():
         assert f"args.{name} {value!r}" in message or name == "proj_coeff"
-    assert message.endswith("; accepted: a DiT that predicts noise (epsilon), of 1000 steps with linear betas")
+    assert message.endswith("of 1000 steps with linear betas; or a SiT: velocity, linear path")
 
 
 @pytest.mark.parametrize("where", PLACES)
 def test_what_a_file_says_is_read_wherever_it_says_it(model: DiT, tmp_path: Path, where: str) -> None:
-    path = save_with(model.state_dict(), tmp_path, where, {"path_type": "Linear", "prediction": "velocity"})
+    path = save_with(model.state_dict(), tmp_path, where, {"path_type": "GVP", "prediction": "score"})
     message = refusal(path, heads=2)
-    assert "path_type 'Linear'" in message and "prediction 'velocity'" in message
+    assert "path_type 'GVP'" in message and "prediction 'score'" in message
+
+
+SIT: list[dict[str, Any]] = [
+    {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "sample_eps": None},
+    {"model": "SiT-T/2", "image_size": 256},
+    {"prediction": "velocity"},
+]
+
+
+@pytest.mark.parametrize("said", SIT, ids=str)
+@pytest.mark.parametrize("where", PLACES)
+def test_a_file_that_says_that_it_is_a_sit_is_read_as_one(model: DiT, tmp_path: Path, where: str, said: Any) -> None:
+    path = save_with(model.state_dict(), tmp_path, where, said)
+    found, _ = checkpoints.read(path, heads=2)
+    assert isinstance(found, SiT) and found.config.objective.kind == "velocity"
+    torch.testing.assert_close(found.state_dict(), model.state_dict())
+    with pytest.raises(UnfitCheckpoint, match=r"says that it is a sit, expected a dit; accepted: model\.kind sit"):
+        checkpoints.check(path, TINY)
+    assert checkpoints.check(path, SiTConfig(**asdict(TINY))) is not None
+
+
+def test_a_dit_is_not_taken_for_a_sit(model: DiT, tmp_path: Path) -> None:
+    path = save_with(model.state_dict(), tmp_path, "a Namespace", {"model": "DiT-T/2"})
+    with pytest.raises(UnfitCheckpoint, match="says that it is a dit, expected a sit"):
+        checkpoints.check(path, SiTConfig(**asdict(TINY)))
+
+
+def test_a_file_that_says_nothing_is_what_the_job_says(model: DiT, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert type(checkpoints.read(tmp_path / "model.pt", config=SiTConfig(**asdict(TINY)))[0]) is SiT
+    assert type(checkpoints.read(tmp_path / "model.pt", config=TINY)[0]) is DiT
+
+
+@pytest.mark.parametrize("layout", ["graftwork", "published"])
+def test_a_sit_is_exported_and_stays_one(model: DiT, tmp_path: Path, layout: Any) -> None:
+    torch.save({"ema": model.state_dict(), "args": {"model": "SiT-S/2"}}, tmp_path / "sit.pt")
+    export(tmp_path / "sit.pt", tmp_path / "out", layout, heads=2)
+    found, _ = checkpoints.read(tmp_path / "out")
+    assert type(found) is SiT and found.config == SiTConfig(**asdict(TINY))
+    with pytest.raises(ExportRefused, match="is a sit, for which diffusers has no class"):
+        export(tmp_path / "sit.pt", tmp_path / "other", "diffusers", heads=2)
 
 
 OURS: list[dict[str, Any]] = [
@@ -561,7 +601,7 @@ def test_a_file_that_says_that_it_is_a_dit_is_read(model: DiT, tmp_path: Path, w
     assert same(checkpoints.read(path, config=TINY)[0], model)
 
 
-@pytest.mark.parametrize("name", ["SiT-XL-2-256x256.pt", "MDTv2-S-2.safetensors"])
+@pytest.mark.parametrize("name", ["LightningDiT-XL-1.pt", "MDTv2-S-2.safetensors"])
 def test_a_published_file_of_another_family_is_known_by_its_name(model: DiT, tmp_path: Path, name: str) -> None:
     (save_file if name.endswith("safetensors") else torch.save)(model.state_dict(), tmp_path / name)
     assert "is of another model, by its name" in refusal(tmp_path / name, heads=2)

@@ -118,7 +118,7 @@ def test_an_endless_text_with_line_ends_is_a_short_line() -> None:
 
 def test_the_requirements_are_those_of_the_project() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    found = (re.fullmatch(r"([\w-]+)(?:\[.*\])?(?:>=([\d.]+))?", line) for line in listed)
+    found = (re.fullmatch(r"([\w-]+)(?:\[.*\])?(?:>=([\d.]+))?(?:,<[\d.]+)?", line) for line in listed)
     assert {match[1]: match[2] or "" for match in found if match} == health.REQUIREMENTS
 
 

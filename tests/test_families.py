@@ -206,5 +206,7 @@ def test_a_kind_that_is_not_known_is_refused_by_name(model: Strip, tmp_path: Pat
     checkpoints.save(model, (), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"strip"', '"stripe"'))
-    with pytest.raises(checkpoints.UnfitCheckpoint, match=r"rootstock: kind: 'stripe', expected one of dit, strip"):
+    with pytest.raises(
+        checkpoints.UnfitCheckpoint, match=r"rootstock: kind: 'stripe', expected one of dit, sit, strip"
+    ):
         checkpoints.load(tmp_path)

@@ -77,7 +77,9 @@ def export(
     model, edits = read(source, heads=heads)
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
-    if layout != "graftwork" and not isinstance(model, DiT):
+    if layout == "diffusers" and model.config.kind != "dit":
+        raise ExportRefused(f"{source}: is a {model.config.kind}, for which diffusers has no class")
+    if layout == "published" and not isinstance(model, DiT):
         raise ExportRefused(f"{source}: is a {model.config.kind}, which has the layout graftwork only, not {layout}")
     out.mkdir(parents=True, exist_ok=True)
     loads, note = str(layout), ""

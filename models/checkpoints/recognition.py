@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from graftwork.models.checkpoints.folders import ZERO_TOOL
 from graftwork.models.operators import REGISTRY, recognise
 from graftwork.models.rootstocks import CONFIGS, RootstockConfig
 from graftwork.models.rootstocks.dit import DiTConfig
+from graftwork.models.rootstocks.sit import SiTConfig
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
@@ -51,8 +52,14 @@ class Found:
     heads: int | None = None
     config: RootstockConfig | None = None
     edits: tuple[Edit, ...] | None = None
+    kind: str | None = None  # of rootstock, that it says it is
     num_classes: int | None = None  # that it says it was trained on
     notes: tuple[str, ...] = ()  # what was chosen, or left out, where the file holds more than one model
+
+
+def fields_of(config: RootstockConfig) -> dict[str, Any]:
+    """Return the fields of a config. One without a kind is a DiT's: files of before there were others stay the same."""
+    return ({} if config.kind == "dit" else {"kind": config.kind}) | asdict(config)
 
 
 def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
@@ -168,7 +175,12 @@ def recognised(
     _require_dit(tensors)
     if found.heads is not None and wanted is not None and found.heads != wanted:
         raise UnfitCheckpoint(f"{tensors.source}: has {found.heads} attention heads, expected {wanted}")
-    rootstock = config or found.config or rootstock_of(tensors, wanted if found.heads is None else found.heads)
+    kind = found.config.kind if found.config else found.kind
+    if config is not None and kind is not None and config.kind != kind:
+        raise UnfitCheckpoint(
+            f"{tensors.source}: says that it is a {kind}, expected a {config.kind}", f"model.kind {kind}"
+        )
+    rootstock = config or found.config or rootstock_of(tensors, wanted if found.heads is None else found.heads, kind)
     edits = edits_of(tensors, rootstock) if found.edits is None else found.edits
     if problem := misplaced(edits, rootstock):  # possible where another rootstock is expected than the file says
         raise UnfitCheckpoint(f"{tensors.source}: does not fit the model: {problem}")
@@ -199,8 +211,11 @@ def _is_none(tensors: Tensors, absent: Iterable[str]) -> UnfitCheckpoint:
     return UnfitCheckpoint(f"{tensors.source}: is no DiT, has no {', '.join(absent)}; holds {held}", accepted)
 
 
-def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
-    """The rootstock's shape; its heads cannot be seen, and are those of the published size unless they are given."""
+def rootstock_of(tensors: Tensors, heads: int | None, kind: str | None = None) -> DiTConfig:
+    """Return the rootstock's config, of the kind that the file says, else a DiT's.
+
+    Its heads cannot be seen, and are those of the published size unless they are given.
+    """
     shapes, source = tensors.shapes, tensors.source
     absent = [name for name, rank in TELLING.items() if len(shapes.get(name, ())) != rank]
     if absent:
@@ -218,7 +233,7 @@ def rootstock_of(tensors: Tensors, heads: int | None) -> DiTConfig:
             f"{source}: {depth} blocks of width {width} are no published size, and a file does not tell its attention "
             "heads: name their number"
         )
-    config = DiTConfig(
+    config = (SiTConfig if kind == "sit" else DiTConfig)(
         input_size=side * patch,
         in_channels=channels,
         patch=patch,

@@ -1,6 +1,6 @@
-"""What a file says of itself, and whether that is a model of ours: noise predicted, over 1000 steps, by a DiT.
+"""What a file says of itself, and whether that is a model of ours: a DiT or a SiT, with the published objective.
 
-Other models have a DiT's tensors, by name and shape, and mean something else by them: a SiT predicts a velocity. What
+Other models have a DiT's tensors, by name and shape, and mean something else by them, as a SiT does. What
 was written beside the tensors tells: a training script's arguments, a config, a scheduler's settings, file metadata.
 Whatever says nothing is taken as it is.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from graftwork.specs.reading.safe_yaml import parsed
 BESIDE = ("config.json", "args.json", "model_index.json", "hparams.yaml", "config.yaml", "config.yml")
 MAX_BYTES = 2**20  # of a file beside the weights
 MAX_DEPTH, MAX_STATEMENTS = 12, 100_000
-ACCEPTED = f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas"
+ACCEPTED = f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas; or a SiT: velocity, linear path"
 
 NOISE = re.compile(r"(pred_|predict_)?(e|eps|epsilons?|noise)|modelmeantype\.epsilon")
 PREDICTION = re.compile(
@@ -53,6 +54,7 @@ SCHEDULE = {
 # Models by name, as `DiT-XL/2` or `SiT-XL-2-256x256`, and classes of them.
 MODEL = re.compile(r"model|model_?name|model_?type|arch|architecture|backbone|net|network|_class_name|_target_|target")
 SIZED = re.compile(r"(?P<family>[A-Za-z][\w+-]*?)[-_](?:XS|S|B|L|XL|XXL|H|G)[-_/]\d+([-_].*)?")
+OURS = re.compile(r"(?P<kind>[ds]it)([-_].*)?")
 FAMILIES = re.compile(
     r"(?<![a-z])(SiT|REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt|SD3|Flux|DDT|DiffiT|"
     r"FlowDCN|HunyuanDiT|Lumina|CogVideoX|Sana|FlowMatch)(?![a-z])"
@@ -107,18 +109,36 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
         yield from statements(value, name)
 
 
-def require_ours(source: str, said: Iterator[tuple[str, Any]]) -> None:
-    """Raise UnfitCheckpoint, with the file's own words, if they are those of another model or objective."""
-    others = []
-    for number, (path, value) in enumerate(said):
-        if number == MAX_STATEMENTS:
-            break
-        name = re.split(r"[.: ]", path)[-1].lower().replace("-", "_").removeprefix("ss_")
-        if _of_another(name, value):
-            others.append(f"{path} {shown(value)}")
-    if others:
+def kind_of(source: str, said: Iterator[tuple[str, Any]]) -> str | None:
+    """Return the kind of rootstock that a file says it is, `dit` or `sit`; None if it says nothing.
+
+    A SiT says so by its name, or by the linear path and the velocity of its training's arguments. Raise
+    UnfitCheckpoint, with the file's own words, if they are those of another model or objective.
+    """
+    told = [(_name(path), path, value) for path, value in islice(said, MAX_STATEMENTS)]
+    kinds = {kind for name, _, value in told if (kind := _kind(name, value)) is not None}
+    strange = [(name, path, value) for name, path, value in told if _of_another(name, value)]
+    if any(_kind(name, value) != "sit" for name, _, value in strange):
+        others = [f"{path} {shown(value)}" for _, path, value in strange]
         words = named(others, 4, ", ")
         raise UnfitCheckpoint(f"{source}: is of another objective or model, as it says: {words}", ACCEPTED)
+    return "sit" if "sit" in kinds else next(iter(kinds), None)
+
+
+def _name(path: str) -> str:
+    """Return the last part of a statement's dotted name, as scripts differ in its spelling."""
+    return re.split(r"[.: ]", path)[-1].lower().replace("-", "_").removeprefix("ss_")
+
+
+def _kind(name: str, value: Any) -> str | None:
+    """Return the kind of rootstock that a statement is of; None if it is of any, or of another."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if (name == "path_type" and text == "linear") or (PREDICTION.fullmatch(name) and text == "velocity"):
+        return "sit"
+    if PREDICTION.fullmatch(name) and NOISE.fullmatch(text):
+        return "dit"
+    family = MODEL.fullmatch(name) and OURS.fullmatch(text)
+    return family["kind"] if family else None
 
 
 def _of_another(name: str, value: Any) -> bool:

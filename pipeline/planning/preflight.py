@@ -11,7 +11,7 @@ from graftwork.cluster.session.scratch import scratch_problem
 from graftwork.pipeline.planning.plan import Plan, carried_edits
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.errors import StoreError
-from graftwork.specs.codec import VaeCodec
+from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.edits import OperatorEdits, overlapping
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
@@ -20,6 +20,7 @@ from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
+from graftwork.specs.sampler import SchedulerSampler
 from graftwork.stages.features.codec import misfits, vae_place
 from graftwork.stages.features.listing import Listing, counted, list_images, listed
 from graftwork.stages.features.sources import (
@@ -76,7 +77,8 @@ def check_pending(made: Plan, store: Store, max_headers: int | None = None) -> l
     job = made.job
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
     weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
-    if not (weights or scions or _with_reference(job)):
+    scheduler = isinstance(job.evaluate.sampler, SchedulerSampler)
+    if not (weights or scions or scheduler or _with_reference(job)):
         return []
     return check_files(job, [step for step, state in made.states(store).items() if state != "cached"], max_headers)
 
@@ -99,6 +101,7 @@ def check_files(job: JobSpec, pending: Collection[str], max_headers: int | None 
         except UnfitCheckpoint as error:
             lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
     lines += _check_vae(job, pending)
+    lines += _check_scheduler(job, pending)
     try:
         notes += _check_reference(job, pending, max_headers)
     except ValueError as error:
@@ -135,6 +138,19 @@ def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
     # Scions do not see labels; the number of classes may be in data that are elsewhere.
     any_classes = field != "weights.path" or (labels is None and (count is None or _has_own_classes(job)))
     yield from checkpoints.check(source, config, labels=labels, any_classes=any_classes)
+
+
+def _check_scheduler(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
+    """Yield a line for a scheduler that cannot sample the job's models, if a pending step samples."""
+    sampler = job.evaluate.sampler
+    if not isinstance(sampler, SchedulerSampler) or not any(step.startswith("evaluate") for step in pending):
+        return
+    from graftwork.models.sampling.scheduled import UnfitScheduler, rehearse  # torch and diffusers load with it
+
+    try:
+        rehearse(sampler, job.model.prediction, isinstance(job.codec, PixelCodec))
+    except UnfitScheduler as error:
+        yield f"evaluate.{error}"
 
 
 def _has_own_classes(job: JobSpec) -> bool:

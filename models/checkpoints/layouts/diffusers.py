@@ -107,7 +107,7 @@ def _require_ours(folder: Path, config: dict[str, Any]) -> None:
     said = list(statements.statements(config, "config.json"))
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         said += statements.statements(statements.document(folder.parent / name), name)
-    statements.require_ours(str(folder), iter(said))
+    statements.kind_of(str(folder), iter(said))
 
 
 def _count(folder: Path, config: dict[str, Any], name: str, default: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 
 from graftwork.models.checkpoints.files import read_tensors
 from graftwork.models.checkpoints.fit import build
-from graftwork.models.checkpoints.recognition import Found, edits_json, said
-from graftwork.models.rootstocks import Rootstock, RootstockConfig
+from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, said
+from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.edits import Edit
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
@@ -25,15 +24,10 @@ def save(model: Rootstock, edits: Sequence[Edit], folder: Path) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
     config = {
         "format": FORMAT,
-        "rootstock": _rootstock(model.config),
+        "rootstock": fields_of(model.config),
         "edits": edits_json(edits),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
-
-
-def _rootstock(config: RootstockConfig) -> dict[str, Any]:
-    """Return the fields of a config. One without a kind is a DiT's: files of before there were others stay the same."""
-    return ({} if config.kind == "dit" else {"kind": config.kind}) | asdict(config)
 
 
 def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[Rootstock, tuple[Edit, ...]]:
