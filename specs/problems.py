@@ -45,6 +45,11 @@ def shortened(text: str, limit: int) -> str:
     return f"{words} ..." if len(words) > limit // 2 else f"{text[: limit - 3]}..."
 
 
+def first_few(items: Sequence[str], most: int, between: str = ", ", last: str = " and ") -> str:
+    """Return the first items joined, and how many more there are: "a, b and 3 more"."""
+    return between.join(items[:most]) + (f"{last}{len(items) - most:,} more" if len(items) > most else "")
+
+
 def plain(text: str) -> str:
     """Text that a terminal only prints: line ends, control characters and what is no character are spelt out."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

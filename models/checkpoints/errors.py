@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftwork.specs.problems import first_few
+
 MAX_NAMED = 10  # problems that an error names
 
 
@@ -23,5 +25,4 @@ class UnfitCheckpoint(ValueError):
 
 def named(problems: Sequence[str], most: int = MAX_NAMED, between: str = "; ") -> str:
     """Join the first problems, and count the others."""
-    more = f"{between}and {len(problems) - most} more" if len(problems) > most else ""
-    return between.join(problems[:most]) + more
+    return first_few(problems, most, between, f"{between}and ")

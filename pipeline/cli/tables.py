@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graftwork.specs.figures import amount, figure, flops, number
-from graftwork.specs.problems import plain
+from graftwork.specs.problems import first_few, plain
 from graftwork.specs.secrets import redacted
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def counted(number: int, thing: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_few(names, NAMED)
 
 
 def show_holdings(holdings: Sequence[Holding]) -> None:

@@ -28,6 +28,7 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.fields import Spec, keyed
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
+from graftwork.specs.problems import first_few
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import CheckpointWeights
@@ -202,8 +203,7 @@ def difference(step: Step, manifests: Sequence[Manifest], store: Store | None = 
     parts = [*_params_apart(step.identity, manifest.identity), *([images] if images else [])]
     parts += _outside_apart(step.identity["outside"], manifest.identity["outside"])
     parts += _needs_apart(step.identity["needs"], manifest.identity["needs"])
-    more = len(parts) - MAX_DIFFERENCES
-    return ", ".join(parts[:MAX_DIFFERENCES]) + (f" and {more} more" if more > 0 else "") if parts else None
+    return first_few(parts, MAX_DIFFERENCES) if parts else None
 
 
 def _leaves_apart(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> int | None:

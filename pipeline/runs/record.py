@@ -16,7 +16,7 @@ from graftwork.pipeline.planning.plan import Plan
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.leases import Holder
-from graftwork.specs.problems import SpecError, shown
+from graftwork.specs.problems import SpecError, first_few, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -151,7 +151,7 @@ def find(store: Store, run: str) -> RunRecord:
         matches = [run]
     if len(matches) != 1:
         runs = store.runs()
-        known = ", ".join(runs[:SHOWN]) + (f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else "")
+        known = first_few(runs, SHOWN)
         found = "several runs of that name" if matches else "no such run"
         raise SpecError([f"run: got {shown(run)}, {found} in {store.url}; accepted: {known or 'none yet'}"])
     return load(store, matches[0])

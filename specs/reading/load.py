@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from graftwork.specs.fields import with_room
 from graftwork.specs.job import JobSpec
-from graftwork.specs.problems import SpecError, shown
+from graftwork.specs.problems import SpecError, first_few, shown
 from graftwork.specs.reading.describe import describe
 from graftwork.specs.reading.overrides import EXTENDS, apply_override, expanded, read_job
 from graftwork.specs.reading.safe_yaml import MAX_BYTES, read_yaml
@@ -51,8 +51,7 @@ def files_extending(base: Path) -> list[str]:
 
 
 def _base(file: Path, missing: Sequence[str], extending: Sequence[str]) -> str:
-    more = f" and {len(extending) - NAMED_FILES} more" if len(extending) > NAMED_FILES else ""
-    names = ", ".join(extending[:NAMED_FILES]) + more
+    names = first_few(extending, NAMED_FILES)
     found = f"which has no {', '.join(missing)}: it is a base that others extend"
     return f"{file}: got a file {found}; accepted: one of those beside it, {names}; or one with extends: {file.name}"
 

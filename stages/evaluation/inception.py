@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from graftwork.specs.metrics import INCEPTION_FILE, inception_file
-from graftwork.specs.problems import plain, text
+from graftwork.specs.problems import first_few, plain, text
 from graftwork.stages.features.images import is_image, read_rgb, size_of
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def reference_images(path: str) -> list[Path]:
     images = [entry for entry in entries if is_image(entry)]
     folders = [text(entry.name) for entry in entries if entry.is_dir() and any(map(is_image, entry.rglob("*")))]
     if folders:
-        more = f" and {len(folders) - NAMED} more" if len(folders) > NAMED else ""
-        nested = f"in folders within it ({', '.join(map(plain, folders[:NAMED]))}{more}), which are not looked into"
+        nested = f"in folders within it ({first_few([*map(plain, folders)], NAMED)}), which are not looked into"
         directly = f"{len(images)} images" if images else "no images"
         raise ValueError(f"{path}: {directly} directly in this folder, and more {nested}")
     if len(images) < MIN_IMAGES:

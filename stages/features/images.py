@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwork.specs.data import Data, DigitsData
-from graftwork.specs.problems import plain, text
+from graftwork.specs.problems import first_few, plain, text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -257,8 +257,7 @@ def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
 
 def told(problems: Collection[str], total: int) -> str:
     """One line about broken images: how many there are, and the first of them."""
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{len(problems)} of {total} images are broken: {'; '.join(sorted(problems)[:SHOWN])}{more}"
+    return f"{len(problems)} of {total} images are broken: {first_few(sorted(problems), SHOWN, '; ', '; and ')}"
 
 
 @cache

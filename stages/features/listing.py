@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graftwork.specs.data import ImageFolderData
-from graftwork.specs.problems import plain, shown, text
+from graftwork.specs.problems import first_few, plain, shown, text
 from graftwork.stages.features.images import IMAGE_SUFFIXES
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
@@ -105,9 +105,7 @@ class Listing:
 
 def listed(names: Iterable[str], notes: Mapping[str, str] | None = None) -> str:
     """Return the first names as an error shows them, each with its note, and how many more there are."""
-    every = list(names)
-    some = ", ".join(shown(text(name)) + (notes or {}).get(name, "") for name in every[:MAX_NAMED])
-    return some + (f" and {len(every) - MAX_NAMED:,} more" if len(every) > MAX_NAMED else "")
+    return first_few([shown(text(name)) + (notes or {}).get(name, "") for name in names], MAX_NAMED)
 
 
 def counted(kinds: Mapping[str, int]) -> str:
