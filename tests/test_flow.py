@@ -192,23 +192,11 @@ def test_a_sit_goes_through_the_whole_job_and_is_sampled_in_more_ways_than_one(
     tiny_copy: Finished, graft: Graft
 ) -> None:
     model = "model={kind: sit, depth: 4, width: 32, heads: 2, patch: 2}"
-    rows = "evaluate.rows=[rootstock, stage2]"
-    control = "finetune.control=false"
+    wishes = [model, "evaluate.rows=[rootstock, stage2]", "finetune.control=false"]
     outcomes = []
     for sampler in ("{kind: ode, method: heun, steps: 4}", "{kind: scheduler, name: unipc, steps: 4}"):
-        done = graft(
-            "run",
-            str(TINY),
-            "--json",
-            "--set",
-            model,
-            "--set",
-            rows,
-            "--set",
-            control,
-            "--set",
-            f"evaluate.sampler={sampler}",
-        )
+        options = [part for wish in (*wishes, f"evaluate.sampler={sampler}") for part in ("--set", wish)]
+        done = graft("run", str(TINY), "--json", *options)
         assert done.returncode == 0, done.stderr
         outcomes.append(json.loads(done.stdout))
     first, *others = outcomes
