@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from nbclient import NotebookClient
 
 import graftwork
 from graftwork.pipeline.execution.view import LoggedView, SilentView
-from graftwork.specs.reading.load import job_schema
+from graftwork.specs.reading.load import job_from, job_schema
 from graftwork.specs.reading.page import page_of
 from tests.conftest import ROOT, TINY, Finished
 
@@ -112,3 +113,25 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
     assert "'distill/01.mha'" in shown[1] and "stage2" in shown[3]
     assert shown[7] == "torch.Size([10, 1, 16, 16])" and "once-more" in shown[10]
     assert all(not cell.get("outputs") for cell in nbformat.read(ROOT / "examples" / "quickstart.ipynb", 4).cells)
+
+
+def block(language: str) -> str:
+    """Return the one block of the README in a language."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return str(found)
+
+
+def test_the_job_of_the_readme_is_one() -> None:
+    job = job_from(yaml.safe_load(block("yaml")))
+    assert job.model.size == "XL/2" and len(job.edits()) == 14
+
+
+def test_the_python_of_the_readme_runs(tiny_copy: Finished) -> None:
+    folder = tiny_copy.store.parent
+    (folder / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, "-c", block("python")], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "stage2" in done.stdout and tiny_copy.run in done.stdout
