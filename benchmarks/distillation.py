@@ -47,7 +47,7 @@ from graftwork.specs.params import DistillParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
-from graftwork.stages.contract import Context, Together
+from graftwork.stages.contract import Context, TaskScope
 from graftwork.stages.distillation import distill
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
@@ -352,7 +352,7 @@ def context_of(work: Work, edit: Edit, following: Sequence[Edit], kept: dict[str
         report=lambda done, total, metrics=None: None,
         resources=StepResources(),
         device=work.device,
-        together=Together(next=[work.params(other) for other in following], kept=kept),
+        together=TaskScope(next=[work.params(other) for other in following], kept=kept),
     )
 
 

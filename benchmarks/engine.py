@@ -38,7 +38,7 @@ from graftwork.pipeline.planning import plan as planning
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Holder, Lease
+from graftwork.pipeline.store.leases import Lease, LeaseOwner
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
@@ -237,7 +237,7 @@ def steps(folder: Path, rounds: int, count: int) -> tuple[list[dict[str, Any]], 
 def commit(store: Store, number: int) -> None:
     """What the store is asked to do for a step."""
     key = f"{number:064x}"
-    taken = leases.take(store, key, Holder.me("benchmark", key))
+    taken = leases.take(store, key, LeaseOwner.me("benchmark", key))
     assert isinstance(taken, Lease)
     with leases.releasing(taken):
         folder = store.workplace(key)

@@ -28,7 +28,7 @@ def fan_out(work: Doing, shared: Any, items: Sequence[Any], resources: StepResou
     Of what is not yielded yet no more is begun than AHEAD times what the cluster has room for: memory does not grow
     with the items, and an autoscaler sees that more room is wanted. What a lost worker was at is begun again.
     """
-    hands = (_Staff if resources.gpu else _Tasks)(work, ray.put(shared), resources)
+    hands = (_ActorPool if resources.gpu else _Tasks)(work, ray.put(shared), resources)
     waiting, begun, results = deque(items), deque[Any](), dict[Any, Any]()
     try:
         while waiting or begun:
@@ -36,7 +36,7 @@ def fan_out(work: Doing, shared: Any, items: Sequence[Any], resources: StepResou
             while waiting and len(begun) < limit and hands.free(len(waiting)):
                 begun.append(hands.begin(waiting.popleft()))
             if not waiting:
-                hands.dismiss_idle()
+                hands.release_idle()
             for ref in _finished([ref for ref in begun if ref not in results]):
                 results[ref] = hands.result(ref)  # here it is safe from the loss of a node
             while begun and begun[0] in results:
@@ -73,11 +73,11 @@ class _Tasks:
     def result(self, ref: Any) -> Any:
         return ray.get(ref)
 
-    def dismiss_idle(self) -> None: ...
+    def release_idle(self) -> None: ...
     def dismiss(self) -> None: ...
 
 
-class _Staff:
+class _ActorPool:
     """Processes that stay for many items, with what they have loaded and compiled: on a GPU Ray would end them after
     each task, to have its memory back. Each goes when no item is left for it, so that others get its GPU."""
 
@@ -114,7 +114,7 @@ class _Staff:
         DECISIONS.update(decisions)
         return result
 
-    def dismiss_idle(self) -> None:
+    def release_idle(self) -> None:
         idle = [worker for worker in self._workers if not worker.busy()]
         self._workers = [worker for worker in self._workers if worker not in idle]
         for worker in idle:

@@ -17,10 +17,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from graftwork.specs.paths import UnknownInPath, expand, expand_absolute, expand_weights
-from graftwork.specs.secrets import INSTEAD, secret_in
+from graftwork.specs.secrets import PLACEHOLDER_HINT, secret_in
 
-LARGEST = 2**63 - 1  # integer of a spec, either way
-LONGEST = 4096, 255  # bytes of a path, and of a name in it
+MAX_INTEGER = 2**63 - 1  # of an integer in a spec; the least is its negative
+MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # of a path, and of a name in it
 
 
 class Spec(BaseModel):
@@ -37,8 +37,8 @@ class Spec(BaseModel):
         return {name: _unconverted(value, fields[name]) if name in fields else value for name, value in given.items()}
 
 
-class NoNumber:
-    """What stands for a value that pydantic would convert to a number: it is refused, and reads as what was given."""
+class NotANumber:
+    """Wraps a value that pydantic would coerce to a number (True, '4'), so that the field refuses it."""
 
     def __init__(self, given: object) -> None:
         self.given = given
@@ -55,13 +55,13 @@ class NoNumber:
         return is_integer(self.given)
 
 
-def with_room(value: Any) -> Any:
-    """A document, with the integers that no field has room for put out of pydantic's reach."""
+def wrap_large_integers(value: Any) -> Any:
+    """Wrap integers beyond 64 bits in a document, so that validation refuses them with the value shown."""
     if isinstance(value, dict):
-        return {name: with_room(part) for name, part in value.items()}
+        return {name: wrap_large_integers(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [with_room(part) for part in value]
-    return NoNumber(value) if is_integer(value) and not -LARGEST <= value <= LARGEST else value
+        return [wrap_large_integers(part) for part in value]
+    return NotANumber(value) if is_integer(value) and not -MAX_INTEGER <= value <= MAX_INTEGER else value
 
 
 def _unconverted(value: Any, members: Sequence[Any]) -> Any:
@@ -74,9 +74,9 @@ def _unconverted(value: Any, members: Sequence[Any]) -> Any:
         of_items = [member for part in items for member in _members(part)]
         return [_unconverted(item, of_items) for item in value] if items else value
     if isinstance(value, bool) and bool not in members and (int in members or float in members):
-        return NoNumber(value)
+        return NotANumber(value)
     if isinstance(value, str) and str not in members and int in members:
-        return NoNumber(value)
+        return NotANumber(value)
     return value
 
 
@@ -153,15 +153,14 @@ def _line(text: str) -> str:
 
 
 def _name_of_a_place(text: str) -> str:
-    longest, longest_part = LONGEST
-    if len(text.encode()) > longest or any(len(part.encode()) > longest_part for part in text.split("/")):
-        refuse([], text, f"at most {longest} bytes, and {longest_part} from one / to the next")
+    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        refuse([], text, f"at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} from one / to the next")
     return text
 
 
 def _without_secret(text: str) -> str:
     if secret_in(text):
-        refuse([], text, INSTEAD if "://" in text else "no password and no token in it")
+        refuse([], text, PLACEHOLDER_HINT if "://" in text else "no password and no token in it")
     return text
 
 

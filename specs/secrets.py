@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_]\w*)\}")
-INSTEAD = "a placeholder in its place, as in ${DB_PASSWORD}, which the environment fills in where the URI is used"
+PLACEHOLDER_HINT = (
+    "a placeholder in its place, as in ${DB_PASSWORD}, which the environment fills in where the URI is used"
+)
 SECRET_NAMES = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "KEY", "CREDENTIAL")  # in those of environment variables
 SHORTEST = 8  # characters of a value in the environment that is taken for a secret
 

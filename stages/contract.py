@@ -57,8 +57,8 @@ class Report(Protocol):
 
 
 @dataclass(frozen=True)
-class Together:
-    """What a step shares with others."""
+class TaskScope:
+    """What the steps that run in one task share."""
 
     next: Sequence[Any] = ()  # the parameters of those that the same task does after it
     kept: dict[str, Any] = field(default_factory=dict)  # what a step leaves for them, by name
@@ -78,7 +78,7 @@ class Context:
     resources: StepResources
     device: torch.device  # of this task; workers that the stage starts are given their own
     stopping: Callable[[], bool] = never
-    together: Together = Together()
+    together: TaskScope = TaskScope()
     images: ImageHashes | None = None  # that the plan knows of, of a step that reads images
 
     def stop_if_asked(self) -> None:

@@ -39,8 +39,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the work of a step of a plan is found from."""
+class StepInputs:
+    """What the FLOPs of a step of a plan are computed from."""
 
     params: Spec
     needs: Mapping[str, str]  # role -> key
@@ -105,7 +105,7 @@ class Rootstock:
 class Formulas:
     """The work of a plan's steps, by their keys."""
 
-    def __init__(self, known: Callable[[str], Known]) -> None:
+    def __init__(self, known: Callable[[str], StepInputs]) -> None:
         """known: the step with that key; raises KeyError."""
         self.known = known
         self._forward = cache(self._forward_of)
@@ -117,7 +117,7 @@ class Formulas:
         except (KeyError, ArithmeticError):
             return None
 
-    def _work(self, step: Known) -> Work | None:
+    def _work(self, step: StepInputs) -> Work | None:
         told, flops = step.params, None
         match told:
             case params.BaseParams(weights=PretrainWeights() as recipe):
@@ -137,7 +137,7 @@ class Formulas:
                 return self._distillation(step, told)
         return None if flops is None else Work(float(flops))
 
-    def _distillation(self, step: Known, told: params.DistillParams) -> Work:
+    def _distillation(self, step: StepInputs, told: params.DistillParams) -> Work:
         """Section 4 of the method: the pass up to the site's block, then epochs over what it left."""
         rootstock, recipe = self._of(step), told.recipe
         shown, heldout = recipe.samples * recipe.draws, recipe.heldout or recipe.samples
@@ -152,7 +152,7 @@ class Formulas:
         values = 2 * (shown + heldout) * rootstock.place.num_tokens * rootstock.place.width
         return Work(float(own), float(shared), values * (2 if recipe.precision == "bf16" else 4))
 
-    def _trained(self, step: Known) -> int:
+    def _trained(self, step: StepInputs) -> int:
         """FLOPs of a pass of one sample through the model that the step trains or samples from."""
         for role, needed in step.needs.items():
             if role.startswith("finetuned/"):
@@ -172,7 +172,7 @@ class Formulas:
         made = [edit for rule, number in zip(chosen.rules, numbers, strict=True) for edit in rule.edits[:number]]
         return graft_cost(rootstock.cost, made, rootstock.place).graft.flops
 
-    def _of(self, step: Known) -> Rootstock:
+    def _of(self, step: StepInputs) -> Rootstock:
         return self._rootstock(step.needs["features"], self._told(step.needs["base"], params.BaseParams))
 
     def _rootstock(self, features: str, base: params.BaseParams) -> Rootstock:

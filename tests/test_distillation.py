@@ -33,7 +33,7 @@ from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts import hybrids as hybrid
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from graftwork.stages.contract import Context, Portion, Stopped, Together
+from graftwork.stages.contract import Context, Portion, Stopped, TaskScope
 from graftwork.stages.distillation import activations, distill, sources
 from graftwork.stages.distillation import loss as losses
 from graftwork.stages.distillation.activations import Pairs, Teacher
@@ -340,7 +340,7 @@ def run_distill(
     store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
 ) -> None:
     out.mkdir(exist_ok=True)
-    together = changes.pop("together", Together())
+    together = changes.pop("together", TaskScope())
     distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, together=together))
 
 
@@ -420,7 +420,7 @@ def distilled_together(store: Store, inputs: dict[str, Folder], folder: Path, **
     kept: dict[str, Any] = {}
     for name, edit, ahead in (("mha", MHA_EDIT, [MLP_EDIT]), ("mlp", MLP_EDIT, [])):
         following = [make_context(store, "", folder, edit=other, **changes).params for other in ahead]
-        together = Together(next=following, kept=kept)
+        together = TaskScope(next=following, kept=kept)
         folder.mkdir(exist_ok=True)
         run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, together=together, **changes)
     return {
@@ -503,7 +503,7 @@ def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_i
     assert passes == [(MHA_SITE, MLP_SITE, PAIR.site)] * 7
     passes.clear()
     for edit in (MHA_EDIT, MLP_EDIT):
-        together = Together(recorded=lambda edit=edit: found[edit])
+        together = TaskScope(recorded=lambda edit=edit: found[edit])
         run_distill(store, f"g/{edit}", inputs, tmp_path / "given", edit=edit, together=together, **changes)
         assert passes == []
         run_distill(store, f"o/{edit}", inputs, tmp_path / "own", edit=edit, **changes)
@@ -527,7 +527,7 @@ def test_a_site_of_whose_pass_something_was_lost_makes_its_own(
     ((first, _),) = recorded_in(2, inputs, MHA_EDIT)
     passes.clear()
     left = [first, None] if lost == "one part" else []
-    run_distill(store, "own", inputs, tmp_path / "own", together=Together(recorded=lambda: left))
+    run_distill(store, "own", inputs, tmp_path / "own", together=TaskScope(recorded=lambda: left))
     assert passes == [(MHA_SITE,)] * 2
 
 
@@ -537,7 +537,7 @@ def test_what_does_not_fit_a_task_is_not_fetched(
     def fetch() -> list[Any]:
         raise AssertionError("fetched")
 
-    run_distill(store, "a", inputs, tmp_path / "a", activations=A_SITE - 1, together=Together(recorded=fetch))
+    run_distill(store, "a", inputs, tmp_path / "a", activations=A_SITE - 1, together=TaskScope(recorded=fetch))
     assert len(passes) > 2
 
 
@@ -584,7 +584,7 @@ def test_what_does_not_fit_the_gpu_is_kept_on_the_host_and_what_fits_neither_is_
     teacher: Any = OnCard()
     context = make_context(Store("unused"), "", Path())
     ahead = make_context(Store("unused"), "", Path(), edit=MLP_EDIT).params
-    context = replace(context, together=Together(next=[ahead]))
+    context = replace(context, together=TaskScope(next=[ahead]))
     task = TaskState((), teacher, {})
     found = choose_source(task, context)
     if expected is None:

@@ -15,7 +15,7 @@ from graftwork.pipeline import api
 from graftwork.pipeline.cli.tables import lasting, show_expected
 from graftwork.pipeline.estimates.estimate import START_SECONDS, estimate
 from graftwork.pipeline.estimates.history import LOAD_SECONDS, History
-from graftwork.pipeline.estimates.sharing import parts_of_pass, site_items
+from graftwork.pipeline.estimates.sharing import num_recording_tasks, site_items
 from graftwork.pipeline.estimates.simulate import Machine, machine_for
 from graftwork.pipeline.estimates.speeds import CORE, assumed_speed
 from graftwork.pipeline.execution.task import work_done
@@ -123,8 +123,8 @@ def test_the_pass_of_sites_on_cpus_is_made_by_tasks_of_its_own_where_that_pays(
 ) -> None:
     plan = planned(*overrides)
     sites = [plan["distill/01.mha"], plan["distill/03.mha"]]
-    assert parts_of_pass(sites, slots) == parts
-    assert parts_of_pass(sites[:1], slots) == 0
+    assert num_recording_tasks(sites, slots) == parts
+    assert num_recording_tasks(sites[:1], slots) == 0
 
 
 # -- speed

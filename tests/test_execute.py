@@ -31,7 +31,7 @@ from graftwork.pipeline.planning.fingerprints import External
 from graftwork.pipeline.planning.plan import Plan, Step, make_plan
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Holder, Lease
+from graftwork.pipeline.store.leases import Lease, LeaseOwner
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.params import ClassifierParams
 from graftwork.specs.reading.load import load
@@ -188,7 +188,7 @@ def test_files_that_only_another_machine_has_are_taken_as_they_are(tmp_path: Pat
 def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(store: Store, doing: Any) -> None:
     doing(leave_a_file)
     made = works(store, "a", "b", "c")
-    lease = leases.take(store, made[1].step.key, Holder.me("another", "task"))
+    lease = leases.take(store, made[1].step.key, LeaseOwner.me("another", "task"))
     assert isinstance(lease, Lease)
     with leases.releasing(lease):
         results = run(made)
@@ -316,7 +316,7 @@ def test_sites_end_in_the_same_bits_where_tasks_before_theirs_made_the_pass(
     found, plan = keys(tiny.outcome), make_plan(load(TINY, (f"store={store.root}",)))
     for step in ("features", "base", "profile"):
         shutil.copytree(tiny.store / "artifacts" / found[step], Path(store.root) / "artifacts" / found[step])
-    monkeypatch.setattr(sharing, "WORTH_A_TASK", 32)
+    monkeypatch.setattr(sharing, "MIN_RECORDING_SAMPLES", 32)
     fetched: list[Any] = []
     start = recording.Pass.start
 

@@ -16,8 +16,8 @@ from graftwork.pipeline.planning.contents import Contents, read_snapshot
 from graftwork.pipeline.runs import gc, record
 from graftwork.pipeline.runs.record import RunRecord, StepRecord
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Holder, take
 from graftwork.pipeline.store.leases import Lease as HeldLease
+from graftwork.pipeline.store.leases import LeaseOwner, take
 from graftwork.pipeline.store.manifest import MANIFEST, RottenArtifact
 from graftwork.specs.reading.load import SpecError
 from tests.stores import FILES, KEY, OTHER, commit, overwrite, remove, stored
@@ -129,7 +129,7 @@ def test_an_upload_that_was_abandoned_goes(s3: Store) -> None:
 
 
 def test_what_is_leased_stays(store: Store) -> None:
-    lease = take(store, OTHER, Holder.me("digits-9", "task"))
+    lease = take(store, OTHER, LeaseOwner.me("digits-9", "task"))
     assert isinstance(lease, HeldLease)
     overwrite(store, f"partial/{OTHER}/training.0123", b"a checkpoint")
     assert collect(store) == []
@@ -140,7 +140,7 @@ def test_what_is_leased_stays(store: Store) -> None:
 def test_a_lease_that_is_not_renewed_for_an_hour_keeps_nothing(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     commit(store, OTHER)
-    lease = take(store, OTHER, Holder(run="digits-9", task="task", host="another", machine="another", process=1))
+    lease = take(store, OTHER, LeaseOwner(run="digits-9", task="task", host="another", machine="another", process=1))
     assert isinstance(lease, HeldLease)
     lease._ended.set()  # its machine is gone
     assert collect(store) == []
@@ -171,7 +171,7 @@ def test_the_listing_says_what_forgetting_each_run_would_free(store: Store) -> N
 
 @pytest.mark.parametrize("name", [KEY, record.lease_name("digits-1")])
 def test_a_run_that_is_at_work_is_not_forgotten(store: Store, name: str) -> None:
-    lease = take(store, name, Holder.me("digits-1", "task"))
+    lease = take(store, name, LeaseOwner.me("digits-1", "task"))
     assert isinstance(lease, HeldLease)
     with pytest.raises(SpecError, match="accepted: a run that has stopped"):
         gc.garbage(store, 0.0, ("digits-1",))

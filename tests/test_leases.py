@@ -13,7 +13,7 @@ import pytest
 
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Held, Holder, Lease, Waiter, look, take
+from graftwork.pipeline.store.leases import Lease, LeaseOwner, LeaseSnapshot, LeaseWatch, look, take
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -24,8 +24,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "EXPIRES_SECONDS", 0.5)
 
 
-def me(task: str) -> Holder:
-    return Holder.me("some-run", task)
+def me(task: str) -> LeaseOwner:
+    return LeaseOwner.me("some-run", task)
 
 
 def taken(store: Store, task: str, **how: Any) -> Lease:
@@ -57,7 +57,7 @@ def holder(store: Store, request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_a_lease_has_one_holder_until_it_is_released(store: Store) -> None:
     ours = taken(store, "ours")
     found = take(store, "a", me("theirs"))
-    assert isinstance(found, Held) and found.holder.process == os.getpid() and "some-run" in str(found.holder)
+    assert isinstance(found, LeaseSnapshot) and found.holder.process == os.getpid() and "some-run" in str(found.holder)
     assert leases.held(store) == {"a"}
     ours.release()
     assert look(store, "a") is None and leases.held(store) == set() and store.names("leases") == []
@@ -92,7 +92,7 @@ class Interrupted(Store):
 @pytest.mark.parametrize("was_held", [False, True])
 @pytest.mark.parametrize("moment", range(4))
 def test_a_lease_that_changes_hands_while_it_is_taken_has_one_holder(store: Store, moment: int, was_held: bool) -> None:
-    holders: list[Lease | Held] = []
+    holders: list[Lease | LeaseSnapshot] = []
     earlier = [taken(store, "lost"), taken(store, "found", over=look(store, "a"))] if was_held else []
 
     def others() -> None:
@@ -145,7 +145,7 @@ def test_of_many_who_want_it_at_once_one_gets_it(store: Store) -> None:
 
 @pytest.mark.parametrize("holder", ["this machine"], indirect=True)
 def test_what_a_dead_process_of_this_machine_held_is_free_at_once(store: Store, holder: Any) -> None:
-    assert isinstance(take(store, "a", me("ours")), Held)
+    assert isinstance(take(store, "a", me("ours")), LeaseSnapshot)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     taken(store, "ours").release()
@@ -155,8 +155,8 @@ def test_what_a_dead_process_of_this_machine_held_is_free_at_once(store: Store, 
 @pytest.mark.parametrize("holder", ["another machine"], indirect=True)
 def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(store: Store, holder: Any) -> None:
     found = take(store, "a", me("ours"))
-    assert isinstance(found, Held)
-    waiter, began = Waiter(found), time.monotonic()
+    assert isinstance(found, LeaseSnapshot)
+    waiter, began = LeaseWatch(found), time.monotonic()
     while time.monotonic() - began < 1.5:
         assert not waiter.expired(store)
         time.sleep(0.05)
@@ -166,7 +166,7 @@ def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(sto
     while not waiter.expired(store):
         time.sleep(0.05)
     assert 0.3 < time.monotonic() - silent < 5
-    assert isinstance(take(store, "a", me("ours")), Held)  # nobody else's patience has ended
+    assert isinstance(take(store, "a", me("ours")), LeaseSnapshot)  # nobody else's patience has ended
     taken(store, "ours", over=waiter.last).release()
 
 
@@ -174,18 +174,18 @@ def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(sto
 def test_patience_with_one_holder_is_no_right_over_the_next(store: Store) -> None:
     first = taken(store, "first")
     found = take(store, "a", me("ours"))
-    assert isinstance(found, Held)
+    assert isinstance(found, LeaseSnapshot)
     first.release()
     second = taken(store, "second")
-    assert isinstance(take(store, "a", me("ours"), over=found), Held)
+    assert isinstance(take(store, "a", me("ours"), over=found), LeaseSnapshot)
     second.release()
 
 
 def test_another_attempt_at_a_task_takes_over_from_the_first(store: Store) -> None:
     first, again = taken(store, "same"), taken(store, "same")
-    assert isinstance(take(store, "a", me("other")), Held)
+    assert isinstance(take(store, "a", me("other")), LeaseSnapshot)
     first.release()  # the first was only slow, and leaves: the lease is the second's still
-    assert isinstance(take(store, "a", me("other")), Held)
+    assert isinstance(take(store, "a", me("other")), LeaseSnapshot)
     again.release()
     assert look(store, "a") is None
 

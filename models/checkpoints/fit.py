@@ -19,7 +19,7 @@ from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit
 
 MAX_NAMED = 3  # tensors of a kind of misfit that an error names
-LARGER = 16  # times, at most, that a rootstock has the numbers of its graft
+MAX_SIZE_RATIO = 16  # refuse a config with more than so many times the numbers that the file holds
 OTHER_CLASSES = "a checkpoint of the job's classes, or weights.classes: fresh or {class: row}, for one's own classes"
 VARIANCE = "final_layer.linear"  # has rows for the variance behind those for the noise
 ALIGNMENT = 64  # bytes, of what torch allocates
@@ -51,7 +51,7 @@ def fitting(config: RootstockConfig, edits: Iterable[Edit], tensors: Tensors) ->
     """The model before it has weights; raises UnfitCheckpoint, naming the tensors that do not fit it."""
     held = sum(math.prod(shape) for shape in tensors.shapes.values())
     asked = rootstock_cost(config, config.place, config.in_channels, config.num_classes).params
-    if asked > LARGER * held:
+    if asked > MAX_SIZE_RATIO * held:
         raise UnfitCheckpoint(f"{tensors.source}: holds {held:,} numbers, expected a model of about {asked:,}")
     try:
         model = weightless(config, edits)

@@ -44,8 +44,8 @@ class Gate:
     def of_site(cls, block: int, num_scions: int) -> Gate:
         return cls((block,), tuple((holding,) for holding in range(1 + num_scions)))
 
-    def holdings(self, position: int) -> Tensor:
-        """Of the block at that position, (M,O): 1 where a choice of this gate has its site hold that."""
+    def options_of(self, position: int) -> Tensor:
+        """Return (M,O), one-hot: row m is the option that choice m puts into the block at `position`."""
         held = torch.tensor([choice[position] for choice in self.choices])
         return nn.functional.one_hot(held, 1 + max(max(choice) for choice in self.choices))
 
@@ -72,7 +72,7 @@ class Gates(nn.Module):
         self.logits = nn.Parameter(torch.full((sum(self.sizes),), logit_start))  # (M,), gate after gate
         for number, gate in enumerate(gates):  # buffers, so that they are where the logits are
             for position in range(len(gate.blocks)):
-                table = gate.holdings(position).to(self.logits.dtype)
+                table = gate.options_of(position).to(self.logits.dtype)
                 self.register_buffer(_holdings(number, position), table, persistent=False)
 
     def sample(self, noise: Tensor, temperature: float, scale: float) -> dict[int, Tensor]:

@@ -16,7 +16,7 @@ from graftwork.pipeline.store.manifest import CPU, Manifest, WorkDone
 from graftwork.specs.problems import SpecError
 
 LOAD_SECONDS = 7.0  # of a step, that its process takes to load torch
-UNHEARD_OF = 1e30  # FLOPs and seconds of an artifact that nobody made
+IMPLAUSIBLE = 1e30  # ignore artifacts that claim more seconds or FLOPs than this
 LATEST = 20  # artifacts of a kind that say how fast it is done
 RECENT = 10  # runs that are asked for their last estimate
 
@@ -41,7 +41,7 @@ class Done:
             return None
         done = cls(origin.step, origin.run, work, origin.seconds)
         sizes = [done.seconds, work.devices, *([] if work.flops is None else [done.flops])]
-        return done if all(0 < size < UNHEARD_OF for size in sizes) else None
+        return done if all(0 < size < IMPLAUSIBLE for size in sizes) else None
 
     def is_like(self, step: Step) -> bool:
         """Whether it was done on such a device and, on a GPU, in the step's precision; one without a formula is like

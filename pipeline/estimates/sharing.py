@@ -8,7 +8,7 @@ from graftwork.pipeline.estimates.packing import Item
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs import params
 
-WORTH_A_TASK = 256  # samples to learn from, in the pass of the rootstock
+MIN_RECORDING_SAMPLES = 256  # of a site's pass, for a task of its own that records activations
 
 
 def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
@@ -23,14 +23,17 @@ def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     return items, shared
 
 
-def parts_of_pass(sites: Sequence[Step], slots: int) -> int:
-    """In how many tasks of their own the pass of these sites is recorded before theirs; 0 where each task of theirs
-    has a pass: on GPUs, where it is short, with a budget for activations, and where it is little or all in one task."""
+def num_recording_tasks(sites: Sequence[Step], slots: int) -> int:
+    """Return the number of tasks that record activations before distillation starts.
+
+    0 if every distillation task runs the rootstock itself: on GPUs, with `distill.activations` set, for one site, for
+    too few samples, or if all sites are in one task.
+    """
     first = sites[0].params
     assert isinstance(first, params.DistillParams)
     if sites[0].resources.gpu or first.recipe.activations is not None or len(sites) < 2:
         return 0
-    parts = min(slots, first.recipe.samples * first.recipe.draws // WORTH_A_TASK)
+    parts = min(slots, first.recipe.samples * first.recipe.draws // MIN_RECORDING_SAMPLES)
     return parts if parts > 1 else 0
 
 

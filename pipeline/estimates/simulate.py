@@ -10,7 +10,7 @@ from typing import Literal
 
 from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline.estimates.packing import Item, duration, pack
-from graftwork.pipeline.estimates.sharing import block_of, parts_of_pass
+from graftwork.pipeline.estimates.sharing import block_of, num_recording_tasks
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs.problems import SpecError
 
@@ -130,7 +130,7 @@ def _tasks(ready: Sequence[Step], times: Mapping[str, StepTime], machine: Machin
         slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
         items = [Item(step.name, times[step.name].own, depth=block_of(step)) for step in sites]
         shared = max(times[step.name].shared for step in sites)
-        parts = parts_of_pass(sites, slots)
+        parts = num_recording_tasks(sites, slots)
         before, within = (shared / parts, 0.0) if parts else (0.0, shared)
         for number, one in enumerate(pack(items, slots, within)):
             waited = before if number < slots else 0.0  # by those that begin first

@@ -25,7 +25,7 @@ from graftwork.pipeline.runs.record import COMMIT, SUBMISSION
 from graftwork.pipeline.tracking.destination import EXPERIMENT, URI
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.specs.secrets import INSTEAD, masked, secret_in
+from graftwork.specs.secrets import PLACEHOLDER_HINT, masked, secret_in
 
 if TYPE_CHECKING:
     from graftwork.cluster.jobs import Answer, Cluster, Submission
@@ -106,7 +106,7 @@ def with_tracking(job: JobSpec) -> JobSpec:
     """The job with what MLflow's variables say here, if its spec leaves it out: the nodes have other variables."""
     uri, experiment = os.environ.get(URI), os.environ.get(EXPERIMENT)
     if job.tracking.uri is None and uri and secret_in(uri):
-        raise SpecError([f"{URI}: got {masked(uri)}; accepted: tracking.uri with {INSTEAD}"])
+        raise SpecError([f"{URI}: got {masked(uri)}; accepted: tracking.uri with {PLACEHOLDER_HINT}"])
     chosen = {"uri": job.tracking.uri or uri, "experiment": job.tracking.experiment or experiment}
     return job.model_copy(update={"tracking": job.tracking.model_copy(update=chosen)})
 
@@ -141,7 +141,7 @@ def store_of(found: Submission | None, name: str, store: str | None) -> str:
     if place is None:
         raise SpecError([f"run: got {name!r}, no such submission; accepted: one of graft status --address, or --store"])
     if secret_in(place):
-        raise SpecError([f"--store: got {masked(place)!r}; accepted: {INSTEAD}"])
+        raise SpecError([f"--store: got {masked(place)!r}; accepted: {PLACEHOLDER_HINT}"])
     if _relative(place):
         raise SpecError([f"--store: got {place!r}; accepted: a URI, or an absolute path on the cluster's nodes"])
     return place

@@ -24,7 +24,7 @@ from graftwork.pipeline.runs.stopping import Stop
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import State, Store
 from graftwork.pipeline.store.errors import StoreError
-from graftwork.pipeline.store.leases import Held, Holder, Lease, Waiter
+from graftwork.pipeline.store.leases import Lease, LeaseOwner, LeaseSnapshot, LeaseWatch
 from graftwork.pipeline.store.manifest import Manifest, RottenArtifact
 from graftwork.pipeline.tracking.destination import Destination, destination
 from graftwork.pipeline.tracking.outbox import waiting
@@ -135,13 +135,13 @@ class Run:
 
     def _lease(self) -> Lease:
         """The right to go on with this run, waited for where another driver is at it."""
-        name, me = record.lease_name(self.record.run), Holder.me(self.record.run, uuid.uuid4().hex)
-        expired: Held | None = None
+        name, me = record.lease_name(self.record.run), LeaseOwner.me(self.record.run, uuid.uuid4().hex)
+        expired: LeaseSnapshot | None = None
         while True:
             taken = leases.take(self.store, name, me, over=expired)
             if isinstance(taken, Lease):
                 return taken
-            waiter = Waiter(taken)
+            waiter = LeaseWatch(taken)
             self.view.say(f"waiting for {taken.holder}, which is at this very run")
             while not waiter.expired(self.store):
                 if self.stop.wanted(self.store, self.record.run):
@@ -202,7 +202,7 @@ class Run:
         self._note(step, "skipped", 0.0, None)
         self.view.change(step, "skipped", f"needs {because_of}")
 
-    def waiting(self, step: str, holder: Holder) -> None:
+    def waiting(self, step: str, holder: LeaseOwner) -> None:
         self.view.say(f"{step}: waiting for {holder}, which is at it")
 
     def taken(self, step: str) -> None:

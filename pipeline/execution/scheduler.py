@@ -21,7 +21,7 @@ from graftwork import stages
 from graftwork.cluster.board import Board, News, Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.estimates.packing import pack
-from graftwork.pipeline.estimates.sharing import parts_of_pass, site_items
+from graftwork.pipeline.estimates.sharing import num_recording_tasks, site_items
 from graftwork.pipeline.execution import shared_pass
 from graftwork.pipeline.execution.shared_pass import Recordings
 from graftwork.pipeline.execution.task import (
@@ -37,7 +37,7 @@ from graftwork.pipeline.execution.task import (
 )
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Held, Holder, Waiter
+from graftwork.pipeline.store.leases import LeaseOwner, LeaseSnapshot, LeaseWatch
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.job import JobSpec
@@ -73,7 +73,7 @@ class Watcher(Protocol):
     def ended(self, step: str, result: StepResult) -> None: ...
     def failed(self, step: str, problem: str) -> None: ...
     def skipped(self, step: str, because_of: str) -> None: ...
-    def waiting(self, step: str, holder: Holder) -> None: ...
+    def waiting(self, step: str, holder: LeaseOwner) -> None: ...
     def taken(self, step: str) -> None: ...  # another driver made its artifact
     def stop_wanted(self) -> bool: ...
     def short(self, step: str, wanted: str) -> None: ...  # no node of the cluster can hold it
@@ -113,8 +113,8 @@ class Execution:
         self.refs: dict[str, Any] = {}  # step -> the ref of its task
         self.helped: set[Any] = set()  # refs of tasks that others recorded for
         self.alone: set[str] = set()  # were lost together with others
-        self.held: dict[str, Waiter] = {}
-        self.expired: dict[str, Held] = {}
+        self.held: dict[str, LeaseWatch] = {}
+        self.expired: dict[str, LeaseSnapshot] = {}
         self.begun: set[str] = set()
         self.failures: list[StepFailed] = []
         self.last_metrics: dict[str, str] = {}
@@ -164,7 +164,7 @@ class Execution:
         items, shared = site_items(self.plan, [step.name for step in sites])
         resources = sites[0].resources
         slots = runtime.room_for(resources)
-        parts = parts_of_pass(sites, slots)
+        parts = num_recording_tasks(sites, slots)
         if parts and not shared_pass.fits(items, parts, resources):
             parts = 0
         packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if parts else shared)]
@@ -264,7 +264,7 @@ class Execution:
         elif result.failure is not None:
             self._fail(result.failure)
         elif result.held is not None:
-            self.held[name] = Waiter(result.held)
+            self.held[name] = LeaseWatch(result.held)
             self.watcher.waiting(name, result.held.holder)
         elif result.state == "blocked":
             self._block(name)

@@ -22,7 +22,7 @@ from graftwork.pipeline.execution.shared_pass import Recordings
 from graftwork.pipeline.planning.plan import Step
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Held, Holder
+from graftwork.pipeline.store.leases import LeaseOwner, LeaseSnapshot
 from graftwork.pipeline.store.manifest import CPU, Origin, RottenArtifact, WorkDone
 from graftwork.specs.problems import plain
 from graftwork.specs.resources import StepResources
@@ -61,7 +61,7 @@ class StepResult:
     key: str
     state: Literal["done", "held", "blocked", "stopped", "failed"]
     seconds: float = 0.0
-    held: Held | None = None
+    held: LeaseSnapshot | None = None
     failure: StepFailed | None = None
 
 
@@ -77,7 +77,7 @@ class Work:
     report: Reporter
     stopping: StopSignal
     task: str
-    over: Held | None  # a lease that has expired
+    over: LeaseSnapshot | None  # a lease that has expired
     recorded: Recordings = ()  # what tasks before left for it
 
 
@@ -87,7 +87,7 @@ def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Step
     kept: dict[str, Any] = {}
     results = []
     for number, work in enumerate(works):
-        together = contract.Together(
+        together = contract.TaskScope(
             next=[other.step.params for other in works[number + 1 :]],
             kept=kept,
             recorded=partial(shared_pass.fetch, work.recorded) if work.recorded else None,
@@ -103,7 +103,7 @@ _run_steps = ray.remote(_do_steps)
 _run_steps_on_gpu = ray.remote(max_calls=1)(_do_steps)  # its process ends with it
 
 
-def _run_step(work: Work, done: Collection[str], together: contract.Together) -> StepResult:
+def _run_step(work: Work, done: Collection[str], together: contract.TaskScope) -> StepResult:
     """Do a step's work and commit it, under its lease."""
     step = work.step
     try:
@@ -118,7 +118,7 @@ def _run_step(work: Work, done: Collection[str], together: contract.Together) ->
         return StepResult(step.name, step.key, "failed", failure=failure)
 
 
-def _attempt(work: Work, done: Collection[str], together: contract.Together) -> StepResult:
+def _attempt(work: Work, done: Collection[str], together: contract.TaskScope) -> StepResult:
     name, key, store = work.step.name, work.step.key, work.store
     if store.manifest(key) is not None:  # another driver on this store was faster
         return StepResult(name, key, "done")
@@ -126,8 +126,8 @@ def _attempt(work: Work, done: Collection[str], together: contract.Together) -> 
         return StepResult(name, key, "blocked")
     if work.stopping.now():
         return StepResult(name, key, "stopped")
-    taken = leases.take(store, key, Holder.me(work.origin.run, work.task), over=work.over)
-    if isinstance(taken, Held):
+    taken = leases.take(store, key, LeaseOwner.me(work.origin.run, work.task), over=work.over)
+    if isinstance(taken, LeaseSnapshot):
         return StepResult(name, key, "held", held=taken)
     with leases.releasing(taken):
         # It may have been committed between the first look and the lease.
@@ -135,7 +135,7 @@ def _attempt(work: Work, done: Collection[str], together: contract.Together) -> 
         return StepResult(name, key, "done", seconds=seconds)
 
 
-def _do(work: Work, together: contract.Together) -> float:
+def _do(work: Work, together: contract.TaskScope) -> float:
     """The step's work, and its commit; returns the seconds that the work took."""
     step, store = work.step, work.store
     began = time.perf_counter()

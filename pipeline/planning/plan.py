@@ -20,7 +20,7 @@ from typing import Any
 
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.fingerprints import ABSENT, UNREAD, External
-from graftwork.pipeline.planning.steps import RULES, drafts
+from graftwork.pipeline.planning.steps import RULES, unkeyed_steps
 from graftwork.pipeline.store.artifacts import State, Store
 from graftwork.pipeline.store.manifest import Manifest, RottenArtifact, canonical
 from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
@@ -35,7 +35,7 @@ from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.training import Precision
 from graftwork.stages import STAGES
 from graftwork.stages.features.hashes import IMAGES, ImageHashes, escaped, read_hashes
-from graftwork.stages.work import Formulas, Known, Work
+from graftwork.stages.work import Formulas, StepInputs, Work
 
 FOUNDATIONS = ("features", "base")  # stages on whose steps all others rest
 MAX_DIFFERENCES = 5  # of a step, that a plan shows
@@ -111,11 +111,11 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
     contents: of the files that it brings along; without it, each is read. If one may not be, no run has these keys.
     """
     steps: dict[str, Step] = {}
-    known: dict[str, Known] = {}  # by key
+    known: dict[str, StepInputs] = {}  # by key
     formulas = Formulas(known.__getitem__)
     contents = contents or Contents()
     fingerprint = cache(lambda external: external.fingerprint(contents))  # many steps read the same
-    for draft in drafts(job, contents):
+    for draft in unkeyed_steps(job, contents):
         identity: dict[str, Any] = {
             "stage": draft.stage,
             "version": STAGES[draft.stage].version,
@@ -124,7 +124,7 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
             "needs": {role: steps[needed].key for role, needed in draft.needs.items()},
         }
         key = hashlib.sha256(canonical(identity).encode()).hexdigest()
-        known[key] = one = Known(draft.params, identity["needs"], identity["outside"])
+        known[key] = one = StepInputs(draft.params, identity["needs"], identity["outside"])
         steps[draft.name] = Step(
             name=draft.name,
             stage=draft.stage,

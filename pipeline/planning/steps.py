@@ -32,7 +32,7 @@ Needs = dict[str, str]  # role -> step
 
 
 @dataclass(frozen=True)
-class Draft:
+class UnkeyedStep:
     """A step that has no key yet."""
 
     name: str
@@ -44,7 +44,7 @@ class Draft:
     images: ImageHashes | None = None  # that it reads
 
 
-def drafts(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+def unkeyed_steps(job: JobSpec, contents: Contents) -> Iterator[UnkeyedStep]:
     """Yield every step of the job, each after those that it needs. contents: of the files that it brings along."""
     yield from _rootstock(job, contents)
     yield from _distillation(job)
@@ -54,26 +54,26 @@ def drafts(job: JobSpec, contents: Contents) -> Iterator[Draft]:
     yield from _evaluation(job)
 
 
-def _rootstock(job: JobSpec, contents: Contents) -> Iterator[Draft]:
+def _rootstock(job: JobSpec, contents: Contents) -> Iterator[UnkeyedStep]:
     outside, images = data_fingerprint(job.data, contents)
     external: tuple[External, ...] = ()
     if isinstance(job.codec, VaeCodec):
         external = (External("codec", str(vae_folder(Path(job.codec.path))), "codec.path"),)
     features = params.FeaturesParams(data=job.data, codec=job.codec)
-    yield Draft("features", "features", features, {}, outside, external, images)
+    yield UnkeyedStep("features", "features", features, {}, outside, external, images)
 
     external = ()
     if isinstance(job.weights, CheckpointWeights):
         external = (External("checkpoint", job.weights.path, "weights.path"),)
     base = params.BaseParams(seed=job.seed, model=job.model, weights=job.weights)
-    yield Draft("base", "base", base, FEATURES, external=external)
+    yield UnkeyedStep("base", "base", base, FEATURES, external=external)
     if any("classifier" in METRICS[metric].steps for metric in job.evaluate.metrics):
-        yield Draft("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
+        yield UnkeyedStep("classifier", "classifier", params.ClassifierParams(seed=job.seed), FEATURES)
     profile = params.ProfileParams(seed=job.seed, samples=PROFILE_SAMPLES, precision=job.profile.precision)
-    yield Draft("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
+    yield UnkeyedStep("profile", "profile", profile, ROOTSTOCK, _few(job, PROFILE_SAMPLES))
 
 
-def _distillation(job: JobSpec) -> Iterator[Draft]:
+def _distillation(job: JobSpec) -> Iterator[UnkeyedStep]:
     edits = job.edits()
     few = _few(job, job.distill.samples, job.distill.heldout or job.distill.samples)
     for edit in edits:
@@ -84,7 +84,7 @@ def _distillation(job: JobSpec) -> Iterator[Draft]:
         told = params.DistillParams(seed=job.seed, edit=edit, within=within, recipe=job.distill)
         external = (External("scions", edit.scions, "graft.scions"),) if edit.scions else ()
         outside = {**few, **_stream(job.distill.precision)}
-        yield Draft(f"distill/{edit.name}", "distill", told, needs, outside, external)
+        yield UnkeyedStep(f"distill/{edit.name}", "distill", told, needs, outside, external)
 
 
 def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -99,7 +99,7 @@ def _scions(edits: Iterable[Edit]) -> Needs:
     return {f"scions/{edit.name}": f"distill/{edit.name}" for edit in edits}
 
 
-def _searches(job: JobSpec) -> Iterator[Draft]:
+def _searches(job: JobSpec) -> Iterator[UnkeyedStep]:
     depth = job.model.depth
     for number, layers in job.learned().items():
         candidates = job.graft[number].edits(depth)
@@ -108,16 +108,16 @@ def _searches(job: JobSpec) -> Iterator[Draft]:
             seed=job.seed, candidates=candidates, groups=groups, budget=layers.budget, recipe=layers.search
         )
         few = _few(job, _share(job, layers.search.fraction))
-        yield Draft(f"search/{number}", "search", told, ROOTSTOCK | _scions(candidates), few)
+        yield UnkeyedStep(f"search/{number}", "search", told, ROOTSTOCK | _scions(candidates), few)
 
 
-def _selection(job: JobSpec) -> Draft:
+def _selection(job: JobSpec) -> UnkeyedStep:
     depth = job.model.depth
     rules = tuple(params.Rule(edits=spec.edits(depth), layers=getattr(spec, "layers", None)) for spec in job.graft)
     needs = _scions(job.edits()) | {f"search/{number}": f"search/{number}" for number in job.learned()}
     if any(isinstance(rule.layers, LocalityLayers) for rule in rules):
         needs |= {"profile": "profile"}
-    return Draft("select", "select", params.SelectParams(depth=depth, rules=rules), needs)
+    return UnkeyedStep("select", "select", params.SelectParams(depth=depth, rules=rules), needs)
 
 
 def _hybrid(job: JobSpec) -> Needs:
@@ -125,20 +125,20 @@ def _hybrid(job: JobSpec) -> Needs:
     return ROOTSTOCK | {"select": "select"} | _scions(job.edits())
 
 
-def _finetuning(job: JobSpec) -> Iterator[Draft]:
+def _finetuning(job: JobSpec) -> Iterator[UnkeyedStep]:
     distilled = params.FinetuneParams(seed=job.seed, scions="distilled", recipe=job.finetune)
     needs = _hybrid(job)
     for number, layers in job.learned().items():
         if layers.finetune_from == "search":
             needs |= {"searched": f"search/{number}"}
     few = _few(job, _share(job, job.finetune.fraction))
-    yield Draft("finetune", "finetune", distilled, needs, few)
+    yield UnkeyedStep("finetune", "finetune", distilled, needs, few)
     if job.finetune.control:
         random = distilled.model_copy(update={"scions": "random"})
-        yield Draft("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"}, few)
+        yield UnkeyedStep("finetune/random_init", "finetune", random, ROOTSTOCK | {"select": "select"}, few)
 
 
-def _evaluation(job: JobSpec) -> Iterator[Draft]:
+def _evaluation(job: JobSpec) -> Iterator[UnkeyedStep]:
     asked = job.evaluate
     metrics = tuple(sorted(set(asked.metrics)))
     judges: Needs = {step: step for metric in metrics for step in METRICS[metric].steps}
@@ -167,12 +167,12 @@ def _evaluation(job: JobSpec) -> Iterator[Draft]:
             inception=asked.inception,
             compile=asked.compile,
         )
-        yield Draft(f"evaluate/{row}", "evaluate", told, needs | judges, outside, weights)
+        yield UnkeyedStep(f"evaluate/{row}", "evaluate", told, needs | judges, outside, weights)
 
     needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
     needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
-    yield Draft("evaluate", "evaluate", params.EvaluateParams(seed=job.seed, recipe=asked), needs)
+    yield UnkeyedStep("evaluate", "evaluate", params.EvaluateParams(seed=job.seed, recipe=asked), needs)
 
 
 def _last_turn(job: JobSpec) -> dict[str, str]:
@@ -206,14 +206,14 @@ def _weights(evaluate: EvaluateSpec, metric: Metric) -> tuple[External, ...]:
 
 def _references(
     job: JobSpec, metrics: tuple[Metric, ...], judges: Needs, weights: tuple[External, ...]
-) -> Iterator[Draft]:
+) -> Iterator[UnkeyedStep]:
     """What the rows are held against, and the row of real images: whatever is grafted, they stay."""
     asked = job.evaluate
     for metric in metrics:
         if METRICS[metric].reference == "training":
             training = params.TrainingStatisticsParams(codec=job.codec, metric=metric)
             needs = {step: step for step in METRICS[metric].steps}
-            yield Draft(f"reference/{metric}", "reference", training, FEATURES | needs)
+            yield UnkeyedStep(f"reference/{metric}", "reference", training, FEATURES | needs)
             continue
         assert asked.reference is not None
         external: tuple[External, ...] = (External("reference", asked.reference, "evaluate.reference"),)
@@ -224,6 +224,6 @@ def _references(
         given = params.GivenStatisticsParams(
             reference=asked.reference, background=background, inception=asked.inception, metric=metric
         )
-        yield Draft(f"reference/{metric}", "reference", given, {}, external=external)
+        yield UnkeyedStep(f"reference/{metric}", "reference", given, {}, external=external)
     heldout = params.HeldoutParams(codec=job.codec, samples=asked.samples, metrics=metrics, inception=asked.inception)
-    yield Draft("reference/heldout", "reference", heldout, FEATURES | judges, _last_turn(job), weights)
+    yield UnkeyedStep("reference/heldout", "reference", heldout, FEATURES | judges, _last_turn(job), weights)

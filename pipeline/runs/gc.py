@@ -60,8 +60,8 @@ class Holding:
     alone: int  # bytes of those that no other run refers to
 
 
-class Books:
-    """Which keys are in use: by runs, but for those to be forgotten, or by a lease."""
+class References:
+    """The keys in use: by runs, apart from those to be forgotten, or by a lease."""
 
     def __init__(self, store: Store, forgotten: Collection[str] = ()) -> None:
         self.store, self.forgotten = store, forgotten
@@ -99,7 +99,7 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
     older_than: seconds. What only the runs to `forget` refer to goes at any age; raises SpecError where one of them is
     being worked on.
     """
-    books = Books(store, forget)
+    books = References(store, forget)
     for run in forget:
         own = {step.key for step in books.runs[run].steps} & books.released
         if books.leased & {record.lease_name(run), *own}:
@@ -121,7 +121,7 @@ def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> 
     for run in forget:
         for place in (f"runs/{run}.json", f"outbox/{run}.jsonl", f"outbox/{run}.refused.jsonl", f"stops/{run}"):
             store.remove(place)
-    books = Books(store)
+    books = References(store)
     for one in found:
         books.refresh()
         if not books.uses(one):
@@ -132,7 +132,7 @@ def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> 
 def holdings(store: Store, forget: Collection[str] = ()) -> list[Holding]:
     """What each run keeps from being freed, first the run that would free most."""
     sizes = {manifest.key: sum(file.size for file in manifest.files.values()) for manifest in store.manifests()}
-    runs = [one for run, one in Books(store).runs.items() if run not in forget]
+    runs = [one for run, one in References(store).runs.items() if run not in forget]
     keys = {one.run: {step.key for step in one.steps} for one in runs}
     users = Counter(key for own in keys.values() for key in own)
     rows = []

@@ -15,7 +15,7 @@ from pydantic import BaseModel, StringConstraints
 from graftwork.pipeline.planning.plan import Plan
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.pipeline.store.leases import Holder
+from graftwork.pipeline.store.leases import LeaseOwner
 from graftwork.specs.problems import SpecError, first_few, shown
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def lease_name(run: str) -> str:
     return f"run-{run}"
 
 
-def holder(store: Store, run: str) -> Holder | None:
+def holder(store: Store, run: str) -> LeaseOwner | None:
     """Who is at the run, as far as can be told."""
     found = leases.look(store, lease_name(run))
     return None if found is None or found.holder.gone() else found.holder

@@ -30,8 +30,8 @@ BEAT_SECONDS = 5.0
 EXPIRES_SECONDS = 30.0
 
 
-class Holder(BaseModel):
-    """Who holds a lease."""
+class LeaseOwner(BaseModel):
+    """The driver that has a lease: its run, machine and process."""
 
     run: str
     task: str  # two attempts at one task have the same; the later one supersedes the earlier
@@ -41,7 +41,7 @@ class Holder(BaseModel):
     born: int = 0  # when that process began: numbers are used again
 
     @classmethod
-    def me(cls, run: str, task: str) -> Holder:
+    def me(cls, run: str, task: str) -> LeaseOwner:
         process = os.getpid()
         return cls(
             run=run, task=task, host=socket.gethostname(), machine=_machine(), process=process, born=_born(process)
@@ -58,24 +58,24 @@ class Holder(BaseModel):
 class Document(BaseModel):
     """What lies in a lease's file; each writing of it is another text."""
 
-    holder: Holder
+    holder: LeaseOwner
     beat: int = 0
     nonce: str = ""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A lease that another has, as it was when it was looked at."""
+class LeaseSnapshot:
+    """Another driver's lease as last read; a different text means a heartbeat."""
 
     name: str
     text: str  # of its file: any other text is a sign of life
-    holder: Holder
+    holder: LeaseOwner
 
 
 class Lease:
     """A lease of ours; it stays ours while the process lives and reaches the store."""
 
-    def __init__(self, store: Store, name: str, generation: int, holder: Holder) -> None:
+    def __init__(self, store: Store, name: str, generation: int, holder: LeaseOwner) -> None:
         self.store, self.name, self.generation = store, name, generation
         self._document = Document(holder=holder, nonce=uuid.uuid4().hex)
         self._ended, self._writing = threading.Event(), threading.Lock()
@@ -95,7 +95,7 @@ class Lease:
                     self.store.write(_file(self.name, self.generation), self._document.model_dump_json())
 
 
-def take(store: Store, name: str, holder: Holder, over: Held | None = None) -> Lease | Held:
+def take(store: Store, name: str, holder: LeaseOwner, over: LeaseSnapshot | None = None) -> Lease | LeaseSnapshot:
     """Take the lease, or find who has it. over: what was held and is known to have expired."""
     while True:
         found, generation = _current(store, name)
@@ -110,12 +110,12 @@ def take(store: Store, name: str, holder: Holder, over: Held | None = None) -> L
             return Lease(store, name, generation + 1, holder)
 
 
-def look(store: Store, name: str) -> Held | None:
+def look(store: Store, name: str) -> LeaseSnapshot | None:
     """Who has the lease, dead or alive; None where it is free."""
     return _current(store, name)[0]
 
 
-def _current(store: Store, name: str) -> tuple[Held | None, int]:
+def _current(store: Store, name: str) -> tuple[LeaseSnapshot | None, int]:
     """Who has the lease, and its generation; None where it is free, and -1 where nothing is left of earlier ones.
 
     The two are of one moment: whoever creates the next generation is not the second to take what was free.
@@ -124,7 +124,7 @@ def _current(store: Store, name: str) -> tuple[Held | None, int]:
         text = store.read(_file(name, generation))
         document = _parsed(text)
         if text is not None and document is not None:
-            return Held(name, text, document.holder), generation
+            return LeaseSnapshot(name, text, document.holder), generation
         if _last_generation(store, name) == generation:  # it was not released meanwhile: it cannot be read
             return None, generation
     return None, -1
@@ -141,10 +141,10 @@ def name_of(file: str) -> str:
     return file.removesuffix(".json").rpartition(".")[0]
 
 
-class Waiter:
-    """Watches a lease of another, to know when it is free to take."""
+class LeaseWatch:
+    """A watch on another driver's lease, which tells when it is free to take."""
 
-    def __init__(self, first: Held) -> None:
+    def __init__(self, first: LeaseSnapshot) -> None:
         self.last, self.changed = first, time.monotonic()
 
     def expired(self, store: Store) -> bool:

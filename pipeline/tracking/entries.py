@@ -85,15 +85,15 @@ class End(Document):
     status: EndStatus
 
 
-class Unseen(Document):
-    """How a step ended that no driver saw end: for its run where that does not stand as finished."""
+class LateEnd(Document):
+    """The end of a step whose driver died before reporting it; applied unless MLflow shows the run as FINISHED."""
 
     kind: Literal["unseen"] = "unseen"
     run: str
     ending: tuple[Values | File | End, ...]
 
 
-AnyEntry = Begin | Readings | Values | Tags | File | Json | End | Unseen
+AnyEntry = Begin | Readings | Values | Tags | File | Json | End | LateEnd
 ENTRY: TypeAdapter[AnyEntry] = TypeAdapter(Annotated[AnyEntry, Field(discriminator="kind")])
 
 

@@ -27,15 +27,15 @@ from graftwork.pipeline.tracking.entries import (
     EndStatus,
     File,
     Json,
+    LateEnd,
     Reading,
     Readings,
     Tags,
-    Unseen,
     Values,
     merged,
 )
 from graftwork.pipeline.tracking.outbox import Outbox
-from graftwork.pipeline.tracking.writer import Desk
+from graftwork.pipeline.tracking.writer import MlflowWriter
 from graftwork.specs.fields import keyed
 from graftwork.specs.problems import plain
 
@@ -70,11 +70,11 @@ class Tracker:
             for step in record.steps:
                 step.mlflow_run = None
         record.mlflow_uri, record.mlflow_experiment = destination.kept, destination.experiment
-        desk = Desk(destination, record, store)
+        writer = MlflowWriter(destination, record, store)
         for note in destination.notes:
             say(note)
         self.outbox: Outbox[AnyEntry] = Outbox(
-            store, record.run, f"MLflow at {destination.name}", ENTRY, desk.take, merged, say, record.resume_command()
+            store, record.run, f"MLflow at {destination.name}", ENTRY, writer.take, merged, say, record.resume_command()
         )
         self.begun = {step.name for step in record.steps if step.mlflow_run}
         self.begun |= {entry.run for entry in self.outbox.first if isinstance(entry, Begin)}
@@ -88,7 +88,7 @@ class Tracker:
         tags = {"graftwork.run": record.run, "mlflow.source.git.commit": record.git_commit or ""}
         job = Begin(run=self.job, parent=None, at=_now_ms(), tags=tags, params=_params(record.job))
         ours = [step for step in record.steps if step.state == "cached" and step.made_by == self.job]
-        unseen = [Unseen(run=step.name, ending=self._ending(step.name, step.key, step.seconds)) for step in ours]
+        unseen = [LateEnd(run=step.name, ending=self._ending(step.name, step.key, step.seconds)) for step in ours]
         self.outbox.put(job, Json(run=self.job, name="job.json", content=record.job), *unseen)
 
     def started(self, step: Step) -> None:

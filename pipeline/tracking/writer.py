@@ -1,4 +1,4 @@
-"""What a run tells MLflow, as entries that can wait and be delivered twice, and the desk that takes them there.
+"""What a run tells MLflow, as entries that can wait and be delivered twice, and the writer that takes them there.
 
 Why twice is harmless: an entry's times are those of what happened, a run is looked for by its `graftwork.id` before
 one is made, parameters that stand are left alone, and of a curve only what comes after its last point is written.
@@ -31,9 +31,9 @@ from graftwork.pipeline.tracking.entries import (
     End,
     File,
     Json,
+    LateEnd,
     Readings,
     Tags,
-    Unseen,
     Values,
 )
 from graftwork.pipeline.tracking.mlflow_database import restoring
@@ -47,8 +47,8 @@ ID = "graftwork.id"  # the tag by which a run is found whose creation was not an
 T = TypeVar("T")
 
 
-class Desk:
-    """Takes entries to MLflow; notes in the record which MLflow runs they are for."""
+class MlflowWriter:
+    """The writer of entries to MLflow; it notes in the record which MLflow runs they are for."""
 
     def __init__(self, destination: Destination, record: RunRecord, store: Store) -> None:
         """Raises SpecError."""
@@ -90,7 +90,7 @@ class Desk:
                 if entry.run in self.doubtful:
                     self._delete_others(self._search(entry.run), run)
                 self.client.set_terminated(run, entry.status, end_time=entry.at)
-            case Unseen():
+            case LateEnd():
                 found = self._find(entry.run)
                 if found is not None and self.client.get_run(found).info.status != "FINISHED":
                     for last in entry.ending:
@@ -290,9 +290,9 @@ class Desk:
     def _verdict(self, entry: AnyEntry, error: Exception) -> Unanswered | Refused:
         """Whether the server can take nothing now, or alone this entry."""
         fault = mlflow_server.fault(error, self.uri)
-        if isinstance(entry, File | Json | Unseen):
+        if isinstance(entry, File | Json | LateEnd):
             self.lost_files, self.lost_at = self.lost_files + 1, time.monotonic()
-            file = f"of {entry.run}" if isinstance(entry, Unseen) else entry.name
+            file = f"of {entry.run}" if isinstance(entry, LateEnd) else entry.name
             return self._trouble() or Refused(f"takes no file {file} ({one_line(error)})")
         if fault.is_ours:
             return self._trouble() or Refused(fault.reason)

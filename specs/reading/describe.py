@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from graftwork.specs.fields import NoNumber
+from graftwork.specs.fields import NotANumber
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import named, shown
 from graftwork.specs.reading.schema import kind_of, sections_of
@@ -42,7 +42,7 @@ def describe(problem: ErrorDetails) -> str:
 def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:
     """What is accepted, where pydantic's own words are about Python."""
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
-    if isinstance(given, NoNumber) and given.too_large:
+    if isinstance(given, NotANumber) and given.too_large:
         return "a number of at most 64 bits"
     if kind in ("union_tag_not_found", "model_type", "model_attributes_type", "dict_type"):
         return _mapping(holds)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from graftwork.specs.fields import with_room
+from graftwork.specs.fields import wrap_large_integers
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError, first_few, shown
 from graftwork.specs.reading.describe import describe
@@ -75,7 +75,7 @@ def job_from(document: dict[str, Any], overrides: Iterable[str] = ()) -> JobSpec
     for override in overrides:
         apply_override(document, override)
     try:
-        return JobSpec.model_validate(with_room(document))
+        return JobSpec.model_validate(wrap_large_integers(document))
     except ValidationError as error:
         problems = error.errors()
         # pydantic counts a list's valid items only, so a bad item makes the list too short as well: say it once.

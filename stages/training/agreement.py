@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from graftwork.models.numerics.torch_internals import group_store
 
-LAG = 2  # steps, from where all workers are known to be, to where the fastest may be
+MAX_LEAD_STEPS = 2  # how far the fastest worker can be ahead of where all workers are known to be
 
 
 Action = Literal["stop", "save"]
@@ -20,9 +20,9 @@ Action = Literal["stop", "save"]
 class ActTogether:
     """Has all workers of a training stop, or save a checkpoint, before the same step.
 
-    The first worker announces a step LAG after its next one, before it takes part in that. The others find the
-    announcement in time: none begins a step before its device has ended the one LAG earlier, which it cannot without
-    the first worker. With a GPU that is a wait, but one that leaves it work to do.
+    The first worker announces a step MAX_LEAD_STEPS after its next one, before it takes part in that. The others find
+    the announcement in time: none begins a step before its device has ended the one MAX_LEAD_STEPS earlier, which it
+    cannot without the first worker. With a GPU that is a wait, but one that leaves it work to do.
     """
 
     KEY = "graftwork/action"  # and its number: one at a time is announced, and taken by all before the next
@@ -42,7 +42,7 @@ class ActTogether:
             return self._wanted()
         self._keep_pace()
         if self.announced is None:
-            self.announced = self._announce(step + LAG) if dist.get_rank() == 0 else self._hear()
+            self.announced = self._announce(step + MAX_LEAD_STEPS) if dist.get_rank() == 0 else self._hear()
         if self.announced is None or self.announced[1] != step:
             return None
         action, self.announced = self.announced[0], None
@@ -83,5 +83,5 @@ class ActTogether:
         event = torch.cuda.Event()
         event.record()
         self.queued.append(event)
-        if len(self.queued) == LAG:
+        if len(self.queued) == MAX_LEAD_STEPS:
             self.queued.popleft().synchronize()
