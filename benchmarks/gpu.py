@@ -158,7 +158,7 @@ def usable_device(kind: str) -> Any:
     """The device; ends the process in one line if torch cannot compute on it."""
     import torch
 
-    from graftwork.cluster.checks.drivers import gpu_problem
+    from graftwork.cluster.drivers import gpu_problem
 
     if kind == "cuda" and (problem := gpu_problem()) is not None:
         refuse(f"no GPU here, or one that {problem}; or --device cpu --small")
@@ -192,7 +192,7 @@ def attempt(session: Session, title: str, measure: Callable[[Session], dict[str,
 
 def whole(session: Session) -> dict[str, Any]:
     from benchmarks.report import machine
-    from graftwork.cluster.checks.drivers import driver_version
+    from graftwork.cluster.drivers import driver_version
 
     facts = {**machine(), "driver": driver_version() or "none", "small": session.small}
     took = {"seconds": time.monotonic() - session.began}
@@ -206,7 +206,7 @@ def measure_machine(session: Session) -> dict[str, Any]:
     import torch
 
     from benchmarks import report
-    from graftwork.cluster.checks.drivers import driver_version
+    from graftwork.cluster.drivers import driver_version
     from graftwork.models.numerics.precision import products
 
     rows = []

@@ -42,7 +42,7 @@ def fan_out(work: Doing, shared: Any, items: Sequence[Any], resources: StepResou
             while begun and begun[0] in results:
                 yield results.pop(begun.popleft())
     finally:
-        hands.dismiss()
+        hands.release()
 
 
 def _finished(refs: list[Any]) -> list[Any]:
@@ -74,7 +74,7 @@ class _Tasks:
         return ray.get(ref)
 
     def release_idle(self) -> None: ...
-    def dismiss(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class _ActorPool:
@@ -120,7 +120,7 @@ class _ActorPool:
         for worker in idle:
             ray.kill(worker.actor)
 
-    def dismiss(self) -> None:
+    def release(self) -> None:
         for worker in self._workers:
             ray.kill(worker.actor)
 

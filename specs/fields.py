@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from graftwork.specs.masking import secret_in
 from graftwork.specs.paths import UnknownInPath, expand, expand_absolute, expand_weights
-from graftwork.specs.secrets import PLACEHOLDER_HINT, secret_in
+from graftwork.specs.secrets import PLACEHOLDER_HINT
 
 MAX_INTEGER = 2**63 - 1  # of an integer in a spec; the least is its negative
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4096, 255  # of a path, and of a name in it

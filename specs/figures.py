@@ -29,6 +29,11 @@ def figure(name: str, value: object) -> str:
     return number(value)
 
 
+def counted(count: int, thing: str) -> str:
+    """Return "1 step", "2 steps"."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def number(value: float) -> str:
     """Four digits, or all of a whole number and all before the point: no exponent for what can be counted."""
     countable = abs(value) < 1e15 and (value == int(value) or abs(value) >= 1e4)

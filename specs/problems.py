@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from graftwork.specs.secrets import masked
+from graftwork.specs.masking import masked
 
 SHOWN = 80  # characters of a value
 LINE = 600  # characters of a problem

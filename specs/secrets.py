@@ -9,43 +9,16 @@ import re
 from collections.abc import Iterator
 from urllib.parse import quote
 
-PLACEHOLDER = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+from graftwork.specs.masking import PLACEHOLDER, masked
+from graftwork.specs.problems import SpecError
+
 PLACEHOLDER_HINT = (
     "a placeholder in its place, as in ${DB_PASSWORD}, which the environment fills in where the URI is used"
 )
 SECRET_NAMES = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "KEY", "CREDENTIAL")  # in those of environment variables
 SHORTEST = 8  # characters of a value in the environment that is taken for a secret
 
-# A user without a password is a token to a web server; elsewhere it may be a user, or a container. A number and a
-# slash after the colon are a port and a path.
-_USER = re.compile(
-    r"\b(https?://)([^\s'\"/?#@:]+)@|\b([a-z][a-z\d+.-]*://[^\s'\"/?#@:]*:)(?!\d+/)([^\s'\"]+)@", re.IGNORECASE
-)
-_QUERY = re.compile(
-    r"([?&;][^=&;?\s'\"]*(?:sig|token|secret|passw|pwd|key|credential|auth)[^=&;?\s'\"]*=)([^&;\s'\"]+)", re.IGNORECASE
-)
 _filled: set[str] = set()  # variables that some URI of this process was filled in from
-
-
-def secret_in(uri: str) -> bool:
-    """Whether a password or a token stands in it."""
-    return masked(uri) != uri
-
-
-def masked(text: str) -> str:
-    """Text with *** for the passwords and tokens of the URIs in it; placeholders stay."""
-    if "://" not in text:
-        return text
-    return _QUERY.sub(_without_value, _USER.sub(_without_password, text))
-
-
-def _without_password(found: re.Match[str]) -> str:
-    before, held = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return found[0] if PLACEHOLDER.fullmatch(held) else f"{before}***@"
-
-
-def _without_value(found: re.Match[str]) -> str:
-    return found[0] if PLACEHOLDER.fullmatch(found[2]) else f"{found[1]}***"
 
 
 def missing(uri: str) -> str | None:
@@ -59,8 +32,6 @@ def filled(uri: str, field: str) -> str:
     What stands before the host or in the query is percent-encoded, as a URI wants it. Keep no copy of the result.
     """
     if name := missing(uri):
-        from graftwork.specs.problems import SpecError
-
         accepted = f"a variable that is set in the environment of whoever uses the {field}"
         raise SpecError([f"{field}: got ${{{name}}}, which is not set; accepted: {accepted}"])
     _filled.update(PLACEHOLDER.findall(uri))

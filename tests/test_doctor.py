@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import graftwork
-from graftwork.cluster.checks import devices, drivers, health, inspection
+from graftwork.cluster import drivers
+from graftwork.cluster.checks import devices, health, inspection
 from graftwork.cluster.checks.probes import Check, Probe, broken, fine, look, refused, run_phases, run_probes, warning
 from graftwork.pipeline.cli.app import app
 from graftwork.pipeline.doctor import checkup, doctor

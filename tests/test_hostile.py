@@ -36,11 +36,12 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import ImageFolderData
+from graftwork.specs.masking import masked
 from graftwork.specs.params import FeaturesParams
 from graftwork.specs.problems import plain, shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.resources import StepResources
-from graftwork.specs.secrets import filled, masked, redacted
+from graftwork.specs.secrets import filled, redacted
 from graftwork.stages.artifacts.latents import read, read_meta
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.inception import read_statistics

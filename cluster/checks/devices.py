@@ -16,7 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.cluster.checks.drivers import (
+from graftwork.cluster.checks.probes import Check, Probe, broken, fine, refused, warning
+from graftwork.cluster.drivers import (
     built_for,
     driver_cuda,
     driver_version,
@@ -24,7 +25,6 @@ from graftwork.cluster.checks.drivers import (
     num_gpus_here,
     num_gpus_of_machine,
 )
-from graftwork.cluster.checks.probes import Check, Probe, broken, fine, refused, warning
 from graftwork.cluster.session.imports import code_folders
 from graftwork.specs.figures import amount, flops
 from graftwork.specs.operators import Accelerated, Place

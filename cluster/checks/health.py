@@ -23,8 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import graftwork
-from graftwork.cluster.checks.drivers import num_gpus_here
 from graftwork.cluster.checks.probes import Check, Probe, broken, fine, refused, warning
+from graftwork.cluster.drivers import num_gpus_here
 from graftwork.cluster.machine import available_memory, num_cpus
 from graftwork.cluster.session.scratch import scratch_place, scratch_problem
 from graftwork.specs.figures import amount

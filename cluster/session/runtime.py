@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 
-from graftwork.cluster.checks.drivers import gpu_problem
+from graftwork.cluster.drivers import gpu_problem
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
 from graftwork.cluster.session import ray_internals

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from graftwork.specs.figures import amount, figure, flops, number
+from graftwork.specs.figures import amount, counted, figure, flops, number
 from graftwork.specs.problems import first_few, plain
 from graftwork.specs.secrets import redacted
 
@@ -79,10 +79,6 @@ def lasting(seconds: float) -> str:
 def share_of(share: float) -> str:
     """`51%`; what is there is never 0%."""
     return "under 1%" if share < 0.01 else f"{share:.0%}"
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -24,8 +24,9 @@ from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.runs.record import COMMIT, SUBMISSION
 from graftwork.pipeline.tracking.destination import EXPERIMENT, URI
 from graftwork.specs.job import JobSpec
+from graftwork.specs.masking import masked, secret_in
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.specs.secrets import PLACEHOLDER_HINT, masked, secret_in
+from graftwork.specs.secrets import PLACEHOLDER_HINT
 
 if TYPE_CHECKING:
     from graftwork.cluster.jobs import Answer, Cluster, Submission

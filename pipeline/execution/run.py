@@ -259,7 +259,7 @@ class Run:
         raise RunFailed(self.record, details, all(failure.repeats for failure in failures))
 
     def _finish(self) -> RunRecord:
-        """Close the books."""
+        """Write the end of the run into its record, to MLflow and to the view."""
         self._read_results()
         self.record.status, self.record.error = "finished", None
         if self.tracker is not None:

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from graftwork.pipeline.cli.tables import counted
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import canonical
 from graftwork.specs.data import ImageFolderData
-from graftwork.specs.figures import amount
+from graftwork.specs.figures import amount, counted
 from graftwork.specs.problems import plain, text
 from graftwork.specs.reading.load import SpecError
 from graftwork.stages.features.hashes import DIGEST_BYTES, ImageHashes, cut

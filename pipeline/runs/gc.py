@@ -99,18 +99,18 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
     older_than: seconds. What only the runs to `forget` refer to goes at any age; raises SpecError where one of them is
     being worked on.
     """
-    books = References(store, forget)
+    references = References(store, forget)
     for run in forget:
-        own = {step.key for step in books.runs[run].steps} & books.released
-        if books.leased & {record.lease_name(run), *own}:
+        own = {step.key for step in references.runs[run].steps} & references.released
+        if references.leased & {record.lease_name(run), *own}:
             raise SpecError([f"forget: got {run!r}, which a job works on; accepted: a run that has stopped"])
-    steps = {step.key: step.name for one in books.runs.values() for step in one.steps}
+    steps = {step.key: step.name for one in references.runs.values() for step in one.steps}
     before = time.time() - older_than
     return sorted(
         (
             one
             for one in _all(store, steps)
-            if (one.modified < before or one.key in books.released) and not books.uses(one)
+            if (one.modified < before or one.key in references.released) and not references.uses(one)
         ),
         key=lambda one: -one.size,
     )
@@ -121,10 +121,10 @@ def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> 
     for run in forget:
         for place in (f"runs/{run}.json", f"outbox/{run}.jsonl", f"outbox/{run}.refused.jsonl", f"stops/{run}"):
             store.remove(place)
-    books = References(store)
+    references = References(store)
     for one in found:
-        books.refresh()
-        if not books.uses(one):
+        references.refresh()
+        if not references.uses(one):
             _remove(store, one)
             yield one
 

@@ -17,8 +17,9 @@ from graftwork.pipeline.runs.record import RunRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.tracking import mlflow_database
 from graftwork.specs.job import TrackingSpec
+from graftwork.specs.masking import masked, secret_in
 from graftwork.specs.problems import SpecError, shown
-from graftwork.specs.secrets import filled, masked, secret_in
+from graftwork.specs.secrets import filled
 
 URI, EXPERIMENT, EXPERIMENT_ID = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"
 OWN = "mlflow.db"  # of the store; as a record has it, which may be moved with its store

@@ -15,8 +15,9 @@ from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
 from graftwork.pipeline.tracking.mlflow_database import restoring
+from graftwork.specs.masking import masked
 from graftwork.specs.problems import shortened
-from graftwork.specs.secrets import masked, redacted
+from graftwork.specs.secrets import redacted
 
 ANSWER_SECONDS = "10"  # that a request may take
 MAX_CAUSES = 10  # of an error, each of the one before
