@@ -41,7 +41,7 @@ def run(context: Context) -> None:
     (context.out / name).write_text(json.dumps({"trivial": {"round": float(params.round)}}))
 
 
-STAGES[NAME] = Stage(version=1)
+STAGES[NAME] = Stage(NAME, version=1)
 sys.modules[f"graftwork.stages.{NAME}"] = sys.modules[__name__]
 
 

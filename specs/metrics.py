@@ -86,6 +86,8 @@ class FidMetric(MetricSpec):
 
 
 METRICS: dict[str, type[MetricSpec]] = {metric.name: metric for metric in (ClassifierMetric, FidMetric)}
+_FIGURES = [figure for metric in METRICS.values() for figure in metric.figures]
+assert len({*_FIGURES}) == len(_FIGURES), f"two metrics have a figure of one name: {_FIGURES}"
 
 if TYPE_CHECKING:
     Metric = str

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from graftwork.cluster.session import runtime
 from graftwork.cluster.training import group, launcher
+from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.resources import StepResources
@@ -237,9 +238,10 @@ def finetuned(folder: Path, device: torch.device) -> None:
     for zero in (2, 3):
         recipe = FinetuneSpec(steps=2, batch=4, lr=1e-2, workers=dist.get_world_size(), deepspeed={"zero": zero})
         engine = ShardedEngine(lively(DiT(TINY)), recipe, None)
-        x, t, y = torch.ones(2, 1, 8, 8), torch.ones(2).long(), torch.ones(2).long()
+        x, t = torch.ones(2, 1, 8, 8), torch.ones(2).long()
+        condition = Condition(labels=torch.ones(2).long())
         for _ in range(2):
-            engine.step(engine(x, t, y).square().mean(), 1e-2)
+            engine.step(engine(x, t, condition).square().mean(), 1e-2)
         state = engine.state()
         if dist.get_rank() == 0:  # the only one that gets it
             found = sum(value.double().sum().item() for value in state.values())
