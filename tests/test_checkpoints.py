@@ -562,6 +562,21 @@ def test_a_file_that_says_that_it_is_a_sit_is_read_as_one(model: DiT, tmp_path: 
     assert checkpoints.check(path, SiTConfig(**asdict(TINY))) is not None
 
 
+@pytest.mark.parametrize("said", [{"model": "SiT-T/2", "prediction": "noise"}, {"path_type": "Linear", "pred": "eps"}])
+def test_a_flow_model_that_predicts_noise_is_neither(model: DiT, tmp_path: Path, said: Any) -> None:
+    torch.save({"ema": model.state_dict(), "args": said}, tmp_path / "file.pt")
+    for config in (TINY, SiTConfig(**asdict(TINY))):
+        with pytest.raises(UnfitCheckpoint, match=r"is of another objective or model, as it says: .*(noise|eps)"):
+            checkpoints.check(tmp_path / "file.pt", config)
+
+
+def test_what_a_bare_file_leaves_unsaid_is_said(model: DiT, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "file.pt")
+    (note,) = checkpoints.check(tmp_path / "file.pt", SiTConfig(**asdict(TINY)))
+    assert "does not say what it predicts" in note and "taken for a sit, as model.kind says" in note
+    assert checkpoints.check(tmp_path / "file.pt", TINY) == ()
+
+
 def test_a_dit_is_not_taken_for_a_sit(model: DiT, tmp_path: Path) -> None:
     path = save_with(model.state_dict(), tmp_path, "a Namespace", {"model": "DiT-T/2"})
     with pytest.raises(UnfitCheckpoint, match="says that it is a dit, expected a sit"):

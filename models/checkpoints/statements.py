@@ -118,8 +118,11 @@ def kind_of(source: str, said: Iterator[tuple[str, Any]]) -> str | None:
     told = [(_name(path), path, value) for path, value in islice(said, MAX_STATEMENTS)]
     kinds = {kind for name, _, value in told if (kind := _kind(name, value)) is not None}
     strange = [(name, path, value) for name, path, value in told if _of_another(name, value)]
-    if any(_kind(name, value) != "sit" for name, _, value in strange):
-        others = [f"{path} {shown(value)}" for _, path, value in strange]
+    # SiT's training script also trains networks that predict noise on the linear path: they are neither of ours.
+    noise = [one for one in told if PREDICTION.fullmatch(one[0]) and _kind(one[0], one[2]) == "dit"]
+    contradiction = noise if "sit" in kinds else []
+    if contradiction or any(_kind(name, value) != "sit" for name, _, value in strange):
+        others = [f"{path} {shown(value)}" for _, path, value in (*strange, *contradiction)]
         words = named(others, 4, ", ")
         raise UnfitCheckpoint(f"{source}: is of another objective or model, as it says: {words}", ACCEPTED)
     return "sit" if "sit" in kinds else next(iter(kinds), None)
