@@ -295,7 +295,7 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
         shutil.copytree(folder.path(), out, dirs_exist_ok=True)
         origin = Origin(step=role, run="benchmark", seconds=0.0, made="")
         store.commit(plan[role].key, out, dict(plan[role].identity), origin)
-    with runtime.session([step.resources for step in plan.steps], together=1):
+    with runtime.session([step.resources for step in plan.steps], min_parallel=1):
         execution = Execution(plan, store, "benchmark", None, Unwatched())
         ray.get([ray.remote(warm).remote() for _ in range(num_cpus())])
         failures: list[Exception] = []
@@ -352,7 +352,7 @@ def context_of(work: Work, edit: Edit, following: Sequence[Edit], kept: dict[str
         report=lambda done, total, metrics=None: None,
         resources=StepResources(),
         device=work.device,
-        together=TaskScope(next=[work.params(other) for other in following], kept=kept),
+        task_scope=TaskScope(next=[work.params(other) for other in following], kept=kept),
     )
 
 

@@ -213,7 +213,7 @@ def whole(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent, float]:
 def steps(folder: Path, rounds: int, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     job, each = load(JOB, [f"store={folder / 'steps'}"]), count // 2
     bare, ours, runs = [], [], []
-    with runtime.session((), together=1):
+    with runtime.session((), min_parallel=1):
         for number in range(rounds):
             bare.append(bare_tasks(each))
             ours.append(alone(job, each, number))

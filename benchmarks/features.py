@@ -45,7 +45,7 @@ from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import read
 from graftwork.stages.contract import Context
 from graftwork.stages.features import features
-from graftwork.stages.features.codec import GPU_BYTES, Vae, in_range, load_codec, together
+from graftwork.stages.features.codec import GPU_BYTES, Vae, batch_size_for, in_range, load_codec
 from graftwork.stages.features.images import read_image, read_pixels
 from graftwork.stages.features.sources import Item, split
 
@@ -68,7 +68,7 @@ class Benchmark:
         self.workers = 1 if self.on_gpu else asked.workers
         self.data = ImageFolderData(path=str(home / "photos"), image_size=asked.size, heldout=HELDOUT, flip=asked.flip)
         self.codec = VaeCodec(path=str(home / "vae"), precision=asked.precision, batch=asked.batch)
-        self.batch = together(self.codec, asked.size, GPU_BYTES if self.on_gpu else None)
+        self.batch = batch_size_for(self.codec, asked.size, GPU_BYTES if self.on_gpu else None)
         self.starts: list[float] = []
         self.runs = 0
         _photographs(home / "photos", asked.images, asked.size)

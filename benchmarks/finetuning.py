@@ -373,7 +373,7 @@ def scaling(work: Work, folder: Path, path: Path | None) -> None:
     from graftwork.cluster.session.runtime import session
 
     half = replace(work, batch=work.batch // 2)
-    with session([StepResources()], together=3):
+    with session([StepResources()], min_parallel=3):
         one, two, part = (
             launched(one_work, workers, folder) for one_work, workers in ((work, 1), (work, 2), (half, 1))
         )

@@ -67,7 +67,10 @@ def main() -> None:
     options = parser.parse_args()
     print("workers  first launch  later ones (median)   seconds")
     for workers in (1, 2):
-        with TemporaryDirectory() as folder, runtime.session([], together=2, warm=() if options.ray_train else WARM):
+        with (
+            TemporaryDirectory() as folder,
+            runtime.session([], min_parallel=2, warm=() if options.ray_train else WARM),
+        ):
             took = []
             for _ in range(options.rounds + 1):
                 took.append(ray.get(launch.remote(Path(folder), workers, options.ray_train)))

@@ -106,7 +106,7 @@ def observe(
     for site in sites:
         if site.target == "pair":
             before, after = streams[site.block], streams[site.block + 2]
-            found[site] = Observation((before.tokens, *before.given), after.tokens - before.tokens, None)
+            found[site] = Observation((before.tokens, *before.conditioning), after.tokens - before.tokens, None)
         else:
             inputs, output = seen[site]
             gate = model.slot(site).gate

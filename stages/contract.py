@@ -78,7 +78,7 @@ class Context:
     resources: StepResources
     device: torch.device  # of this task; workers that the stage starts are given their own
     stopping: Callable[[], bool] = never
-    together: TaskScope = TaskScope()
+    task_scope: TaskScope = TaskScope()
     images: ImageHashes | None = None  # that the plan knows of, of a step that reads images
 
     def stop_if_asked(self) -> None:
@@ -93,11 +93,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Portion:
-    """What a stage's `record` gets: one of `parts` equal parts of what its steps have in common."""
+    """What a stage's `record` gets: one of `num_shares` equal shares of what its steps have in common."""
 
     steps: Sequence[Any]  # their parameters; `record` returns something for each
     inputs: Mapping[str, Input]
     device: torch.device
-    part: int
-    parts: int
+    share: int  # of num_shares, counted from 0
+    num_shares: int
     stopping: Callable[[], bool] = never

@@ -217,7 +217,7 @@ def test_a_local_run_listens_on_loopback_only() -> None:
     look = """
 import psutil
 from graftwork.cluster.session.runtime import session
-with session([], together=1):
+with session([], min_parallel=1):
     me = psutil.Process()
     for one in (me, *me.children(recursive=True)):
         print(*(s.laddr.ip for s in one.net_connections("tcp") if s.status == psutil.CONN_LISTEN), sep="\\n")
@@ -237,7 +237,7 @@ from graftwork.cluster.session.runtime import session
 def look():
     import sys, graftwork.stages.features.sources
     return sorted({"cluster", "models", "pipeline", "specs", "stages"} & {*sys.modules}), sys.path
-with session([], together=1):
+with session([], min_parallel=1):
     print(ray.get(look.remote()))
 """
 

@@ -193,9 +193,9 @@ def test_any_split_into_batches_gives_the_same_up_to_rounding(
 
 
 def test_the_batch_is_the_specs_or_suits_the_device(folder: Path) -> None:
-    assert [codec.together(spec(folder), side, None) for side in (64, 256, 512)] == [16, 16, 16]
-    assert [codec.together(spec(folder), side, 80e9) for side in (64, 256, 512, 8192)] == [256, 64, 16, 1]
-    assert codec.together(spec(folder, batch=5), 256, 80e9) == 5
+    assert [codec.batch_size_for(spec(folder), side, None) for side in (64, 256, 512)] == [16, 16, 16]
+    assert [codec.batch_size_for(spec(folder), side, 80e9) for side in (64, 256, 512, 8192)] == [256, 64, 16, 1]
+    assert codec.batch_size_for(spec(folder, batch=5), 256, 80e9) == 5
 
 
 def test_a_gpus_batch_is_of_its_memory_and_the_tasks_share_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_a_gpus_batch_is_of_its_memory_and_the_tasks_share_of_it(folder: Path, m
         card = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         vae = codec.Vae(spec(folder), torch.device("cuda"), share)
-        assert codec.together(vae.codec, 256, vae.room) == most
+        assert codec.batch_size_for(vae.codec, 256, vae.room) == most
         assert most * 15e9 / 64 <= 0.2 * share * total or most == 1
 
 

@@ -262,7 +262,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE], ids=str)
 def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, latents: Noised, site: Site) -> None:
     pairs = captured(rootstock, site, latents, gate_weighted=True).pairs
-    (c,) = rootstock.start(latents.z, latents.t, latents.condition).given
+    (c,) = rootstock.start(latents.z, latents.t, latents.condition).conditioning
     gate = modulations(rootstock.blocks[site.block], c)[{"mha": 2, "mlp": 5}[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
@@ -340,8 +340,8 @@ def run_distill(
     store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
 ) -> None:
     out.mkdir(exist_ok=True)
-    together = changes.pop("together", TaskScope())
-    distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, together=together))
+    task_scope = changes.pop("task_scope", TaskScope())
+    distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, task_scope=task_scope))
 
 
 def test_a_distill_step_leaves_the_best_scion_and_its_figures(
@@ -420,9 +420,9 @@ def distilled_together(store: Store, inputs: dict[str, Folder], folder: Path, **
     kept: dict[str, Any] = {}
     for name, edit, ahead in (("mha", MHA_EDIT, [MLP_EDIT]), ("mlp", MLP_EDIT, [])):
         following = [make_context(store, "", folder, edit=other, **changes).params for other in ahead]
-        together = TaskScope(next=following, kept=kept)
+        task_scope = TaskScope(next=following, kept=kept)
         folder.mkdir(exist_ok=True)
-        run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, together=together, **changes)
+        run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, task_scope=task_scope, **changes)
     return {
         f"{name}/{file}": (folder / name / file).read_bytes()
         for name in ("mha", "mlp")
@@ -503,8 +503,8 @@ def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_i
     assert passes == [(MHA_SITE, MLP_SITE, PAIR.site)] * 7
     passes.clear()
     for edit in (MHA_EDIT, MLP_EDIT):
-        together = TaskScope(recorded=lambda edit=edit: found[edit])
-        run_distill(store, f"g/{edit}", inputs, tmp_path / "given", edit=edit, together=together, **changes)
+        task_scope = TaskScope(recorded=lambda edit=edit: found[edit])
+        run_distill(store, f"g/{edit}", inputs, tmp_path / "given", edit=edit, task_scope=task_scope, **changes)
         assert passes == []
         run_distill(store, f"o/{edit}", inputs, tmp_path / "own", edit=edit, **changes)
         assert len(passes) == 7
@@ -515,7 +515,7 @@ def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_i
 
 def test_every_sample_is_in_one_part() -> None:
     for count, parts in ((1, 4), (64, 2), (65, 2), (640, 3), (1000, 7)):
-        found = [activations._part_of(count, part, parts) for part in range(parts)]
+        found = [activations._share_of(count, part, parts) for part in range(parts)]
         assert [index for one in found for index in range(one.start, one.stop)] == list(range(count))
         assert all(one.start % activations.PASS_BATCH == 0 for one in found if one.start < one.stop)
 
@@ -527,7 +527,7 @@ def test_a_site_of_whose_pass_something_was_lost_makes_its_own(
     ((first, _),) = recorded_in(2, inputs, MHA_EDIT)
     passes.clear()
     left = [first, None] if lost == "one part" else []
-    run_distill(store, "own", inputs, tmp_path / "own", together=TaskScope(recorded=lambda: left))
+    run_distill(store, "own", inputs, tmp_path / "own", task_scope=TaskScope(recorded=lambda: left))
     assert passes == [(MHA_SITE,)] * 2
 
 
@@ -537,7 +537,7 @@ def test_what_does_not_fit_a_task_is_not_fetched(
     def fetch() -> list[Any]:
         raise AssertionError("fetched")
 
-    run_distill(store, "a", inputs, tmp_path / "a", activations=A_SITE - 1, together=TaskScope(recorded=fetch))
+    run_distill(store, "a", inputs, tmp_path / "a", activations=A_SITE - 1, task_scope=TaskScope(recorded=fetch))
     assert len(passes) > 2
 
 
@@ -584,7 +584,7 @@ def test_what_does_not_fit_the_gpu_is_kept_on_the_host_and_what_fits_neither_is_
     teacher: Any = OnCard()
     context = make_context(Store("unused"), "", Path())
     ahead = make_context(Store("unused"), "", Path(), edit=MLP_EDIT).params
-    context = replace(context, together=TaskScope(next=[ahead]))
+    context = replace(context, task_scope=TaskScope(next=[ahead]))
     task = TaskState((), teacher, {})
     found = choose_source(task, context)
     if expected is None:

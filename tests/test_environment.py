@@ -40,12 +40,12 @@ from graftwork.cluster.session.runtime import session
 @ray.remote(num_cpus=1)
 def look():
     import torch
-    import graftwork.stages.sources
+    import graftwork.stages.distillation.sources
     bare = sorted({*BARE} & {*sys.modules})
     return {"torch": torch.__file__, "bare": bare, "path": sys.path, "home": os.environ["HOME"]}
 
 BARE = __BARE__
-with session([], together=1, warm=("torch",)):
+with session([], min_parallel=1, warm=("torch",)):
     told = ray.get(look.remote())
     me = psutil.Process()
     family = [me, *me.children(recursive=True)]
@@ -178,7 +178,7 @@ def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, mo
         raise RuntimeError("The current node timed out\nduring startup.")
 
     monkeypatch.setattr(runtime.ray, "init", init)
-    with pytest.raises(scratch.RayDidNotStart) as failed, runtime.session([], together=1):
+    with pytest.raises(scratch.RayDidNotStart) as failed, runtime.session([], min_parallel=1):
         pass
     reason, _, folder = str(failed.value).partition("; its logs are below ")
     assert reason == "The current node timed out during startup."
@@ -267,7 +267,7 @@ def test_no_address_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch, given: 
     monkeypatch.setattr(runtime.ray, "init", asked.update)
     monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
     monkeypatch.setattr(runtime, "num_cpus", lambda: 7)
-    with runtime.session([], together=1):
+    with runtime.session([], min_parallel=1):
         assert asked["num_cpus"] == 7  # that this process may use
         assert asked["address"] == "local" and "RAY_ADDRESS" not in os.environ
         assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
@@ -454,7 +454,7 @@ def test_a_token_is_switched_on_for_a_cluster_that_wants_one_and_off_again(
     monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
     with head(TOKEN) as (address, _):
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with runtime.session([], together=1):
+        with runtime.session([], min_parallel=1):
             assert os.environ["RAY_AUTH_MODE"] == "token"
     assert "RAY_AUTH_MODE" not in os.environ
 

@@ -95,8 +95,8 @@ def test_steps_of_one_task_see_who_comes_after_them_and_what_was_left_for_them(s
     seen = []
 
     def work(context: Context) -> None:
-        seen.append(([params.seed for params in context.together.next], dict(context.together.kept)))
-        context.together.kept[context.step] = context.params.seed
+        seen.append(([params.seed for params in context.task_scope.next], dict(context.task_scope.kept)))
+        context.task_scope.kept[context.step] = context.params.seed
         leave_a_file(context)
 
     doing(work)

@@ -60,6 +60,8 @@ in_every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.fixture(autouse=True)
 def _card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch take a GPU for granted wherever it would ask the driver, but for `torch.cuda.is_available`."""
+    # DeepSpeed sets it when it is imported, and torch.cuda.is_available would then count the GPU below.
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

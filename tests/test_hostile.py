@@ -690,7 +690,7 @@ def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeyp
 
 
 def test_what_a_local_session_starts_listens_on_loopback_alone() -> None:
-    with session([StepResources()], together=1):
+    with session([StepResources()], min_parallel=1):
         ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
         ours = psutil.Process().children(recursive=True)
         sockets = [(process.name(), one) for process in ours for one in process.net_connections("inet")]

@@ -43,7 +43,7 @@ def two_cpus() -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(os, "cpu_count", lambda: 2)
         with runtime.session(
-            [], together=2, warm=("torch", "graftwork.cluster.training.deepspeed_engine", "torch._dynamo")
+            [], min_parallel=2, warm=("torch", "graftwork.cluster.training.deepspeed_engine", "torch._dynamo")
         ):
             yield
 

@@ -232,7 +232,7 @@ def test_a_draw_is_exactly_zero_or_one_and_keeps_as_many_as_the_group_does() -> 
 
 def test_a_draw_takes_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     gates = gates_with([0.3, -0.1, 0.2, 0.0, 0.1])
-    monkeypatch.setattr(Gate, "holdings", None)  # what makes tables on the host
+    monkeypatch.setattr(Gate, "options_of", None)  # what makes tables on the host
     gates.sample(gumbel(2, 5, torch.Generator().manual_seed(0)), 0.7, 3.0)
     moved = gates.to("meta")
     assert {value.device.type for value in (*moved.buffers(), *moved.parameters())} == {"meta"}

@@ -48,7 +48,7 @@ MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=2, target="mlp")
 def started(model: DiT, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the tokens before the first block, and what modulates the blocks."""
     stream = model.start(*batch)
-    return stream.tokens, stream.given[0]
+    return stream.tokens, stream.conditioning[0]
 
 
 @pytest.mark.parametrize("site", [MHA_SITE, MLP_SITE, Site(block=0, target="mlp")], ids=str)

@@ -41,25 +41,25 @@ class UnusableGpu(Exception):
 
 
 @contextmanager
-def session(demands: Iterable[StepResources], together: int, warm: Sequence[str] = ()) -> Iterator[None]:
+def session(demands: Iterable[StepResources], min_parallel: int, warm: Sequence[str] = ()) -> Iterator[None]:
     """Ray on this machine, or the cluster that RAY_ADDRESS names, for as long as the context lasts.
 
-    demands: what single tasks take. together: how many one-CPU workers must be able to run side by side; a machine
+    demands: what single tasks take. min_parallel: how many one-CPU workers must be able to run side by side; a machine
     with fewer cores still runs them, slower. warm: modules that tasks need, to be imported once for all processes.
     Raises SpecError for a RAY_ADDRESS or a folder for temporary files that is of no use.
     """
     demands, address = list(demands), cluster_address()
     with ExitStack() as stack:
         if address is None:
-            stack.enter_context(_ray_of_our_own(demands, together, warm))
+            stack.enter_context(_ray_of_our_own(demands, min_parallel, warm))
         else:
             stack.enter_context(_joined(address))
         yield
 
 
 @contextmanager
-def _ray_of_our_own(demands: Sequence[StepResources], together: int, warm: Sequence[str]) -> Iterator[None]:
-    cpus = max(num_cpus(), together, *(math.ceil(demand.cpu) for demand in demands))
+def _ray_of_our_own(demands: Sequence[StepResources], min_parallel: int, warm: Sequence[str]) -> Iterator[None]:
+    cpus = max(num_cpus(), min_parallel, *(math.ceil(demand.cpu) for demand in demands))
     defaults = {
         # Stages that start workers hold a process each while they wait, which Ray would warn of as too many.
         "RAY_worker_maximum_startup_concurrency": str(4 * cpus),

@@ -115,11 +115,11 @@ def kind_of(source: str, said: Iterator[tuple[str, Any]]) -> str | None:
     A SiT says so by its name, or by the linear path and the velocity of its training's arguments. Raise
     UnfitCheckpoint, with the file's own words, if they are those of another model or objective.
     """
-    told = [(_name(path), path, value) for path, value in islice(said, MAX_STATEMENTS)]
-    kinds = {kind for name, _, value in told if (kind := _kind(name, value)) is not None}
-    strange = [(name, path, value) for name, path, value in told if _of_another(name, value)]
+    stated = [(_name(path), path, value) for path, value in islice(said, MAX_STATEMENTS)]
+    kinds = {kind for name, _, value in stated if (kind := _kind(name, value)) is not None}
+    strange = [(name, path, value) for name, path, value in stated if _of_another(name, value)]
     # SiT's training script also trains networks that predict noise on the linear path: they are neither of ours.
-    noise = [one for one in told if PREDICTION.fullmatch(one[0]) and _kind(one[0], one[2]) == "dit"]
+    noise = [one for one in stated if PREDICTION.fullmatch(one[0]) and _kind(one[0], one[2]) == "dit"]
     contradiction = noise if "sit" in kinds else []
     if contradiction or any(_kind(name, value) != "sit" for name, _, value in strange):
         others = [f"{path} {shown(value)}" for _, path, value in (*strange, *contradiction)]

@@ -85,7 +85,7 @@ class Stream:
     """What goes from block to block: the tokens, and what each block is given beside them."""
 
     tokens: Tensor  # (B,N,D)
-    given: tuple[Tensor, ...]  # such as the modulating (B,D) of a DiT
+    conditioning: tuple[Tensor, ...]  # such as the modulating (B,D) of a DiT
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ class Rootstock(nn.Module, ABC):
         """Return the stream behind the block of that number."""
         block = self.blocks[index]
         if not self.checkpointing:
-            return Stream(block(stream.tokens, *stream.given), stream.given)
+            return Stream(block(stream.tokens, *stream.conditioning), stream.conditioning)
         # Nothing in a block is random.
-        tokens = checkpoint(block, stream.tokens, *stream.given, use_reentrant=False, preserve_rng_state=False)
-        return Stream(tokens, stream.given)
+        tokens = checkpoint(block, stream.tokens, *stream.conditioning, use_reentrant=False, preserve_rng_state=False)
+        return Stream(tokens, stream.conditioning)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:
         """Return the output (B,C_out,..) for x (B,C,..) at t (B,)."""

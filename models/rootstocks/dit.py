@@ -216,12 +216,12 @@ class DiT(Rootstock):
         """Return the slots of attention and MLP; their gates are the third and sixth of a block's modulations."""
         assert isinstance(block, Block)
         return {
-            "mha": Slot(block, "attn", lambda stream: modulations(block, stream.given[0])[2]),
-            "mlp": Slot(block, "mlp", lambda stream: modulations(block, stream.given[0])[5]),
+            "mha": Slot(block, "attn", lambda stream: modulations(block, stream.conditioning[0])[2]),
+            "mlp": Slot(block, "mlp", lambda stream: modulations(block, stream.conditioning[0])[5]),
         }
 
     def finish(self, stream: Stream) -> Tensor:
-        return self.unpatchify(self.final_layer(stream.tokens, *stream.given))
+        return self.unpatchify(self.final_layer(stream.tokens, *stream.conditioning))
 
     def start(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Stream:
         """Return tokens (B,N,D) and what modulates the blocks (B,D). Raises ValueError if there are no labels."""

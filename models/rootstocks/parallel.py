@@ -18,17 +18,17 @@ class ParallelBlock(nn.Module):
             self.merge.weight.copy_(torch.eye(width).repeat(1, 2))
             self.merge.bias.zero_()
 
-    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
-        """Return the stream (B,N,D) behind both blocks; given: what the family gives its blocks beside the stream."""
-        return x + self.update(x, *given)
+    def forward(self, x: Tensor, *conditioning: Tensor) -> Tensor:
+        """Return the stream (B,N,D) behind both blocks. conditioning: what the family's blocks get beside it."""
+        return x + self.update(x, *conditioning)
 
-    def update(self, x: Tensor, *given: Tensor) -> Tensor:
+    def update(self, x: Tensor, *conditioning: Tensor) -> Tensor:
         """Return what the block adds to its input (B,N,D)."""
-        return self.merge(torch.cat([self.first(x, *given) - x, self.second(x, *given) - x], dim=-1))
+        return self.merge(torch.cat([self.first(x, *conditioning) - x, self.second(x, *conditioning) - x], dim=-1))
 
 
 class Absorbed(nn.Module):
     """The identity, left at index i + 1 when a parallel block absorbs block i + 1: later blocks keep their index."""
 
-    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *conditioning: Tensor) -> Tensor:
         return x

@@ -139,13 +139,13 @@ def rehearse(sampler: SchedulerSampler, prediction: Prediction, bounded: bool) -
     It has to sample a known Gaussian in REHEARSED_STEPS steps, and to get through the steps that are asked for.
     """
     name = sampler.class_name(prediction)
-    found, _ = _rehearsed(sampler.model_copy(update={"steps": REHEARSED_STEPS}), prediction, bounded)
-    mean, spread = found.mean().item(), found.std().item()
+    samples, _ = _rehearsed(sampler.model_copy(update={"steps": REHEARSED_STEPS}), prediction, bounded)
+    mean, spread = samples.mean().item(), samples.std().item()
     if not (abs(mean - MEAN) < MEAN_TOLERANCE and abs(spread - SPREAD) < SPREAD_TOLERANCE):
         wrong = f"{name} samples N({MEAN}, {SPREAD}^2) as N({mean:.2f}, {spread:.2f}^2)"
         raise UnfitScheduler(*_given(sampler), f"a scheduler for models that predict {PREDICTED[prediction]}; {wrong}")
-    found, evaluations = _rehearsed(sampler, prediction, bounded)
-    if not found.isfinite().all():
+    samples, evaluations = _rehearsed(sampler, prediction, bounded)
+    if not samples.isfinite().all():
         raise UnfitScheduler(("steps",), sampler.steps, f"steps with which {name}'s samples are finite")
     return evaluations
 
@@ -161,14 +161,14 @@ def _rehearsed(sampler: SchedulerSampler, prediction: Prediction, bounded: bool)
 
     noise = SampleNoise(0, range(2), (1, REHEARSED_SIDE, REHEARSED_SIDE), torch.device("cpu"))
     try:
-        found = scheduled(predict, noise, sampler=sampler, prediction=prediction, bounded=bounded)
+        samples = scheduled(predict, noise, sampler=sampler, prediction=prediction, bounded=bounded)
     except UnfitScheduler:
         raise
     except Exception as error:  # whatever diffusers raises of a scheduler that is used as it was not meant to be
         wrong = f"{sampler.class_name(prediction)} fails: {_line(error)}"
         accepted = f"a scheduler for models that predict {PREDICTED[prediction]}; {wrong}"
         raise UnfitScheduler(*_given(sampler), accepted) from error
-    return found, evaluations
+    return samples, evaluations
 
 
 def exact_prediction(prediction: Prediction, mean: float = MEAN, spread: float = SPREAD) -> Predict:

@@ -130,8 +130,8 @@ def _tasks(ready: Sequence[Step], times: Mapping[str, StepTime], machine: Machin
         slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
         items = [Item(step.name, times[step.name].own, depth=block_of(step)) for step in sites]
         shared = max(times[step.name].shared for step in sites)
-        parts = num_recording_tasks(sites, slots)
-        before, within = (shared / parts, 0.0) if parts else (0.0, shared)
+        num_tasks = num_recording_tasks(sites, slots)
+        before, within = (shared / num_tasks, 0.0) if num_tasks else (0.0, shared)
         for number, one in enumerate(pack(items, slots, within)):
             waited = before if number < slots else 0.0  # by those that begin first
             tasks.append(_Task(tuple(item.name for item in one), waited + duration(one, within), pool, amount))

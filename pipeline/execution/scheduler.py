@@ -81,7 +81,7 @@ class Watcher(Protocol):
 
 def session(plan: Plan) -> AbstractContextManager[None]:
     """Ray, with room for each of the plan's steps."""
-    return runtime.session((step.resources for step in plan.steps), together=_widest(plan), warm=WARM)
+    return runtime.session((step.resources for step in plan.steps), min_parallel=_widest(plan), warm=WARM)
 
 
 def stop_seconds(job: JobSpec, at_work: Collection[str]) -> float:
@@ -164,14 +164,14 @@ class Execution:
         items, shared = site_items(self.plan, [step.name for step in sites])
         resources = sites[0].resources
         slots = runtime.room_for(resources)
-        parts = num_recording_tasks(sites, slots)
-        if parts and not shared_pass.fits(items, parts, resources):
-            parts = 0
-        packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if parts else shared)]
+        num_tasks = num_recording_tasks(sites, slots)
+        if num_tasks and not shared_pass.fits(items, num_tasks, resources):
+            num_tasks = 0
+        packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if num_tasks else shared)]
         waited, recorded = list[Any](), dict[str, Recordings]()
-        if parts:
+        if num_tasks:
             asked = shared_pass.Pass(sites, self._keys(sites[0]), self.store, StopSignal(self.board))
-            waited, recorded = asked.start(parts, [Reporter(self.board, steps[0].name) for steps in packs])
+            waited, recorded = asked.start(num_tasks, [Reporter(self.board, steps[0].name) for steps in packs])
         for steps in packs:
             self._start(steps, waited, recorded)
 

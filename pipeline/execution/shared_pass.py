@@ -24,13 +24,13 @@ from graftwork.stages import contract
 
 SHARE = 0.5  # of the cluster's object store, and of a task's memory
 RETRIES = 3  # of a task whose worker is lost
-Recordings = Sequence[Any]  # refs, one a part
+Recordings = Sequence[Any]  # refs, one a share
 
 
-def fits(items: Sequence[Item], parts: int, resources: StepResources) -> bool:
-    """Whether the object store has room for what all of them need, and a task for its part, if that is limited."""
+def fits(items: Sequence[Item], num_shares: int, resources: StepResources) -> bool:
+    """Whether the object store has room for what all of them need, and a task for its share, if that is limited."""
     needed = sum(item.memory for item in items)
-    in_task = needed / parts <= SHARE * resources.memory if resources.memory else True
+    in_task = needed / num_shares <= SHARE * resources.memory if resources.memory else True
     return in_task and needed <= SHARE * ray.cluster_resources().get("object_store_memory", 0.0)
 
 
@@ -43,21 +43,21 @@ class Pass:
     store: Store
     stopping: Callable[[], bool]
 
-    def start(self, parts: int, reports: Sequence[Reporter]) -> tuple[list[Any], dict[str, Recordings]]:
-        """Have it recorded in so many parts.
+    def start(self, num_shares: int, reports: Sequence[Reporter]) -> tuple[list[Any], dict[str, Recordings]]:
+        """Have it recorded in so many shares.
 
-        reports: of steps that are at work as soon as their part is, at most one a part.
-        Returns a ref of each part to wait for, which comes to no results of steps, and the refs of each site.
+        reports: of steps that are at work as soon as their share is, at most one a share.
+        Returns a ref of each share to wait for, which comes to no results of steps, and the refs of each site.
         """
         waited, found = [], dict[str, list[Any]]({site.name: [] for site in self.sites})
-        for part in range(parts):
+        for share in range(num_shares):
             task = _record.options(
-                name=f"activations, part {part + 1} of {parts}",
+                name=f"activations, part {share + 1} of {num_shares}",
                 num_returns=1 + len(self.sites),
                 max_retries=RETRIES,
                 **runtime.options(self.sites[0].resources),
             )
-            ready, *refs = task.remote(self, part, parts, *reports[part : part + 1])
+            ready, *refs = task.remote(self, share, num_shares, *reports[share : share + 1])
             waited.append(ready)
             for site, ref in zip(self.sites, refs, strict=True):
                 found[site.name].append(ref)
@@ -65,7 +65,7 @@ class Pass:
 
 
 @ray.remote
-def _record(asked: Pass, part: int, parts: int, report: Reporter | None = None) -> list[Any]:
+def _record(asked: Pass, share: int, num_shares: int, report: Reporter | None = None) -> list[Any]:
     """Nothing for each site where there is an error: its own step comes to it too, and tells."""
     if report is not None:
         report(0, 0)
@@ -73,8 +73,8 @@ def _record(asked: Pass, part: int, parts: int, report: Reporter | None = None) 
         steps=[site.params for site in asked.sites],
         inputs={role: asked.store.artifact(key) for role, key in asked.keys.items()},
         device=runtime.settle(),
-        part=part,
-        parts=parts,
+        share=share,
+        num_shares=num_shares,
         stopping=asked.stopping,
     )
     try:
@@ -85,7 +85,7 @@ def _record(asked: Pass, part: int, parts: int, report: Reporter | None = None) 
 
 
 def fetch(refs: Recordings) -> list[Any]:
-    """The parts of one site; none where some are lost for good."""
+    """The shares of one site; none where some are lost for good."""
     try:
         return list(ray.get(list(refs)))
     except ray.exceptions.RayError:

@@ -87,12 +87,12 @@ def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Step
     kept: dict[str, Any] = {}
     results = []
     for number, work in enumerate(works):
-        together = contract.TaskScope(
+        task_scope = contract.TaskScope(
             next=[other.step.params for other in works[number + 1 :]],
             kept=kept,
             recorded=partial(shared_pass.fetch, work.recorded) if work.recorded else None,
         )
-        result = _run_step(work, done, together)
+        result = _run_step(work, done, task_scope)
         if result.state in ("done", "failed"):
             work.report.ended(result)
         results.append(result)
@@ -103,11 +103,11 @@ _run_steps = ray.remote(_do_steps)
 _run_steps_on_gpu = ray.remote(max_calls=1)(_do_steps)  # its process ends with it
 
 
-def _run_step(work: Work, done: Collection[str], together: contract.TaskScope) -> StepResult:
+def _run_step(work: Work, done: Collection[str], task_scope: contract.TaskScope) -> StepResult:
     """Do a step's work and commit it, under its lease."""
     step = work.step
     try:
-        return _attempt(work, done, together)
+        return _attempt(work, done, task_scope)
     except Exception as error:
         cause = _root_cause(error)
         if isinstance(cause, contract.Stopped):
@@ -118,7 +118,7 @@ def _run_step(work: Work, done: Collection[str], together: contract.TaskScope) -
         return StepResult(step.name, step.key, "failed", failure=failure)
 
 
-def _attempt(work: Work, done: Collection[str], together: contract.TaskScope) -> StepResult:
+def _attempt(work: Work, done: Collection[str], task_scope: contract.TaskScope) -> StepResult:
     name, key, store = work.step.name, work.step.key, work.store
     if store.manifest(key) is not None:  # another driver on this store was faster
         return StepResult(name, key, "done")
@@ -131,11 +131,11 @@ def _attempt(work: Work, done: Collection[str], together: contract.TaskScope) ->
         return StepResult(name, key, "held", held=taken)
     with leases.releasing(taken):
         # It may have been committed between the first look and the lease.
-        seconds = 0.0 if store.manifest(key) is not None else _do(work, together)
+        seconds = 0.0 if store.manifest(key) is not None else _do(work, task_scope)
         return StepResult(name, key, "done", seconds=seconds)
 
 
-def _do(work: Work, together: contract.TaskScope) -> float:
+def _do(work: Work, task_scope: contract.TaskScope) -> float:
     """The step's work, and its commit; returns the seconds that the work took."""
     step, store = work.step, work.store
     began = time.perf_counter()
@@ -151,7 +151,7 @@ def _do(work: Work, together: contract.TaskScope) -> float:
         resources=step.resources,
         device=runtime.settle(),
         stopping=work.stopping,
-        together=together,
+        task_scope=task_scope,
         images=step.images,
     )
     with decisions_in(context.out, step.resources):

@@ -73,11 +73,11 @@ def _accepted(field: Schema, schema: Schema) -> str:
         return f"`{kind}`" if kind else f"a section, {_title(name, schema['$defs'][name])}"
     for several in ("anyOf", "oneOf"):
         if several in field:
-            parts = [_accepted(part, schema) for part in field[several]]
+            options = [_accepted(option, schema) for option in field[several]]
             section = (
-                "a section of kind " if all(part.startswith("`") and "$ref" in str(field) for part in parts) else ""
+                "a section of kind " if all(part.startswith("`") and "$ref" in str(field) for part in options) else ""
             )
-            return section + " or ".join(dict.fromkeys(parts))
+            return section + " or ".join(dict.fromkeys(options))
     if "const" in field:
         return f"`{_json(field['const'])}`"
     if "enum" in field:

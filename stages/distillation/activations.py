@@ -160,17 +160,17 @@ def capture(portion: Portion) -> list[Capture]:
     sites = [step.edit.site for step in steps]
 
     def pairs_of(latents: Noised) -> dict[Site, Pairs]:
-        part = latents[_part_of(len(latents), portion.part, portion.parts)]
-        return teacher.capture(sites, part, portion.device)
+        share = latents[_share_of(len(latents), portion.share, portion.num_shares)]
+        return teacher.capture(sites, share, portion.device)
 
     train, heldout = pairs_of(teacher.train), pairs_of(teacher.heldout)
     return [(train.get(site), heldout.get(site)) for site in sites]
 
 
-def _part_of(count: int, part: int, parts: int) -> slice:
-    """Return a part of whole batches, so that a sample passes with the same others whatever the number of parts."""
+def _share_of(count: int, share: int, num_shares: int) -> slice:
+    """Return a share of whole batches, so that a sample passes with the same others whatever the number of shares."""
     batches = math.ceil(count / PASS_BATCH)
-    begin, end = (PASS_BATCH * (batches * number // parts) for number in (part, part + 1))
+    begin, end = (PASS_BATCH * (batches * number // num_shares) for number in (share, share + 1))
     return slice(begin, min(end, count))
 
 

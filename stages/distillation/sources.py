@@ -52,12 +52,12 @@ class InMemory:
 
     def _uploaded(self, size: int, order: Tensor | None) -> Iterator[Pairs]:
         """The same from the host's memory: a thread gathers the next batches where a GPU copies them from by itself."""
-        parts = (torch.arange(len(self)) if order is None else order.cpu()).split(size)
+        batches = (torch.arange(len(self)) if order is None else order.cpu()).split(size)
 
         def gather(number: int) -> Pairs:
-            return self.pairs.of([_gathered(value, parts[number]) for value in self.pairs.tensors()])
+            return self.pairs.of([_gathered(value, batches[number]) for value in self.pairs.tensors()])
 
-        with DrawnAhead(gather, range(len(parts))) as gathered:
+        with DrawnAhead(gather, range(len(batches))) as gathered:
             for _, batch in gathered:
                 yield batch.of([value.to(self.device, non_blocking=True) for value in batch.tensors()])
 
@@ -94,11 +94,11 @@ def task_state(context: Context) -> TaskState:
     """Return the state of the step's task; the first step of the task loads the teacher."""
     params: DistillParams = context.params
     identity = (context.inputs["base"].key, context.inputs["features"].key, params.seed, params.recipe)
-    state: TaskState | None = context.together.kept.get(TASK_STATE)
+    state: TaskState | None = context.task_scope.kept.get(TASK_STATE)
     if state is None or state.identity != identity:
         teacher = read_teacher(params, context.inputs, context.device, context.stopping)
         state = TaskState(identity, teacher, {})
-        context.together.kept[TASK_STATE] = state
+        context.task_scope.kept[TASK_STATE] = state
     return state
 
 
@@ -159,13 +159,13 @@ def gpu_memory(device: torch.device, share: float) -> float:
 
 def _captured_by_tasks(context: Context, device: torch.device) -> tuple[InMemory, InMemory] | None:
     """Return what earlier tasks captured for the step's site; None if none was to, or a part was lost."""
-    if context.together.recorded is None:
+    if context.task_scope.recorded is None:
         return None
-    parts: Sequence[Capture | None] = context.together.recorded()
-    whole = [part for part in parts if part is not None]
-    if not whole or len(whole) < len(parts):
+    captures: Sequence[Capture | None] = context.task_scope.recorded()
+    whole = [one for one in captures if one is not None]
+    if not whole or len(whole) < len(captures):
         return None
-    train, heldout = (joined([part[half] for part in whole]) for half in (0, 1))
+    train, heldout = (joined([one[half] for one in whole]) for half in (0, 1))
     return InMemory(train, device), InMemory(heldout, device)
 
 
@@ -182,7 +182,7 @@ def _captured_now(
 def _sites_ahead(context: Context) -> list[Site]:
     """Return the step's own site, and those of the steps of the same job that come after it in the task."""
     mine: DistillParams = context.params
-    others = [other for other in context.together.next if (other.seed, other.recipe) == (mine.seed, mine.recipe)]
+    others = [other for other in context.task_scope.next if (other.seed, other.recipe) == (mine.seed, mine.recipe)]
     return [params.edit.site for params in (mine, *others)]
 
 

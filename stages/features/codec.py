@@ -78,7 +78,7 @@ class Vae:
 
         from graftwork.models.numerics.precision import products
 
-        batch = together(self.codec, images.shape[-1], self.room)
+        batch = batch_size_for(self.codec, images.shape[-1], self.room)
         runs = [slice(start, start + batch) for start in range(0, len(images), batch)]
         with torch.no_grad(), products(self.codec.precision):
             return torch.cat([self._sampled(images[run], names[run]) for run in runs]).contiguous()
@@ -100,7 +100,7 @@ class Vae:
 
         from graftwork.models.numerics.precision import products
 
-        batch = together(self.codec, latents.shape[-1] * self.codec.factor, self.room)
+        batch = batch_size_for(self.codec, latents.shape[-1] * self.codec.factor, self.room)
         with torch.no_grad(), products(self.codec.precision):
             parts = (self._placed(self.latents.own(part)) for part in latents.split(batch))
             return np.concatenate([to_images(self.vae.decode(part).sample.float()) for part in parts])
@@ -154,7 +154,7 @@ def _of_channels(numbers: Sequence[float]) -> Tensor:
     return torch.tensor(numbers)[None, :, None, None]
 
 
-def together(codec: VaeCodec, side: int, room: float | None) -> int:
+def batch_size_for(codec: VaeCodec, side: int, room: float | None) -> int:
     """Return how many images, of so many pixels a side, pass through the VAE together.
 
     That is a setting, or what suits the device. room: bytes of a GPU that are the task's, None on a CPU.

@@ -37,9 +37,9 @@ from graftwork.stages.features.codec import (
     GPU_BYTES,
     Coder,
     UnfitCodec,
+    batch_size_for,
     load_codec,
     require_fit,
-    together,
     vae_config,
 )
 from graftwork.stages.features.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
@@ -254,7 +254,7 @@ def _encoded(
 
     data, codec = params.data, params.codec
     room = GPU_BYTES if resources.gpu else None
-    batch = together(codec, data.image_size, room) if isinstance(codec, VaeCodec) else BATCH
+    batch = batch_size_for(codec, data.image_size, room) if isinstance(codec, VaeCodec) else BATCH
     pieces = _pieces(missing, BATCHES_A_TASK * batch, hashes)
     told_ray = {name: value for name, value in options(resources).items() if value}
     if not pieces:

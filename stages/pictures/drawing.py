@@ -90,8 +90,11 @@ def _has(family: str, sign: str) -> bool:
 
 @cache
 def _characters(family: str) -> Collection[int]:
-    """The code points that a family has; none if it is not installed."""
+    """The code points of the file of a family that upright text is drawn with; none if the family is not installed."""
     from matplotlib import font_manager
 
-    paths = [font.fname for font in font_manager.fontManager.ttflist if font.name == family]
-    return frozenset(font_manager.get_font(paths[0]).get_charmap()) if paths else frozenset()
+    try:
+        path = font_manager.findfont(family, fallback_to_default=False)
+    except ValueError:
+        return frozenset()
+    return frozenset(font_manager.get_font(path).get_charmap())

@@ -17,7 +17,7 @@ MAX_LEAD_STEPS = 2  # how far the fastest worker can be ahead of where all worke
 Action = Literal["stop", "save"]
 
 
-class ActTogether:
+class Agreement:
     """Has all workers of a training stop, or save a checkpoint, before the same step.
 
     The first worker announces a step MAX_LEAD_STEPS after its next one, before it takes part in that. The others find

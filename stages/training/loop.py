@@ -26,7 +26,7 @@ from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.contract import Partial, Report, Stopped, never
 from graftwork.stages.training import microbatches
-from graftwork.stages.training.agreement import ActTogether
+from graftwork.stages.training.agreement import Agreement
 from graftwork.stages.training.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 from graftwork.stages.training.checkpoint_writer import CheckpointWriter
 from graftwork.stages.training.engine import Engine, is_first_worker
@@ -87,7 +87,7 @@ def train(
         CheckpointWriter(recipe.checkpoint_minutes) as writer,
         DrawnAhead(draw, range(progress.step, recipe.steps)) as batches,
     ):
-        together = ActTogether(stopping, writer.due, data.device)
+        agreement = Agreement(stopping, writer.due, data.device)
 
         def save(done: int) -> None:
             progress.step, progress.loss_sums = done, _of_all_workers(loss_sum)
@@ -96,7 +96,7 @@ def train(
             _save_checkpoint(writer, partial, progress, engine.state())
 
         for step, batch in batches:
-            action = together.before(step)
+            action = agreement.before(step)
             if action is not None and progress.step != step:
                 save(step)
             if action == "stop":
@@ -124,7 +124,7 @@ def train(
             if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
                 save(done)
         writer.wait()
-        together.forget()
+        agreement.forget()
     if dist.is_initialized():
         dist.barrier()
 
