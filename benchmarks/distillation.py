@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import shutil
 import tempfile
 import time
@@ -43,12 +44,13 @@ from graftwork.models.surgery import new_scion, observe
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit, OperatorEdits, Site
-from graftwork.specs.params import DistillParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context, TaskScope
 from graftwork.stages.distillation import distill
+from graftwork.stages.registry import STAGES
 
 JOB = Path(__file__).parents[1] / "examples" / "digits.yaml"
 CLASSES = 10
@@ -308,9 +310,7 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
 
 def warm() -> None:
     """Load what a step of distillation loads; long enough for each core to have one."""
-    from graftwork import stages
-
-    stages.load("distill")
+    importlib.import_module(STAGES["distill"].module)
     weight = torch.ones(1, requires_grad=True)
     weight.square().sum().backward()
     torch.optim.AdamW([weight], fused=True).step()  # loads the compiler

@@ -40,14 +40,14 @@ from graftwork.models.numerics.streams import generator, initialising
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.codec import VaeCodec
 from graftwork.specs.data import ImageFolderData
-from graftwork.specs.params import FeaturesParams
 from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import read
+from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
+from graftwork.stages.data.images import read_image, read_pixels
+from graftwork.stages.data.sources import Item, split
 from graftwork.stages.features import features
 from graftwork.stages.features.codec import GPU_BYTES, Vae, batch_size_for, in_range, load_codec
-from graftwork.stages.features.images import read_image, read_pixels
-from graftwork.stages.features.sources import Item, split
 
 LEVELS = 4  # so a latent's side is an eighth of the image's
 SHAPES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
-from graftwork.stages.features.listing import list_images, listing_once
+from graftwork.stages.data.listing import list_images, listing_once
 
 JOB = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
 

@@ -46,11 +46,11 @@ from graftwork.models.rootstocks.dit import DiT
 from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.metrics import Metric
-from graftwork.specs.params import SampleParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import DitModel
 from graftwork.specs.sampler import AncestralSampler, DdimSampler, Sampler
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta, write_meta
+from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores
 from graftwork.stages.evaluation.samples import batches_of, labels_of, sample_batch

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 
@@ -21,8 +20,9 @@ from graftwork.pipeline.store.manifest import Origin, canonical
 from graftwork.specs.fields import Spec, keyed
 from graftwork.specs.job import JobSpec
 from graftwork.specs.resources import StepResources
-from graftwork.stages import STAGES, Stage
 from graftwork.stages.contract import Context
+from graftwork.stages.registry import STAGES
+from graftwork.stages.stage import Stage
 
 NAME = "trivial"
 
@@ -41,8 +41,7 @@ def run(context: Context) -> None:
     (context.out / name).write_text(json.dumps({"trivial": {"round": float(params.round)}}))
 
 
-STAGES[NAME] = Stage(NAME, version=1)
-sys.modules[f"graftwork.stages.{NAME}"] = sys.modules[__name__]
+STAGES[NAME] = Stage(version=1, steps=lambda job: (), module=__name__)
 
 
 def chain_and_fan(job: JobSpec, each: int, warm: int, number: int) -> Plan:

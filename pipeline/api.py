@@ -33,14 +33,14 @@ from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.reading.overrides import expanded
 from graftwork.specs.vae import VaeConfig, vae_folder
-from graftwork.stages.features.listing import listing_once
-from graftwork.stages.features.sources import num_classes
+from graftwork.stages.data.listing import listing_once
+from graftwork.stages.data.sources import num_classes
+from graftwork.stages.registry import makes_model
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 WORTH_TELLING = 2**28  # bytes that are read
-MODEL_STAGES = ("base", "finetune")  # whose artifacts are model folders
 
 
 def plan(
@@ -198,7 +198,7 @@ def export(
     run_name, _, step = name.partition("/")
     place = Store(store)
     found = record.find(place, run_name)
-    models = [one.name for one in found.steps if one.name.split("/")[0] in MODEL_STAGES]
+    models = [one.name for one in found.steps if makes_model(one.name)]
     if (step or "finetune") not in models:
         raise SpecError(
             [f"export: got {shown(name)}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"]

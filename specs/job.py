@@ -194,17 +194,24 @@ class JobSpec(Spec):
 
     def precisions(self) -> dict[str, tuple[Precision, float]]:
         """Return, by its field, each precision that the job's steps compute in, and the GPUs that their tasks take."""
-        resources, found = self.resources, dict[str, tuple[Precision, float]]()
+        found = dict[str, tuple[Precision, float]]()
+
+        def gpus(stage: str) -> float:
+            return self.resources.of(stage).gpu
+
         if isinstance(self.codec, VaeCodec):  # features are encoded, samples decoded
-            found["codec.precision"] = self.codec.precision, max(resources.features.gpu, resources.evaluate.gpu)
+            found["codec.precision"] = (
+                self.codec.precision,
+                max(gpus("features"), gpus("evaluate")),
+            )
         if isinstance(self.weights, PretrainWeights):
-            found["weights.precision"] = self.weights.precision, resources.base.gpu
-        found["profile.precision"] = self.profile.precision, resources.profile.gpu
-        found["distill.precision"] = self.distill.precision, resources.distill.gpu
+            found["weights.precision"] = self.weights.precision, gpus("base")
+        found["profile.precision"] = self.profile.precision, gpus("profile")
+        found["distill.precision"] = self.distill.precision, gpus("distill")
         for number, layers in self.learned().items():
-            found[f"graft.{number}.layers.search.precision"] = layers.search.precision, resources.search.gpu
-        found["finetune.precision"] = self.finetune.precision, resources.finetune.gpu
-        found["evaluate.precision"] = self.evaluate.precision, resources.evaluate.gpu
+            found[f"graft.{number}.layers.search.precision"] = layers.search.precision, gpus("search")
+        found["finetune.precision"] = self.finetune.precision, gpus("finetune")
+        found["evaluate.precision"] = self.evaluate.precision, gpus("evaluate")
         return found
 
     def learned(self) -> dict[int, LearnedLayers]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, create_model, field_validator, model_validator
 
 from graftwork.specs.fields import Spec, refuse
 
@@ -26,22 +26,41 @@ class StepResources(Spec):
         return custom
 
 
-class ResourcesSpec(Spec):
+# In the order in which the planner asks them for their steps. Each is a module of its name in stages/catalog.
+STAGES = (
+    *("features", "base", "classifier", "profile", "distill", "search", "select", "finetune"),
+    *("reference", "evaluate"),
+)
+UNLESS_GIVEN = {"reference": "evaluate"}  # stages that take what another takes
+
+
+class StageResources(Spec):
     """What each stage's tasks take; never part of a key."""
 
-    features: StepResources = StepResources()
-    base: StepResources = StepResources()
-    classifier: StepResources = StepResources()
-    profile: StepResources = StepResources()
-    distill: StepResources = StepResources()
-    search: StepResources = StepResources()
-    select: StepResources = StepResources()
-    finetune: StepResources = StepResources()
-    evaluate: StepResources = StepResources()
-    reference: StepResources = Field(StepResources(), description="as `evaluate` unless given")
+    def of(self, stage: str) -> StepResources:
+        resources: StepResources = getattr(self, stage)
+        return resources
 
     @model_validator(mode="after")
-    def _reference_as_evaluate(self) -> Self:
-        if "reference" not in self.model_fields_set:
-            object.__setattr__(self, "reference", self.evaluate)
+    def _take_what_another_takes(self) -> Self:
+        for stage, other in UNLESS_GIVEN.items():
+            if stage not in self.model_fields_set:
+                object.__setattr__(self, stage, self.of(other))
         return self
+
+
+def _field(stage: str) -> Any:
+    other = UNLESS_GIVEN.get(stage)
+    return Field(StepResources(), description=f"as `{other}` unless given" if other else None)
+
+
+if TYPE_CHECKING:
+    ResourcesSpec = StageResources
+else:
+    ResourcesSpec = create_model(
+        "ResourcesSpec",
+        __base__=StageResources,
+        __doc__=StageResources.__doc__,
+        __module__=__name__,
+        **{stage: (StepResources, _field(stage)) for stage in STAGES},
+    )

@@ -12,7 +12,7 @@ from graftwork.specs.resources import StepResources
 if TYPE_CHECKING:
     import torch
 
-    from graftwork.stages.features.hashes import ImageHashes
+    from graftwork.stages.data.hashes import ImageHashes
 
 
 NOTES = "notes.json"  # of an artifact: lines that the run which made it tells its user

@@ -235,7 +235,7 @@ import ray
 from graftwork.cluster.session.runtime import session
 @ray.remote(num_cpus=1)
 def look():
-    import sys, graftwork.stages.features.sources
+    import sys, graftwork.stages.data.sources
     return sorted({"cluster", "models", "pipeline", "specs", "stages"} & {*sys.modules}), sys.path
 with session([], min_parallel=1):
     print(ray.get(look.remote()))

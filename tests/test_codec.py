@@ -35,18 +35,19 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
 from graftwork.specs.data import DigitsData, ImageFolderData
 from graftwork.specs.job import JobSpec
-from graftwork.specs.params import FeaturesParams, SampleParams
 from graftwork.specs.reading.load import SpecError, job_from
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.catalog.evaluate import SampleParams
+from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
+from graftwork.stages.data.hashes import ChangedImage, ImageHashes
+from graftwork.stages.data.images import read_image, scaled
+from graftwork.stages.data.sources import split
 from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.features import codec, features
 from graftwork.stages.features.codec import UnfitCodec, load_codec, misfits
-from graftwork.stages.features.hashes import ChangedImage, ImageHashes
-from graftwork.stages.features.images import read_image, scaled
-from graftwork.stages.features.sources import split
 from tests.products import Products
 from tests.small import Folder, Payload
 from tests.stores import commit

@@ -23,7 +23,7 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.stages.features.hashes import (
+from graftwork.stages.data.hashes import (
     IMAGES,
     ChangedImage,
     ImageHashes,

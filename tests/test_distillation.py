@@ -27,12 +27,12 @@ from graftwork.models.surgery import answer, graft, new_scion, observe, scion_at
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaY, Mha, Mlp
-from graftwork.specs.params import DistillParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts import hybrids as hybrid
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
+from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context, Portion, Stopped, TaskScope
 from graftwork.stages.distillation import activations, distill, sources
 from graftwork.stages.distillation import loss as losses

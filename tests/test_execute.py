@@ -16,7 +16,6 @@ import ray
 import torch
 
 from benchmarks.watching import Unwatched
-from graftwork import stages
 from graftwork.cluster.session import runtime
 from graftwork.models.operators import kernels
 from graftwork.pipeline.estimates import sharing
@@ -27,16 +26,18 @@ from graftwork.pipeline.execution import task
 from graftwork.pipeline.execution.scheduler import Execution
 from graftwork.pipeline.execution.task import StepResult, Work
 from graftwork.pipeline.planning.contents import Contents
-from graftwork.pipeline.planning.fingerprints import External
+from graftwork.pipeline.planning.fingerprints import fingerprint, require_same
 from graftwork.pipeline.planning.plan import Plan, Step, make_plan
 from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.leases import Lease, LeaseOwner
 from graftwork.pipeline.store.manifest import Origin
-from graftwork.specs.params import ClassifierParams
 from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
+from graftwork.stages.catalog.classifier import ClassifierParams
 from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.registry import STAGES
+from graftwork.stages.stage import External
 from tests.conftest import ROOT, TINY, Finished, keys
 
 
@@ -64,11 +65,19 @@ class Signal:
     now = __call__
 
 
+@dataclass(frozen=True)
+class Doing:
+    """A stage whose work is this."""
+
+    run: Callable[[Context], None]
+    memory: str = ""
+
+
 @pytest.fixture
 def doing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Context], None]], None]:
     """Have every step do this."""
     monkeypatch.setattr(runtime, "settle", lambda: torch.device("cpu"))
-    return lambda work: monkeypatch.setattr(stages, "load", lambda stage: work)
+    return lambda work: monkeypatch.setitem(STAGES, "classifier", Doing(work))
 
 
 def works(store: Store, *names: str, pen: Pen | None = None, stop: Signal | None = None, **changes: Any) -> list[Work]:
@@ -163,7 +172,7 @@ def test_a_step_whose_files_changed_since_the_plan_commits_nothing(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"as the plan read it")
     external = External(role, str(tmp_path / path), "some.field")
-    outside = {role: external.fingerprint(Contents())}
+    outside = {role: fingerprint(external, Contents())}
     works_of = [
         replace(one, step=replace(one.step, external=(external,), identity={**one.step.identity, "outside": outside}))
         for one in works(store, "a", "b")
@@ -182,7 +191,7 @@ def test_a_step_whose_files_changed_since_the_plan_commits_nothing(
 
 
 def test_files_that_only_another_machine_has_are_taken_as_they_are(tmp_path: Path) -> None:
-    External("checkpoint", str(tmp_path / "elsewhere.pt"), "weights.path").require_same("0" * 64)
+    require_same(External("checkpoint", str(tmp_path / "elsewhere.pt"), "weights.path"), "0" * 64)
 
 
 def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(store: Store, doing: Any) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from graftwork.pipeline.execution.task import is_out_of_memory
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.stages import STAGES
+from graftwork.stages.registry import STAGES
 
 
 def allocation() -> RuntimeError:

@@ -25,15 +25,16 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
-from graftwork.specs.params import FeaturesParams
 from graftwork.specs.reading.load import job_from, load
 from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import Latents, Shards, ShardWriter, read, read_meta, require_enough
+from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context, Stopped
-from graftwork.stages.features import features, listing
-from graftwork.stages.features.hashes import ChangedImage, ImageHashes
-from graftwork.stages.features.listing import ClassFolder, Listing
-from graftwork.stages.features.sources import Item, interleave, split, split_sizes
+from graftwork.stages.data import listing
+from graftwork.stages.data.hashes import ChangedImage, ImageHashes
+from graftwork.stages.data.listing import ClassFolder, Listing
+from graftwork.stages.data.sources import Item, interleave, split, split_sizes
+from graftwork.stages.features import features
 from graftwork.stages.training.loop import TrainingSet, draw_batch
 from tests.conftest import ROOT
 from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of, tensors_of

@@ -21,9 +21,9 @@ from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.metrics import INCEPTION_FILE, inception_file
 from graftwork.specs.reading.load import SpecError, load
+from graftwork.stages.data.images import read_pixels
 from graftwork.stages.evaluation import inception
 from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
-from graftwork.stages.features.images import read_pixels
 from tests.conftest import TINY
 from tests.small import Payload
 

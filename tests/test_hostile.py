@@ -37,17 +37,17 @@ from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.masking import masked
-from graftwork.specs.params import FeaturesParams
 from graftwork.specs.problems import plain, shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import filled, redacted
 from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
+from graftwork.stages.data.images import BrokenImage, read_image
+from graftwork.stages.data.sources import class_sizes, split
 from graftwork.stages.evaluation.inception import read_statistics
 from graftwork.stages.features import features
-from graftwork.stages.features.images import BrokenImage, read_image
-from graftwork.stages.features.sources import class_sizes, split
 from tests.conftest import TINY
 from tests.small import lively
 

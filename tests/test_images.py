@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.reading.load import SpecError, job_from
-from graftwork.stages.features.images import IMAGE_SUFFIXES, SUFFIXES, BrokenImage, read_pixels, read_rgb, size_of
+from graftwork.stages.data.images import IMAGE_SUFFIXES, SUFFIXES, BrokenImage, read_pixels, read_rgb, size_of
 
 WHITE, GREEN = "#ffffff", "#00ff00"
 WIDTH, HEIGHT = 48, 32

@@ -15,10 +15,10 @@ from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.stages.features import listing
-from graftwork.stages.features.images import IMAGE_SUFFIXES
-from graftwork.stages.features.listing import list_images, listing_once
-from graftwork.stages.features.sources import class_folders, class_names, class_sizes, items, split
+from graftwork.stages.data import listing
+from graftwork.stages.data.images import IMAGE_SUFFIXES
+from graftwork.stages.data.listing import list_images, listing_once
+from graftwork.stages.data.sources import class_folders, class_names, class_sizes, items, split
 from tests.conftest import TINY
 
 FEW = ["distill.samples=2", "distill.heldout=1"]

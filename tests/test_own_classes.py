@@ -23,11 +23,11 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.job import JobSpec
 from graftwork.specs.operators import HyenaY
-from graftwork.specs.params import BaseParams
 from graftwork.specs.reading.load import SpecError, load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import CheckpointWeights, DitModel
 from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.catalog.base import BaseParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training import base
 from tests.conftest import TINY

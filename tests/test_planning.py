@@ -18,12 +18,13 @@ from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.plan import Plan, costs, difference, differences, make_plan
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import FileEntry, Manifest, Origin, canonical
+from graftwork.specs import resources
 from graftwork.specs.data import DigitsData, ImageFolderData
 from graftwork.specs.fields import keyed
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.stages import STAGES
-from graftwork.stages.features.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
+from graftwork.stages.data.sources import DIGITS_PER_CLASS, Item, class_sizes, interleave, items, split, split_sizes
+from graftwork.stages.registry import STAGES
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-tiny.yaml"
 REFERENCES = {"reference/classifier", "reference/heldout"}
@@ -339,7 +340,7 @@ def test_all_parts_of_a_checkpoint_are_in_the_key(tmp_path: Path) -> None:
     assert all(first != second for first, second in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("stage", [*STAGES])
+@pytest.mark.parametrize("stage", resources.STAGES)
 def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

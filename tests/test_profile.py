@@ -24,11 +24,11 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft, observe, scion_at
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import Mha, Place, Swa
-from graftwork.specs.params import ProfileParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.evidence import Profile, read_profile
 from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
+from graftwork.stages.catalog.profile import ProfileParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import profile
 from tests.products import Products

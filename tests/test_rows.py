@@ -26,11 +26,12 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.evaluate import EvaluateSpec
-from graftwork.specs.params import EvaluateParams, HeldoutParams, SampleParams, TrainingStatisticsParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
+from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
+from graftwork.stages.catalog.reference import HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.evaluation import evaluate, reference
 from graftwork.stages.evaluation import samples as rows

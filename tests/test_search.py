@@ -40,11 +40,11 @@ from graftwork.specs.costs import ORIGINALS
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.layers.learned import Group
 from graftwork.specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
-from graftwork.specs.params import SearchParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import SearchSpec, TrainingSpec
 from graftwork.stages.artifacts.evidence import read_search
 from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.catalog.search import SearchParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import search
 from graftwork.stages.selection.search import SearchEngine

@@ -12,7 +12,6 @@ import torch
 from graftwork.specs.edits import Edit, OperatorEdits, ParallelEdits
 from graftwork.specs.layers.union import Layers
 from graftwork.specs.operators import HyenaY
-from graftwork.specs.params import Rule, SelectParams
 from graftwork.stages.artifacts import plan
 from graftwork.stages.artifacts.evidence import (
     Distilled,
@@ -23,6 +22,7 @@ from graftwork.stages.artifacts.evidence import (
     write_distilled,
     write_profile,
 )
+from graftwork.stages.catalog.select import Rule, SelectParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import select
 from tests.small import Folder

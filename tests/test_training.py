@@ -26,11 +26,11 @@ from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives.gaussian import STEPS, Diffusion
 from graftwork.models.rootstocks.dit import Block, DiT
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.specs.params import BaseParams
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import DitModel, PretrainWeights
 from graftwork.specs.training import Precision, TrainingSpec
 from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
+from graftwork.stages.catalog.base import BaseParams
 from graftwork.stages.contract import Context, Stopped, never
 from graftwork.stages.training import base, batches, microbatches
 from graftwork.stages.training import loop as training

@@ -195,8 +195,8 @@ def plan(
     from graftwork.pipeline.planning.plan import differences
     from graftwork.pipeline.store.artifacts import Store
     from graftwork.specs.reading.load import load
-    from graftwork.stages.features.listing import listing_once
-    from graftwork.stages.features.sources import labels_line
+    from graftwork.stages.data.listing import listing_once
+    from graftwork.stages.data.sources import labels_line
 
     with problems(debug), listing_once():
         spec = load(job, overrides or ())

@@ -194,7 +194,7 @@ def check_job(argument: Mapping[str, Any]) -> Iterator[Check]:
     from graftwork.pipeline.planning import preflight
     from graftwork.pipeline.store.errors import StoreError
     from graftwork.specs.reading.load import job_from
-    from graftwork.stages.features.listing import listing_once
+    from graftwork.stages.data.listing import listing_once
 
     job = job_from(dict(argument["job"]))
     with listing_once():
@@ -292,7 +292,7 @@ def _memory(job: JobSpec, plan: Plan, gpu_bytes: float | None, own: bool) -> Ite
 def _room_in_store(job: JobSpec, params: int, root: Path) -> Check:
     import shutil
 
-    from graftwork.stages.features.sources import class_sizes
+    from graftwork.stages.data.sources import class_sizes
 
     images = 0
     with suppress(OSError, ValueError):  # the data are elsewhere: `job's files` says so

@@ -1,4 +1,4 @@
-"""Which distillation sites share the rootstock's pass, and in how many tasks that pass is recorded."""
+"""How steps that share a pass of the rootstock are packed, and in how many tasks that pass is done before theirs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from graftwork.pipeline.estimates.packing import Item
 from graftwork.pipeline.planning.plan import Plan, Step
-from graftwork.specs import params
-
-MIN_RECORDING_SAMPLES = 256  # of a site's pass, for a task of its own that records activations
+from graftwork.stages.registry import STAGES
 
 
 def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
@@ -18,26 +16,13 @@ def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
     for name in names:
         work = plan[name].work
         assert work is not None, name
-        items.append(Item(name, work.own, work.activations, block_of(plan[name])))
+        items.append(Item(name, work.own, work.activations, work.block))
         shared = max(shared, work.shared)
     return items, shared
 
 
 def num_recording_tasks(sites: Sequence[Step], slots: int) -> int:
-    """Return the number of tasks that record activations before distillation starts.
-
-    0 if every distillation task runs the rootstock itself: on GPUs, with `distill.activations` set, for one site, for
-    too few samples, or if all sites are in one task.
-    """
-    first = sites[0].params
-    assert isinstance(first, params.DistillParams)
-    if sites[0].resources.gpu or first.recipe.activations is not None or len(sites) < 2:
-        return 0
-    parts = min(slots, first.recipe.samples * first.recipe.draws // MIN_RECORDING_SAMPLES)
-    return parts if parts > 1 else 0
-
-
-def block_of(step: Step) -> int:
-    """Up to which the rootstock runs for a site."""
-    assert isinstance(step.params, params.DistillParams)
-    return step.params.edit.site.block
+    """Return the number of tasks that do what these steps of one stage have in common before theirs; 0 if theirs do."""
+    shares = STAGES[sites[0].stage].shares
+    assert shares is not None, sites[0].stage
+    return shares([site.params for site in sites], sites[0].resources, slots)

@@ -10,9 +10,10 @@ from typing import Literal
 
 from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline.estimates.packing import Item, duration, pack
-from graftwork.pipeline.estimates.sharing import block_of, num_recording_tasks
+from graftwork.pipeline.estimates.sharing import num_recording_tasks
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs.problems import SpecError
+from graftwork.stages.registry import STAGES
 
 TOLERANCE = 1e-9  # of shares that make up a GPU
 
@@ -114,25 +115,31 @@ def simulate(
 
 
 def _tasks(ready: Sequence[Step], times: Mapping[str, StepTime], machine: Machine) -> list[_Task]:
-    """One a step, but for sites, which are packed."""
-    sites = [step for step in ready if step.stage == "distill"]
-    tasks = [
-        _Task(
-            (step.name,),
-            times[step.name].own + times[step.name].shared,
-            *machine.takes(step),
-        )
-        for step in ready
-        if step.stage != "distill"
+    """One a step, but for those that share a pass, which are packed."""
+    tasks: list[_Task] = []
+    sharing: dict[str, list[Step]] = {}
+    for step in ready:
+        if STAGES[step.stage].shares:
+            sharing.setdefault(step.stage, []).append(step)
+        else:
+            seconds = times[step.name].own + times[step.name].shared
+            tasks.append(_Task((step.name,), seconds, *machine.takes(step)))
+    for sites in sharing.values():
+        tasks += _packed(sites, times, machine)
+    return tasks
+
+
+def _packed(sites: Sequence[Step], times: Mapping[str, StepTime], machine: Machine) -> list[_Task]:
+    pool, amount = machine.takes(sites[0])
+    slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
+    items = [
+        Item(step.name, times[step.name].own, depth=step.work.block if step.work is not None else 0) for step in sites
     ]
-    if sites:
-        pool, amount = machine.takes(sites[0])
-        slots = int((machine.gpus if pool == "gpu" else machine.cpus) / amount + TOLERANCE) if amount else 0
-        items = [Item(step.name, times[step.name].own, depth=block_of(step)) for step in sites]
-        shared = max(times[step.name].shared for step in sites)
-        num_tasks = num_recording_tasks(sites, slots)
-        before, within = (shared / num_tasks, 0.0) if num_tasks else (0.0, shared)
-        for number, one in enumerate(pack(items, slots, within)):
-            waited = before if number < slots else 0.0  # by those that begin first
-            tasks.append(_Task(tuple(item.name for item in one), waited + duration(one, within), pool, amount))
+    shared = max(times[step.name].shared for step in sites)
+    num_tasks = num_recording_tasks(sites, slots)
+    before, within = (shared / num_tasks, 0.0) if num_tasks else (0.0, shared)
+    tasks = []
+    for number, one in enumerate(pack(items, slots, within)):
+        waited = before if number < slots else 0.0  # by those that begin first
+        tasks.append(_Task(tuple(item.name for item in one), waited + duration(one, within), pool, amount))
     return tasks

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import ray
 
-from graftwork import stages
 from graftwork.cluster.board import Board, News, Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.estimates.packing import pack
@@ -41,6 +40,7 @@ from graftwork.pipeline.store.leases import LeaseOwner, LeaseSnapshot, LeaseWatc
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.job import JobSpec
+from graftwork.stages.registry import STAGES
 
 POLL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 1.0
@@ -48,14 +48,13 @@ CLUSTER_POLL_SECONDS = 3.0
 RETRIES = 3  # of a task whose worker is lost
 SHORTAGE_SECONDS = 30.0  # without any node for a step, before that is told
 STOP_SECONDS = 30.0  # that tasks are given to save what they have, beside the writing of a training's checkpoint
-TRAININGS = {"base", "search", "finetune"}
 STATES = 4  # of each parameter in a checkpoint, in fp32: the weight, its average and two moments
 CHECKPOINT_BYTES_A_SECOND = 1e8  # gathered, written, hashed and put into a store over a network
 # What steps import that takes long and knows nothing of Ray, in the order of need. The last two come unasked: with any
 # optimizer, and with DeepSpeed's engine.
 WARM = (
     "torch",
-    "graftwork.stages.features.sources",
+    "graftwork.stages.data.sources",
     "graftwork.stages.evaluation.classifier",
     "graftwork.stages.pictures.pictures",
     "matplotlib.backends.backend_agg",
@@ -81,21 +80,16 @@ class Watcher(Protocol):
 
 def session(plan: Plan) -> AbstractContextManager[None]:
     """Ray, with room for each of the plan's steps."""
-    return runtime.session((step.resources for step in plan.steps), min_parallel=_widest(plan), warm=WARM)
+    widest = max(step.workers for step in plan.steps)  # workers that one step starts together
+    return runtime.session((step.resources for step in plan.steps), min_parallel=widest, warm=WARM)
 
 
 def stop_seconds(job: JobSpec, at_work: Collection[str]) -> float:
     """Return how long tasks are given to save what they have, by the stages that are at work."""
-    if TRAININGS.isdisjoint(at_work):
+    if not any(STAGES[stage].trains for stage in at_work):
         return STOP_SECONDS
     model = rootstock_cost(job.model, job.place(), job.codec.latent_channels(job.data), num_classes=1)
     return STOP_SECONDS + STATES * 4 * model.params / CHECKPOINT_BYTES_A_SECOND
-
-
-def _widest(plan: Plan) -> int:
-    """The most workers that one step starts together."""
-    searches = [layers.search.workers for layers in plan.job.learned().values()]
-    return max(getattr(plan.job.weights, "workers", 1), plan.job.finetune.workers, *searches)
 
 
 class Execution:
@@ -146,18 +140,18 @@ class Execution:
         """Give Ray each open step whose needs are ready or are with Ray."""
         if self.stopping_since is not None:
             return
-        sharing: list[Step] = []
+        sharing: dict[str, list[Step]] = {}
         for name in self.open:
             if name in self.refs or name in self.held:
                 continue
             step = self.plan[name]
-            if stages.STAGES[step.stage].shares and name not in self.alone:
+            if STAGES[step.stage].shares and name not in self.alone:
                 if all(needed in self.ready for needed in step.needs.values()):
-                    sharing.append(step)
+                    sharing.setdefault(step.stage, []).append(step)
             elif all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
                 self._start([step], (), {})
-        if sharing:
-            self._start_sharing(sharing)
+        for sites in sharing.values():
+            self._start_sharing(sites)
 
     def _start_sharing(self, sites: Sequence[Step]) -> None:
         """Sites put together for the room that there is now; before them, where it pays, the pass that all share."""
@@ -184,7 +178,7 @@ class Execution:
             name=first.name + (f" and {len(others)} more" if others else ""),
             max_retries=RETRIES,
             retry_exceptions=False,
-            **runtime.options(first.resources, idle=stages.STAGES[first.stage].orchestrates),
+            **runtime.options(first.resources, idle=STAGES[first.stage].orchestrates),
         )
         awaited = {self.refs[name]: None for step in steps for name in self._awaited(step)}
         ref = task.remote([self._work(step, recorded.get(step.name, ())) for step in steps], *waited, *awaited)

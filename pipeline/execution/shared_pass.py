@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 
-from graftwork import stages
 from graftwork.cluster.board import Reporter
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.estimates.packing import Item
@@ -21,6 +20,7 @@ from graftwork.pipeline.planning.plan import Step
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.resources import StepResources
 from graftwork.stages import contract
+from graftwork.stages.registry import STAGES
 
 SHARE = 0.5  # of the cluster's object store, and of a task's memory
 RETRIES = 3  # of a task whose worker is lost
@@ -78,7 +78,7 @@ def _record(asked: Pass, share: int, num_shares: int, report: Reporter | None = 
         stopping=asked.stopping,
     )
     try:
-        found = stages.recorder(asked.sites[0].stage)(portion)
+        found = STAGES[asked.sites[0].stage].record(portion)
     except Exception:
         found = [None] * len(asked.sites)
     return [[], *found]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from graftwork import stages
 from graftwork.cluster import memory
 from graftwork.cluster.board import Reporter, StopSignal
 from graftwork.cluster.session import runtime
@@ -29,6 +28,7 @@ from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import redacted
 from graftwork.stages import contract
 from graftwork.stages.decisions import decisions_in
+from graftwork.stages.registry import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +155,7 @@ def _do(work: Work, task_scope: contract.TaskScope) -> float:
         images=step.images,
     )
     with decisions_in(context.out, step.resources):
-        stages.load(step.stage)(context)
+        STAGES[step.stage].run(context)
     step.require_same_files()
     seconds = time.perf_counter() - began
     made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -213,7 +213,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _out_of_memory(stage: str) -> str:
-    setting = stages.STAGES[stage].memory
+    setting = STAGES[stage].memory
     advice = f"lower {setting}" if setting else f"ask for a node that has more by resources.{stage}.memory"
     return f"out of memory; {advice}"
 

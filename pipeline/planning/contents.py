@@ -29,8 +29,8 @@ from graftwork.specs.data import ImageFolderData
 from graftwork.specs.figures import amount, counted
 from graftwork.specs.problems import plain, text
 from graftwork.specs.reading.load import SpecError
-from graftwork.stages.features.hashes import DIGEST_BYTES, ImageHashes, cut
-from graftwork.stages.features.sources import class_folders, items, split, split_sizes
+from graftwork.stages.data.hashes import DIGEST_BYTES, ImageHashes, cut
+from graftwork.stages.data.sources import class_folders, items, split, split_sizes
 
 FOLDER = "contents"  # of a store
 VERSION = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.pipeline.planning.contents import Contents
@@ -13,8 +12,9 @@ from graftwork.pipeline.store.manifest import canonical, digest
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
 from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
 from graftwork.specs.problems import plain
-from graftwork.stages.features.hashes import ImageHashes
-from graftwork.stages.features.sources import items, split
+from graftwork.stages.data.hashes import ImageHashes
+from graftwork.stages.data.sources import items, split
+from graftwork.stages.stage import External
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
 UNREAD = "unread"  # stands for contents that were never read: the keys are not those of a run either
@@ -24,40 +24,34 @@ class ChangedFiles(ValueError):
     """Files hold something else than they did when the plan hashed them; the text is the whole line."""
 
 
-@dataclass(frozen=True)
-class External:
-    """A file or folder that a step reads from outside of the store; its fingerprint stands in the step's key."""
+def fingerprint(external: External, contents: Contents) -> str:
+    """Return the hash of a file, of all files of a folder, or of all parts of what a file is a part of; of a hub
+    id, the revision that is in the local cache; ABSENT if it is not here, UNREAD if it has to be read first."""
+    if is_hub_id(external.path):
+        snapshot = local_snapshot(external.path)
+        return f"{external.path}@{snapshot.name}" if snapshot else ABSENT
+    place = Path(external.path)
+    if place.is_dir():
+        return _of_files(external, place, _names(place, external.role), contents)
+    if len(parts := parts_of(place)) > 1:
+        return _of_files(external, place.parent, [part.name for part in parts], contents)
+    if not place.is_file():
+        return ABSENT
+    digests = contents.files(external.field, place, [""])
+    return digests[0] if digests else UNREAD
 
-    role: str
-    path: str
-    field: str  # of the spec, that names it
 
-    def fingerprint(self, contents: Contents) -> str:
-        """Return the hash of a file, of all files of a folder, or of all parts of what a file is a part of; of a hub
-        id, the revision that is in the local cache; ABSENT if it is not here, UNREAD if it has to be read first."""
-        if is_hub_id(self.path):
-            snapshot = local_snapshot(self.path)
-            return f"{self.path}@{snapshot.name}" if snapshot else ABSENT
-        place = Path(self.path)
-        if place.is_dir():
-            return self._of_files(place, _names(place, self.role), contents)
-        if len(parts := parts_of(place)) > 1:
-            return self._of_files(place.parent, [part.name for part in parts], contents)
-        if not place.is_file():
-            return ABSENT
-        digests = contents.files(self.field, place, [""])
-        return digests[0] if digests else UNREAD
+def require_same(external: External, planned: str) -> None:
+    """Raise ChangedFiles if it is on this machine, and no longer what had that fingerprint when it was planned."""
+    if fingerprint(external, Contents()) not in (planned, ABSENT):
+        accepted = "accepted: files that stay as they are while a job reads them, the same on all machines"
+        found = f"got {plain(external.path)}, which is not as the plan found it"
+        raise ChangedFiles(f"{external.field}: {found}; {accepted}")
 
-    def require_same(self, fingerprint: str) -> None:
-        """Raise ChangedFiles if it is on this machine, and no longer what has that fingerprint."""
-        now = self.fingerprint(Contents())
-        if now not in (fingerprint, ABSENT):
-            accepted = "accepted: files that stay as they are while a job reads them, the same on all machines"
-            raise ChangedFiles(f"{self.field}: got {plain(self.path)}, which is not as the plan found it; {accepted}")
 
-    def _of_files(self, place: Path, names: list[str], contents: Contents) -> str:
-        digests = contents.files(self.field, place, names)
-        return _hash([[name, one] for name, one in zip(names, digests, strict=True)]) if digests is not None else UNREAD
+def _of_files(external: External, place: Path, names: list[str], contents: Contents) -> str:
+    digests = contents.files(external.field, place, names)
+    return _hash([[name, one] for name, one in zip(names, digests, strict=True)]) if digests is not None else UNREAD
 
 
 def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], ImageHashes | None]:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.pipeline.planning.contents import Contents
-from graftwork.pipeline.planning.fingerprints import ABSENT, UNREAD, External
-from graftwork.pipeline.planning.steps import RULES, unkeyed_steps
+from graftwork.pipeline.planning.fingerprints import ABSENT, UNREAD, data_fingerprint, fingerprint, require_same
 from graftwork.pipeline.store.artifacts import State, Store
 from graftwork.pipeline.store.manifest import Manifest, RottenArtifact, canonical
-from graftwork.specs.costs import GraftCost, graft_cost, rootstock_cost
+from graftwork.specs.costs import GraftCost, rootstock_cost
 from graftwork.specs.edits import Edit
 from graftwork.specs.fields import Spec, keyed
 from graftwork.specs.hub import is_hub_id, local_snapshot
@@ -33,11 +32,12 @@ from graftwork.specs.reading.load import SpecError
 from graftwork.specs.resources import StepResources
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.training import Precision
-from graftwork.stages import STAGES
-from graftwork.stages.features.hashes import IMAGES, ImageHashes, escaped, read_hashes
-from graftwork.stages.work import Formulas, StepInputs, Work
+from graftwork.stages.catalog.flops import cost_of_graft
+from graftwork.stages.catalog.inputs import RULES
+from graftwork.stages.data.hashes import IMAGES, ImageHashes, escaped, read_hashes
+from graftwork.stages.registry import STAGES
+from graftwork.stages.stage import External, StepDraft, Work
 
-FOUNDATIONS = ("features", "base")  # stages on whose steps all others rest
 MAX_DIFFERENCES = 5  # of a step, that a plan shows
 OTHER_DATA = "other data"
 UNKNOWN = {ABSENT: "which are not here", UNREAD: "which were never read"}  # fingerprints that are none
@@ -70,7 +70,7 @@ class Step:
     def require_same_files(self) -> None:
         """Raise ChangedFiles if what it read from outside of the store is not what its key says."""
         for one in self.external:
-            one.require_same(self.identity["outside"][one.role])
+            require_same(one, self.identity["outside"][one.role])
 
 
 @dataclass(frozen=True)
@@ -111,45 +111,52 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
     contents: of the files that it brings along; without it, each is read. If one may not be, no run has these keys.
     """
     steps: dict[str, Step] = {}
-    known: dict[str, StepInputs] = {}  # by key
-    formulas = Formulas(known.__getitem__)
     contents = contents or Contents()
-    fingerprint = cache(lambda external: external.fingerprint(contents))  # many steps read the same
-    for draft in unkeyed_steps(job, contents):
+    read = cache(lambda external: fingerprint(external, contents))  # many steps read the same
+    for stage, draft in _drafts(job):
+        outside, images = data_fingerprint(draft.data, contents) if draft.data else ({}, None)
         identity: dict[str, Any] = {
-            "stage": draft.stage,
-            "version": STAGES[draft.stage].version,
+            "stage": stage,
+            "version": STAGES[stage].version,
             "params": keyed(draft.params),
-            "outside": {**draft.outside, **{one.role: fingerprint(one) for one in draft.external}},
+            "outside": {**outside, **draft.outside, **{one.role: read(one) for one in draft.external}},
             "needs": {role: steps[needed].key for role, needed in draft.needs.items()},
         }
-        key = hashlib.sha256(canonical(identity).encode()).hexdigest()
-        known[key] = one = StepInputs(draft.params, identity["needs"], identity["outside"])
         steps[draft.name] = Step(
             name=draft.name,
-            stage=draft.stage,
+            stage=stage,
             params=draft.params,
             needs=draft.needs,
-            resources=getattr(job.resources, draft.stage),
+            resources=job.resources.of(stage),
             identity=identity,
-            key=key,
+            key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
             external=draft.external,
-            images=draft.images,
-            work=formulas.work(key),
-            workers=one.workers,
-            precision=one.precision,
-            spreads=one.spreads,
+            images=images,
+            work=draft.work,
+            workers=draft.workers,
+            precision=draft.precision,
+            spreads=draft.spreads,
         )
     return Plan(job=job, steps=tuple(steps.values()))
+
+
+def _drafts(job: JobSpec) -> Iterator[tuple[str, StepDraft]]:
+    """Yield the steps of all stages, each after those that it needs."""
+    before: set[str] = set()
+    for stage, declared in STAGES.items():
+        for draft in declared.steps(job):
+            unknown = sorted({*draft.needs.values()} - before)
+            assert not unknown, f"{draft.name} needs {', '.join(unknown)}, which no stage listed before {stage} has"
+            assert draft.name not in before, f"{draft.name} is a step already"
+            before.add(draft.name)
+            yield stage, draft
 
 
 def costs(job: JobSpec, num_classes: int) -> GraftCost:
     """What the job's graft costs beside its rootstock, by formula; edits that a checkpoint carries are in both."""
     channels = job.codec.latent_channels(job.data)
     rootstock = rootstock_cost(job.model, job.place(), channels, num_classes)
-    # Where evidence chooses, any of the candidates will do: blocks are all of one shape.
-    made = [edit for spec in job.graft for edit in spec.edits(job.model.depth)[: spec.number(job.model.depth)]]
-    return graft_cost(rootstock, made, job.place(), carried_edits(job))
+    return cost_of_graft(job, rootstock, carried_edits(job))
 
 
 def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
@@ -182,7 +189,7 @@ def differences(plan: Plan, states: Mapping[str, State], manifests: Iterable[Man
             continue
         if line := difference(step, like.get(step.name, []), store):
             found[step.name] = line
-        elif step.stage in FOUNDATIONS:
+        elif STAGES[step.stage].foundation:
             foreign |= plan.following(step.name)
     return found
 

@@ -21,9 +21,8 @@ from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.sampler import SchedulerSampler
-from graftwork.stages.features.codec import misfits, vae_place
-from graftwork.stages.features.listing import Listing, counted, list_images, listed
-from graftwork.stages.features.sources import (
+from graftwork.stages.data.listing import Listing, counted, list_images, listed
+from graftwork.stages.data.sources import (
     MIN_HELDOUT,
     class_folders,
     class_names,
@@ -33,6 +32,7 @@ from graftwork.stages.features.sources import (
     scarce,
     split_sizes,
 )
+from graftwork.stages.features.codec import misfits, vae_place
 
 ACCEPTED_CHECKPOINT = "a checkpoint of the job's model and classes"
 ACCEPTED_VAE = "an AutoencoderKL with all of its weights, as floating-point numbers"

@@ -23,9 +23,9 @@ from graftwork.models.numerics.precision import computing
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import Observation, observe
 from graftwork.specs.edits import Edit, Site, overlapping
-from graftwork.specs.params import DistillParams
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import Noised, noised, read, require_enough
+from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Input, Portion, Stopped, never
 
 PASS_BATCH = 64  # samples that pass through the teacher together

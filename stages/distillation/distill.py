@@ -20,10 +20,10 @@ from graftwork.models.numerics.streams import generator
 from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.surgery import alike, answer, new_scion, scion_at
 from graftwork.specs.edits import Edit
-from graftwork.specs.params import DistillParams
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import Distilled, write_distilled
 from graftwork.stages.artifacts.hybrids import with_scions
+from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context, Portion, Stopped
 from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, capture
 from graftwork.stages.distillation.loss import LOSSES, LossFunction, Mimic, error, error_on, loss_for, relative_error

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from graftwork.cluster.machine import available_memory, num_cpus, num_gpus
 from graftwork.specs.edits import Site
-from graftwork.specs.params import DistillParams
 from graftwork.stages.artifacts.latents import Noised
+from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context
 from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, joined, read_teacher
 from graftwork.stages.training.batches import DrawnAhead

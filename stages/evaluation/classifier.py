@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from graftwork.models.measures.classifier import EPOCHS, LR, Classifier, augmented
 from graftwork.models.numerics.streams import generator, initialising
-from graftwork.specs.params import ClassifierParams
 from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.catalog.classifier import ClassifierParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import shuffled
 

@@ -30,9 +30,9 @@ from graftwork.models.objectives import Network
 from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.metrics import METRICS, Metric
-from graftwork.specs.params import EvaluateParams, SampleParams
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import read_meta
+from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics import JUDGES

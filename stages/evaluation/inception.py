@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.specs.metrics import INCEPTION_FILE, inception_file
 from graftwork.specs.problems import first_few, plain, text
-from graftwork.stages.features.images import is_image, read_rgb, size_of
+from graftwork.stages.data.images import is_image, read_rgb, size_of
 
 if TYPE_CHECKING:
     import numpy as np

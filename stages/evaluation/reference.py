@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graftwork.specs.codec import Codec
 from graftwork.specs.data import COLOURS
-from graftwork.specs.params import GivenStatisticsParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.artifacts.latents import Latents, read, read_meta
+from graftwork.stages.catalog.reference import GivenStatisticsParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores, statistics_file
 from graftwork.stages.evaluation.metrics import JUDGES

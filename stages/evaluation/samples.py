@@ -30,10 +30,10 @@ from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.objectives import Network
 from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.models.sampling import sample
-from graftwork.specs.params import SampleParams
 from graftwork.specs.sampler import Sampler
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
+from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores, Verdict
 from graftwork.stages.features.codec import Coder, load_codec

@@ -1,1 +1,1 @@
-"""From images to latents: data sources, how an image is read, the codec, and the `features` stage."""
+"""From images to latents: the codec, and the work of the `features` stage."""

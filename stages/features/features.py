@@ -27,11 +27,15 @@ from numpy.typing import NDArray
 from graftwork.cluster.session.runtime import options, room_for, settle
 from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.data import Data, ImageFolderData
-from graftwork.specs.params import FeaturesParams
 from graftwork.specs.problems import plain, text
 from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
+from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
+from graftwork.stages.data.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
+from graftwork.stages.data.images import BrokenImage, broken_images, read_pixels, scaled, told
+from graftwork.stages.data.listing import listing_once
+from graftwork.stages.data.sources import MIN_HELDOUT, Item, class_folders, class_names, items, split
 from graftwork.stages.features.codec import (
     BATCH,
     GPU_BYTES,
@@ -42,10 +46,6 @@ from graftwork.stages.features.codec import (
     require_fit,
     vae_config,
 )
-from graftwork.stages.features.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
-from graftwork.stages.features.images import BrokenImage, broken_images, read_pixels, scaled, told
-from graftwork.stages.features.listing import listing_once
-from graftwork.stages.features.sources import MIN_HELDOUT, Item, class_folders, class_names, items, split
 
 SHARD = 2048  # images
 BATCHES_A_TASK = 4

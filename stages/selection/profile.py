@@ -22,7 +22,6 @@ from graftwork.models.operators.attention import Attention
 from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.surgery import observe, scion_at
 from graftwork.specs.edits import Site
-from graftwork.specs.params import ProfileParams
 from graftwork.stages.artifacts.evidence import (
     DISTANCES,
     Curve,
@@ -33,6 +32,7 @@ from graftwork.stages.artifacts.evidence import (
     write_profile,
 )
 from graftwork.stages.artifacts.latents import noised, read
+from graftwork.stages.catalog.profile import ProfileParams
 from graftwork.stages.contract import Context
 from graftwork.stages.pictures.pictures import activation_boxes, locality_by_quarter, locality_map
 

@@ -26,10 +26,10 @@ from graftwork.models.selection.gates import Gate, GatedRootstock, admissible_ma
 from graftwork.models.surgery import all_edits, new_scion
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.layers.learned import Group
-from graftwork.specs.params import SearchParams
 from graftwork.specs.training import SearchSpec
 from graftwork.stages.artifacts.evidence import Search, SearchedGroup, SearchedSite
 from graftwork.stages.artifacts.latents import read
+from graftwork.stages.catalog.search import SearchParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet, share_of
 from graftwork.stages.training.engine import PlainEngine

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from graftwork.specs.edits import Edit
 from graftwork.specs.layers.evidence import LocalityLayers, LowestErrorLayers, MostLocalLayers
 from graftwork.specs.layers.learned import LearnedLayers
-from graftwork.specs.params import Rule, SelectParams
 from graftwork.stages.artifacts.evidence import Distilled, read_distilled, read_profile, read_search
 from graftwork.stages.artifacts.plan import _PLAN, ChosenEdit
+from graftwork.stages.catalog.select import Rule, SelectParams
 from graftwork.stages.contract import Context
 
 RELATIVE_ERROR = "relative error"

@@ -12,9 +12,9 @@ from graftwork.models import checkpoints
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.rootstocks import Rootstock, new_rootstock
 from graftwork.specs.edits import Edit
-from graftwork.specs.params import BaseParams
 from graftwork.specs.rootstock import CheckpointWeights, PretrainWeights
 from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.catalog.base import BaseParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine

@@ -14,9 +14,9 @@ from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
 from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.edits import Edit
-from graftwork.specs.params import FinetuneParams
 from graftwork.stages.artifacts.hybrids import with_distilled_scions, with_fresh_scions
 from graftwork.stages.artifacts.latents import read
+from graftwork.stages.catalog.finetune import FinetuneParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.loop import final_weights, set_up_blocks, train

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.problems import first_few, plain, shown, text
-from graftwork.stages.features.images import IMAGE_SUFFIXES
+from graftwork.stages.data.images import IMAGE_SUFFIXES
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 LISTING_THREADS = 16  # folders that are listed at once: over a network, each takes a while

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from graftwork.specs.data import Data, DigitsData, ImageFolderData
 from graftwork.specs.problems import plain, text
-from graftwork.stages.features.images import digits
-from graftwork.stages.features.listing import list_images, order_lines
+from graftwork.stages.data.images import digits
+from graftwork.stages.data.listing import list_images, order_lines
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)

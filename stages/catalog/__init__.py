@@ -1,0 +1,1 @@
+"""A file a stage: its parameters, its steps in a job, their FLOPs, its version and how it is run. No torch, no Ray."""

@@ -1,0 +1,93 @@
+"""Stage 1: one scion a step, taught to mimic what stands in its site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from graftwork.specs.costs import block_cost, scion_cost
+from graftwork.specs.edits import Edit, Parallel
+from graftwork.specs.fields import Spec
+from graftwork.specs.resources import StepResources
+from graftwork.specs.training import DistillSpec
+from graftwork.stages.catalog.flops import TRAINING, RootstockFlops
+from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples, scions, stream
+from graftwork.stages.stage import External, Stage, StepDraft, Work
+
+if TYPE_CHECKING:
+    from graftwork.specs.job import JobSpec
+
+MIN_RECORDING_SAMPLES = 256  # of a site's pass, for a task of its own that records activations
+
+
+class DistillParams(Spec):
+    """One scion, taught to mimic what stands in its site."""
+
+    seed: int
+    edit: Edit
+    within: tuple[Edit, ...] = ()  # of a parallel block: the edits of its blocks, distilled before
+    recipe: DistillSpec
+
+
+def steps(job: JobSpec) -> Iterator[StepDraft]:
+    recipe, edits, rootstock = job.distill, job.edits(), RootstockFlops.of(job)
+    outside = few_samples(job, recipe.samples, recipe.heldout or recipe.samples) | stream(recipe.precision)
+    for edit in edits:
+        within = _within(edit, edits)
+        yield StepDraft(
+            f"distill/{edit.name}",
+            DistillParams(seed=job.seed, edit=edit, within=within, recipe=recipe),
+            ROOTSTOCK | scions(within) | ({"profile": "profile"} if recipe.loss == "auto" else {}),
+            outside,
+            (External("scions", edit.scions, "graft.scions"),) if edit.scions else (),
+            work=_work(recipe, edit, rootstock),
+            precision=recipe.precision,
+        )
+
+
+def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """Return the edits of the blocks that a parallel block takes in."""
+    if edit.site.target != "pair":
+        return ()
+    blocks = (edit.site.block, edit.site.block + 1)
+    return tuple(other for other in edits if other.site.target != "pair" and other.site.block in blocks)
+
+
+def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
+    """Section 4 of the method: the pass up to the site's block, then epochs over what it left."""
+    training, heldout = recipe.samples * recipe.draws, recipe.heldout or recipe.samples
+    scion, last = scion_cost(edit, rootstock.place).flops, edit.site.block
+    if isinstance(edit.operator, Parallel):  # both blocks learn, and a projection that merges them
+        scion += 2 * block_cost(rootstock.place).flops
+        last += 1
+    # A scion that comes from another graft is only measured.
+    passes = heldout if edit.scions else recipe.epochs * (TRAINING * training + heldout)
+    values = 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
+    return Work(
+        own=float(scion * passes),
+        shared=float(rootstock.up_to(last) * (training + heldout)),
+        activations=values * (2 if recipe.precision == "bf16" else 4),
+        block=edit.site.block,
+    )
+
+
+def recording_tasks(params: Sequence[DistillParams], resources: StepResources, slots: int) -> int:
+    """Return the number of tasks that record activations before distillation starts.
+
+    0 if every distillation task runs the rootstock itself: on GPUs, with `distill.activations` set, for one site, for
+    too few samples, or if all sites are in one task.
+    """
+    recipe = params[0].recipe
+    if resources.gpu or recipe.activations is not None or len(params) < 2:
+        return 0
+    tasks = min(slots, recipe.samples * recipe.draws // MIN_RECORDING_SAMPLES)
+    return tasks if tasks > 1 else 0
+
+
+STAGE = Stage(
+    version=3,
+    steps=steps,
+    module="graftwork.stages.distillation.distill",
+    shares=recording_tasks,
+    memory="distill.activations, distill.batch, distill.samples or distill.draws",
+)

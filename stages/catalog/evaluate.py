@@ -1,0 +1,103 @@
+"""Samples of each row of the table, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+from graftwork.specs.codec import Codec
+from graftwork.specs.evaluate import EvaluateSpec, Row
+from graftwork.specs.fields import LocalPath, Spec, Unkeyed
+from graftwork.specs.metrics import Metric
+from graftwork.specs.sampler import Sampler
+from graftwork.specs.training import Precision
+from graftwork.stages.catalog.flops import RootstockFlops, graft_flops
+from graftwork.stages.catalog.inputs import FEATURES, ROOTSTOCK, hybrid, last_turn, stream
+from graftwork.stages.catalog.reference import chosen_metrics, judges, networks
+from graftwork.stages.stage import Needs, Stage, StepDraft, Work
+
+if TYPE_CHECKING:
+    from graftwork.specs.job import JobSpec
+
+
+class SampleParams(Spec):
+    """Samples of one row of the table."""
+
+    seed: int
+    row: Row
+    codec: Codec  # its weights are in the key of the features
+    samples: int
+    batch: int
+    metrics: tuple[Metric, ...]
+    sampler: Sampler
+    precision: Precision = "fp32"
+    keep_samples: bool = False
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
+    compile: Annotated[bool, Unkeyed()] = False
+
+
+class EvaluateParams(Spec):
+    """The table over all rows."""
+
+    seed: int
+    recipe: EvaluateSpec
+
+
+def steps(job: JobSpec) -> Iterator[StepDraft]:
+    metrics = chosen_metrics(job)
+    rows = _models(job)
+    for row, needs in rows.items():
+        yield _samples(job, row, needs | judges(metrics))
+    needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
+    needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
+    needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
+    yield StepDraft("evaluate", EvaluateParams(seed=job.seed, recipe=job.evaluate), needs)
+
+
+def _models(job: JobSpec) -> dict[Row, Needs]:
+    """Return the rows of the job's table, and what each needs to build its model."""
+    models: dict[Row, Needs] = {
+        "rootstock": ROOTSTOCK,
+        "stage1": hybrid(job),
+        "stage2": FEATURES | {"finetuned/stage2": "finetune"},
+        "random_init": FEATURES | {"finetuned/random_init": "finetune/random_init"},
+    }
+    return {row: needs for row, needs in models.items() if row in job.rows()}
+
+
+def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
+    asked, metrics = job.evaluate, chosen_metrics(job)
+    params = SampleParams(
+        seed=job.seed,
+        row=row,
+        codec=job.codec,
+        samples=asked.samples,
+        batch=asked.batch,
+        metrics=metrics,
+        sampler=asked.sampler,
+        precision=asked.precision,
+        keep_samples=asked.keep_samples,
+        inception=asked.inception,
+        compile=asked.compile,
+    )
+    passes = asked.sampler.evaluations() * (1 if asked.sampler.guidance == 1 else 2)
+    flops = RootstockFlops.of(job).whole() if row == "rootstock" else graft_flops(job)
+    return StepDraft(
+        f"evaluate/{row}",
+        params,
+        needs,
+        last_turn(job) | stream(asked.precision),
+        networks(asked, metrics),
+        work=Work(float(flops * passes * asked.samples)),
+        precision=asked.precision,
+        spreads=True,
+    )
+
+
+STAGE = Stage(
+    version=3,
+    steps=steps,
+    module="graftwork.stages.evaluation.evaluate",
+    orchestrates=True,
+    memory="evaluate.batch",
+)

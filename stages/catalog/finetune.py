@@ -1,0 +1,57 @@
+"""Stage 2: the graft is finetuned, and beside it a control whose scions were never distilled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from graftwork.specs.fields import Spec
+from graftwork.specs.training import FinetuneSpec
+from graftwork.stages.catalog.flops import graft_flops, training
+from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples, hybrid, num_training_images
+from graftwork.stages.stage import Needs, Stage, StepDraft
+
+if TYPE_CHECKING:
+    from graftwork.specs.job import JobSpec
+
+
+class FinetuneParams(Spec):
+    """Stage 2, from distilled scions or (the control) from freshly initialised ones."""
+
+    seed: int
+    scions: Literal["distilled", "random"]
+    recipe: FinetuneSpec
+
+
+def steps(job: JobSpec) -> Iterator[StepDraft]:
+    recipe, needs = job.finetune, hybrid(job)
+    for number, layers in job.learned().items():
+        if layers.finetune_from == "search":
+            needs |= {"searched": f"search/{number}"}
+    work = training(recipe, graft_flops(job))
+
+    def step(name: str, scions: Literal["distilled", "random"], needs: Needs) -> StepDraft:
+        return StepDraft(
+            name,
+            FinetuneParams(seed=job.seed, scions=scions, recipe=recipe),
+            needs,
+            few_samples(job, num_training_images(job, recipe.fraction)),
+            work=work,
+            workers=recipe.workers,
+            precision=recipe.precision,
+        )
+
+    yield step("finetune", "distilled", needs)
+    if recipe.control:
+        yield step("finetune/random_init", "random", ROOTSTOCK | {"select": "select"})
+
+
+STAGE = Stage(
+    version=4,
+    steps=steps,
+    module="graftwork.stages.training.finetune",
+    orchestrates=True,
+    trains=True,
+    makes_model=True,
+    memory="finetune.micro_batch, raise finetune.workers or set finetune.checkpointing",
+)

@@ -1,0 +1,54 @@
+"""What steps of several stages need, and the words in keys for rules that changed: shared by the files beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graftwork.specs.data import DigitsData
+from graftwork.stages.data.sources import num_classes, split_sizes
+from graftwork.stages.stage import Needs
+
+if TYPE_CHECKING:
+    from graftwork.specs.edits import Edit
+    from graftwork.specs.job import JobSpec
+    from graftwork.specs.training import Precision
+
+FEATURES: Needs = {"features": "features"}
+ROOTSTOCK: Needs = {"features": "features", "base": "base"}
+RULES = ("last_turn", "few_samples", "stream")  # among what lies outside: how a step does what it did otherwise before
+
+
+def scions(edits: Iterable[Edit]) -> Needs:
+    """Return the needs of who takes these edits' distilled scions."""
+    return {f"scions/{edit.name}": f"distill/{edit.name}" for edit in edits}
+
+
+def hybrid(job: JobSpec) -> Needs:
+    """Return the needs of who takes the graft after stage 1."""
+    return ROOTSTOCK | {"select": "select"} | scions(job.edits())
+
+
+def last_turn(job: JobSpec) -> dict[str, str]:
+    """Say, in the keys of those that have one, how the classes of a turn that is not full are chosen."""
+    classes = num_classes(job.data)
+    return {"last_turn": "spread"} if classes and job.evaluate.samples % classes else {}
+
+
+def stream(precision: Precision) -> dict[str, str]:
+    """Say, in the keys of those that autocast makes bf16, what the stream of the blocks is."""
+    return {"stream": "fp32"} if precision == "bf16" else {}
+
+
+def few_samples(job: JobSpec, *counts: float) -> dict[str, str]:
+    """Say, in the keys of those that it concerns, how fewer samples than classes are chosen."""
+    classes = num_classes(job.data)
+    return {"few_samples": "spread"} if classes and min(counts) < classes else {}
+
+
+def num_training_images(job: JobSpec, fraction: float) -> float:
+    """Return how many a share of the training images is; infinity if they are elsewhere."""
+    here = isinstance(job.data, DigitsData) or Path(job.data.path).is_dir()
+    return max(1, round(split_sizes(job.data)[0] * fraction)) if here else math.inf

@@ -1,0 +1,91 @@
+"""What the rows of the table are held against, and the row of real images: whatever is grafted, they stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from graftwork.specs.codec import Codec
+from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
+from graftwork.specs.metrics import METRICS, Metric
+from graftwork.stages.catalog.inputs import FEATURES, last_turn
+from graftwork.stages.stage import External, Needs, Stage, StepDraft
+
+if TYPE_CHECKING:
+    from graftwork.specs.evaluate import EvaluateSpec
+    from graftwork.specs.job import JobSpec
+
+
+class TrainingStatisticsParams(Spec):
+    """What a metric sees in the training images."""
+
+    codec: Codec
+    metric: Annotated[Metric, KeyedIfSet("classifier")] = "classifier"
+
+
+class GivenStatisticsParams(Spec):
+    """What a metric sees in the images of `evaluate.reference`, or the statistics that it is."""
+
+    reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
+    background: str | None = None  # of images, in a folder: what shows through transparent pixels
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
+    metric: Annotated[Metric, KeyedIfSet("fid")] = "fid"
+
+
+class HeldoutParams(Spec):
+    """The table's first row: real images that nothing was trained on."""
+
+    codec: Codec
+    samples: int
+    metrics: tuple[Metric, ...]
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
+
+
+def steps(job: JobSpec) -> Iterator[StepDraft]:
+    metrics = chosen_metrics(job)
+    for metric in metrics:
+        yield _training(job, metric) if METRICS[metric].reference == "training" else _given(job, metric)
+    params = HeldoutParams(
+        codec=job.codec, samples=job.evaluate.samples, metrics=metrics, inception=job.evaluate.inception
+    )
+    needs = FEATURES | judges(metrics)
+    yield StepDraft("reference/heldout", params, needs, last_turn(job), networks(job.evaluate, metrics))
+
+
+def _training(job: JobSpec, metric: Metric) -> StepDraft:
+    params = TrainingStatisticsParams(codec=job.codec, metric=metric)
+    return StepDraft(f"reference/{metric}", params, FEATURES | judges([metric]))
+
+
+def _given(job: JobSpec, metric: Metric) -> StepDraft:
+    given = job.evaluate.reference
+    assert given is not None
+    external: tuple[External, ...] = (External("reference", given, "evaluate.reference"),)
+    background = None
+    if Path(given).is_dir():  # statistics are taken as they are
+        external += networks(job.evaluate, [metric])
+        background = job.data.background
+    params = GivenStatisticsParams(
+        reference=given, background=background, inception=job.evaluate.inception, metric=metric
+    )
+    return StepDraft(f"reference/{metric}", params, {}, external=external)
+
+
+def chosen_metrics(job: JobSpec) -> tuple[Metric, ...]:
+    """Return the job's metrics, each once, in an order that is the same however they were listed."""
+    return tuple(sorted(set(job.evaluate.metrics)))
+
+
+def judges(metrics: Sequence[Metric]) -> Needs:
+    """Return the steps whose artifacts the metrics look with."""
+    return {step: step for metric in metrics for step in METRICS[metric].steps}
+
+
+def networks(evaluate: EvaluateSpec, metrics: Sequence[Metric]) -> tuple[External, ...]:
+    """Return the files with networks that the metrics look with."""
+    files = {field: path for metric in metrics for field, path in METRICS[metric].weights(evaluate).items()}
+    return tuple(External(field, str(path), f"evaluate.{field}") for field, path in files.items())
+
+
+STAGE = Stage(version=1, steps=steps, module="graftwork.stages.evaluation.reference")
