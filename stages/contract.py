@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,13 @@ class Stopped(Exception):
 def never() -> bool:
     """For work that nobody asks to stop."""
     return False
+
+
+def note(folder: Path, line: str) -> None:
+    """Add a line to the notes of the artifact that is being made in this folder."""
+    path = folder / NOTES
+    lines = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*lines, line], indent=1))
 
 
 class Input(Protocol):
@@ -89,6 +97,10 @@ class Context:
     def input(self, role: str) -> Path:
         """The verified local folder of the artifact that the step needs as `role`."""
         return self.inputs[role].path()
+
+    def note(self, line: str) -> None:
+        """Add a line to the notes of the artifact, which the run that makes it tells its user."""
+        note(self.out, line)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from benchmarks.watching import Unwatched
 from graftwork.cluster.session import runtime
 from graftwork.models.operators import kernels
-from graftwork.pipeline.estimates import sharing
 from graftwork.pipeline.estimates.packing import Item
 from graftwork.pipeline.execution import scheduler as execute
 from graftwork.pipeline.execution import shared_pass as recording
@@ -34,6 +33,7 @@ from graftwork.pipeline.store.leases import Lease, LeaseOwner
 from graftwork.pipeline.store.manifest import Origin
 from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
+from graftwork.stages.catalog import distill
 from graftwork.stages.catalog.classifier import ClassifierParams
 from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.registry import STAGES
@@ -325,7 +325,7 @@ def test_sites_end_in_the_same_bits_where_tasks_before_theirs_made_the_pass(
     found, plan = keys(tiny.outcome), make_plan(load(TINY, (f"store={store.root}",)))
     for step in ("features", "base", "profile"):
         shutil.copytree(tiny.store / "artifacts" / found[step], Path(store.root) / "artifacts" / found[step])
-    monkeypatch.setattr(sharing, "MIN_RECORDING_SAMPLES", 32)
+    monkeypatch.setattr(distill, "MIN_RECORDING_SAMPLES", 32)
     fetched: list[Any] = []
     start = recording.Pass.start
 

@@ -1,4 +1,4 @@
-"""What the documentation shows works: its operator and its metric, in two places each, in a copy of the project."""
+"""What the documentation shows works: its operator, metric and stage, in two places each, in a copy of the project."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +23,19 @@ COPIED = ("graftwork", "specs", "models", "cluster", "stages", "pipeline", "test
 @pytest.fixture(scope="module")
 def code() -> tuple[str, str]:
     """The two blocks under "Adding an operator"."""
-    return blocks("operators.md", "## Adding an operator")
-
-
-def blocks(page: str, title: str) -> tuple[str, str]:
-    """Return the two blocks of Python under a title: of a spec, and of a module."""
-    section = (ROOT / "docs" / page).read_text().split(title)[1].split("\n## ")[0]
-    spec, module = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    spec, module = blocks("operators.md", "## Adding an operator")
     return spec, module
+
+
+def blocks(page: str, title: str) -> list[str]:
+    """Return the blocks of Python under a title: of a spec, if there are two, and of a module."""
+    section = (ROOT / "docs" / page).read_text().split(title)[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Path:
-    """The project with the operator and the metric in it."""
+    """The project with the operator, the metric and the stage in it."""
     folder = tmp_path_factory.mktemp("copy")
     for name in COPIED:
         source = ROOT / name
@@ -51,6 +53,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Pat
     listed = after.replace("(ClassifierMetric, FidMetric)", "(ClassifierMetric, FidMetric, BrightnessMetric)")
     specs.write_text(f"{before}{spec}\n\nMETRICS: dict{listed}")
     (folder / "stages" / "evaluation" / "metrics" / "brightness.py").write_text(judge)
+    (stage,) = blocks("architecture.md", "## Adding a stage")
+    specs = folder / "specs" / "resources.py"
+    specs.write_text(specs.read_text().replace('("reference", "evaluate"),', '("reference", "evaluate", "balance"),'))
+    (folder / "stages" / "catalog" / "balance.py").write_text(stage)
     return folder
 
 
@@ -102,24 +108,50 @@ def test_they_took_two_places_each(copy: Path) -> None:
         "models/operators/mean.py",
         "specs/metrics.py",
         "specs/operators.py",
+        "specs/resources.py",
+        "stages/catalog/balance.py",
         "stages/evaluation/metrics/brightness.py",
     ]
 
 
-def test_the_metric_is_measured_for_every_row(copy: Path, tiny_copy: Finished) -> None:
+@dataclass(frozen=True)
+class Extended:
+    """A run of the tiny job with the metric and the stage, on a store that had the rest of its steps."""
+
+    store: Path
+    outcome: dict[str, Any]
+    told: str
+
+
+@pytest.fixture(scope="module")
+def extended(copy: Path, tiny: Finished, tmp_path_factory: pytest.TempPathFactory) -> Extended:
+    store = tmp_path_factory.mktemp("extended") / ".graftwork"
+    shutil.copytree(tiny.store, store, ignore=shutil.ignore_patterns("mlflow*"))
     main = "from graftwork.pipeline.cli.app import app; app()"
     wishes = ["evaluate.metrics=[classifier, brightness]", "evaluate.rows=[rootstock]", "evaluate.keep_samples=true"]
-    wishes += [f"store={tiny_copy.store}"]
+    wishes += [f"store={store}", "resources.balance.cpu=0.5"]
     options = [part for wish in wishes for part in ("--set", wish)]
     done = python(copy, "-c", main, "run", str(TINY), "--json", *options)
     assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
+    return Extended(store, json.loads(done.stdout), done.stderr)
+
+
+def test_the_stage_has_its_step_and_tells_what_it_notes(extended: Extended) -> None:
+    key = keys(extended.outcome)
+    counts = json.loads((extended.store / "artifacts" / key["balance"] / "balance.json").read_text())
+    meta = json.loads((extended.store / "artifacts" / key["features"] / "meta.json").read_text())
+    assert len(counts) == len(meta["classes"]) and sum(counts) == meta["num_training"]
+    assert f"a class has {min(counts)} training images only" in extended.told
+
+
+def test_the_metric_is_measured_for_every_row(extended: Extended, tiny: Finished) -> None:
+    outcome = extended.outcome
     assert outcome["results"]["heldout"]["brightness_error"] > 0 and outcome["results"]["heldout"]["dark"] < 1
     key = keys(outcome)
-    samples = np.load(tiny_copy.store / "artifacts" / key["evaluate/rootstock"] / "samples.npy")
-    with np.load(tiny_copy.store / "artifacts" / key["reference/brightness"] / "brightness.npz") as reference:
+    samples = np.load(extended.store / "artifacts" / key["evaluate/rootstock"] / "samples.npy")
+    with np.load(extended.store / "artifacts" / key["reference/brightness"] / "brightness.npz") as reference:
         expected = abs(samples.mean((1, 2, 3)).mean() - reference["mu"][0])
     found = outcome["results"]["rootstock"]
     assert found["brightness_error"] == pytest.approx(expected)
     assert found["dark"] == (samples.mean((1, 2, 3)) < 32).mean()
-    assert found["distance"] == tiny_copy.outcome["results"]["rootstock"]["distance"]
+    assert found["distance"] == tiny.outcome["results"]["rootstock"]["distance"]

@@ -57,7 +57,7 @@ class Step:
     key: str
     external: tuple[External, ...] = ()  # what it reads from outside of the store
     images: ImageHashes | None = None  # that it reads, and what each holds
-    work: Work | None = None  # None where there is no formula
+    work: Work | None = None  # None where there is no formula, or nothing that it counts
     workers: int = 1  # that share the work
     precision: Precision = "fp32"  # of its products
     spreads: bool = False  # whether it spreads its work over whatever of the machine is free
@@ -132,7 +132,7 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
             key=hashlib.sha256(canonical(identity).encode()).hexdigest(),
             external=draft.external,
             images=images,
-            work=draft.work,
+            work=draft.work if draft.work is not None and draft.work.total else None,
             workers=draft.workers,
             precision=draft.precision,
             spreads=draft.spreads,

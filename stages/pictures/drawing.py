@@ -5,7 +5,6 @@ matplotlib is loaded when the first picture is drawn, since that fails too, for 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Collection
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from unicodedata import east_asian_width
 
 from graftwork.specs.problems import plain, shortened
-from graftwork.stages.contract import NOTES
+from graftwork.stages.contract import note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,13 +53,6 @@ def _draw(path: Path, size: tuple[float, float], paint: Callable[[Figure], None]
         paint(figure)
         # No date in the file: the same picture is the same bytes.
         figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def note(folder: Path, line: str) -> None:
-    """Add a line to the notes of the artifact in the making."""
-    path = folder / NOTES
-    lines = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*lines, line], indent=1))
 
 
 def label(name: str) -> str:
