@@ -268,39 +268,44 @@ def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
     plan = make_plan(load(TINY, (f"store={store.root}",)))
     found = Execution(plan, store, "run", None, Told())
     for name in ("features", "base", "classifier", "profile"):
-        found._close(name)
+        found.steps[name].state = "done"
     return found
 
 
-def lose(execution: Execution, *names: str) -> None:
-    execution.tasks = {"ref": names}
-    execution.refs |= dict.fromkeys(names, "ref")
+def lose(execution: Execution, *names: str, helped: bool = False) -> None:
+    execution.tasks = {"ref": execute.Task(names, helped)}
+    for name in names:
+        execution.steps[name].task = "ref"
     execution._end("ref")
-    assert not execution.tasks and not execution.refs.keys() & set(names)
+    assert not execution.tasks and not any(execution.steps[name].task for name in names)
+
+
+def waiting(execution: Execution, *names: str) -> bool:
+    return all(execution.steps[name].state == "waiting" for name in names)
 
 
 def test_steps_that_are_lost_together_are_tried_one_by_one_and_only_the_culprit_fails(losing: Execution) -> None:
     lose(losing, *SITES)
-    assert losing.alone == set(SITES) and set(SITES) <= set(losing.open) and losing.failures == []
+    assert {name for name, one in losing.steps.items() if one.alone} == set(SITES)
+    assert waiting(losing, *SITES) and losing.failures == []
     lose(losing, SITES[0])
     assert [failure.step for failure in losing.failures] == [SITES[0]]
-    assert SITES[1] in losing.open
+    assert waiting(losing, SITES[1])
     told = losing.watcher.lines
     assert told[0].startswith(f"{SITES[0]} failed: its worker was lost 4 times: ")
     assert f"select skipped: {SITES[0]}" in told and "evaluate skipped: distill/01.mha" in told
 
 
 def test_a_step_is_not_blamed_for_what_it_waited_for(losing: Execution) -> None:
-    losing.refs |= dict.fromkeys(SITES, "other")
+    for name in SITES:
+        losing.steps[name].task = "other"
     lose(losing, "select")
-    assert "select" in losing.open and losing.failures == []
+    assert waiting(losing, "select") and losing.failures == []
 
 
 def test_a_step_that_was_lost_with_what_others_recorded_for_it_is_tried_by_itself(losing: Execution) -> None:
-    losing.helped.add("ref")
-    lose(losing, SITES[0])
-    assert losing.alone == {SITES[0]} and losing.failures == []
-    losing.helped.clear()
+    lose(losing, SITES[0], helped=True)
+    assert losing.steps[SITES[0]].alone and losing.failures == []
     lose(losing, SITES[0])
     assert [failure.step for failure in losing.failures] == [SITES[0]]
 

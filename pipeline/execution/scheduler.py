@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import ray
 
@@ -92,6 +93,89 @@ def stop_seconds(job: JobSpec, at_work: Collection[str]) -> float:
     return STOP_SECONDS + STATES * 4 * model.params / CHECKPOINT_BYTES_A_SECOND
 
 
+State = Literal["waiting", "leased elsewhere", "done", "failed", "skipped"]
+
+
+@dataclass
+class StepProgress:
+    """Where a step of the plan is.
+
+    waiting ──> waiting, with a task ──> done | failed
+       ^             │         └───────> leased elsewhere ──> done, if the other driver made it
+       │             │                        │
+       └─────────────┴────────────────────────┘  its task was lost, or the other driver is gone
+    waiting ──> skipped, when a step that it needs failed
+    """
+
+    step: Step
+    state: State = "waiting"
+    task: Any = None  # ref of the task that does it
+    alone: bool = False  # to be done by a task of its own: it was lost together with others
+    lease: LeaseWatch | None = None  # while it is leased elsewhere
+    expired: LeaseSnapshot | None = None  # what to take over when it begins
+    begun: bool = False  # its user was told so
+    last_metrics: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether it has yet to come to its end."""
+        return self.state in ("waiting", "leased elsewhere")
+
+    @property
+    def done(self) -> bool:
+        return self.state == "done"
+
+    @property
+    def given_up(self) -> bool:
+        return self.state in ("failed", "skipped")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What Ray does of the plan in one go."""
+
+    steps: tuple[str, ...]
+    helped: bool = False  # others recorded for it
+
+
+class ShortageWatch:
+    """Tells, once a step, that it waits for a node which is not there; an autoscaler may bring one."""
+
+    def __init__(self) -> None:
+        self.had_room: dict[str, float] = {}  # when last seen, by step
+        self.told: set[str] = set()
+
+    def look(self, steps: Sequence[Step]) -> Iterator[tuple[str, str]]:
+        """Yield the steps that have waited too long, and what they ask for."""
+        now = time.monotonic()
+        there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
+        for step in steps:
+            if step.name in self.told:
+                continue
+            wanted = runtime.shown(step.resources)
+            if wanted not in there_is_room:
+                there_is_room[wanted] = runtime.room_for(step.resources) > 0
+            if there_is_room[wanted]:
+                self.had_room[step.name] = now
+            elif now - self.had_room.setdefault(step.name, now) > SHORTAGE_SECONDS:
+                self.told.add(step.name)
+                yield step.name, wanted
+
+
+class Every:
+    """True at most once in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
 class Execution:
     """One pass over what the store lacks, within a `session`."""
 
@@ -100,23 +184,20 @@ class Execution:
         self.board = ray.remote(num_cpus=0)(Board).remote()
         self.id = uuid.uuid4().hex
         states = plan.states(store)
-        self.ready = {name for name, state in states.items() if state == "cached"}
-        self.open = [step.name for step in plan.steps if step.name not in self.ready]  # neither ready nor given up
-        self.given_up: set[str] = set()
-        self.tasks: dict[Any, tuple[str, ...]] = {}  # ref -> the steps that the task does
-        self.refs: dict[str, Any] = {}  # step -> the ref of its task
-        self.helped: set[Any] = set()  # refs of tasks that others recorded for
-        self.alone: set[str] = set()  # were lost together with others
-        self.held: dict[str, LeaseWatch] = {}
-        self.expired: dict[str, LeaseSnapshot] = {}
-        self.begun: set[str] = set()
+        self.steps = {
+            step.name: StepProgress(step, "done" if states[step.name] == "cached" else "waiting") for step in plan.steps
+        }
+        self.tasks: dict[Any, Task] = {}  # by ref; a step that is done may have one that has not ended
         self.failures: list[StepFailed] = []
-        self.last_metrics: dict[str, str] = {}
         self.stopping_since: float | None = None
-        self.news_read = 0.0
-        self.leases_seen = 0.0
-        self.had_room = dict.fromkeys(self.open, time.monotonic())  # when last seen; what was told is taken out
-        self.cluster_seen = 0.0
+        self.shortage = ShortageWatch()
+        self.news_due = Every(POLL_SECONDS)
+        self.leases_due, self.cluster_due = Every(LEASE_POLL_SECONDS), Every(CLUSTER_POLL_SECONDS)
+
+    @property
+    def open(self) -> list[StepProgress]:
+        """The steps that have yet to come to their end."""
+        return [one for one in self.steps.values() if one.open]
 
     def go(self) -> list[StepFailed]:
         """Until every step has come to its end; returns the failures. Asked to stop, it leaves steps open."""
@@ -127,29 +208,33 @@ class Execution:
             else:
                 time.sleep(POLL_SECONDS)
             ended = self._ended()
-            if ended or time.monotonic() - self.news_read > POLL_SECONDS:
+            if self.news_due() or ended:
                 self._pass_on_news()
             for ref in ended:
                 self._end(ref)
-            self._look_at_leases()
-            self._look_at_cluster()
+            if self.leases_due():
+                self._look_at_leases()
+            if self.cluster_due():
+                self._look_at_cluster()
         self._pass_on_news()
         return self.failures
 
+    # -- tasks begin
+
     def _submit(self) -> None:
-        """Give Ray each open step whose needs are ready or are with Ray."""
+        """Give Ray each open step whose needs are done or are with Ray."""
         if self.stopping_since is not None:
             return
         sharing: dict[str, list[Step]] = {}
-        for name in self.open:
-            if name in self.refs or name in self.held:
+        for one in self.open:
+            if one.task is not None or one.state == "leased elsewhere":
                 continue
-            step = self.plan[name]
-            if STAGES[step.stage].shares and name not in self.alone:
-                if all(needed in self.ready for needed in step.needs.values()):
-                    sharing.setdefault(step.stage, []).append(step)
-            elif all(needed in self.ready or needed in self.refs for needed in step.needs.values()):
-                self._start([step], (), {})
+            needs = [self.steps[needed] for needed in one.step.needs.values()]
+            if STAGES[one.step.stage].shares and not one.alone:
+                if all(need.done for need in needs):
+                    sharing.setdefault(one.step.stage, []).append(one.step)
+            elif all(need.done or need.task is not None for need in needs):
+                self._start([one.step], (), {})
         for sites in sharing.values():
             self._start_sharing(sites)
 
@@ -180,17 +265,18 @@ class Execution:
             retry_exceptions=False,
             **runtime.options(first.resources, idle=STAGES[first.stage].orchestrates),
         )
-        awaited = {self.refs[name]: None for step in steps for name in self._awaited(step)}
+        awaited = {self.steps[name].task: None for step in steps for name in self._awaited(step)}
         ref = task.remote([self._work(step, recorded.get(step.name, ())) for step in steps], *waited, *awaited)
-        self.tasks[ref] = tuple(step.name for step in steps)
-        if recorded:
-            self.helped.add(ref)
-        self.refs |= {step.name: ref for step in steps}
+        self.tasks[ref] = Task(tuple(step.name for step in steps), helped=bool(recorded))
+        for step in steps:
+            self.steps[step.name].task = ref
 
     def _keys(self, step: Step) -> dict[str, str]:
         return {role: self.plan[name].key for role, name in step.needs.items()}
 
     def _work(self, step: Step, recorded: Recordings) -> Work:
+        progress = self.steps[step.name]
+        expired, progress.expired = progress.expired, None
         return Work(
             step=step,
             keys=self._keys(step),
@@ -200,25 +286,29 @@ class Execution:
             report=Reporter(self.board, step.name),
             stopping=StopSignal(self.board),
             task=f"{self.id}/{step.name}",
-            over=self.expired.pop(step.name, None),
+            over=expired,
             recorded=recorded,
         )
 
     def _awaited(self, step: Step) -> tuple[str, ...]:
         """What the step needs and some task is still at."""
-        return tuple(name for name in step.needs.values() if name not in self.ready)
+        return tuple(name for name in step.needs.values() if not self.steps[name].done)
+
+    # -- tasks end
 
     def _pass_on_news(self) -> None:
-        self.news_read = time.monotonic()
         news: News = ray.get(self.board.read.remote())
         # What a step wrote last may come after its end: its points are kept, its progress is no news any more.
-        news.progress = {name: news.progress[name] for name in self.open if name in news.progress}
-        for name in news.progress.keys() - self.begun:
-            self.watcher.started(name)
-        self.begun |= news.progress.keys()
+        news.progress = {
+            one.step.name: news.progress[one.step.name] for one in self.open if one.step.name in news.progress
+        }
+        for name in news.progress:
+            if not self.steps[name].begun:
+                self.steps[name].begun = True
+                self.watcher.started(name)
         for point in news.points:
             metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in point.metrics.items())
-            self.last_metrics[point.step] = f"at {point.done}: {metrics}"
+            self.steps[point.step].last_metrics = f"at {point.done}: {metrics}"
         self.watcher.news(news)
         for result in news.results:
             self._settle(result)
@@ -231,7 +321,7 @@ class Execution:
 
     def _end(self, ref: Any) -> None:
         """Take a task's results; what a lost task says nothing of is done again, or has failed."""
-        names = self.tasks.pop(ref)
+        task = self.tasks.pop(ref)
         lost: ray.exceptions.RayError | None = None
         try:
             results: list[StepResult] = ray.get(ref)
@@ -240,108 +330,79 @@ class Execution:
             runtime.free_group_of(ref)
         for result in results:
             self._settle(result)
-        for name in names:
-            if self.refs.get(name) is not ref:
+        for one in (self.steps[name] for name in task.steps):
+            if one.task is not ref:
                 continue
-            del self.refs[name]
-            if lost is not None and name in self.open:
-                self._lose(name, lost, alone=len(names) == 1 and ref not in self.helped)
+            one.task = None
+            if lost is not None and one.open:
+                self._lose(one, lost, alone=len(task.steps) == 1 and not task.helped)
 
     def _settle(self, result: StepResult) -> None:
         """What a task said of a step: of one that was done or failed on the board too, before the task ended."""
-        name = result.step
-        if name not in self.open:
+        one = self.steps[result.step]
+        if not one.open:
             return
         if result.state == "done":
-            self._close(name)
-            self.watcher.ended(name, result)
+            one.state = "done"
+            self.watcher.ended(result.step, result)
         elif result.failure is not None:
-            self._fail(result.failure)
+            self._fail(one, result.failure)
         elif result.held is not None:
-            self.held[name] = LeaseWatch(result.held)
-            self.watcher.waiting(name, result.held.holder)
+            one.state, one.lease = "leased elsewhere", LeaseWatch(result.held)
+            self.watcher.waiting(result.step, result.held.holder)
         elif result.state == "blocked":
-            self._block(name)
+            self._block(one)
 
-    def _block(self, name: str) -> None:
+    def _block(self, one: StepProgress) -> None:
         """Something that the step needs is not there: it waits for that, or is given up."""
-        missing = next((gone for gone in self.given_up if name in self.plan.following(gone)), None)
-        if missing is not None:
-            self._skip(name, missing)
+        for missing in self.steps.values():
+            if missing.given_up and one.step.name in self.plan.following(missing.step.name):
+                self._skip(one, missing.step.name)
+                return
 
-    def _lose(self, name: str, error: ray.exceptions.RayError, alone: bool) -> None:
+    def _lose(self, one: StepProgress, error: ray.exceptions.RayError, alone: bool) -> None:
         """Ray could not do the task, try as it would."""
-        if any(needed not in self.ready for needed in self.plan[name].needs.values()):
-            self._block(name)  # Ray hands a task the error of what it waited for
+        if self._awaited(one.step):
+            self._block(one)  # Ray hands a task the error of what it waited for
         elif not alone:
-            self.alone.add(name)  # which of several was at fault nobody knows
-        elif isinstance(error, ray.exceptions.OutOfMemoryError):
-            self._fail(StepFailed(name, _out_of_memory(self.plan[name].stage), str(error), None))
-        elif isinstance(error, ray.exceptions.RayTaskError):
-            self._fail(StepFailed(name, _one_line(error.cause), str(error), None, _repeats(_root_cause(error))))
+            one.alone = True  # which of several was at fault nobody knows
         else:
-            problem = f"its worker was lost {RETRIES + 1} times: {_one_line(error)}"
-            self._fail(StepFailed(name, problem, str(error), None))
+            self._fail(one, _failure_of(one.step, error))
 
-    def _close(self, name: str) -> None:
-        self.open.remove(name)
-        self.ready.add(name)
-
-    def _fail(self, failure: StepFailed) -> None:
-        last = self.last_metrics.get(failure.step)
-        if last is not None:
-            problem = f"{failure.problem}; last metrics {last}"
+    def _fail(self, one: StepProgress, failure: StepFailed) -> None:
+        if one.last_metrics:
+            problem = f"{failure.problem}; last metrics {one.last_metrics}"
             failure = StepFailed(failure.step, problem, failure.details, failure.rotten, failure.repeats)
         self.failures.append(failure)
-        self.open.remove(failure.step)
-        self.given_up.add(failure.step)
+        one.state = "failed"
         self.watcher.failed(failure.step, failure.problem)
         following = self.plan.following(failure.step)
-        for name in [name for name in self.open if name in following and name not in self.refs]:
-            self._skip(name, failure.step)
+        for other in self.open:
+            if other.step.name in following and other.task is None:
+                self._skip(other, failure.step)
 
-    def _skip(self, name: str, because_of: str) -> None:
-        self.open.remove(name)
-        self.given_up.add(name)
-        self.held.pop(name, None)
-        self.watcher.skipped(name, because_of)
+    def _skip(self, one: StepProgress, because_of: str) -> None:
+        one.state, one.lease = "skipped", None
+        self.watcher.skipped(one.step.name, because_of)
+
+    # -- what others do
 
     def _look_at_leases(self) -> None:
         """Steps that others are at: done by them, or free to be taken."""
-        if not self.held or time.monotonic() - self.leases_seen < LEASE_POLL_SECONDS:
-            return
-        self.leases_seen = time.monotonic()
-        for name, waiter in list(self.held.items()):
-            if self.store.manifest(self.plan[name].key) is not None:
-                del self.held[name]
-                self._close(name)
-                self.watcher.taken(name)
-            elif waiter.expired(self.store):
-                del self.held[name]
-                self.expired[name] = waiter.last
+        for one in self.open:
+            if one.lease is None:
+                continue
+            if self.store.manifest(one.step.key) is not None:
+                one.state, one.lease = "done", None
+                self.watcher.taken(one.step.name)
+            elif one.lease.expired(self.store):
+                one.state, one.expired, one.lease = "waiting", one.lease.last, None
 
     def _look_at_cluster(self) -> None:
         """Free what lost tasks left taken, and tell whose node is missing."""
-        now = time.monotonic()
-        if now - self.cluster_seen < CLUSTER_POLL_SECONDS:
-            return
-        self.cluster_seen = now
         runtime.free_orphaned_groups()
-        self._look_for_room(now)
-
-    def _look_for_room(self, now: float) -> None:
-        """Tell, once a step, that it waits for a node which is not there; an autoscaler may bring one."""
-        there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
-        for name in self.refs.keys() & self.had_room.keys():
-            resources = self.plan[name].resources
-            wanted = runtime.shown(resources)
-            if wanted not in there_is_room:
-                there_is_room[wanted] = runtime.room_for(resources) > 0
-            if there_is_room[wanted]:
-                self.had_room[name] = now
-            elif now - self.had_room[name] > SHORTAGE_SECONDS:
-                del self.had_room[name]
-                self.watcher.short(name, wanted)
+        for name, wanted in self.shortage.look([one.step for one in self.open if one.task is not None]):
+            self.watcher.short(name, wanted)
 
     def _stopped(self) -> bool:
         """Whether it was asked to stop and everything has come to rest, or had the time to."""
@@ -350,6 +411,16 @@ class Execution:
                 return False
             self.stopping_since = time.monotonic()
             self.board.stop.remote()
-        at_work = {self.plan[name].stage for names in self.tasks.values() for name in names}
+        at_work = {self.plan[name].stage for task in self.tasks.values() for name in task.steps}
         limit = stop_seconds(self.plan.job, at_work)
         return not self.tasks or time.monotonic() - self.stopping_since > limit
+
+
+def _failure_of(step: Step, error: ray.exceptions.RayError) -> StepFailed:
+    """Return the failure of a step whose task, alone, Ray could not do."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return StepFailed(step.name, _out_of_memory(step.stage), str(error), None)
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return StepFailed(step.name, _one_line(error.cause), str(error), None, _repeats(_root_cause(error)))
+    problem = f"its worker was lost {RETRIES + 1} times: {_one_line(error)}"
+    return StepFailed(step.name, problem, str(error), None)
