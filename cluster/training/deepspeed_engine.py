@@ -9,7 +9,8 @@ without DeepSpeed and by any number of workers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,11 @@ with without("mlflow"):  # its autotuner, which we do not use, logs there if it 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 skip_probes()
+
+
+def named(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values, by parameter, under their names in a state."""
+    return {f"{kind}/{name}": value for name, value in values.items()}
 
 
 def _sums_in_fp32(recipe: FinetuneSpec, device: torch.device) -> bool:
@@ -126,28 +132,42 @@ class ShardedEngine:
     def state(self) -> dict[str, Tensor]:
         """Weights, EMA, moments and step count as whole fp32 tensors, on the first worker alone; all must call it."""
         flats, moments = self._flats(), self._moments()
-        state = {f"weights/{name}": value for name, value in self._gather().items()}
-        kept = self._copies()
-        for kind, tensors in {"ema": self.ema, **{k: [moments[flat][k] for flat in flats] for k in MOMENTS}}.items():
-            self._fill(tensors)
-            state |= {f"{kind}/{name}": value for name, value in self._gather().items()}
-        self._fill(kept)
+        state = named("weights", self._gather())
+        moments, flats = self._moments(), self._flats()
+        with self._standing_in() as stand_in:
+            stand_in(self.ema)
+            state |= named("ema", self._gather())
+            for kind in MOMENTS:
+                stand_in([moments[flat][kind] for flat in flats])
+                state |= named(kind, self._gather())
         if state:
             state["adam_steps"] = moments[flats[0]]["step"].to("cpu", copy=True)
         return state
 
     def _resume(self, state: Mapping[str, Tensor]) -> None:
-        def part(kind: str) -> dict[str, Tensor]:
+        def whole(kind: str) -> dict[str, Tensor]:
             return {name: state[f"{kind}/{name}"] for name in self.parameters}
 
-        self._scatter(part("ema"))
+        self._scatter(whole("ema"))
         self.ema = self._copies()
         moments = self._moments()
         for kind in MOMENTS:
-            self._scatter(part(kind))
+            self._scatter(whole(kind))
             for flat, values in zip(self._flats(), self._copies(), strict=True):
                 moments[flat] |= {kind: values, "step": state["adam_steps"].to(flat.device, copy=True)}
-        self._scatter(part("weights"))
+        self._scatter(whole("weights"))
+
+    @contextmanager
+    def _standing_in(self) -> Iterator[Callable[[list[Tensor]], None]]:
+        """Yield what puts other values where the flat weights are, the only tensors that DeepSpeed gathers whole.
+
+        The weights are there again when the context ends.
+        """
+        weights = self._copies()
+        try:
+            yield self._fill
+        finally:
+            self._fill(weights)
 
     @torch.no_grad()
     def _clip(self, *_: object) -> None:
