@@ -25,13 +25,14 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     from graftwork.specs.training import Precision
@@ -227,7 +228,7 @@ def measure_machine(session: Session) -> dict[str, Any]:
     return {"rows": rows, "facts": facts}
 
 
-def data_sheet() -> dict[str, float]:
+def data_sheet() -> Mapping[Precision, float]:
     """The card's dense peak by the vendor, FLOP/s by precision; empty for one that is not known here."""
     import torch
 
@@ -236,7 +237,7 @@ def data_sheet() -> dict[str, float]:
     from graftwork.pipeline.estimates.speeds import PEAKS
 
     name = torch.cuda.get_device_name()
-    return next((dict(peaks) for card, peaks in PEAKS.items() if card in name), {})
+    return next((peaks for card, peaks in PEAKS.items() if card in name), {})
 
 
 # -- operators
@@ -348,12 +349,8 @@ def definitions_only() -> Iterator[None]:
     """Have a sliding window computed by its definition: on a GPU, FlexAttention stands in for that."""
     from graftwork.models.operators import attention
 
-    on_gpu = attention.on_gpu
-    attention.on_gpu = lambda x: False  # type: ignore[assignment]
-    try:
+    with patch.object(attention, "on_gpu", lambda x: False):
         yield
-    finally:
-        attention.on_gpu = on_gpu
 
 
 # -- against the public way
@@ -388,6 +385,7 @@ def measure_distillation(session: Session) -> dict[str, Any]:
     from statistics import fmean
 
     from benchmarks import distillation, report
+    from graftwork.models.surgery import new_scion
     from graftwork.stages.distillation import distill
     from graftwork.stages.distillation.sources import choose_source, task_state
 
@@ -401,7 +399,7 @@ def measure_distillation(session: Session) -> dict[str, Any]:
         def ours() -> list[tuple[float, float, float]]:
             task = task_state(context)
             train, heldout = choose_source(task, context)
-            scion = distillation.new_scion(task.teacher.model, edit, 0).to(session.device)
+            scion = new_scion(task.teacher.model, edit, 0).to(session.device)
             return distill.fit(scion, train, heldout, "l1", context)
 
         history: list[tuple[float, float, float]] = []
@@ -466,8 +464,15 @@ def measure_sampling(session: Session) -> dict[str, Any]:
             )
 
     def public(steps: int, reduced: bool) -> Any:
-        sampler, told = AncestralSampler(steps=steps), {"conditioner": conditioner, "bounded": False}
-        return public_sample(model, condition, iter(noise), sampler=sampler, tf32=reduced, **told)
+        return public_sample(
+            model,
+            condition,
+            iter(noise),
+            sampler=AncestralSampler(steps=steps),
+            conditioner=conditioner,
+            bounded=False,
+            tf32=reduced,
+        )
 
     draw = SampleNoise(0, range(sizes.samples), shape, device)
     noise = [draw() for _ in range(sizes.steps)]  # the public way is given its noise for nothing

@@ -32,6 +32,7 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
     import torch.distributed as dist
 
     from graftwork.cluster.training.deepspeed_engine import ShardedEngine
+    from graftwork.models.condition import Condition
     from graftwork.models.rootstocks.dit import DiT, DiTConfig
 
     workers = dist.get_world_size()
@@ -43,7 +44,7 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
         torch.zeros(16 // workers).long(),
         torch.zeros(16 // workers).long(),
     )
-    engine.step(engine(x, t, y).square().mean(), 1e-4)
+    engine.step(engine(x, t, Condition(labels=y)).square().mean(), 1e-4)
     if dist.get_rank() == 0:
         (folder / "done").write_text(str(time.time()))
 

@@ -20,6 +20,7 @@ from graftwork.pipeline.planning import contents
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
 from graftwork.stages.features.listing import list_images, listing_once
@@ -64,10 +65,12 @@ def main() -> None:
         timed("making", lambda: make_images(home, asked.classes, asked.images, asked.bytes))
         Path(store.root).mkdir()
         chosen = f", per_class: {asked.per_class}" if asked.per_class else ""
-        data = f"data={{kind: image_folder, path: {home}, image_size: 16, heldout: 0.0078{chosen}}}"
-        job = load(JOB, [data, "distill.samples=2", "distill.heldout=1"])
+        folder_of_images = f"data={{kind: image_folder, path: {home}, image_size: 16, heldout: 0.0078{chosen}}}"
+        job = load(JOB, [folder_of_images, "distill.samples=2", "distill.heldout=1"])
         contents.GRANULARITY_NS = 0  # the files are young
-        timed("listing", lambda: list_images(job.data))
+        data = job.data
+        assert isinstance(data, ImageFolderData)
+        timed("listing", lambda: list_images(data))
         timed("first plan", lambda: plan(job, Contents(store, quick=True)))
         timed("reading", lambda: plan(job, Contents(store)))
         timed("second plan", lambda: plan(job, Contents(store, quick=True)))

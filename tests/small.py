@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An artifact that a step needs."""
-
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
 
 
 def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator, initialising
@@ -48,7 +49,7 @@ from graftwork.stages.features.hashes import ChangedImage, ImageHashes
 from graftwork.stages.features.images import read_image, scaled
 from graftwork.stages.features.sources import split
 from tests.products import Products
-from tests.small import Folder, Payload
+from tests.small import Payload
 from tests.stores import commit
 from tests.vaes import SHAPE, SIDE, make_vae
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.numerics import parts as cache
 from graftwork.models.numerics.precision import computing
@@ -41,7 +42,6 @@ from graftwork.stages.distillation.sources import InMemory, Recomputed, TaskStat
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
-from tests.small import Folder
 from tests.tiny_training import (
     CPU,
     TINY,

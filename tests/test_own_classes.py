@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import Labels, UnfitCheckpoint
 from graftwork.models.checkpoints.labels import TABLE
@@ -31,7 +32,7 @@ from graftwork.stages.artifacts.latents import LatentsMeta, write_meta
 from graftwork.stages.contract import Context
 from graftwork.stages.training import base
 from tests.conftest import TINY
-from tests.small import Folder, lively
+from tests.small import lively
 from tests.stores import commit
 from tests.tiny_training import CPU, Reports
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.measures.locality import BandMass, Locality
 from graftwork.models.objectives.gaussian import Diffusion
@@ -32,7 +33,7 @@ from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import profile
 from tests.products import Products
-from tests.small import Folder, lively
+from tests.small import lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.measures.classifier import Classifier
@@ -47,16 +48,6 @@ SIDE, CLASSES = 8, ("a", "b", "c")
 SAMPLES, BATCH = 50, 8
 
 
-class Made:
-    """An artifact that a step needs."""
-
-    def __init__(self, place: Path) -> None:
-        self.key, self.place = place.name, place
-
-    def path(self) -> Path:
-        return self.place
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_stays_loaded() -> Iterator[None]:
     yield
@@ -64,10 +55,10 @@ def _nothing_stays_loaded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
     """Latents that are pixels, a rootstock and a classifier."""
     home = tmp_path_factory.mktemp("inputs")
-    made = {name: Made(home / name) for name in ("features", "base", "classifier")}
+    made = {name: Folder(name, home / name) for name in ("features", "base", "classifier")}
     for one in made.values():
         one.place.mkdir()
     meta = LatentsMeta(codec="pixel", channels=1, side=SIDE, classes=CLASSES, num_training=600, num_heldout=300)
@@ -85,7 +76,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 
 @pytest.fixture
-def context(inputs: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+def context(inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     """A step that draws the rootstock's row in this process."""
 
     def here(work: Callable[..., Any], shared: Any, items: Iterable[Any], _: StepResources) -> Iterator[Any]:

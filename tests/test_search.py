@@ -23,6 +23,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora, merge_lora
@@ -54,7 +55,6 @@ from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import final_state, set_up_blocks, train
 from tests import small
 from tests.products import Products
-from tests.small import Folder
 from tests.tiny_training import Killed, Reports
 
 pytestmark = pytest.mark.usefixtures("one_thread")

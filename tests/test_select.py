@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.artifacts import Folder
 from graftwork.specs.edits import Edit, OperatorEdits, ParallelEdits
 from graftwork.specs.layers.union import Layers
 from graftwork.specs.operators import HyenaY
@@ -25,7 +26,6 @@ from graftwork.stages.artifacts.evidence import (
 )
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import select
-from tests.small import Folder
 from tests.tiny_training import Reports
 
 DEPTH = 4

@@ -21,6 +21,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.artifacts import Folder
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives.gaussian import STEPS, Diffusion
@@ -409,7 +410,7 @@ def test_pretraining_has_the_precision_of_its_recipe(
     write_meta(tmp_path, meta)
     recipe = PretrainWeights(steps=2, batch=4, precision=precision)
     params = BaseParams(seed=0, model=DitModel(depth=1, width=16, heads=2, patch=2), weights=recipe)
-    inputs = {"features": small.Folder("features", tmp_path)}
+    inputs = {"features": Folder("features", tmp_path)}
     partial, report = store.partial("base"), Reports()
     context = Context("base", params, inputs, tmp_path, partial, report, StepResources(), torch.device("cpu"))
     with Products() as counted:
