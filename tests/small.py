@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from graftwork.models.rootstocks import Rootstock
+from graftwork.models.rootstocks.dit import Block
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
@@ -16,6 +23,23 @@ def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
         for value in module.parameters():
             value.copy_(scale * torch.randn(value.shape, generator=draws))
     return module
+
+
+def block_of(model: Rootstock, index: int) -> Block:
+    """A DiT's own block, also where a pair has taken it in."""
+    block = model.block_at(index)
+    assert isinstance(block, Block)
+    return block
+
+
+def noting(note: Callable[P, object], function: Callable[P, T]) -> Callable[P, T]:
+    """The function, before each call of which `note` is told its arguments."""
+
+    def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+        note(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def progress(saved: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from graftwork.specs.params import FeaturesParams, SampleParams
 from graftwork.specs.reading.load import SpecError, job_from
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
-from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.artifacts.latents import Shards, read, read_meta
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.features import codec, features
@@ -579,7 +579,7 @@ def test_two_workers_other_tasks_and_mirror_images_beside_them_make_the_same_bit
     names = [item.name for item in split(data)[0]]
     pictures = torch.from_numpy(np.stack([read_image(data, name) for name in names])).flip(-1)
     mirrored = read(made, "training").mirrored
-    assert mirrored is not None and read(made, "heldout").mirrored is None
+    assert isinstance(mirrored, Shards) and read(made, "heldout").mirrored is None
     assert torch.equal(mirrored[: len(names)].tensor(), vae.encode(pictures, [f"{name}/mirrored" for name in names]))
 
 

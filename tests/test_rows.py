@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
@@ -31,6 +31,7 @@ from graftwork.specs.params import EvaluateParams, HeldoutParams, SampleParams, 
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.training import Precision
+from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
 from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.evaluation import evaluate, reference
@@ -38,7 +39,7 @@ from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
-from tests.small import lively
+from tests.small import lively, noting
 from tests.stores import KEY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +62,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
     made = {name: Folder(name, home / name) for name in ("features", "base", "classifier")}
     for one in made.values():
         one.place.mkdir()
-    meta = LatentsMeta(codec="pixel", channels=1, side=SIDE, classes=CLASSES, num_training=600, num_heldout=300)
+    meta = LatentsMeta(codec="pixel", shape=(1, SIDE, SIDE), classes=CLASSES, num_training=600, num_heldout=300)
     write_meta(made["features"].place, meta)
     for split, count in (("training", 600), ("heldout", 300)):
         pixels = torch.rand(count, 1, SIDE, SIDE, generator=generator(0, split)) * 2 - 1
@@ -128,7 +129,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def judge(context: Context) -> Classifier:
-    return reference.Judges(context, ("classifier",), None, CPU).judges["classifier"].network  # type: ignore[attr-defined, no-any-return]
+    return reference.Judges(context, ("classifier",), None, CPU).judges["classifier"].network  # type: ignore[attr-defined]
 
 
 def at_once(context: Context, images: NDArray[np.uint8]) -> tuple[Gaussian, NDArray[np.int64]]:
@@ -161,13 +162,12 @@ def test_the_figures_of_a_row_are_those_of_all_its_samples_at_once(context: Cont
 def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    came_back = []
-    add = rows.Progress.add
-    monkeypatch.setattr(
-        rows.Progress,
-        "add",
-        lambda self, drawn: (came_back.append(len(drawn.shown) + len(drawn.kept)), add(self, drawn)),
-    )
+    came_back: list[int] = []
+
+    def note(progress: rows.Progress, drawn: rows.Drawn) -> None:
+        came_back.append(len(drawn.shown) + len(drawn.kept))
+
+    monkeypatch.setattr(rows.Progress, "add", noting(note, rows.Progress.add))
     rows.sample_row(context)
     assert set(files(context.out)) == {"classifier.npz", "scores.json", "grid.png"}
     assert came_back == [8, 8, 8, 8, 8, 0, 0]
@@ -229,8 +229,7 @@ def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_pat
 def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     rows._LOADED.clear()
     loads: list[str] = []
-    row_model = rows.row_model
-    monkeypatch.setattr(rows, "row_model", lambda *given: (loads.append(given[1]), row_model(*given))[1])
+    monkeypatch.setattr(rows, "row_model", noting(lambda context, row, seed: loads.append(row), row_model))
     rows.sample_row(context)
     assert loads == ["rootstock"]
 
@@ -241,7 +240,12 @@ def test_the_network_is_compiled_where_that_is_asked_for(
 ) -> None:
     rows._LOADED.clear()
     compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: (compiled.append(model), model)[1])
+
+    def as_it_is(model: nn.Module, dynamic: bool) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
     rows.sample_row(replace(context, params=context.params.model_copy(update={"compile": asked})))
     assert [type(model) for model in compiled] == [DiT] * asked
     rows._LOADED.clear()
@@ -384,6 +388,7 @@ def test_what_is_measured_is_what_samples_are_drawn_with(
 
 def test_the_weights_that_bf16_rounds_are_part_of_the_memory(context: Context) -> None:
     model, _ = checkpoints.load(context.inputs["base"].path())
+    assert isinstance(model, DiT)
     rounded = (
         sum(value.numel() for value in model.parameters() if value.dim() > 1)
         - model.y_embedder.embedding_table.weight.numel()

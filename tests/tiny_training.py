@@ -62,6 +62,12 @@ def make_data() -> TrainingSet:
     return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
 
 
+def latents_of(data: TrainingSet) -> Tensor:
+    """The latents of such data, which lie in memory."""
+    assert isinstance(data.latents, Tensor)
+    return data.latents
+
+
 def run_training(
     partial: Partial,
     data: TrainingSet,
