@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.artifacts import Folder
+from benchmarks.command_line import parser
 from benchmarks.operators import with_public_layers
-from benchmarks.report import limits, parser, show, timed
+from benchmarks.report import fastest_device, limits, show, timed
 from graftwork.cluster.machine import num_cpus
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
@@ -75,11 +76,11 @@ class Work:
 
 def main() -> None:
     options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fastest_device()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = prepared(options, Path(folder), device)
         with products(options.precision):
-            peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+            peak = limits(device, options.precision)
             public, public_errors, written = public_way(work)
         flops = floor_flops(options, work)
         ours, our_errors = (one_task if options.one_task else whole_job)(work)

@@ -27,6 +27,7 @@ import psutil
 import ray
 
 from benchmarks import report
+from benchmarks.command_line import parser
 from benchmarks.trivial import chain_and_fan, finish
 from benchmarks.watching import Unwatched
 from graftwork.cluster.machine import num_cpus
@@ -249,7 +250,7 @@ def commit(store: Store, number: int) -> None:
 
 
 def main() -> None:
-    arguments = report.parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=300, help="half of them in a chain, half side by side")
     arguments.add_argument("--without-steps", action="store_true", help="do not start Ray")

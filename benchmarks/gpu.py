@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from benchmarks.command_line import parser
+
 if TYPE_CHECKING:
     from graftwork.specs.training import Precision
 
@@ -135,11 +137,10 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="toy sizes, which show that all runs, and no speed")
-    parser.add_argument("--json", type=Path, help="also write what was measured to this file")
-    return parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--small", action="store_true", help="toy sizes, which show that all runs, and no speed")
+    return made.parse_args()
 
 
 def started(device: Any, small: bool) -> Session:
@@ -211,12 +212,12 @@ def measure_machine(session: Session) -> dict[str, Any]:
     from graftwork.models.numerics.precision import products
 
     rows = []
-    dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-    for precision, dtype in dtypes.items():
+    precisions: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
+    for precision in precisions:
         if session.small and precision != session.precision:
             continue
         with products(precision):
-            limits = report.limits(session.device, dtype)
+            limits = report.limits(session.device, precision)
         session.peaks[precision] = limits.flops
         known = data_sheet().get(precision)
         sheet = {"data sheet": known / 1e12, "of data sheet": limits.flops / known} if known else {}

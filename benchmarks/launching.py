@@ -8,7 +8,6 @@ For one worker and for two, a finetune of a tiny DiT by DeepSpeed: the first lau
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.command_line import bare_parser
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.execution.scheduler import WARM
 from graftwork.specs.resources import StepResources
@@ -62,7 +62,7 @@ def launch(folder: Path, workers: int, ray_train: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray-train", action="store_true")
     options = parser.parse_args()

@@ -9,13 +9,13 @@ the times of the files. second plan: lists the folder and looks at each file's t
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.command_line import bare_parser
 from graftwork.pipeline.planning import contents
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
@@ -54,7 +54,7 @@ def plan(job: JobSpec, known: Contents) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--images", type=int, default=1300, help="of a class")
     parser.add_argument("--bytes", type=int, default=0, help="of an image")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.artifacts import Folder
+from benchmarks.command_line import parser
 from benchmarks.public_sampling import public_sample
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
@@ -268,7 +269,7 @@ def random_inception(path: Path) -> Path:
 
 @contextmanager
 def set_up(chosen: argparse.Namespace) -> Iterator[Setting]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = report.fastest_device()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as home:
@@ -294,7 +295,7 @@ def compared(setting: Setting, ones: Gaussian, others: Gaussian, exact: bool) ->
 
 
 def main() -> None:
-    arguments = report.parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--imagenet", action="store_true", help="256 px, a VAE, 250 ancestral steps, Inception")
     arguments.add_argument("--size", default="XL/2", help="of --imagenet: a published size")
     arguments.add_argument("--vae", type=Path, help="of --imagenet: a folder with an AutoencoderKL")
@@ -317,9 +318,8 @@ def main() -> None:
         seconds = report.in_turn(
             {name: partial(report.timed, work, device) for name, work in works.items()}, chosen.rounds
         )
-        dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
         with products(params.precision):
-            limits = report.limits(device, dtype)
+            limits = report.limits(device, chosen.precision)
     flops = passes(params) * network_flops(setting)
     floor = limits.floor_seconds(flops)
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.models.rootstocks import Rootstock
-from graftwork.models.rootstocks.dit import Block
+from graftwork.models.rootstocks.dit import Block, DiTConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+Batch = tuple[Tensor, Tensor, Tensor]  # noised latents, timesteps and labels
+
+TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
 
 
-def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
+def lively(module: M, seed: int = 0, scale: float = 0.3) -> M:
     """The module with every parameter random: nothing is hidden behind a zero."""
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -26,8 +30,8 @@ def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
 
 
 def block_of(model: Rootstock, index: int) -> Block:
-    """A DiT's own block, also where a pair has taken it in."""
-    block = model.block_at(index)
+    """A DiT's block of that number, which is in no pair."""
+    block = model.blocks[index]
     assert isinstance(block, Block)
     return block
 

@@ -12,7 +12,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PosixPath, PureWindowsPath
@@ -40,17 +40,9 @@ from graftwork.models.surgery import graft
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
 from graftwork.specs.rootstock import SIZES
-from tests.small import lively
+from tests.small import TINY, Batch, lively
 
-TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
-Batch = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def edits(*pairs: tuple[int, OperatorSpec]) -> tuple[Edit, ...]:
@@ -63,18 +55,8 @@ PAIR = (*GRAFTS, Edit(site=Site(block=0, target="pair"), operator=Parallel()))
 
 
 @pytest.fixture
-def model() -> DiT:
-    return lively(DiT(TINY))
-
-
-@pytest.fixture
 def grafted(model: DiT) -> DiT:
     return lively(graft(model, GRAFTS, seed=0), seed=1)
-
-
-@pytest.fixture
-def batch() -> Batch:
-    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
 
 
 def same(found: nn.Module, expected: nn.Module) -> bool:

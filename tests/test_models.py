@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -26,27 +25,11 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, p
 from graftwork.models.sampling import sample
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import AncestralSampler, DdimSampler
-from tests.small import block_of, lively
+from tests.small import TINY, Batch, block_of, lively
 
-TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-
-
-@pytest.fixture
-def model() -> DiT:
-    return lively(DiT(TINY))
-
-
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
 
 
 # -- the transformer
@@ -152,7 +135,7 @@ def test_patches_go_back_where_they_came_from() -> None:
     assert torch.equal(DiT(config).unpatchify(torch.tensor(tokens)), image)
 
 
-def test_an_initialised_model_puts_out_zero(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_an_initialised_model_puts_out_zero(batch: Batch) -> None:
     model = DiT(TINY)
     model.initialise()
     output = model(*batch)
@@ -397,7 +380,7 @@ def test_pixels_stay_within_their_range() -> None:
     assert torch.equal(samples, torch.ones(1, 1, 2, 2))
 
 
-def test_ddim_draws_noise_only_once(batch: tuple[Tensor, Tensor, Tensor], model: DiT) -> None:
+def test_ddim_draws_noise_only_once(batch: Batch, model: DiT) -> None:
     calls = []
 
     def draw() -> Tensor:

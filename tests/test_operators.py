@@ -12,7 +12,7 @@ import shutil
 import sys
 import types
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +51,8 @@ from graftwork.specs.operators import (
     Swa,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXTRA = [
     Swa(window=1),
     HyenaSE(kernel=2),
@@ -74,13 +76,6 @@ def label(value: Any) -> str | None:
 
 
 every_operator = pytest.mark.parametrize("spec", SPECS, ids=label)
-
-
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
 
 
 def build(spec: OperatorSpec, place: Place = SMALL, dtype: torch.dtype = torch.float64) -> Any:

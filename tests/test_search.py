@@ -70,7 +70,7 @@ RECIPE = SearchSpec(
 )
 
 
-def lively(module: nn.Module, seed: int = 0) -> Any:
+def lively(module: small.M, seed: int = 0) -> small.M:
     """Small enough for training to go well."""
     return small.lively(module, seed, scale=0.2)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -51,7 +50,7 @@ class Reports:
         return lambda: any(done >= step for done, _, _ in self.seen)
 
 
-def lively(module: nn.Module, seed: int = 0) -> Any:
+def lively(module: small.M, seed: int = 0) -> small.M:
     """Small enough for training to go well."""
     return small.lively(module, seed, scale=0.2)
 
