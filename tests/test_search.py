@@ -57,7 +57,7 @@ from graftwork.stages.training.loop import final_state, set_up_blocks, train
 from tests import small
 from tests.products import Products
 from tests.small import noting
-from tests.tiny_training import Killed, Reports, latents_of
+from tests.tiny_training import Killed, Reports, latents_of, lively, make_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,11 +68,6 @@ SITES = tuple(Site(block=block, target="mha") for block in (0, 1, 2))
 RECIPE = SearchSpec(
     steps=12, batch=8, lr=3e-3, ema=0.7, clip=3.0, lora_rank=2, lora_alpha=4.0, checkpoint_every=4, nan_patience=3
 )
-
-
-def lively(module: small.M, seed: int = 0) -> small.M:
-    """Small enough for training to go well."""
-    return small.lively(module, seed, scale=0.2)
 
 
 def edit_at(site: Site) -> Edit:
@@ -126,12 +121,6 @@ def make_batch(batch: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 def loss_of(engine: SearchEngine, batch: int, noise: Tensor) -> Tensor:
     x, t, labels = make_batch(batch)
     return Diffusion().loss(engine, x, t, Condition(labels=labels), noise).mean()
-
-
-def make_data() -> TrainingSet:
-    draws = torch.Generator().manual_seed(1)
-    latents, condition = torch.randn(30, 1, 8, 8, generator=draws), Condition(labels=torch.arange(30) % 3)
-    return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
 
 
 def run_search(
