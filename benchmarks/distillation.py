@@ -33,13 +33,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.artifacts import Folder
+from benchmarks.command_line import parser
 from benchmarks.operators import with_public_layers
-from benchmarks.report import limits, parser, show, timed
+from benchmarks.report import fastest_device, limits, show, timed
 from graftwork.cluster.machine import num_cpus
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks import Rootstock
+from graftwork.models.rootstocks.dit import Block, DiT, DiTConfig
 from graftwork.models.surgery import new_scion, observe
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.costs import rootstock_cost
@@ -59,17 +62,6 @@ LOADERS = 1  # processes that read files back, beside the one that trains
 
 
 @dataclass(frozen=True)
-class Folder:
-    """An artifact as a stage reads it."""
-
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
-
-
-@dataclass(frozen=True)
 class Work:
     """What both ways are to do."""
 
@@ -86,11 +78,11 @@ class Work:
 
 def main() -> None:
     options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fastest_device()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = prepared(options, Path(folder), device)
         with products(options.precision):
-            peak = limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+            peak = limits(device, options.precision)
             public, public_errors, written = public_way(work)
         flops = floor_flops(options, work)
         ours, our_errors = (one_task if options.one_task else whole_job)(work)
@@ -145,19 +137,22 @@ def prepared(options: argparse.Namespace, folder: Path, device: torch.device) ->
     features, base = folder / "features", folder / "base"
     features.mkdir()
     base.mkdir()
-    draws = np.random.default_rng(0)
+    draws, shape = np.random.default_rng(0), (4, options.side, options.side)
     for split in ("training", "heldout"):
-        shape = (options.samples, 4, options.side, options.side)
-        np.save(features / f"{split}_latents.npy", draws.standard_normal(shape, dtype=np.float32))
+        latents = draws.standard_normal((options.samples, *shape), dtype=np.float32)
+        np.save(features / f"{split}_latents.npy", latents)
         np.save(features / f"{split}_labels.npy", np.arange(options.samples) % CLASSES)
     sizes = {"num_training": options.samples, "num_heldout": options.samples}
-    write_meta(features, LatentsMeta(codec="vae", channels=4, side=options.side, classes=("c",) * CLASSES, **sizes))
+    write_meta(features, LatentsMeta(codec="vae", shape=shape, classes=("c",) * CLASSES, **sizes))
     config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
     torch.manual_seed(0)
     model = DiT(config)
     model.initialise()
     for block in model.blocks:
-        nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # zero at the start, operators would see no latents
+        assert isinstance(block, Block)
+        last = block.adaLN_modulation[1]
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(last.weight, std=0.02)  # zero at the start, operators would see no latents
     checkpoints.save(model, (), base)
     chosen = OperatorEdits.model_validate(
         {"target": "mha", "operator": {"kind": options.operator}, "layers": {"kind": "first", "count": options.depth}}
@@ -199,7 +194,7 @@ def public_way(work: Work) -> tuple[dict[str, float], dict[Site, list[float]], i
     return {"all": time.perf_counter() - start, "extracting": extracting}, errors, written
 
 
-def extract(work: Work, model: DiT, split: str) -> int:
+def extract(work: Work, model: Rootstock, split: str) -> int:
     """The rootstock's own forward pass, whole; what passes the sites goes to files in bf16 or fp32."""
     latents = read(work.inputs["features"].path(), split).first(work.recipe.samples)
     shown = noised(latents, model.config.objective, 1, 0, "distill" if split == "training" else "distill/heldout")
@@ -224,7 +219,7 @@ def extract(work: Work, model: DiT, split: str) -> int:
     return written
 
 
-def train_from_files(work: Work, model: DiT, edit: Edit) -> list[float]:
+def train_from_files(work: Work, model: Rootstock, edit: Edit) -> list[float]:
     """One site's held-out error, epoch by epoch."""
     recipe = work.recipe
     scion = new_scion(model, edit, 0).to(work.device)
@@ -283,7 +278,7 @@ def whole_job(work: Work) -> tuple[float, dict[Site, list[float]]]:
     operator, recipe = work.edits[0].operator.model_dump_json(), work.recipe.model_dump_json()
     settings = [
         f"store={work.place / 'job'}",
-        f"data={{kind: digits, image_size: {shape.input_size}}}",
+        f"data={{kind: digits, image_size: {shape.latent_shape[-1]}}}",
         f"model={{kind: dit, depth: {shape.depth}, width: {shape.width}, heads: {shape.heads}, patch: {shape.patch}}}",
         f"graft=[{{target: mha, operator: {operator}, layers: {{kind: explicit, blocks: {blocks}}}}}]",
         f"distill={recipe}",

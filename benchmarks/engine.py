@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import psutil
 import ray
 
 from benchmarks import report
+from benchmarks.command_line import parser
 from benchmarks.trivial import chain_and_fan, finish
 from benchmarks.watching import Unwatched
 from graftwork.cluster.machine import num_cpus
@@ -203,22 +205,24 @@ def alone(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent]:
     return marks.found(each)
 
 
-def whole(job: JobSpec, each: int, number: int) -> tuple[Spent, Spent, float]:
+def whole(job: JobSpec, each: int, number: int) -> tuple[tuple[Spent, Spent], float]:
     """A whole run, with its record and MLflow; and the seconds from its last step's end to its own."""
     marks = Marks(each)
     Run(chain_and_fan(job, each, num_cpus(), number), marks).go()
-    return *marks.found(each), time.perf_counter() - marks.marks["evaluate"].wall
+    return marks.found(each), time.perf_counter() - marks.marks["evaluate"].wall
 
 
 def steps(folder: Path, rounds: int, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     job, each = load(JOB, [f"store={folder / 'steps'}"]), count // 2
-    bare, ours, runs = [], [], []
+    bare, ours, runs, ends = [], [], [], []
     with runtime.session((), min_parallel=1):
         for number in range(rounds):
             bare.append(bare_tasks(each))
             ours.append(alone(job, each, number))
     for number in range(rounds, 2 * rounds):
-        runs.append(whole(job, each, number))
+        spent, end = whole(job, each, number)
+        runs.append(spent)
+        ends.append(end)
     rows = []
     for place, kind in enumerate(("chain", "fan")):
         floors = [one[place] for one in bare]
@@ -226,11 +230,11 @@ def steps(folder: Path, rounds: int, count: int) -> tuple[list[dict[str, Any]], 
         for name, found in (("alone", ours), ("in a run", runs)):
             mine = [one[place] for one in found]
             rows.append(row(f"a step of a {kind}, {name}", mine, floors, aim, "bare Ray task"))
-    commits = [spent_by(lambda number=number: commit(Store(job.store), number)) for number in range(rounds * 20)]
+    commits = [spent_by(partial(commit, Store(job.store), number)) for number in range(rounds * 20)]
     return rows, {
         "steps": 2 * each,
         "lease and commit, in one process": f"{middle(commits).wall:.2g} s, {middle(commits).cpu:.2g} s of processor",
-        "from the last step's end to the run's": f"{statistics.median(run[2] for run in runs):.3g} s",
+        "from the last step's end to the run's": f"{statistics.median(ends):.3g} s",
     }
 
 
@@ -246,7 +250,7 @@ def commit(store: Store, number: int) -> None:
 
 
 def main() -> None:
-    arguments = report.parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=300, help="half of them in a chain, half side by side")
     arguments.add_argument("--without-steps", action="store_true", help="do not start Ray")

@@ -9,12 +9,11 @@ one sample. Latency and peak memory are those of a forward pass of a batch, over
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import add_job, parser
 from graftwork import run
 from graftwork.pipeline.cli.plain import PlainView
 
@@ -37,9 +36,8 @@ EDITS = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("job", nargs="?", default="examples/digits.yaml")
-    arguments.add_argument("--json", type=Path, help="also write every row's columns to this file")
+    arguments = parser(__doc__)
+    add_job(arguments)
     chosen = arguments.parse_args()
     results: dict[str, dict[str, Any]] = {}
     for name, edits in EDITS.items():

@@ -33,7 +33,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import in_turn, limits, parser, ratio, show
+from benchmarks.command_line import parser
+from benchmarks.report import fastest_device, in_turn, limits, ratio, show
 from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
 from graftwork.models.numerics.streams import generator, initialising
@@ -63,7 +64,7 @@ class Benchmark:
 
     def __init__(self, home: Path, asked: argparse.Namespace) -> None:
         self.home, self.asked = home, asked
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = fastest_device()
         self.on_gpu = self.device.type == "cuda"
         self.workers = 1 if self.on_gpu else asked.workers
         self.data = ImageFolderData(path=str(home / "photos"), image_size=asked.size, heldout=HELDOUT, flip=asked.flip)
@@ -173,7 +174,7 @@ def bare_loop(codec: VaeCodec, data: ImageFolderData, names: list[str], count: i
     """One process's part: `count` batches through the encoder; puts the seconds into `found`."""
     torch.set_num_threads(1)
     keep_freed()  # as the stage's workers do
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fastest_device()
     coder = load_codec(codec, device)
     assert isinstance(coder, Vae)
     images = in_range(torch.from_numpy(np.stack([read_pixels(data, name) for name in names])).to(device))
@@ -220,7 +221,7 @@ def main() -> None:
         seconds = in_turn(ways | {"bare loop": compared.bare, "features": compared.stage}, asked.rounds)
         ray.shutdown()
         torch.set_num_threads(compared.workers)
-        peak = limits(compared.device, torch.bfloat16 if asked.precision == "bf16" else torch.float32)
+        peak = limits(compared.device, asked.precision)
         flops, difference = compared.flops(), compared.difference()
     public = [min(each) for each in zip(*(seconds[way] for way in ways), strict=True)]
     floor = peak.floor_seconds(flops * (1 + asked.flip))

@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks import report
+from benchmarks import command_line, report
 from graftwork.models.condition import Condition
 from graftwork.models.measures.costs import forward_flops, num_parameters
 from graftwork.models.numerics.precision import computing, products
@@ -325,7 +325,7 @@ def one_device(
 
     seconds = report.in_turn({name: partial(run, name) for name in loops}, chosen.rounds)
 
-    limits = report.limits(device, torch.bfloat16 if work.precision == "bf16" else torch.float32)
+    limits = report.limits(device, work.precision)
     model = work.model(torch.device("cpu"))
     flops = 3 * work.batch * forward_flops(model)
     floor = limits.floor_seconds(flops)
@@ -438,7 +438,7 @@ def one_steps_collectives(size: int) -> None:
 
 
 def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = report.fastest_device()
     chosen = options(device.type == "cuda").parse_args()
     work = work_of(chosen)
     with tempfile.TemporaryDirectory(prefix="graftwork-benchmark-") as name:
@@ -463,7 +463,7 @@ def work_of(chosen: argparse.Namespace) -> Work:
 
 
 def options(on_gpu: bool) -> argparse.ArgumentParser:
-    parser = report.parser(__doc__)
+    parser = command_line.parser(__doc__)
     sizes = {  # on a GPU (DiT-XL/2 at 256 px, 256 samples a step over 8 devices), on a CPU
         "side": (32, 16, "latent pixels a side"),
         "channels": (4, 4, "of a latent"),

@@ -25,13 +25,16 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from benchmarks.command_line import parser
 
 if TYPE_CHECKING:
     from graftwork.specs.training import Precision
@@ -134,11 +137,10 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="toy sizes, which show that all runs, and no speed")
-    parser.add_argument("--json", type=Path, help="also write what was measured to this file")
-    return parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--small", action="store_true", help="toy sizes, which show that all runs, and no speed")
+    return made.parse_args()
 
 
 def started(device: Any, small: bool) -> Session:
@@ -210,12 +212,12 @@ def measure_machine(session: Session) -> dict[str, Any]:
     from graftwork.models.numerics.precision import products
 
     rows = []
-    dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-    for precision, dtype in dtypes.items():
+    precisions: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
+    for precision in precisions:
         if session.small and precision != session.precision:
             continue
         with products(precision):
-            limits = report.limits(session.device, dtype)
+            limits = report.limits(session.device, precision)
         session.peaks[precision] = limits.flops
         known = data_sheet().get(precision)
         sheet = {"data sheet": known / 1e12, "of data sheet": limits.flops / known} if known else {}
@@ -227,7 +229,7 @@ def measure_machine(session: Session) -> dict[str, Any]:
     return {"rows": rows, "facts": facts}
 
 
-def data_sheet() -> dict[str, float]:
+def data_sheet() -> Mapping[Precision, float]:
     """The card's dense peak by the vendor, FLOP/s by precision; empty for one that is not known here."""
     import torch
 
@@ -236,7 +238,7 @@ def data_sheet() -> dict[str, float]:
     from graftwork.pipeline.estimates.speeds import PEAKS
 
     name = torch.cuda.get_device_name()
-    return next((dict(peaks) for card, peaks in PEAKS.items() if card in name), {})
+    return next((peaks for card, peaks in PEAKS.items() if card in name), {})
 
 
 # -- operators
@@ -348,12 +350,8 @@ def definitions_only() -> Iterator[None]:
     """Have a sliding window computed by its definition: on a GPU, FlexAttention stands in for that."""
     from graftwork.models.operators import attention
 
-    on_gpu = attention.on_gpu
-    attention.on_gpu = lambda x: False  # type: ignore[assignment]
-    try:
+    with patch.object(attention, "on_gpu", lambda x: False):
         yield
-    finally:
-        attention.on_gpu = on_gpu
 
 
 # -- against the public way
@@ -388,6 +386,7 @@ def measure_distillation(session: Session) -> dict[str, Any]:
     from statistics import fmean
 
     from benchmarks import distillation, report
+    from graftwork.models.surgery import new_scion
     from graftwork.stages.distillation import distill
     from graftwork.stages.distillation.sources import choose_source, task_state
 
@@ -401,7 +400,7 @@ def measure_distillation(session: Session) -> dict[str, Any]:
         def ours() -> list[tuple[float, float, float]]:
             task = task_state(context)
             train, heldout = choose_source(task, context)
-            scion = distillation.new_scion(task.teacher.model, edit, 0).to(session.device)
+            scion = new_scion(task.teacher.model, edit, 0).to(session.device)
             return distill.fit(scion, train, heldout, "l1", context)
 
         history: list[tuple[float, float, float]] = []
@@ -466,8 +465,15 @@ def measure_sampling(session: Session) -> dict[str, Any]:
             )
 
     def public(steps: int, reduced: bool) -> Any:
-        sampler, told = AncestralSampler(steps=steps), {"conditioner": conditioner, "bounded": False}
-        return public_sample(model, condition, iter(noise), sampler=sampler, tf32=reduced, **told)
+        return public_sample(
+            model,
+            condition,
+            iter(noise),
+            sampler=AncestralSampler(steps=steps),
+            conditioner=conditioner,
+            bounded=False,
+            tf32=reduced,
+        )
 
     draw = SampleNoise(0, range(sizes.samples), shape, device)
     noise = [draw() for _ in range(sizes.steps)]  # the public way is given its noise for nothing

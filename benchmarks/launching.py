@@ -8,7 +8,6 @@ For one worker and for two, a finetune of a tiny DiT by DeepSpeed: the first lau
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.command_line import bare_parser
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.execution.scheduler import WARM
 from graftwork.specs.resources import StepResources
@@ -32,6 +32,7 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
     import torch.distributed as dist
 
     from graftwork.cluster.training.deepspeed_engine import ShardedEngine
+    from graftwork.models.condition import Condition
     from graftwork.models.rootstocks.dit import DiT, DiTConfig
 
     workers = dist.get_world_size()
@@ -43,7 +44,7 @@ def one_step(folder: Path, _: Any, device: torch.device) -> None:
         torch.zeros(16 // workers).long(),
         torch.zeros(16 // workers).long(),
     )
-    engine.step(engine(x, t, y).square().mean(), 1e-4)
+    engine.step(engine(x, t, Condition(labels=y)).square().mean(), 1e-4)
     if dist.get_rank() == 0:
         (folder / "done").write_text(str(time.time()))
 
@@ -61,7 +62,7 @@ def launch(folder: Path, workers: int, ray_train: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray-train", action="store_true")
     options = parser.parse_args()

@@ -9,17 +9,18 @@ the times of the files. second plan: lists the folder and looks at each file's t
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.command_line import bare_parser
 from graftwork.pipeline.planning import contents
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
 from graftwork.stages.data.listing import list_images, listing_once
@@ -53,7 +54,7 @@ def plan(job: JobSpec, known: Contents) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--images", type=int, default=1300, help="of a class")
     parser.add_argument("--bytes", type=int, default=0, help="of an image")
@@ -64,10 +65,12 @@ def main() -> None:
         timed("making", lambda: make_images(home, asked.classes, asked.images, asked.bytes))
         Path(store.root).mkdir()
         chosen = f", per_class: {asked.per_class}" if asked.per_class else ""
-        data = f"data={{kind: image_folder, path: {home}, image_size: 16, heldout: 0.0078{chosen}}}"
-        job = load(JOB, [data, "distill.samples=2", "distill.heldout=1"])
+        folder_of_images = f"data={{kind: image_folder, path: {home}, image_size: 16, heldout: 0.0078{chosen}}}"
+        job = load(JOB, [folder_of_images, "distill.samples=2", "distill.heldout=1"])
         contents.GRANULARITY_NS = 0  # the files are young
-        timed("listing", lambda: list_images(job.data))
+        data = job.data
+        assert isinstance(data, ImageFolderData)
+        timed("listing", lambda: list_images(data))
         timed("first plan", lambda: plan(job, Contents(store, quick=True)))
         timed("reading", lambda: plan(job, Contents(store)))
         timed("second plan", lambda: plan(job, Contents(store, quick=True)))

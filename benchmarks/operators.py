@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
+from benchmarks.command_line import parser
 from graftwork.models.numerics.precision import computing
 from graftwork.models.operators import build_operator
 from graftwork.models.operators.convolution import CausalConv1d
@@ -81,7 +82,7 @@ def pass_of(operator: nn.Module, x: Tensor, gradient: Tensor, precision: Precisi
 
 def measured(spec: OperatorSpec, options: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
     place = Place(width=options.width, heads=options.heads, num_tokens=options.tokens)
-    kept = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    kept = options.precision
     torch.manual_seed(0)
     operator = build_operator(spec, place).to(device)
     x, gradient = torch.randn(2, options.batch, place.num_tokens, place.width, device=device, dtype=kept)
@@ -101,7 +102,7 @@ def measured(spec: OperatorSpec, options: argparse.Namespace, device: torch.devi
 
 
 def main() -> None:
-    arguments = report.parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments.add_argument("--width", type=int, default=384)
     arguments.add_argument("--heads", type=int, default=6)
@@ -110,8 +111,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     options = arguments.parse_args()
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = report.limits(device, torch.bfloat16 if options.precision == "bf16" else torch.float32).flops
+    device = report.fastest_device()
+    peak = report.limits(device, options.precision).flops
     rows = [measured(spec, options, device, peak) for spec in OPERATORS]
     facts = {"precision": options.precision, "width": options.width, "tokens": options.tokens,
              "batch": options.batch, "peak, TFLOP/s": peak / 1e12}  # fmt: skip

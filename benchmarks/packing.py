@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from benchmarks.report import parser, show
+from benchmarks.command_line import parser
+from benchmarks.report import show
 from graftwork.pipeline.estimates.packing import MOST, Item, makespan, pack
 from graftwork.specs.costs import operator_cost, rootstock_cost
 from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mlp, Place, Swa

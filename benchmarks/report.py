@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
@@ -12,21 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwork.cluster.machine import num_cpus
 
+if TYPE_CHECKING:
+    from graftwork.specs.training import Precision
+
 Row = Mapping[str, Any]
 Mark = Any  # seconds on a CPU, an event on a GPU
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line with `--json FILE`; pass what it gives to `show`."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, help="also write what was measured to this file")
-    return made
 
 
 # By the kind of device, what saturates it: the side of a square matrix, the bytes of a copy.
@@ -45,8 +40,9 @@ class Limits:
         return max(flops / self.flops, moved / self.bandwidth)
 
 
-def limits(device: torch.device, dtype: torch.dtype = torch.float32) -> Limits:
-    """With as many threads as torch has now."""
+def limits(device: torch.device, precision: Precision = "fp32") -> Limits:
+    """With as many threads as torch has now; fp32 and tf32 are multiplied as torch is set to."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     side, length = LARGE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(length, dtype=torch.uint8, device=device)
@@ -54,6 +50,11 @@ def limits(device: torch.device, dtype: torch.dtype = torch.float32) -> Limits:
     product = best(lambda: torch.mm(a, b), device)
     copy = best(lambda: target.copy_(source), device)
     return Limits(2 * side**3 / product, 2 * length / copy)
+
+
+def fastest_device() -> torch.device:
+    """Return the GPU, or the CPU of a machine without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def best(work: Callable[[], object], device: torch.device, runs: int = 5) -> float:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -35,6 +35,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.artifacts import Folder
+from benchmarks.command_line import parser
 from benchmarks.public_sampling import public_sample
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
@@ -42,7 +44,7 @@ from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Gaussian, distance
 from graftwork.models.numerics.precision import products
 from graftwork.models.numerics.streams import SampleNoise, initialising
-from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks import Rootstock, new_rootstock
 from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.metrics import Metric
@@ -71,20 +73,6 @@ VAE = {
 
 
 @dataclass(frozen=True)
-class Folder:
-    """An artifact that a step needs."""
-
-    place: Path
-
-    @property
-    def key(self) -> str:
-        return self.place.name
-
-    def path(self) -> Path:
-        return self.place
-
-
-@dataclass(frozen=True)
 class Setting:
     """One row to sample, and where its images go in the public way."""
 
@@ -105,7 +93,7 @@ class Setting:
         return read_meta(self.context.input("features"))
 
     @cached_property
-    def model(self) -> DiT:
+    def model(self) -> Rootstock:
         return checkpoints.load(self.context.input("base"))[0].to(self.device).eval()
 
     @cached_property
@@ -153,7 +141,9 @@ def public(setting: Setting) -> Gaussian:
     for start in range(0, setting.params.samples, READ_BATCH):
         indices = range(start, min(start + READ_BATCH, setting.params.samples))
         images, labels = read_back(setting, indices), setting.labels(indices)
-        features.append(setting.judges.look(images, labels).features[setting.metric].cpu().numpy())
+        seen = setting.judges.look(images, labels).seen[setting.metric].features
+        assert seen is not None
+        features.append(seen.cpu().numpy())
     found = np.concatenate(features)
     return Gaussian(found.mean(0), np.cov(found, rowvar=False))
 
@@ -194,7 +184,7 @@ def largest_difference(setting: Setting) -> int:
 
 def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Setting:
     """Artifacts as the steps before would have left them."""
-    inputs = {name: Folder(home / name) for name in ("features", "base", "classifier")}
+    inputs = {name: Folder(name, home / name) for name in ("features", "base", "classifier")}
     for folder in (*(one.place for one in inputs.values()), home / "images"):
         folder.mkdir()
     model = DitModel(size=chosen.size) if chosen.imagenet else DitModel(depth=4, width=64, heads=4, patch=4)
@@ -202,15 +192,14 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     num_classes, (channels, side) = (1000, (4, 32)) if chosen.imagenet else (10, (3, 64))
     meta = LatentsMeta(
         codec="vae" if chosen.imagenet else "pixel",
-        channels=channels,
-        side=side,
+        shape=(channels, side, side),
         classes=tuple(map(str, range(num_classes))),
         num_training=0,
         num_heldout=0,
     )
     write_meta(inputs["features"].place, meta)
     with initialising(0, "benchmark"):
-        checkpoints.save(random_weights(DiT(meta.rootstock_config(model))), (), inputs["base"].place)
+        checkpoints.save(random_weights(new_rootstock(meta.rootstock_config(model))), (), inputs["base"].place)
         judge = Classifier(channels, side, num_classes).state_dict()
         save_file(judge, inputs["classifier"].place / "classifier.safetensors")
     sampler: Sampler = DdimSampler(steps=chosen.steps or 10)
@@ -241,7 +230,7 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     return Setting(context, home / "images", device)
 
 
-def random_weights(model: DiT) -> DiT:
+def random_weights(model: Rootstock) -> Rootstock:
     """Nothing is zero, as the published initialisation has it, and what comes out keeps to the size of noise."""
     with torch.no_grad():
         for value in model.parameters():
@@ -280,7 +269,7 @@ def random_inception(path: Path) -> Path:
 
 @contextmanager
 def set_up(chosen: argparse.Namespace) -> Iterator[Setting]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = report.fastest_device()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as home:
@@ -306,7 +295,7 @@ def compared(setting: Setting, ones: Gaussian, others: Gaussian, exact: bool) ->
 
 
 def main() -> None:
-    arguments = report.parser(__doc__)
+    arguments = parser(__doc__)
     arguments.add_argument("--imagenet", action="store_true", help="256 px, a VAE, 250 ancestral steps, Inception")
     arguments.add_argument("--size", default="XL/2", help="of --imagenet: a published size")
     arguments.add_argument("--vae", type=Path, help="of --imagenet: a folder with an AutoencoderKL")
@@ -325,13 +314,12 @@ def main() -> None:
         exact = chosen.precision == "fp32" and not chosen.compile
         agreed = compared(setting, expected, found.moments[setting.metric].gaussian(), exact)
         agreed |= kept(setting, found)
-        works = {"public": partial(public, setting), "ours": partial(ours, setting)}
+        works: dict[str, Callable[[], object]] = {"public": partial(public, setting), "ours": partial(ours, setting)}
         seconds = report.in_turn(
             {name: partial(report.timed, work, device) for name, work in works.items()}, chosen.rounds
         )
-        dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
         with products(params.precision):
-            limits = report.limits(device, dtype)
+            limits = report.limits(device, chosen.precision)
     flops = passes(params) * network_flops(setting)
     floor = limits.floor_seconds(flops)
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -9,7 +9,6 @@ that of the same seed's rootstock.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.command_line import add_job, bare_parser
 from graftwork import run
 from graftwork.pipeline.cli.plain import PlainView
 from graftwork.pipeline.store.artifacts import Store
@@ -41,8 +41,8 @@ Found = dict[str, list[dict[str, Any]]]  # strategy -> one entry a seed
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("job", nargs="?", default="examples/digits.yaml")
+    arguments = bare_parser(__doc__)
+    add_job(arguments)
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--out", type=Path, default=Path("examples/strategies"))
     chosen = arguments.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks import Rootstock, Stream
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
 from graftwork.specs.edits import Edit, Parallel, Site
+
+R = TypeVar("R", bound=Rootstock)
 
 
 def scion_at(model: Rootstock, site: Site) -> nn.Module:
@@ -42,7 +45,7 @@ def new_scion(model: Rootstock, edit: Edit, seed: int) -> nn.Module:
         return build_operator(edit.operator, config.place)
 
 
-def graft(model: Rootstock, edits: Iterable[Edit], seed: int) -> Rootstock:
+def graft(model: R, edits: Iterable[Edit], seed: int) -> R:
     """Put a fresh scion into each edit's site, in place; parallel blocks take in what is there by then."""
     for edit in sorted(edits, key=Edit.sort_key):
         replace(model, edit.site, new_scion(model, edit, seed))

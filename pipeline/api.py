@@ -32,6 +32,7 @@ from graftwork.specs.paths import expand_weights, settle_home
 from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.reading.overrides import expanded
+from graftwork.specs.store import DEFAULT_STORE
 from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.data.listing import listing_once
 from graftwork.stages.data.sources import num_classes
@@ -142,7 +143,7 @@ def reading(view: View) -> Report:
     return report
 
 
-def resume(name: str, store: str = ".graftwork", view: View | None = None) -> RunRecord:
+def resume(name: str, store: str = DEFAULT_STORE, view: View | None = None) -> RunRecord:
     """Resume a run: keep the steps that the store has, and let trainings go on from their last checkpoints.
 
     name: of the run, as `graft status` lists it. Raise SpecError if there is no such run; otherwise as `run`.
@@ -151,7 +152,7 @@ def resume(name: str, store: str = ".graftwork", view: View | None = None) -> Ru
     return run(job_from({**past.job, "store": store}), view=view)
 
 
-def stop(name: str, store: str = ".graftwork") -> RunRecord:
+def stop(name: str, store: str = DEFAULT_STORE) -> RunRecord:
     """Ask the driver of a run, wherever it is, to save and stop; return the record of the run as it is now.
 
     Raise SpecError if no driver is at work on that run.
@@ -164,7 +165,7 @@ def stop(name: str, store: str = ".graftwork") -> RunRecord:
     return found
 
 
-def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, Any]]:
+def compare(runs: Sequence[str], store: str = DEFAULT_STORE) -> list[dict[str, Any]]:
     """Return one flat row a run: `run`, `name`, `status`, and each figure as `row.column`, as MLflow names it.
 
     Raise SpecError if there is no such run in the store. `table` returns the same as a pandas DataFrame.
@@ -177,7 +178,7 @@ def compare(runs: Sequence[str], store: str = ".graftwork") -> list[dict[str, An
     ]
 
 
-def table(runs: Sequence[str], store: str = ".graftwork") -> DataFrame:
+def table(runs: Sequence[str], store: str = DEFAULT_STORE) -> DataFrame:
     """Return what `compare` returns as a pandas DataFrame: a row a run, a column a figure."""
     import pandas
 
@@ -185,7 +186,7 @@ def table(runs: Sequence[str], store: str = ".graftwork") -> DataFrame:
 
 
 def export(
-    name: str, out: str | Path, layout: Layout = "graftwork", store: str = ".graftwork", vae: str | None = None
+    name: str, out: str | Path, layout: Layout = "graftwork", store: str = DEFAULT_STORE, vae: str | None = None
 ) -> Path:
     """Write a model of a run for other tools, with a model card; raises SpecError where that cannot be.
 

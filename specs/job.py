@@ -19,6 +19,7 @@ from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import Model, PretrainWeights, Weights
 from graftwork.specs.sampler import PREDICTED, SAMPLERS, SchedulerSampler
+from graftwork.specs.store import DEFAULT_STORE
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
 
 
@@ -50,7 +51,7 @@ class JobSpec(Spec):
     finetune: FinetuneSpec = FinetuneSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourcesSpec = ResourcesSpec()
-    store: Location = Field(".graftwork", description="a folder, or any fsspec URI")
+    store: Location = Field(DEFAULT_STORE, description="a folder, or any fsspec URI")
     tracking: TrackingSpec = TrackingSpec()
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -38,6 +38,11 @@ multiprocessing.util.get_temp_dir()
 
 from graftwork.cluster.machine import num_cpus  # noqa: E402
 from graftwork.pipeline.store.artifacts import Store  # noqa: E402
+
+if TYPE_CHECKING:
+    from graftwork.models.rootstocks.dit import DiT
+    from graftwork.stages.training.batches import TrainingSet
+    from tests.small import Batch
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "digits-tiny.yaml"
@@ -185,7 +190,24 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def data() -> Any:
+def model() -> DiT:
+    """A DiT in which nothing is zero: tests.small.TINY."""
+    from graftwork.models.rootstocks.dit import DiT
+    from tests.small import TINY, lively
+
+    return lively(DiT(TINY))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Four examples for `model`."""
+    import torch
+
+    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
+
+
+@pytest.fixture
+def data() -> TrainingSet:
     """30 random latents of 3 classes: tests.tiny_training.make_data."""
     from tests.tiny_training import make_data
 

@@ -17,6 +17,7 @@ import os
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 os.environ["MAMBA_DETERMINISTIC"] = "1"  # one configuration of each kernel, so that none is timed
 
@@ -94,10 +95,11 @@ def pretend_h100() -> None:
 
 def offer_scan(way: str) -> None:
     """Have our Mamba-2 call mamba-ssm's scan, and nothing else, although its tensors are on the CPU."""
-    torch.cuda.device = lambda device: contextlib.nullcontext()
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=NUM_SM[way])
-    kernels.on_gpu = lambda x: x.dim() == 4  # its x is (B,N,H,P); a convolution's is (B,C,N)
-    kernels.generation = lambda device: (9, 0)
+    properties = SimpleNamespace(multi_processor_count=NUM_SM[way])
+    patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()).start()
+    patch.object(torch.cuda, "get_device_properties", lambda device: properties).start()
+    patch.object(kernels, "on_gpu", lambda x: x.dim() == 4).start()  # its x is (B,N,H,P); a convolution's is (B,C,N)
+    patch.object(kernels, "generation", lambda device: (9, 0)).start()
     failure = kernels.import_failure(kernels.STATE_SPACE_SCAN)
     assert failure is None, failure
 

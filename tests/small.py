@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from graftwork.models.rootstocks import Rootstock
+from graftwork.models.rootstocks.dit import Block, DiTConfig
 
-@dataclass(frozen=True)
-class Folder:
-    """An artifact that a step needs."""
+P = ParamSpec("P")
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+Batch = tuple[Tensor, Tensor, Tensor]  # noised latents, timesteps and labels
 
-    key: str
-    place: Path
-
-    def path(self) -> Path:
-        return self.place
+TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=4, width=16, heads=2, num_classes=5)
 
 
-def lively(module: nn.Module, seed: int = 0, scale: float = 0.3) -> Any:
+def lively(module: M, seed: int = 0, scale: float = 0.3) -> M:
     """The module with every parameter random: nothing is hidden behind a zero."""
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in module.parameters():
             value.copy_(scale * torch.randn(value.shape, generator=draws))
     return module
+
+
+def block_of(model: Rootstock, index: int) -> Block:
+    """A DiT's block of that number, which is in no pair."""
+    block = model.blocks[index]
+    assert isinstance(block, Block)
+    return block
+
+
+def noting(note: Callable[P, object], function: Callable[P, T]) -> Callable[P, T]:
+    """The function, before each call of which `note` is told its arguments."""
+
+    def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+        note(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def progress(saved: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator, initialising
@@ -38,7 +39,7 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, job_from
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
-from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.artifacts.latents import Shards, read, read_meta
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
@@ -49,7 +50,7 @@ from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.features import codec, features
 from graftwork.stages.features.codec import UnfitCodec, load_codec, misfits
 from tests.products import Products
-from tests.small import Folder, Payload
+from tests.small import Payload
 from tests.stores import commit
 from tests.vaes import SHAPE, SIDE, make_vae
 
@@ -579,7 +580,7 @@ def test_two_workers_other_tasks_and_mirror_images_beside_them_make_the_same_bit
     names = [item.name for item in split(data)[0]]
     pictures = torch.from_numpy(np.stack([read_image(data, name) for name in names])).flip(-1)
     mirrored = read(made, "training").mirrored
-    assert mirrored is not None and read(made, "heldout").mirrored is None
+    assert isinstance(mirrored, Shards) and read(made, "heldout").mirrored is None
     assert torch.equal(mirrored[: len(names)].tensor(), vae.encode(pictures, [f"{name}/mirrored" for name in names]))
 
 

@@ -353,7 +353,7 @@ def test_a_young_file_is_read_again_until_it_is_old(
     planned(photos, store)
     assert set(reads.values()) == {2}
     now = time.time_ns
-    monkeypatch.setattr(contents.time, "time_ns", lambda: now() + 10**10)
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
     planned(photos, store)
     planned(photos, store)
     assert set(reads.values()) == {3}

@@ -7,8 +7,9 @@ import json
 import math
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.numerics import parts as cache
 from graftwork.models.numerics.precision import computing
@@ -41,13 +43,14 @@ from graftwork.stages.distillation.sources import InMemory, Recomputed, TaskStat
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
-from tests.small import Folder
+from tests.small import block_of, noting
 from tests.tiny_training import (
     CPU,
     TINY,
     Killed,
     Reports,
     assert_same_bits,
+    latents_of,
     lively,
     run_training,
 )
@@ -68,7 +71,7 @@ def test_a_samples_noise_depends_on_its_place_alone(data: TrainingSet) -> None:
 def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: TrainingSet) -> None:
     latents = noised(Latents(data.latents[:1], data.condition[:1]), TINY.objective, 3, 0, "distill")
     assert len(set(latents.t.tolist())) == 3
-    assert latents.condition.labels.tolist() == [0, 0, 0]
+    assert latents.condition.require("labels").tolist() == [0, 0, 0]
 
 
 # -- distillation
@@ -177,8 +180,7 @@ def test_the_rate_halves_at_each_milestone(
     rootstock: DiT, source: InMemory, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    step = PlainEngine.step
-    monkeypatch.setattr(PlainEngine, "step", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr)))
+    monkeypatch.setattr(PlainEngine, "step", noting(lambda self, loss, lr: rates.append(lr), PlainEngine.step))
     scion = new_scion(rootstock, MHA_EDIT, 0)
     context = make_context(store, "a", tmp_path, epochs=5, batch=24, lr=0.08, milestones=(1, 3))
     distill.fit(scion, source, source, "l1", context)
@@ -263,7 +265,7 @@ def test_the_error_is_the_mean_loss_each_entry_by_its_weight(kind: str, weighted
 def test_the_weight_of_an_error_is_the_size_of_the_sites_gate(rootstock: DiT, latents: Noised, site: Site) -> None:
     pairs = captured(rootstock, site, latents, gate_weighted=True).pairs
     (c,) = rootstock.start(latents.z, latents.t, latents.condition).conditioning
-    gate = modulations(rootstock.blocks[site.block], c)[{"mha": 2, "mlp": 5}[site.target]]
+    gate = modulations(block_of(rootstock, site.block), c)[{"mha": 2, "mlp": 5}[site.target]]
     assert pairs.weights is not None
     torch.testing.assert_close(pairs.weights, gate.abs()[:, None])
 
@@ -322,9 +324,9 @@ def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folde
     features.mkdir()
     base.mkdir()
     for name, part in (("training", slice(0, 24)), ("heldout", slice(24, 30))):
-        np.save(features / f"{name}_latents.npy", data.latents[part].numpy())
+        np.save(features / f"{name}_latents.npy", latents_of(data)[part].numpy())
         np.save(features / f"{name}_labels.npy", data.condition.require("labels")[part].numpy())
-    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=24, num_heldout=6)
+    meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=24, num_heldout=6)
     write_meta(features, meta)
     checkpoints.save(rootstock, (), base)
     (tmp_path / "profile").mkdir()
@@ -458,12 +460,11 @@ def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_resul
     store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    capture = Teacher.capture
-    monkeypatch.setattr(
-        Teacher,
-        "capture",
-        lambda self, sites, latents, place: (sizes.append(len(latents)), capture(self, sites, latents, place))[1],
-    )
+
+    def note(teacher: Teacher, sites: Sequence[Site], latents: Noised, place: torch.device) -> None:
+        sizes.append(len(latents))
+
+    monkeypatch.setattr(Teacher, "capture", noting(note, Teacher.capture))
     run_distill(store, "fits", inputs, tmp_path / "fits")
     assert sizes == [24, 6]
     sizes.clear()
@@ -498,12 +499,12 @@ def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_i
 ) -> None:
     monkeypatch.setattr(activations, "PASS_BATCH", 5)
     edits = (MHA_EDIT, MLP_EDIT, PAIR)
-    changes = {"precision": precision, "gate_weighted": True}
+    changes: dict[str, Any] = {"precision": precision, "gate_weighted": True}
     found = dict(zip(edits, recorded_in(parts, inputs, *edits, **changes), strict=True))
     assert passes == [(MHA_SITE, MLP_SITE, PAIR.site)] * 7
     passes.clear()
     for edit in (MHA_EDIT, MLP_EDIT):
-        task_scope = TaskScope(recorded=lambda edit=edit: found[edit])
+        task_scope = TaskScope(recorded=partial(found.__getitem__, edit))
         run_distill(store, f"g/{edit}", inputs, tmp_path / "given", edit=edit, task_scope=task_scope, **changes)
         assert passes == []
         run_distill(store, f"o/{edit}", inputs, tmp_path / "own", edit=edit, **changes)

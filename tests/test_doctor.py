@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -17,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
@@ -164,7 +168,7 @@ def test_a_disk_that_is_nearly_full_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, state: str
 ) -> None:
     usage = SimpleNamespace(free=free, total=2**41, used=2**41 - free)
-    monkeypatch.setattr(health.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert state_of(health.check_disk("disk", tmp_path, "elsewhere")) == state
 
 
@@ -211,7 +215,7 @@ def test_a_folder_for_temporary_files_that_is_none_is_broken(monkeypatch: pytest
 def test_the_64_mb_of_a_container_are_too_little(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, state: str
 ) -> None:
-    monkeypatch.setattr(health.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26, total=2**26, used=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26, total=2**26, used=0))
     monkeypatch.setattr(health, "num_gpus_here", lambda: gpus)
     check = health.check_shared_memory(tmp_path)
     assert state_of(check) == state and "--shm-size" in check.advice
@@ -221,7 +225,7 @@ def test_the_64_mb_of_a_container_are_too_little(
     ("soft", "hard", "state"), [(1024, 2**20, "fine"), (512, 2**20, "warning"), (128, 128, "broken")]
 )
 def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, state: str) -> None:
-    monkeypatch.setattr(health.resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     assert state_of(next(iter(health.check_limits()))) == state
 
 
@@ -630,8 +634,8 @@ def test_versions_that_differ_between_nodes_are_told(other: list[Check], expecte
 
 def test_a_clock_that_is_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def clocks(off: float) -> str:
-        now = inspection.time.time()
-        monkeypatch.setattr(inspection.ray, "get", lambda *_, **__: now + off)
+        now = time.time()
+        monkeypatch.setattr(ray, "get", lambda *_, **__: now + off)
         actor = SimpleNamespace(clock=SimpleNamespace(remote=lambda: None))
         there = inspection.Node("id", "name", "10.0.0.1", {})
         (check,) = inspection._clocks({there: actor})
@@ -648,7 +652,7 @@ def test_a_name_that_stands_for_loopback_is_told() -> None:
 
 def test_what_one_node_sends_the_next_gets() -> None:
     server = socket.create_server(("127.0.0.1", 0))
-    inspection.threading.Thread(target=inspection._take, args=(server,), daemon=True).start()
+    threading.Thread(target=inspection._take, args=(server,), daemon=True).start()
     assert inspection.Inspector().send(server.getsockname()) > 0
     with pytest.raises(OSError, match="refused"):
         inspection.Inspector().send(("127.0.0.1", free_port()))

@@ -21,6 +21,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from typer.testing import CliRunner
 
+from graftwork.cluster import machine
 from graftwork.cluster.session import local, runtime, scratch
 from graftwork.cluster.session.address import check_cluster, cluster_address, head_of
 from graftwork.pipeline.cli.app import app
@@ -177,7 +178,7 @@ def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, mo
         (Path(_temp_dir) / "session" / "logs").mkdir(parents=True)
         raise RuntimeError("The current node timed out\nduring startup.")
 
-    monkeypatch.setattr(runtime.ray, "init", init)
+    monkeypatch.setattr(ray, "init", init)
     with pytest.raises(scratch.RayDidNotStart) as failed, runtime.session([], min_parallel=1):
         pass
     reason, _, folder = str(failed.value).partition("; its logs are below ")
@@ -224,7 +225,7 @@ def test_a_user_without_a_home_gets_one_for_as_long_as_the_command_lasts(monkeyp
     paths.settle_home()
     assert os.environ["HOME"] == paths.home_folder() != ""  # that of the passwd file
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no entry"])
+    monkeypatch.setattr("pwd.getpwuid", lambda _: dict[str, None]()["no entry"])
     assert paths.home_folder() is None
     paths.settle_home()
     made = Path(os.environ["HOME"])
@@ -264,8 +265,8 @@ def test_no_address_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch, given: 
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(runtime.ray, "init", asked.update)
-    monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", asked.update)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(runtime, "num_cpus", lambda: 7)
     with runtime.session([], min_parallel=1):
         assert asked["num_cpus"] == 7  # that this process may use
@@ -450,8 +451,8 @@ def test_a_token_is_switched_on_for_a_cluster_that_wants_one_and_off_again(
     monkeypatch: pytest.MonkeyPatch, no_token: None
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setattr(runtime.ray, "init", lambda **_: None)
-    monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     with head(TOKEN) as (address, _):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with runtime.session([], min_parallel=1):
@@ -460,10 +461,10 @@ def test_a_token_is_switched_on_for_a_cluster_that_wants_one_and_off_again(
 
 
 def test_the_memory_of_a_control_group_is_what_ray_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local.machine, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**30)
     had = local._memory()
     assert sum(had.values()) == 2**30 and 2**26 < had["object_store_memory"] < 2**29
-    monkeypatch.setattr(local.machine, "available_memory", lambda: 2**60)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**60)
     assert local._memory() == {}
 
 

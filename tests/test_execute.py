@@ -16,6 +16,7 @@ import ray
 import torch
 
 from benchmarks.watching import Unwatched
+from graftwork.cluster.board import Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.models.operators import kernels
 from graftwork.pipeline.estimates.packing import Item
@@ -42,7 +43,7 @@ from tests.conftest import ROOT, TINY, Finished, keys
 
 
 @dataclass
-class Pen:
+class Pen(Reporter):
     """What a task would write on the board."""
 
     ended_with: list[StepResult] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Pen:
 
 
 @dataclass
-class Signal:
+class Signal(StopSignal):
     """Whether the work is to stop."""
 
     on: bool = False
@@ -239,7 +240,7 @@ def test_a_step_is_done_only_after_what_it_needs(store: Store, doing: Any, state
 
 
 @dataclass
-class Told:
+class Told(Unwatched):
     """A watcher that keeps what it is told."""
 
     lines: list[str] = field(default_factory=list)
@@ -258,12 +259,12 @@ SITES = ("distill/01.mha", "distill/03.mha")
 def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
     """All before the sites is done; whatever task ends now was lost."""
     nothing = SimpleNamespace(remote=lambda: None)
-    monkeypatch.setattr(execute.ray, "remote", lambda **_: lambda _: nothing)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: nothing)
 
     def lost(ref: str) -> None:
         raise ray.exceptions.WorkerCrashedError
 
-    monkeypatch.setattr(execute.ray, "get", lost)
+    monkeypatch.setattr(ray, "get", lost)
     monkeypatch.setattr(runtime, "free_group_of", lambda ref: None)
     plan = make_plan(load(TINY, (f"store={store.root}",)))
     found = Execution(plan, store, "run", None, Told())
@@ -291,6 +292,7 @@ def test_steps_that_are_lost_together_are_tried_one_by_one_and_only_the_culprit_
     lose(losing, SITES[0])
     assert [failure.step for failure in losing.failures] == [SITES[0]]
     assert waiting(losing, SITES[1])
+    assert isinstance(losing.watcher, Told)
     told = losing.watcher.lines
     assert told[0].startswith(f"{SITES[0]} failed: its worker was lost 4 times: ")
     assert f"select skipped: {SITES[0]}" in told and "evaluate skipped: distill/01.mha" in told
@@ -319,7 +321,7 @@ def test_a_step_that_was_lost_with_what_others_recorded_for_it_is_tried_by_itsel
 def test_a_pass_is_made_before_where_ray_has_room_for_it(
     monkeypatch: pytest.MonkeyPatch, each: int, memory: int | None, expected: bool
 ) -> None:
-    monkeypatch.setattr(recording.ray, "cluster_resources", lambda: {"object_store_memory": 200.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 200.0})
     items = [Item(name, 1.0, memory=float(each)) for name in ("a", "b")]
     assert recording.fits(items, 2, StepResources(memory=memory)) == expected
 

@@ -136,7 +136,7 @@ def test_a_training_step_stays_on_the_gpu(model: DiT, precision: Precision, monk
     condition = CONFIG.conditioner.example(20, HOST)
     data = TrainingSet(given(20, 4, 8, 8, device=HOST), condition, CONFIG.conditioner, CONFIG.objective, CUDA)
     batch = draw_batch(data, TrainingSpec(batch=BATCH), 0, "test", 0, 0, 2)
-    assert {part.device for part in (batch.x, batch.t, batch.condition.labels, batch.noise)} == {HOST}
+    assert {part.device for part in (batch.x, batch.t, batch.condition.require("labels"), batch.noise)} == {HOST}
     x, t, condition, noise = batch.pinned().to(CUDA)
     engine = PlainEngine(model, clip=1.0, ema=0.999, state=None)
     with computing(precision, CUDA):

@@ -17,6 +17,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from graftwork.models.condition import Condition
 from graftwork.pipeline.planning import preflight
@@ -35,7 +36,7 @@ from graftwork.stages.data.hashes import ChangedImage, ImageHashes
 from graftwork.stages.data.listing import ClassFolder, Listing
 from graftwork.stages.data.sources import Item, interleave, split, split_sizes
 from graftwork.stages.features import features
-from graftwork.stages.training.loop import TrainingSet, draw_batch
+from graftwork.stages.training.batches import TrainingSet, draw_batch
 from tests.conftest import ROOT
 from tests.tiny_training import RECIPE, Killed, assert_same_bits, make_data, run_until_done, state_of, tensors_of
 
@@ -124,7 +125,13 @@ def test_a_shard_is_filled_in_any_order(tmp_path: Path, whole: NDArray[np.float3
 def test_a_writers_memory_is_that_of_a_piece(tmp_path: Path) -> None:
     writer, piece = ShardWriter(tmp_path / "training_latents-00000.npy", (2**14, 4, 32, 32)), np.zeros((64, 4, 32, 32))
     pieces = [(start, piece.astype(np.float32)) for start in range(0, 2**14, 64 * 4)]
-    grown = resident(lambda: [writer.write(start + 64 * part, one) for start, one in pieces for part in range(4)])
+
+    def write() -> None:
+        for start, one in pieces:
+            for part in range(4):
+                writer.write(start + 64 * part, one)
+
+    grown = resident(write)
     assert writer.path.stat().st_size > 256 * MIB and grown < 32 * MIB
 
 
@@ -170,7 +177,7 @@ def test_training_on_both_views_that_was_killed_ends_in_the_same_bits(tmp_path: 
 
 def test_a_prefix_keeps_its_mirror_images() -> None:
     latents = Latents(torch.arange(8.0), Condition(labels=torch.arange(8) % 2), -torch.arange(8.0)).share(0.5)
-    assert latents.mirrored is not None and latents.mirrored.tolist() == [0, -1, -2, -3]
+    assert isinstance(latents.mirrored, Tensor) and latents.mirrored.tolist() == [0, -1, -2, -3]
 
 
 # -- which images

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.pipeline import api
-from graftwork.pipeline.api import Run
+from graftwork.pipeline.execution.run import Run
 from graftwork.pipeline.execution.view import SilentView
 from graftwork.pipeline.store.errors import StoreError, told_by
 from tests.conftest import GRAFT, ROOT, TINY, Finished
@@ -22,7 +22,7 @@ FULL = """
 import json, sys
 from pathlib import Path
 from graftwork.pipeline import api
-from graftwork.pipeline.api import Run
+from graftwork.pipeline.execution.run import Run
 from graftwork.pipeline.store.errors import StoreError
 from graftwork.pipeline.store.artifacts import Store
 from tests.stores import FILES, KEY, ORIGIN, OTHER, commit
@@ -166,10 +166,12 @@ def test_another_error_is_not_blamed_on_the_store() -> None:
     assert told_by("/store", PermissionError(13, "Permission denied", "/store/partial/x")) is not None
 
 
-def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     view = SilentView()
-    view.say = said.append  # type: ignore[method-assign]
+    monkeypatch.setattr(view, "say", said.append)
     run = Run(api.plan(TINY, [f"store={tmp_path / 'store'}"]), view)
     run.store.write("runs", "a file is in the way")
     for _ in range(2):

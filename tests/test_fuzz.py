@@ -163,7 +163,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
                 above[draw(keys)] = draw(values)
             case "swap":
                 above[last] = deepcopy(at(document, draw(st.sampled_from(list(places(document)) or [("name",)]))))
-            case "repeat" if isinstance(above, list):
+            case "repeat" if isinstance(above, list) and isinstance(last, int):
                 above.append(deepcopy(above[last]))
             case "kind" if isinstance(above, dict):
                 above["kind"] = draw(st.sampled_from(KINDS))

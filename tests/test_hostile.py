@@ -9,6 +9,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -374,8 +375,9 @@ FEWER = [("num_classes", 7, "y_embedder.embedding_table.weight: (8, 32), expecte
 def test_a_checkpoint_of_another_model_or_of_fewer_classes_is_known_before_anything_runs(
     tmp_path: Path, field: str, value: int, told: str, command: str
 ) -> None:
-    shape = {"input_size": 16, "in_channels": 1, "patch": 2, "depth": 4, "width": 32, "heads": 2, "num_classes": 10}
-    torch.save(DiT(DiTConfig(**{**shape, field: value})).state_dict(), "other.pt")
+    shape = DiTConfig(input_size=16, in_channels=1, patch=2, depth=4, width=32, heads=2, num_classes=10)
+    changes: dict[str, Any] = {field: value}
+    torch.save(DiT(replace(shape, **changes)).state_dict(), "other.pt")
     done = graft(command, str(TINY), "--set", "weights={kind: checkpoint, path: other.pt}")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
@@ -436,7 +438,7 @@ def test_statistics_of_anything_else_are_refused(tmp_path: Path, how: str) -> No
 
 def test_statistics_that_inflate_are_refused(tmp_path: Path) -> None:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**24,)})  # type: ignore[no-untyped-call]
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**24,)})
     with zipfile.ZipFile("reference.npz", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("mu.npy", header.getvalue() + b"\0" * 2**27)
     with pytest.raises(ValueError, match="mu is too large"):

@@ -127,7 +127,8 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path: Path, orientation: 
         stored = stored.transpose(Image.Transpose[UPRIGHT[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(path, exif=exif, **({"quality": 95} if suffix in ("jpg", "webp", "avif") else {}))
+    options: dict[str, Any] = {"quality": 95} if suffix in ("jpg", "webp", "avif") else {}
+    stored.save(path, exif=exif, **options)
     assert size_of(path) == (WIDTH, HEIGHT)
     difference = np.abs(pixels(path) - np.asarray(scene()))
     assert difference[1 : HEIGHT // 2 - 2].mean() < 8 and difference[HEIGHT // 2 + 2 :].mean() < 8
@@ -282,10 +283,10 @@ def test_floats_of_zero_to_one_go_from_black_to_white(tmp_path: Path, suffix: st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (np.float32([[0, 255]]), r"its pixels are 0 \.\. 255; accepted: 0 \.\. 1"),
-        (np.float32([[-1, 1]]), r"its pixels are -1 \.\. 1; accepted: 0 \.\. 1"),
-        (np.float32([[np.nan, 1]]), r"its pixels are nan \.\. nan; accepted: 0 \.\. 1"),
-        (np.int32([[0, 255]]), "its samples are signed integers; accepted: unsigned ones"),
+        (np.array([[0, 255]], np.float32), r"its pixels are 0 \.\. 255; accepted: 0 \.\. 1"),
+        (np.array([[-1, 1]], np.float32), r"its pixels are -1 \.\. 1; accepted: 0 \.\. 1"),
+        (np.array([[np.nan, 1]], np.float32), r"its pixels are nan \.\. nan; accepted: 0 \.\. 1"),
+        (np.array([[0, 255]], np.int32), "its samples are signed integers; accepted: unsigned ones"),
     ],
     ids=["bytes", "signed", "nan", "integers"],
 )

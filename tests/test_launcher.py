@@ -118,7 +118,7 @@ def trained(task: tuple[Path, str, bool], device: torch.device) -> None:
         return all_reduce(*args, **kwargs)
 
     if dies and dist.get_rank() == 1 and not died.exists():
-        dist.all_reduce = deadly  # type: ignore[assignment]
+        dist.all_reduce = deadly
     if stage == "base":
         run_training(partial, make_data())
     elif stage == "search":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from graftwork.pipeline.planning import preflight
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
-from graftwork.stages.data import listing
 from graftwork.stages.data.images import IMAGE_SUFFIXES
 from graftwork.stages.data.listing import list_images, listing_once
 from graftwork.stages.data.sources import class_folders, class_names, class_sizes, items, split
@@ -133,14 +133,14 @@ def test_of_many_classes_without_images_the_first_are_named_and_the_rest_counted
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = photos(tmp_path / "photos")
-    listed = listing.os.listdir
+    listed = os.listdir
 
     def closed(path: Path) -> list[str]:  # for root, no folder is closed
         if str(path).endswith("dog"):
             raise PermissionError(13, "Permission denied", str(path))
         return listed(path)
 
-    monkeypatch.setattr(listing.os, "listdir", closed)
+    monkeypatch.setattr(os, "listdir", closed)
     line = refusal(job(home))
     assert line.startswith(f"data.path: got '{home}', which cannot be read (Permission denied: {home}/dog); accepted: ")
 
@@ -246,7 +246,7 @@ def test_a_folders_name_may_hold_spaces(tmp_path: Path) -> None:
     assert class_names(ordered_by(home, "great dane\ngreat\n")) == ("great dane", "great")
 
 
-MISFITS = {
+MISFITS: dict[str, tuple[str | bytes, str]] = {
     "missing folder": ("cat\ndog\nelk\n", "whose line 3, 'elk', is no folder of the data"),
     "extra folder": ("cat\n", "which does not name the folder 'dog'"),
     "doubled line": ("cat\ndog\ncat tom\n", "which names 'cat' in the lines 1 and 3"),
@@ -292,13 +292,13 @@ def test_a_file_of_classes_tells_a_plan_their_number_where_the_images_are_elsewh
 def test_a_plan_lists_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = photos(tmp_path / "photos")
     seen: Counter[str] = Counter()
-    listed = listing.os.listdir
+    listed = os.listdir
 
     def counting(path: Path) -> list[str]:
         seen[str(path)] += str(path).startswith(str(home))
         return listed(path)
 
-    monkeypatch.setattr(listing.os, "listdir", counting)
+    monkeypatch.setattr(os, "listdir", counting)
     assert graft_plan(home).exit_code == 0
     assert +seen == {str(home): 1, str(home / "cat"): 1, str(home / "dog"): 1}
 

@@ -183,7 +183,7 @@ def room_of(place: str, **resources: float) -> float:
     import torch
 
     step = next(step for step in make_plan(load(TINY)).steps if step.stage == "distill")
-    context = SimpleNamespace(params=step.params, resources=StepResources(**resources))  # type: ignore[arg-type]
+    context = SimpleNamespace(params=step.params, resources=StepResources(**resources))
     return sources.memory_budget(context, torch.device(place)) / sources.MEMORY_SHARE  # type: ignore[arg-type]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -26,27 +25,11 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, p
 from graftwork.models.sampling import sample
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import AncestralSampler, DdimSampler
-from tests.small import lively
+from tests.small import TINY, Batch, block_of, lively
 
-TINY = DiTConfig(input_size=8, in_channels=3, patch=2, depth=3, width=16, heads=2, num_classes=5)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-
-
-@pytest.fixture
-def model() -> DiT:
-    return lively(DiT(TINY))
-
-
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 4, 5])
 
 
 # -- the transformer
@@ -125,12 +108,13 @@ def test_a_timestep_is_described_by_cosines_then_sines() -> None:
 
 
 def test_a_block_adds_its_operators_between_modulation_and_gate(model: DiT) -> None:
-    x, c, block = torch.randn(2, 16, 16), torch.randn(2, 16), model.blocks[1]
+    x, c, block = torch.randn(2, 16, 16), torch.randn(2, 16), block_of(model, 1)
 
     def norm(x: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
 
     linear = block.adaLN_modulation[1]
+    assert isinstance(linear, nn.Linear)
     m = (F.silu(c) @ linear.weight.T + linear.bias).reshape(2, 6, 1, 16).unbind(1)
     y = x + m[2] * block.attn(norm(x) * (1 + m[1]) + m[0])
     y = y + m[5] * block.mlp(norm(y) * (1 + m[4]) + m[3])
@@ -151,7 +135,7 @@ def test_patches_go_back_where_they_came_from() -> None:
     assert torch.equal(DiT(config).unpatchify(torch.tensor(tokens)), image)
 
 
-def test_an_initialised_model_puts_out_zero(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_an_initialised_model_puts_out_zero(batch: Batch) -> None:
     model = DiT(TINY)
     model.initialise()
     output = model(*batch)
@@ -195,9 +179,10 @@ def test_noising_has_the_right_mean_and_spread(t: int) -> None:
 
 def test_a_chain_on_a_device_has_its_constants_there_and_computes_the_same() -> None:
     assert {values.device.type for values in vars(Diffusion().on(torch.device("meta"))).values()} == {"meta"}
-    (x, noise), t, y = torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 9, 300, 999]), torch.zeros(4).long()
+    (x, noise), t = torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 9, 300, 999])
+    condition = Condition(labels=torch.zeros(4).long())
     losses = [
-        chain.loss(lambda x, t, y: torch.cat([x, x], dim=1), x, t, y, noise)
+        chain.loss(lambda x, t, condition: torch.cat([x, x], dim=1), x, t, condition, noise)
         for chain in (Diffusion(), Diffusion().on(x.device))
     ]
     assert torch.equal(*losses)
@@ -253,7 +238,7 @@ def test_the_256_levels_share_a_probability_of_one(mean: float, log_var: float) 
 
 
 def hybrid_loss(output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    return Diffusion().loss(lambda *_: output, x0, t, torch.zeros_like(t), noise)
+    return Diffusion().loss(lambda *_: output, x0, t, Condition(labels=torch.zeros_like(t)), noise)
 
 
 @pytest.fixture
@@ -346,10 +331,10 @@ class TestRespacing:
 # -- sampling
 
 
-def knows(x0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def knows(x0: Tensor) -> Network:
     """A network that sees through the noise to x0; it is told timesteps of the whole chain."""
 
-    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         kept = torch.from_numpy(ALPHA_BAR)[t][:, None, None, None]
         noise = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
         return torch.cat([noise, torch.zeros_like(noise)], 1).float()
@@ -357,9 +342,7 @@ def knows(x0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return network
 
 
-def drawn(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor], sampler: Any, shape: tuple[int, ...], bounded: bool = False
-) -> Tensor:
+def drawn(network: Network, sampler: Any, shape: tuple[int, ...], bounded: bool = False) -> Tensor:
     draws = torch.Generator().manual_seed(1)
     return sample(
         network,
@@ -383,7 +366,7 @@ def test_a_network_that_knows_the_image_draws_it(sampler: Any, bounded: bool) ->
 def test_the_best_network_for_a_gaussian_draws_that_gaussian(sampler: Any) -> None:
     centre, spread = 0.6, 0.3
 
-    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         kept = torch.from_numpy(ALPHA_BAR)[t][:, None, None, None].float()
         return (1 - kept).sqrt() * (x - kept.sqrt() * centre) / (kept * spread**2 + 1 - kept)
 
@@ -397,15 +380,22 @@ def test_pixels_stay_within_their_range() -> None:
     assert torch.equal(samples, torch.ones(1, 1, 2, 2))
 
 
-def test_ddim_draws_noise_only_once(batch: tuple[Tensor, Tensor, Tensor], model: DiT) -> None:
+def test_ddim_draws_noise_only_once(batch: Batch, model: DiT) -> None:
     calls = []
 
     def draw() -> Tensor:
         calls.append(1)
         return batch[0]
 
-    told = {"conditioner": TINY.conditioner, "objective": TINY.objective}
-    sample(model, Condition(labels=batch[2]), draw, sampler=DdimSampler(steps=4), bounded=False, **told)
+    sample(
+        model,
+        Condition(labels=batch[2]),
+        draw,
+        sampler=DdimSampler(steps=4),
+        conditioner=TINY.conditioner,
+        objective=TINY.objective,
+        bounded=False,
+    )
     assert len(calls) == 1
 
 

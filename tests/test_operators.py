@@ -12,7 +12,7 @@ import shutil
 import sys
 import types
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +51,8 @@ from graftwork.specs.operators import (
     Swa,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXTRA = [
     Swa(window=1),
     HyenaSE(kernel=2),
@@ -74,13 +76,6 @@ def label(value: Any) -> str | None:
 
 
 every_operator = pytest.mark.parametrize("spec", SPECS, ids=label)
-
-
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
 
 
 def build(spec: OperatorSpec, place: Place = SMALL, dtype: torch.dtype = torch.float64) -> Any:
@@ -461,6 +456,7 @@ def test_the_convolutions_gradients_are_those_of_pytorch(
     expected = F.conv1d(F.pad(x, (kernel - 1, 0)), taps.weight, taps.bias, groups=5)
     found = taps(x)
     torch.testing.assert_close(found, expected)
+    assert taps.bias is not None
     wanted, gradient = (x, taps.weight, taps.bias), torch.randn_like(x)
     pairs = (torch.autograd.grad(y, wanted, gradient) for y in (found, expected))
     for ours, theirs in zip(*pairs, strict=True):
@@ -877,7 +873,7 @@ def test_the_mask_of_the_band_holds_each_block_that_the_band_meets(num_tokens: i
     blocks = F.pad(band, (0, tail, 0, tail)).unflatten(0, (-1, attention.FLEX_BLOCK))
     met = blocks.unflatten(2, (-1, attention.FLEX_BLOCK)).any(3).any(1)
     assert torch.equal(mask.to_dense()[0, 0].bool(), met)
-    assert torch.equal(mask.mask_mod(0, 0, place[:, None], place[None]), band)
+    assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place[None]), band)
 
 
 def test_the_mask_of_the_band_is_made_once_and_without_a_matrix_of_tokens_by_tokens() -> None:
@@ -932,7 +928,8 @@ def outputs_and_gradients(operator: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 GPU_CASES = [
     pytest.param(spec, dtype, marks=on_a_gpu_with(*PACKAGES[type(spec)]), id=f"{label(spec)}-{dtype}")
-    for spec in [kind() for kind in ACCELERATED] + [Swa(window=100), HyenaSE(kernel=2), Mamba2(headdim=64, d_state=16)]
+    for spec in [kind.model_validate({}) for kind in ACCELERATED]
+    + [Swa(window=100), HyenaSE(kernel=2), Mamba2(headdim=64, d_state=16)]
     for dtype in (torch.bfloat16, torch.float32)
     if all(dtype in kernel.dtypes for kernel in PACKAGES[type(spec)])
 ]

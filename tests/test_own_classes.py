@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import Labels, UnfitCheckpoint
 from graftwork.models.checkpoints.labels import TABLE
@@ -31,7 +32,7 @@ from graftwork.stages.catalog.base import BaseParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training import base
 from tests.conftest import TINY
-from tests.small import Folder, lively
+from tests.small import lively
 from tests.stores import commit
 from tests.tiny_training import CPU, Reports
 
@@ -54,7 +55,7 @@ def based(
     features, out = tmp_path / "features", tmp_path / "out"
     features.mkdir(exist_ok=True)
     out.mkdir(exist_ok=True)
-    write_meta(features, LatentsMeta(codec="pixel", channels=1, side=8, classes=names, num_training=3, num_heldout=3))
+    write_meta(features, LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=names, num_training=3, num_heldout=3))
     weights = CheckpointWeights(path=str(tmp_path / file), classes=classes)
     context = Context(
         step="base",
@@ -67,7 +68,9 @@ def based(
         device=CPU,
     )
     base.run(context)
-    return checkpoints.load(out)[0]
+    model, _ = checkpoints.load(out)
+    assert isinstance(model, DiT)
+    return model
 
 
 def table(model: DiT) -> Tensor:

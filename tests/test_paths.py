@@ -104,7 +104,7 @@ def test_an_unknown_variable_or_user_is_one_line_that_names_field_and_name(
 
 def test_a_home_that_nobody_knows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no entry"])
+    monkeypatch.setattr("pwd.getpwuid", lambda _: dict[str, None]()["no entry"])
     with pytest.raises(SpecError, match=r"data\.path: got '~/photos'; accepted: ~ for HOME set"):
         loaded("data.path", "~/photos")
 

@@ -21,8 +21,9 @@ from graftwork.pipeline.execution.task import StepResult
 from graftwork.pipeline.execution.view import SilentView
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.specs.reading.load import load
+from graftwork.stages import contract
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, QuarterCurves
-from graftwork.stages.pictures import drawing, pictures
+from graftwork.stages.pictures import pictures
 from graftwork.stages.pictures import search as search_pictures
 from graftwork.stages.pictures.drawing import label
 from tests.conftest import TINY
@@ -159,7 +160,7 @@ def test_the_run_tells_the_notes_of_a_step(tmp_path: Path) -> None:
     run.tracker = SimpleNamespace(started=lambda _: None, ended=lambda *_: None)  # type: ignore[assignment]
     key = run.plan["base"].key
     folder = run.store.workplace(key)
-    drawing.note(folder, "loss.png could not be drawn")
+    contract.note(folder, "loss.png could not be drawn")
     run.store.commit(key, folder, {}, ORIGIN)
     run.ended("base", StepResult("base", key, "done"))
     assert view.lines == ["base: loss.png could not be drawn"]
@@ -224,6 +225,6 @@ def test_no_title_and_no_label_is_cut_at_the_edges(tmp_path: Path, name: str, mo
 
 
 def test_notes_add_up(tmp_path: Path) -> None:
-    drawing.note(tmp_path, "one")
-    drawing.note(tmp_path, "two")
+    contract.note(tmp_path, "one")
+    contract.note(tmp_path, "two")
     assert notes(tmp_path) == ["one", "two"]

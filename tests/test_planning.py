@@ -20,6 +20,7 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import FileEntry, Manifest, Origin, canonical
 from graftwork.specs import resources
 from graftwork.specs.data import DigitsData, ImageFolderData
+from graftwork.specs.edits import OperatorEdits
 from graftwork.specs.fields import keyed
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import SpecError, load
@@ -598,9 +599,9 @@ PUBLISHED = {path.stem: path for path in sorted(IMAGENET.glob("*.yaml")) if path
 
 
 def test_every_published_graft_has_its_spec() -> None:
-    rows = {"mlp_r4": (100,), "mlp_r3": (50, 75), "mlp_r6": (50, 75), "mlp_hyena_x": (50, 75), "mha": (100,)}
+    rows: dict[str, tuple[int | str, ...]] = {"mlp_r4": (100,), "mha": (100,)}
+    rows |= dict.fromkeys(("mlp_r3", "mlp_r6", "mlp_hyena_x", "mamba2"), (50, 75))
     rows |= dict.fromkeys(("hyena_se", "hyena_x", "hyena_y", "swa"), (50, "50-ablation", 75))
-    rows |= {"mamba2": (50, 75)}
     names = {f"{operator}-{share}" for operator, shares in rows.items() for share in shares}
     assert len(names) == 22 and set(PUBLISHED) == names | {"depth-to-width"}
 
@@ -617,6 +618,7 @@ def test_a_published_graft_can_be_planned_and_edits_its_share_of_the_blocks(name
         target = "mlp" if operator.startswith("mlp") else "mha"
         assert sites == [f"distill/{block:02d}.{target}" for block in shares[share]]
         (edit,) = made.job.graft
+        assert isinstance(edit, OperatorEdits)
         assert operator.startswith(edit.operator.kind)
     found = costs(made.job, 1000)
     assert found.rootstock.params == 675_129_632 - 256 * 1152  # the published count has the position embedding in it

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.measures.locality import BandMass, Locality
 from graftwork.models.objectives.gaussian import Diffusion
@@ -26,13 +27,13 @@ from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import Mha, Place, Swa
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
-from graftwork.stages.artifacts.evidence import Profile, read_profile
+from graftwork.stages.artifacts.evidence import Distance, Profile, read_profile
 from graftwork.stages.artifacts.latents import LatentsMeta, noised, read, write_meta
 from graftwork.stages.catalog.profile import ProfileParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import profile
 from tests.products import Products
-from tests.small import Folder, lively
+from tests.small import lively
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,7 +243,7 @@ def make_inputs(folder: Path, model: DiT, edits: tuple[Edit, ...] = ()) -> dict[
     draws = np.random.default_rng(0)
     np.save(features / "training_latents.npy", draws.standard_normal((30, 1, 8, 8), dtype=np.float32))
     np.save(features / "training_labels.npy", np.arange(30) % 3)
-    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
+    meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(features, meta)
     checkpoints.save(model, edits, base)
     return {"features": Folder("f", features), "base": Folder("b", base)}
@@ -315,8 +316,11 @@ def test_the_profile_is_of_each_operator_on_noised_training_latents(found: Profi
         assert found.excess_kurtosis(site) == described.excess_kurtosis
         if site.target == "mha":
             with torch.no_grad():
-                tokens, patches = dense(scion_at(rootstock, site), seen.inputs[0])
-            for distance, curve in (("tokens", tokens), ("patches", patches)):
+                attention = scion_at(rootstock, site)
+                assert isinstance(attention, Attention)
+                tokens, patches = dense(attention, seen.inputs[0])
+            curves: dict[Distance, Tensor] = {"tokens": tokens, "patches": patches}
+            for distance, curve in curves.items():
                 masses = [found.mass_within(site.block, band, distance) for band in range(len(curve))]
                 assert masses == pytest.approx(curve.tolist(), abs=1e-6)
     assert list(found.outputs) == [str(site) for site in sites]
@@ -366,7 +370,7 @@ def test_progress_is_told_in_samples_and_the_batch_changes_no_figure(
 
 
 def test_the_activations_of_a_batch_fit_into_their_memory() -> None:
-    at_512_px = DiTConfig(64, 4, 2, depth=28, width=1152, heads=16, num_classes=1000)
+    at_512_px = DiTConfig(input_size=64, in_channels=4, patch=2, depth=28, width=1152, heads=16, num_classes=1000)
     batch = profile.batch_size(at_512_px, 56)
     assert 0.5 < batch * 2 * 56 * 1024 * 1152 * 4 / profile.OBSERVED_BYTES <= 1
     assert profile.batch_size(TINY, 4) == profile.BATCH

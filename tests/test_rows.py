@@ -14,8 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.measures.classifier import Classifier
@@ -29,6 +30,7 @@ from graftwork.specs.evaluate import EvaluateSpec
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.training import Precision
+from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
 from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.catalog.reference import HeldoutParams, TrainingStatisticsParams
@@ -38,7 +40,7 @@ from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
-from tests.small import lively
+from tests.small import lively, noting
 from tests.stores import KEY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,16 +50,6 @@ SIDE, CLASSES = 8, ("a", "b", "c")
 SAMPLES, BATCH = 50, 8
 
 
-class Made:
-    """An artifact that a step needs."""
-
-    def __init__(self, place: Path) -> None:
-        self.key, self.place = place.name, place
-
-    def path(self) -> Path:
-        return self.place
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_stays_loaded() -> Iterator[None]:
     yield
@@ -65,13 +57,13 @@ def _nothing_stays_loaded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
     """Latents that are pixels, a rootstock and a classifier."""
     home = tmp_path_factory.mktemp("inputs")
-    made = {name: Made(home / name) for name in ("features", "base", "classifier")}
+    made = {name: Folder(name, home / name) for name in ("features", "base", "classifier")}
     for one in made.values():
         one.place.mkdir()
-    meta = LatentsMeta(codec="pixel", channels=1, side=SIDE, classes=CLASSES, num_training=600, num_heldout=300)
+    meta = LatentsMeta(codec="pixel", shape=(1, SIDE, SIDE), classes=CLASSES, num_training=600, num_heldout=300)
     write_meta(made["features"].place, meta)
     for split, count in (("training", 600), ("heldout", 300)):
         pixels = torch.rand(count, 1, SIDE, SIDE, generator=generator(0, split)) * 2 - 1
@@ -86,7 +78,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 
 @pytest.fixture
-def context(inputs: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+def context(inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     """A step that draws the rootstock's row in this process."""
 
     def here(work: Callable[..., Any], shared: Any, items: Iterable[Any], _: StepResources) -> Iterator[Any]:
@@ -138,7 +130,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def judge(context: Context) -> Classifier:
-    return reference.Judges(context, ("classifier",), None, CPU).judges["classifier"].network  # type: ignore[attr-defined, no-any-return]
+    return reference.Judges(context, ("classifier",), None, CPU).judges["classifier"].network  # type: ignore[attr-defined]
 
 
 def at_once(context: Context, images: NDArray[np.uint8]) -> tuple[Gaussian, NDArray[np.int64]]:
@@ -171,13 +163,12 @@ def test_the_figures_of_a_row_are_those_of_all_its_samples_at_once(context: Cont
 def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    came_back = []
-    add = rows.Progress.add
-    monkeypatch.setattr(
-        rows.Progress,
-        "add",
-        lambda self, drawn: (came_back.append(len(drawn.shown) + len(drawn.kept)), add(self, drawn)),
-    )
+    came_back: list[int] = []
+
+    def note(progress: rows.Progress, drawn: rows.Drawn) -> None:
+        came_back.append(len(drawn.shown) + len(drawn.kept))
+
+    monkeypatch.setattr(rows.Progress, "add", noting(note, rows.Progress.add))
     rows.sample_row(context)
     assert set(files(context.out)) == {"classifier.npz", "scores.json", "grid.png"}
     assert came_back == [8, 8, 8, 8, 8, 0, 0]
@@ -239,8 +230,7 @@ def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_pat
 def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     rows._LOADED.clear()
     loads: list[str] = []
-    row_model = rows.row_model
-    monkeypatch.setattr(rows, "row_model", lambda *given: (loads.append(given[1]), row_model(*given))[1])
+    monkeypatch.setattr(rows, "row_model", noting(lambda context, row, seed: loads.append(row), row_model))
     rows.sample_row(context)
     assert loads == ["rootstock"]
 
@@ -251,7 +241,12 @@ def test_the_network_is_compiled_where_that_is_asked_for(
 ) -> None:
     rows._LOADED.clear()
     compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: (compiled.append(model), model)[1])
+
+    def as_it_is(model: nn.Module, dynamic: bool) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
     rows.sample_row(replace(context, params=context.params.model_copy(update={"compile": asked})))
     assert [type(model) for model in compiled] == [DiT] * asked
     rows._LOADED.clear()
@@ -394,6 +389,7 @@ def test_what_is_measured_is_what_samples_are_drawn_with(
 
 def test_the_weights_that_bf16_rounds_are_part_of_the_memory(context: Context) -> None:
     model, _ = checkpoints.load(context.inputs["base"].path())
+    assert isinstance(model, DiT)
     rounded = (
         sum(value.numel() for value in model.parameters() if value.dim() > 1)
         - model.y_embedder.embedding_table.weight.numel()

@@ -53,7 +53,7 @@ NODES = [
 def test_room_is_how_many_tasks_living_nodes_hold(
     monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], expected: int
 ) -> None:
-    monkeypatch.setattr(runtime.ray, "nodes", lambda: NODES)
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
     assert runtime.room_for(StepResources(**asked)) == expected
 
 

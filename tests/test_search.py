@@ -22,7 +22,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora, merge_lora
@@ -54,8 +56,8 @@ from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import final_state, set_up_blocks, train
 from tests import small
 from tests.products import Products
-from tests.small import Folder
-from tests.tiny_training import Killed, Reports
+from tests.small import noting
+from tests.tiny_training import Killed, Reports, latents_of, lively, make_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,11 +68,6 @@ SITES = tuple(Site(block=block, target="mha") for block in (0, 1, 2))
 RECIPE = SearchSpec(
     steps=12, batch=8, lr=3e-3, ema=0.7, clip=3.0, lora_rank=2, lora_alpha=4.0, checkpoint_every=4, nan_patience=3
 )
-
-
-def lively(module: nn.Module, seed: int = 0) -> Any:
-    """Small enough for training to go well."""
-    return small.lively(module, seed, scale=0.2)
 
 
 def edit_at(site: Site) -> Edit:
@@ -121,10 +118,9 @@ def make_batch(batch: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randint(1000, (batch,), generator=draws), torch.arange(batch) % 3
 
 
-def make_data() -> TrainingSet:
-    draws = torch.Generator().manual_seed(1)
-    latents, condition = torch.randn(30, 1, 8, 8, generator=draws), Condition(labels=torch.arange(30) % 3)
-    return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
+def loss_of(engine: SearchEngine, batch: int, noise: Tensor) -> Tensor:
+    x, t, labels = make_batch(batch)
+    return Diffusion().loss(engine, x, t, Condition(labels=labels), noise).mean()
 
 
 def run_search(
@@ -244,14 +240,17 @@ def test_the_gradient_of_a_hard_draw_is_that_of_the_soft_one() -> None:
     draws = torch.Generator().manual_seed(3)
     noise, weights = gumbel(6, 5, draws), torch.randn(5, 6, generator=draws)
     drawn = keeps(gates.sample(noise, 0.7, 3.0))
-    (hard,) = torch.autograd.grad(sum((weights[block] * drawn[block]).sum() for block in range(5)), gates.logits)
+    (hard,) = torch.autograd.grad((weights * torch.stack([drawn[block] for block in range(5)])).sum(), gates.logits)
 
     logits = gates.logits.detach().clone().requires_grad_()
     soft = []
     for part, group in zip((slice(0, 3), slice(3, 5)), FIVE, strict=True):
         shares, masks = ((logits[part] * 3.0 + noise[:, part]) / 0.7).softmax(1), admissible_masks(group)
-        soft += [sum(shares[:, i] for i, mask in enumerate(masks) if block in mask) for block in group.blocks]
-    (expected,) = torch.autograd.grad(sum((weights[block] * soft[block]).sum() for block in range(5)), logits)
+        soft += [
+            torch.stack([shares[:, i] for i, mask in enumerate(masks) if block in mask]).sum(0)
+            for block in group.blocks
+        ]
+    (expected,) = torch.autograd.grad((weights * torch.stack(soft)).sum(), logits)
     torch.testing.assert_close(hard, expected)
     assert expected.abs().min() > 1e-3
 
@@ -261,6 +260,13 @@ def test_schedules_go_in_equal_steps_from_the_first_to_the_last_value() -> None:
 
 
 # -- the gated model
+
+
+def scions_at(gated: GatedRootstock, site: Site) -> list[nn.Module]:
+    """What the site may hold, beside the operator that was there."""
+    operator = scion_at(gated.model, site)
+    assert isinstance(operator, GatedOperator)
+    return list(operator.scions)
 
 
 def plain_model(chosen: Mapping[Site, nn.Module]) -> DiT:
@@ -273,7 +279,7 @@ def plain_model(chosen: Mapping[Site, nn.Module]) -> DiT:
 @pytest.mark.parametrize("kept", range(3))
 def test_at_the_start_each_example_passes_what_its_mask_says_of_the_unchanged_operators(kept: int) -> None:
     gated, batch = make_gated(), make_batch()
-    scions = {site: scion_at(gated.model, site).scions[0] for site in SITES if site.block != kept}
+    scions = {site: scions_at(gated, site)[0] for site in SITES if site.block != kept}
     noise = torch.zeros(5, 4)
     noise[:, kept] = 50.0
     gated.draw(noise, 1.0, 1.0)
@@ -399,7 +405,7 @@ def test_a_search_that_was_killed_and_resumed_ends_in_the_same_bits(
     monkeypatch.setattr(training, "POINTS", 4)  # points of both courses at 3, 6, 9, 12; checkpoints at 4, 8, 12
     monkeypatch.setattr(search, "POINTS", 4)
     data = make_data()
-    data.latents[17] = math.nan  # so that steps are skipped, too
+    latents_of(data)[17] = math.nan  # so that steps are skipped, too
     recipe = RECIPE.model_copy(update={"logit_scale": (50.0, 100.0)})
     run_search(store.partial("straight"), data, recipe, make=make)
     for death in (*deaths, None):
@@ -453,7 +459,9 @@ def test_gated_blocks_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         x, t, y, _ = draw_batch(make_data(), RECIPE, 0, "search", 0, rank=0, workers=1)
         outcomes.append(engine(x, t, y))
         outcomes[-1].square().mean().backward()
-        outcomes.append(gated.gates.logits.grad)
+        gradient = gated.gates.logits.grad
+        assert gradient is not None
+        outcomes.append(gradient)
     torch.testing.assert_close(outcomes[2:], outcomes[:2], rtol=1e-4, atol=1e-6)
 
 
@@ -463,8 +471,8 @@ def test_the_gates_of_a_step_are_drawn_for_the_step_at_its_temperature_and_scale
     class Watched(SearchEngine):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            draw = self.gated.draw
-            self.gated.draw = lambda *drawn: (seen.append(drawn), draw(*drawn))[1]  # type: ignore[method-assign]
+            note = noting(lambda *drawn: seen.append(drawn), self.gated.draw)
+            self.gated.draw = note  # type: ignore[method-assign]
 
     recipe = RECIPE.model_copy(update={"logit_scale": (50.0, 100.0), "temperature": (4.0, 0.1)})
     for key in ("first", "again"):
@@ -488,7 +496,7 @@ def test_the_gates_learn_at_their_own_rate(store: Store) -> None:
     for rate in (1.0, 10.0):
         engine = SearchEngine(make_gated(), RECIPE.model_copy(update={"gate_lr": rate}), 0, None)
         before = [value.detach().clone() for value in engine.weights]
-        engine.step(Diffusion().loss(engine, *make_batch(8), torch.randn(8, 1, 8, 8)).mean(), 1e-3)
+        engine.step(loss_of(engine, 8, torch.randn(8, 1, 8, 8)), 1e-3)
         moved[rate] = {
             name: (value - old).abs().max().item()
             for name, value, old in zip(engine.names, engine.weights, before, strict=True)
@@ -538,7 +546,7 @@ def test_steps_that_are_no_numbers_are_skipped_and_counted(store: Store, monkeyp
 
     monkeypatch.setattr(SearchEngine, "step", watched)
     data = make_data()
-    data.latents[17] = math.nan
+    latents_of(data)[17] = math.nan
     run_search(store.partial("a"), data)
     expected = [17 not in batch for batch in first_seen(data, 12)]
     assert made == expected and 0 < expected.count(False) < 6
@@ -553,17 +561,19 @@ def test_a_point_of_the_curve_is_the_mean_over_the_steps_that_were_made(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_data()
-    data.latents[17] = math.nan
+    latents_of(data)[17] = math.nan
     run_search(store.partial("fine"), data)
     monkeypatch.setattr(training, "POINTS", 1)
     run_search(store.partial("coarse"), data)
     fine, coarse = (final_state(store.partial(key))[1] for key in ("fine", "coarse"))
-    assert coarse == [(12.0, pytest.approx(sum(loss for _, loss in fine) / len(fine), rel=1e-5))]
+    ((step, loss),) = coarse
+    assert step == 12.0
+    assert loss == pytest.approx(sum(each for _, each in fine) / len(fine), rel=1e-5)
 
 
 def test_steps_that_stay_no_numbers_stop_the_search(store: Store) -> None:
     data = make_data()
-    data.latents[:] = math.nan
+    latents_of(data)[:] = math.nan
     with pytest.raises(FloatingPointError, match=r"in 3 steps in a row, up to step 3;"):
         run_search(store.partial("a"), data)
 
@@ -571,7 +581,7 @@ def test_steps_that_stay_no_numbers_stop_the_search(store: Store) -> None:
 def test_a_search_can_begin_with_a_skipped_step_and_a_checkpoint(store: Store) -> None:
     data = make_data()
     for sample in first_seen(data, 1)[0][:1]:
-        data.latents[sample] = math.nan
+        latents_of(data)[sample] = math.nan
     recipe = RECIPE.model_copy(update={"checkpoint_every": 1})
     with pytest.raises(Killed):
         run_search(store.partial("killed"), data, recipe, Reports(dies_at=2))
@@ -583,7 +593,7 @@ def test_a_search_can_begin_with_a_skipped_step_and_a_checkpoint(store: Store) -
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 def test_a_step_is_skipped_whichever_of_loss_and_gradient_is_no_number(spoilt: str) -> None:
     engine = SearchEngine(make_gated(), RECIPE, 0, None)
-    loss = Diffusion().loss(engine, *make_batch(8), torch.randn(8, 1, 8, 8)).mean()
+    loss = loss_of(engine, 8, torch.randn(8, 1, 8, 8))
     if spoilt == "loss":
         loss = loss + math.inf
     else:
@@ -596,11 +606,11 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     data = make_data()
-    data.latents[17] = math.nan
+    latents_of(data)[17] = math.nan
     for make in (make_gated, make_budgeted):
         run_search(Store(f"{folder}/store").partial(f"two {make.__name__}"), data, make=make)
     engine = SearchEngine(make_gated(), RECIPE, 0, None)
-    loss = Diffusion().loss(engine, *make_batch(4), torch.zeros(4, 1, 8, 8)).mean()
+    loss = loss_of(engine, 4, torch.zeros(4, 1, 8, 8))
     made = engine.step(loss + (math.inf if rank == 0 else 0.0), 1e-3)  # the gradient is a number on both
     Path(folder, f"made{rank}.json").write_text(json.dumps(made))
     dist.destroy_process_group()
@@ -609,7 +619,7 @@ def one_of_two(rank: int, folder: str) -> None:
 def test_two_workers_end_where_one_does_up_to_rounding_and_agree_on_what_to_skip(tmp_path: Path) -> None:
     workers = subprocess.Popen([sys.executable, "-m", __name__, str(tmp_path)], cwd=Path(__file__).parents[1])
     store, data = Store(str(tmp_path / "store")), make_data()
-    data.latents[17] = math.nan
+    latents_of(data)[17] = math.nan
     for make in (make_gated, make_budgeted):
         run_search(store.partial(f"one {make.__name__}"), data, make=make)
     assert workers.wait(timeout=300) == 0
@@ -643,9 +653,9 @@ def make_context(
     for made in inputs.values():
         made.place.mkdir(parents=True)
     data, model = make_data(), lively(graft(DiT(TINY), [CARRIED], 0))
-    np.save(folder / "features" / "training_latents.npy", data.latents.numpy())
+    np.save(folder / "features" / "training_latents.npy", latents_of(data).numpy())
     np.save(folder / "features" / "training_labels.npy", data.condition.require("labels").numpy())
-    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
+    meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(folder / "features", meta)
     checkpoints.save(model, (CARRIED,), folder / "base")
     for edit in candidates:
@@ -921,7 +931,7 @@ def test_under_a_budget_too_the_merged_model_does_what_the_gated_one_does_under_
 def test_each_example_passes_the_scion_that_its_gate_drew() -> None:
     site = CHOICES[0].site
     gated, batch = make_budgeted(candidates=CHOICES[:3], share=0.92), make_batch(4)
-    scions = list(scion_at(gated.model, site).scions)
+    scions = scions_at(gated, site)
     gated.draw(50 * torch.eye(4), 1.0, 1.0)
     together = gated(*batch)
     for holding in range(4):
@@ -1105,4 +1115,4 @@ def test_under_a_budget_the_gates_find_which_operator_each_site_can_take(
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")
+    start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")

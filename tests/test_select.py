@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from benchmarks.artifacts import Folder
 from graftwork.specs.edits import Edit, OperatorEdits, ParallelEdits
 from graftwork.specs.layers.union import Layers
 from graftwork.specs.operators import HyenaY
@@ -25,7 +26,6 @@ from graftwork.stages.artifacts.evidence import (
 from graftwork.stages.catalog.select import Rule, SelectParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import select
-from tests.small import Folder
 from tests.tiny_training import Reports
 
 DEPTH = 4
@@ -67,10 +67,10 @@ def chosen(inputs: dict[str, Folder], out: Path, *edits: Any) -> list[dict[str, 
 
 
 def edits(**layers: Any) -> OperatorEdits:
-    return OperatorEdits(target="mha", operator=HyenaY(), layers=layers)  # type: ignore[arg-type]
+    return OperatorEdits(target="mha", operator=HyenaY(), layers=layers)
 
 
-CASES = [
+CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[float, ...], str]] = [
     ({"kind": "most_local", "band": 1}, (1, 3), (0.9, 0.9), "mass within 1 tokens"),
     ({"kind": "most_local", "band": 1, "count": 3}, (0, 1, 3), (0.5, 0.9, 0.9), "mass within 1 tokens"),
     ({"kind": "most_local", "band": 1, "distance": "patches", "count": 1}, (2,), (0.9,), "mass within 1 patches"),
@@ -115,6 +115,6 @@ def test_the_plan_of_several_edits_is_in_the_order_in_which_they_are_made(
 
 
 def test_every_strategy_of_the_spec_is_tested_here() -> None:
-    kinds = {member.model_fields["kind"].default for member in Layers.__args__[0].__args__}
+    kinds = {member.model_fields["kind"].default for member in get_args(get_args(Layers)[0])}
     static = {"all", "explicit", "interleaved", "first", "middle"}
     assert {case[0]["kind"] for case in CASES} >= kinds - static

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from graftwork.specs.edits import ParallelEdits
+from graftwork.specs.edits import OperatorEdits, ParallelEdits
 from graftwork.specs.fields import Spec, Unkeyed, keyed
 from graftwork.specs.job import JobSpec
 from graftwork.specs.layers.learned import LearnedLayers
 from graftwork.specs.layers.static import AllLayers, InterleavedLayers
+from graftwork.specs.operators import HyenaY
 from graftwork.specs.problems import problem
 from graftwork.specs.problems import refusal as refusal_line
 from graftwork.specs.reading.load import SpecError, job_from, job_schema, load
@@ -51,14 +52,15 @@ def document() -> dict[str, Any]:
 def put(document: dict[str, Any], path: str, value: object) -> dict[str, Any]:
     """Set a field by hand, without the code under test."""
     here: Any = document
-    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    steps: list[Any] = [int(step) if step.isdigit() else step for step in path.split(".")]
+    *steps, last = steps
     for step in steps:
         here = here[step] if isinstance(here, list) else here.setdefault(step, {})
     here[last] = value
     return document
 
 
-def refusal(document: dict[str, Any], *overrides: str) -> list[str]:
+def refusal(document: dict[Any, Any], *overrides: str) -> list[str]:
     with pytest.raises(SpecError) as caught:
         job_from(document, overrides)
     return caught.value.lines
@@ -146,7 +148,7 @@ PYTHON = ("tuple", "dictionary", "instance", "literal", "object", "pattern", "va
         ("3", 1),
     ],
 )
-def test_no_refusal_speaks_of_python(document: dict[str, Any], path: str, value: object) -> None:
+def test_no_refusal_speaks_of_python(document: dict[Any, Any], path: str, value: object) -> None:
     if path == "3":
         document = {**document, 3: value}
     else:
@@ -155,7 +157,7 @@ def test_no_refusal_speaks_of_python(document: dict[str, Any], path: str, value:
     assert not any(word in line for word in PYTHON), line
 
 
-def test_a_number_for_a_field_is_refused(document: dict[str, Any]) -> None:
+def test_a_number_for_a_field_is_refused(document: dict[Any, Any]) -> None:
     assert_says(refusal({**document, 3: 1}), "3", "3", "the name of a field")
 
 
@@ -621,14 +623,17 @@ def test_the_last_override_of_a_field_wins(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind_is", ["graft.0.operator.kind=swa", "graft[0].operator.kind=swa"])
 def test_another_kind_drops_the_fields_of_the_old_one(document: dict[str, Any], kind_is: str) -> None:
-    operator = job_from(document, [kind_is, "graft.0.operator.window=6"]).graft[0].operator
-    assert operator.model_dump(exclude_defaults=True) == {"window": 6}
-    assert operator.kind == "swa"
+    edits = job_from(document, [kind_is, "graft.0.operator.window=6"]).graft[0]
+    assert isinstance(edits, OperatorEdits)
+    assert edits.operator.model_dump(exclude_defaults=True) == {"window": 6}
+    assert edits.operator.kind == "swa"
 
 
 def test_the_same_kind_again_keeps_its_fields(document: dict[str, Any]) -> None:
     put(document, "graft.0.operator.kernel", 9)
-    assert job_from(document, ["graft.0.operator.kind=hyena_y"]).graft[0].operator.kernel == 9
+    edits = job_from(document, ["graft.0.operator.kind=hyena_y"]).graft[0]
+    assert isinstance(edits, OperatorEdits) and isinstance(edits.operator, HyenaY)
+    assert edits.operator.kernel == 9
 
 
 def test_the_kind_that_a_section_has_by_default_keeps_its_fields(document: dict[str, Any]) -> None:
@@ -753,7 +758,7 @@ def test_what_cannot_change_a_result_is_dropped_however_deep() -> None:
 def test_a_spec_cannot_be_changed(document: dict[str, Any]) -> None:
     job = job_from(document)
     with pytest.raises(ValidationError, match="frozen"):
-        job.seed = 3
+        job.seed = 3  # type: ignore[misc]  # which is what is promised
 
 
 def test_the_schema_describes_every_section() -> None:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,7 @@ def test_a_damaged_save_is_as_if_it_never_was(store: Store, of: str, damage: str
 def test_only_the_last_save_is_kept(store: Store) -> None:
     overwrite(store, f"partial/{KEY}/training.0123456789ab", b"what a killed save left")
     for content in (b"1", b"2"):
-        store.partial(KEY).save("training", lambda path, content=content: path.write_bytes(content))
+        store.partial(KEY).save("training", partial(Path.write_bytes, data=content))
     assert stored(store).keys() == {data_of(store), f"partial/{KEY}/training.json"}
 
 

@@ -20,6 +20,7 @@ from mlflow.entities import Run
 
 from graftwork.cluster.board import Point
 from graftwork.pipeline import api
+from graftwork.pipeline.execution.view import SilentView
 from graftwork.pipeline.planning.plan import Plan, Step, make_plan
 from graftwork.pipeline.runs import record
 from graftwork.pipeline.runs.record import RunRecord, StepRecord
@@ -528,6 +529,7 @@ def test_an_experiment_that_is_deleted_on_the_way_gets_all_when_it_is_restored(j
     tracker.started(job.step("finetune"))
     until(lambda: not tracker.outbox.entries)
     experiment = client.get_experiment_by_name(job.experiment)
+    assert experiment is not None
     client.delete_experiment(experiment.experiment_id)
     tracker.points(curve(range(1, 31), step="finetune"))
     time.sleep(0.1)
@@ -634,7 +636,7 @@ def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
     assert back.mlflow_run == record.find(store, done.run).mlflow_run == job.info.run_id
 
 
-class Saying(api.SilentView):
+class Saying(SilentView):
     def __init__(self) -> None:
         self.lines: list[str] = []
 

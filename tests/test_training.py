@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.artifacts import Folder
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives.gaussian import STEPS, Diffusion
@@ -40,12 +43,14 @@ from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import final_weights, learning_rate, train
 from tests import small
 from tests.products import Products
+from tests.small import noting
 from tests.tiny_training import (
     RECIPE,
     TINY,
     Killed,
     Reports,
     assert_same_bits,
+    latents_of,
     lively,
     make_data,
     run_training,
@@ -134,7 +139,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(store: S
     spoilt = 17
     order = torch.cat([torch.randperm(30, generator=generator(0, "base", "epoch", e)) for e in range(4)])
     first_seen = order.tolist().index(spoilt) // RECIPE.batch + 1
-    data.latents[spoilt] = math.nan
+    latents_of(data)[spoilt] = math.nan
     with pytest.raises(FloatingPointError, match=rf"nan at step {first_seen};"):
         run_training(store.partial("a"), data)
 
@@ -181,10 +186,8 @@ def one_of_two(rank: int, folder: str) -> None:
         report = Reports()
         asked = start == 1 and rank == 0  # the other worker never hears of it
         if start == 1:
-            due = training.CheckpointWriter.due
-            training.CheckpointWriter.due = lambda writer: rank == 0  # type: ignore[method-assign]
-            run_training(store.partial("uneven"), make_data(), UNEVEN)
-            training.CheckpointWriter.due = due  # type: ignore[method-assign]
+            with patch.object(CheckpointWriter, "due", lambda writer: rank == 0):
+                run_training(store.partial("uneven"), make_data(), UNEVEN)
         try:
             run_training(store.partial(key), make_data(), report=report, stopping=report.past(5) if asked else never)
             assert start != 1
@@ -283,10 +286,11 @@ def test_checkpoints_are_saved_by_time_too_and_change_no_bit(
     store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[float] = []
-    save = training.save_tensors
-    monkeypatch.setattr(
-        training, "save_tensors", lambda *args: (saved.append(args[2]["progress"][0].item()), save(*args))
-    )
+
+    def note(*args: Any) -> None:
+        saved.append(args[2]["progress"][0].item())
+
+    monkeypatch.setattr(training, "save_tensors", noting(note, training.save_tensors))
     seldom = RECIPE.model_copy(update={"checkpoint_every": None})
     run_training(store.partial("seldom"), data, seldom)
     assert saved == [RECIPE.steps]
@@ -403,13 +407,13 @@ def test_in_bf16_passes_are_bf16_and_weights_and_optimizer_fp32(store: Store, da
 def test_pretraining_has_the_precision_of_its_recipe(
     store: Store, data: TrainingSet, tmp_path: Path, precision: Precision
 ) -> None:
-    np.save(tmp_path / "training_latents.npy", data.latents[:].numpy())
+    np.save(tmp_path / "training_latents.npy", latents_of(data).numpy())
     np.save(tmp_path / "training_labels.npy", data.condition.require("labels").numpy())
-    meta = LatentsMeta(codec="pixel", channels=1, side=8, classes=("a", "b", "c"), num_training=30, num_heldout=0)
+    meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=30, num_heldout=0)
     write_meta(tmp_path, meta)
     recipe = PretrainWeights(steps=2, batch=4, precision=precision)
     params = BaseParams(seed=0, model=DitModel(depth=1, width=16, heads=2, patch=2), weights=recipe)
-    inputs = {"features": small.Folder("features", tmp_path)}
+    inputs = {"features": Folder("features", tmp_path)}
     partial, report = store.partial("base"), Reports()
     context = Context("base", params, inputs, tmp_path, partial, report, StepResources(), torch.device("cpu"))
     with Products() as counted:
@@ -443,8 +447,7 @@ def test_blocks_that_keep_no_activations_end_in_the_same_bits(
     store: Store, data: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[str] = []
-    forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, x, c: (passes.append("block"), forward(self, x, c))[1])
+    monkeypatch.setattr(Block, "forward", noting(lambda self, x, c: passes.append("block"), Block.forward))
     kept = run_set_up(store, "kept", data)
     assert len(passes) == TINY.depth * RECIPE.steps
     again = run_set_up(store, "again", data, checkpointing=True)
@@ -518,7 +521,7 @@ def test_a_latent_keeps_its_label(data: TrainingSet) -> None:
 def test_the_share_of_dropped_labels_becomes_the_null_class(data: TrainingSet, share: float) -> None:
     recipe = RECIPE.model_copy(update={"label_dropout": share, "batch": 4000})
     condition = draw_batch(data, recipe, 0, "base", 2, rank=0, workers=1).condition
-    assert (condition.labels == TINY.num_classes).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert (condition.require("labels") == TINY.num_classes).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:
@@ -530,8 +533,7 @@ def test_timesteps_are_uniform_over_the_chain(data: TrainingSet) -> None:
 @pytest.mark.parametrize("workers", [2, 4, 8])
 def test_a_worker_draws_its_own_noise_only(data: TrainingSet, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     places: list[Any] = []
-    named = batches.generator
-    monkeypatch.setattr(batches, "generator", lambda *name: (places.append(name), named(*name))[1])
+    monkeypatch.setattr(batches, "generator", noting(lambda *name: places.append(name), generator))
     draw_batch(data, RECIPE, 0, "base", 5, workers - 1, workers)
     share = RECIPE.batch // workers
     assert [name[-1] for name in places if "noise" in name] == list(range(RECIPE.batch - share, RECIPE.batch))
@@ -591,7 +593,7 @@ def test_the_share_of_the_time_that_was_waited_for_data_is_reported(store: Store
     run_training(store.partial("a"), data, report=report)
     shares = [metrics["data_wait"] for _, _, metrics in report.seen if metrics]
     assert len(shares) == RECIPE.steps and all(0 <= share <= 1 for share in shares)
-    with DrawnAhead(lambda step: time.sleep(0.05), range(4)) as slow:  # type: ignore[arg-type,return-value]
+    with DrawnAhead(lambda step: time.sleep(0.05), range(4)) as slow:
         list(slow)
         assert slow.share_waited() > 0.5
 
@@ -620,4 +622,4 @@ def test_a_warm_up_longer_than_the_training_only_rises() -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")
+    start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")

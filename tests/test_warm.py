@@ -53,7 +53,7 @@ def start(nursery: Nursery, folder: Path, code: str, *arguments: str) -> subproc
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    return json.loads(process.stdout.readline())  # type: ignore[no-any-return]
+    return json.loads(process.stdout.readline())
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftwork.models.condition import Condition
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -51,7 +50,7 @@ class Reports:
         return lambda: any(done >= step for done, _, _ in self.seen)
 
 
-def lively(module: nn.Module, seed: int = 0) -> Any:
+def lively(module: small.M, seed: int = 0) -> small.M:
     """Small enough for training to go well."""
     return small.lively(module, seed, scale=0.2)
 
@@ -60,6 +59,12 @@ def make_data() -> TrainingSet:
     draws = torch.Generator().manual_seed(1)
     latents, condition = torch.randn(30, 1, 8, 8, generator=draws), Condition(labels=torch.arange(30) % 3)
     return TrainingSet(latents, condition, TINY.conditioner, TINY.objective, CPU)
+
+
+def latents_of(data: TrainingSet) -> Tensor:
+    """The latents of such data, which lie in memory."""
+    assert isinstance(data.latents, Tensor)
+    return data.latents
 
 
 def run_training(

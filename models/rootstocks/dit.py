@@ -186,6 +186,7 @@ class DiT(Rootstock):
     """
 
     config: DiTConfig
+    pos_embed: Tensor  # (1,N,D)
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

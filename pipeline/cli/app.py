@@ -39,6 +39,7 @@ from graftwork.specs.export import Layout
 from graftwork.specs.figures import amount, figure
 from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
+from graftwork.specs.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from graftwork.cluster.checks.probes import Check
@@ -67,6 +68,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document on
 StoreUrl = Annotated[str, typer.Option("--store", help="where the runs are kept")]
 Address = Annotated[str | None, typer.Option("--address", metavar="URL", help="do it on that Ray cluster")]
 Dashboard = Annotated[str, typer.Option("--address", metavar="URL", help="a Ray dashboard, as http://head:8265")]
+Follow = Annotated[bool, typer.Option("-f", "--follow", help="show what it prints until it has ended")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
@@ -104,7 +106,7 @@ def submit(
     job: Job,
     address: Dashboard,
     overrides: Overrides = None,
-    follow: Annotated[bool, typer.Option("--follow", help="show what it prints until it has ended")] = False,
+    follow: Follow = False,
     debug: Debug = False,
 ) -> None:
     """Run a job on a Ray cluster; prints the submission's name."""
@@ -122,7 +124,7 @@ def submit(
 def logs(
     name: Annotated[str, typer.Argument(metavar="SUBMISSION", help="a submission's name, or how it begins")],
     address: Dashboard,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="until it has ended")] = False,
+    follow: Follow = False,
     debug: Debug = False,
 ) -> None:
     """Show what a submitted job printed."""
@@ -138,7 +140,7 @@ def logs(
 @app.command()
 def resume(
     name: RunName,
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -159,7 +161,7 @@ def resume(
 
 
 @app.command()
-def stop(name: RunName, store: StoreUrl = ".graftwork", address: Address = None, debug: Debug = False) -> None:
+def stop(name: RunName, store: StoreUrl = DEFAULT_STORE, address: Address = None, debug: Debug = False) -> None:
     """Have a run save what it has and end, wherever its driver is. `graft resume` goes on with it."""
     from graftwork.pipeline import api
     from graftwork.pipeline.execution import remote
@@ -251,7 +253,7 @@ def plan(
 @app.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's name, or how it begins")] = None,
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -293,7 +295,7 @@ def status(
 @app.command()
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to compare")],
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -315,7 +317,7 @@ def compare(
 @app.command()
 def show(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="a key, how it begins, or RUN/STEP")],
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -342,7 +344,7 @@ def export(
     out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
     layout: Annotated[Layout, typer.Option("--as", help="for whom")] = "graftwork",
     vae: Annotated[str | None, typer.Option("--vae", help="for diffusers: write a whole DiTPipeline, with it")] = None,
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     debug: Debug = False,
 ) -> None:
     """Write a model for other tools, with a model card. As safetensors, for diffusers or as the published .pt."""
@@ -354,7 +356,7 @@ def export(
 
 @app.command()
 def verify(
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -384,7 +386,7 @@ def verify(
 
 @app.command()
 def gc(
-    store: StoreUrl = ".graftwork",
+    store: StoreUrl = DEFAULT_STORE,
     days: Annotated[float, typer.Option("--older-than", metavar="DAYS", help="leave what is younger")] = 7.0,
     forget: Annotated[
         list[str] | None, typer.Option("--forget", metavar="RUN", help="forget a run, and free what it alone refers to")
@@ -412,7 +414,7 @@ def gc(
         show_garbage(freed, runs, yes)
         if holdings:
             show_holdings(holdings)
-        options = ["--store", store] if store != ".graftwork" else []
+        options = ["--store", store] if store != DEFAULT_STORE else []
         options += ["--older-than", f"{days:g}"] if days != 7 else []
         options += [word for run in runs for word in ("--forget", run)]
         if not yes and (found or runs):
@@ -425,7 +427,7 @@ def gc(
 def doctor(
     job: Annotated[str | None, typer.Argument(metavar="[JOB.yaml]", help="a job that is to fit")] = None,
     overrides: Overrides = None,
-    store: Annotated[str | None, typer.Option("--store", help="by default the job's, or .graftwork")] = None,
+    store: Annotated[str | None, typer.Option("--store", help=f"by default the job's, or {DEFAULT_STORE}")] = None,
     address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -551,7 +553,7 @@ def _planned(step: Step, state: State) -> dict[str, Any]:
 
 def _given(store: str) -> str | None:
     """The store, unless it is this machine's default."""
-    return None if store == ".graftwork" else store
+    return None if store == DEFAULT_STORE else store
 
 
 def _fail(lines: list[str], code: int) -> None:

@@ -22,11 +22,11 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.paths import settle_home
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import load
+from graftwork.specs.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from graftwork.cluster.checks.inspection import Node, Phases
 
-DEFAULT_STORE = ".graftwork"
 SECONDS = 45.0  # for all checks of a machine, but the job's
 JOB_SECONDS = 15.0
 MIN_PEAK_SHARE = 0.4  # of a GPU's peak by its data sheet

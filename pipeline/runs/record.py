@@ -17,6 +17,7 @@ from graftwork.pipeline.store import leases
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.leases import LeaseOwner
 from graftwork.specs.problems import SpecError, first_few, shown
+from graftwork.specs.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -92,7 +93,7 @@ class RunRecord(BaseModel):
     def resume_command(self) -> str:
         """What a user types to go on with it."""
         store = self.job["store"]
-        return f"graft resume {self.run}" + ("" if store == ".graftwork" else f" --store {shlex.quote(store)}")
+        return f"graft resume {self.run}" + ("" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}")
 
     def estimated(self) -> dict[str, Any] | None:
         """What it was expected to take, and took, in seconds; None where that was not kept."""
