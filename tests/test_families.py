@@ -29,17 +29,47 @@ from graftwork.models.rootstocks import (
 )
 from graftwork.models.selection.gates import Gate, GatedRootstock
 from graftwork.models.surgery import graft, new_scion, observe, scion_at
-from graftwork.specs.costs import ORIGINALS
+from graftwork.specs.costs import (
+    ORIGINALS,
+    Cost,
+    Formulas,
+    Shape,
+    block_cost,
+    embedding_cost,
+    graft_cost,
+    operator_cost,
+    rootstock_cost,
+)
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.fields import Spec
 from graftwork.specs.layers.learned import Group
-from graftwork.specs.operators import HyenaY, Mlp, Place
+from graftwork.specs.job import JobSpec
+from graftwork.specs.operators import HyenaY, Mlp, Place, linear_parameters
+from graftwork.specs.sampler import AnySampler, DdimSampler, Prediction
 from tests.small import lively
+
+
+class StripFormulas(Formulas):
+    def embedding(self, model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+        pixels = model.patch**2 * channels
+        labels = (num_classes + 1) * place.width
+        return Cost(linear_parameters(pixels, place.width) + labels, 2 * place.num_tokens * pixels * place.width)
+
+    def block(self, place: Place) -> Cost:
+        return sum((operator_cost(one, place) for one in ORIGINALS.values()), Cost(2 * place.width, 0))
+
+    def final(self, model: Shape, place: Place, channels: int) -> Cost:
+        pixels = model.patch**2 * channels
+        return Cost(pixels * place.width + channels, 2 * place.num_tokens * pixels * place.width)
 
 
 class StripModel(Spec):
     """What a job would say of it."""
 
+    prediction: ClassVar[Prediction] = "epsilon"
+    default_sampler: ClassVar[AnySampler] = DdimSampler(steps=7)
+    formulas: ClassVar[Formulas] = StripFormulas()
+    learn_sigma: ClassVar[bool] = False
     kind: Literal["strip"] = "strip"
     depth: int = 4
     width: int = 16
@@ -52,6 +82,7 @@ class StripConfig(RootstockConfig):
     """Of latents that are no squares; labels are added to the tokens, and nothing else is given to a block."""
 
     kind: ClassVar[str] = "strip"
+    formulas: ClassVar[Formulas] = StripModel.formulas
     height: int
     length: int
     in_channels: int
@@ -190,6 +221,28 @@ def test_it_is_searched(model: Strip, batch: tuple[Tensor, Tensor, Condition]) -
 def test_it_is_measured_with_inputs_of_its_own_shape(model: Strip) -> None:
     assert forward_inputs(model, 2, torch.device("cpu"))[0].shape == (2, *SHAPE)
     assert forward_flops(model) > 0 and forward_memory(model, forward_inputs(model, 2, torch.device("cpu"))) > 0
+
+
+def test_it_costs_what_its_own_formulas_say(model: Strip) -> None:
+    place = model.config.place
+    for shape in (StripModel(), model.config):
+        cost = rootstock_cost(shape, place, channels=3, num_classes=5)
+        assert cost.flops == forward_flops(model)
+        assert cost.params == sum(parameter.numel() for parameter in model.parameters())
+        blocks = cost - embedding_cost(shape, place, channels=3, num_classes=5) - shape.formulas.final(shape, place, 3)
+        assert blocks.flops == 4 * block_cost(place, shape).flops
+    graft(model, EDITS, seed=0)
+    assert graft_cost(cost, EDITS, place).graft.flops == forward_flops(model)
+
+
+def test_a_job_of_it_that_names_no_sampler_has_its_own() -> None:
+    class StripJob(JobSpec):
+        model: StripModel  # type: ignore[assignment]  # of whatever kinds there are
+
+    document = {"name": "strip", "model": {"kind": "strip"}, "graft": [{"kind": "parallel"}]}
+    assert StripJob.model_validate(document).evaluate.sampler == DdimSampler(steps=7)
+    named = {"evaluate": {"sampler": {"kind": "ddim"}}}
+    assert StripJob.model_validate(document | named).evaluate.sampler == DdimSampler()
 
 
 def test_a_graft_of_it_is_saved_and_loaded_again(

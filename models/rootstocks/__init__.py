@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from graftwork.models.condition import Condition, Conditioner
 from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
+from graftwork.specs.costs import Formulas
 from graftwork.specs.edits import Site
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import Model
@@ -32,6 +33,7 @@ class RootstockConfig(ABC):
     """Everything that fixes the tensors of a rootstock. Each family has these fields and others, in its own order."""
 
     kind: ClassVar[str]
+    formulas: ClassVar[Formulas]  # of its cost: those of the family's spec
     if TYPE_CHECKING:
         in_channels: int  # C, of a latent
         patch: int

@@ -19,7 +19,7 @@ from graftwork.models.condition import ClassConditioner, Condition
 from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
-from graftwork.specs.costs import FREQUENCIES, ORIGINALS
+from graftwork.specs.costs import FREQUENCIES, ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import DitModel
 
@@ -31,6 +31,7 @@ class DiTConfig(RootstockConfig):
     """Everything that fixes the tensors of a DiT."""
 
     kind: ClassVar[str] = "dit"
+    formulas: ClassVar[Formulas] = DitModel.formulas
     input_size: int  # S, latent pixels a side
     in_channels: int  # C
     patch: int
