@@ -9,7 +9,8 @@ itself what it is:
     a hub id        a repository with one of these
 
 What training tools wrap around those comes off (`wrappers`), numbered parts are joined (`folders`, `files`), and what a
-file says of itself is obeyed or refused (`statements`). Each family declares by what its files are known (`FamilyFiles`).
+file says of itself is obeyed or refused (`statements`). By what its files are known, each family declares itself
+(`FamilyFiles`).
 
 `save` and `load` are what the steps of a job use for ours; `export` writes any of the three for other people.
 
