@@ -1,12 +1,13 @@
 """What a model costs, by formula, before anything exists: parameters, and FLOPs of one forward pass of one sample.
 
-FLOPs are those of matrix products and convolutions, a multiply-add counting as two. A test holds these formulas to
-what torch counts.
+FLOPs are those of matrix products and convolutions, a multiply-add counting as two. A rootstock's formulas are its
+family's. A test holds them to what torch counts.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -42,8 +43,10 @@ def operator_cost(operator: OperatorSpec, place: Place) -> Cost:
 
 
 class Shape(Protocol):
-    """What a DiT's cost depends on beside its place: a spec has it, and so has a model."""
+    """What a rootstock's cost depends on beside its place: a spec has it, and so has the config of a model."""
 
+    @property
+    def formulas(self) -> Formulas: ...
     @property
     def depth(self) -> int: ...
     @property
@@ -52,36 +55,68 @@ class Shape(Protocol):
     def learn_sigma(self) -> bool: ...
 
 
+class Formulas(ABC):
+    """What the parts of a family's models cost. The family's spec has its formulas, and so has its config."""
+
+    @abstractmethod
+    def embedding(self, model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+        """Return the cost of what stands before the first block."""
+
+    @abstractmethod
+    def block(self, place: Place) -> Cost:
+        """Return the cost of one block, with the operators that it has of its own."""
+
+    @abstractmethod
+    def final(self, model: Shape, place: Place, channels: int) -> Cost:
+        """Return the cost of what stands behind the last block."""
+
+
+class DitFormulas(Formulas):
+    """Of a DiT (arXiv 2212.09748), and of whatever has its network."""
+
+    def embedding(self, model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+        """Return the cost of embedding patches, timestep and label."""
+        width, patch = place.width, model.patch**2
+        return Cost(
+            linear_parameters(channels * patch, width)
+            + linear_parameters(FREQUENCIES, width)
+            + linear_parameters(width, width)
+            + (num_classes + 1) * width,
+            2 * place.num_tokens * channels * patch * width + 2 * (FREQUENCIES + width) * width,
+        )
+
+    def block(self, place: Place) -> Cost:
+        """Return the cost of both operators and the modulation."""
+        width = place.width
+        modulation = Cost(linear_parameters(width, 6 * width), 12 * width**2)
+        return sum((operator_cost(operator, place) for operator in ORIGINALS.values()), modulation)
+
+    def final(self, model: Shape, place: Place, channels: int) -> Cost:
+        """Return the cost of the last modulation and projection."""
+        width, out = place.width, model.patch**2 * channels * (2 if model.learn_sigma else 1)
+        return Cost(
+            linear_parameters(width, out) + linear_parameters(width, 2 * width),
+            2 * place.num_tokens * width * out + 4 * width**2,
+        )
+
+
+DIT = DitFormulas()
+
+
 def rootstock_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
-    """A DiT for latents of `channels` channels, with its own operators in every block (arXiv 2212.09748)."""
-    width, patch = place.width, model.patch**2
-    out = patch * channels * (2 if model.learn_sigma else 1)
-    final = Cost(
-        linear_parameters(width, out) + linear_parameters(width, 2 * width),
-        2 * place.num_tokens * width * out + 4 * width**2,
-    )
-    return sum(
-        (block_cost(place) for _ in range(model.depth)), embedding_cost(model, place, channels, num_classes) + final
-    )
+    """Return the cost of a model for latents of `channels` channels, with its own operators in every block."""
+    outside = embedding_cost(model, place, channels, num_classes) + model.formulas.final(model, place, channels)
+    return sum((block_cost(place, model) for _ in range(model.depth)), outside)
 
 
 def embedding_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
-    """Of patches, timestep and label."""
-    width, patch = place.width, model.patch**2
-    return Cost(
-        linear_parameters(channels * patch, width)
-        + linear_parameters(FREQUENCIES, width)
-        + linear_parameters(width, width)
-        + (num_classes + 1) * width,
-        2 * place.num_tokens * channels * patch * width + 2 * (FREQUENCIES + width) * width,
-    )
+    """Return the cost of what stands before the first block."""
+    return model.formulas.embedding(model, place, channels, num_classes)
 
 
-def block_cost(place: Place) -> Cost:
-    """One block: both operators and the modulation."""
-    width = place.width
-    modulation = Cost(linear_parameters(width, 6 * width), 12 * width**2)
-    return sum((operator_cost(operator, place) for operator in ORIGINALS.values()), modulation)
+def block_cost(place: Place, model: Shape | None = None) -> Cost:
+    """Return the cost of one of the model's blocks, with its own operators; without a model, of a DiT's."""
+    return (DIT if model is None else model.formulas).block(place)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class EvaluateSpec(Spec):
         description="models to sample and measure, beside `heldout`; by default all that the job makes: random_init if "
         "finetune.control is true, and the others",
     )
-    sampler: Sampler = AncestralSampler()
+    sampler: Sampler = Field(AncestralSampler(), description="without it, that of the model's kind")
     precision: Precision = Field("fp32", description="of the model's passes. On a CPU tf32 is fp32")
     keep_samples: bool = Field(False, description="leave every sample in samples.npy; else the first 40, as a picture")
     compile: Annotated[bool, Unkeyed()] = Field(

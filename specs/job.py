@@ -56,6 +56,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        self._choose_sampler()
         side = self.latent_side()
         if self.data.image_size % self.codec.factor or side % self.model.patch:
             factor = f" times the codec's factor, {self.codec.factor}" if self.codec.factor > 1 else ""
@@ -70,6 +71,12 @@ class JobSpec(Spec):
         self._check_gpus()
         self._check_rows()
         return self
+
+    def _choose_sampler(self) -> None:
+        """Sample as the model's family does, if the job names no sampler."""
+        if "sampler" not in self.evaluate.model_fields_set:
+            evaluate = self.evaluate.model_copy(update={"sampler": self.model.default_sampler})
+            object.__setattr__(self, "evaluate", evaluate)
 
     def _check_gpus(self) -> None:
         """Refuse workers of a training that share a GPU, which NCCL does not allow, or have several, of which each

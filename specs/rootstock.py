@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from graftwork.specs.costs import DIT, Formulas
 from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, WeightsPath, is_integer, refuse
 from graftwork.specs.layers.strategy import MAX_DEPTH
-from graftwork.specs.sampler import Prediction
+from graftwork.specs.sampler import AncestralSampler, AnySampler, OdeSampler, Prediction
 from graftwork.specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -21,6 +22,8 @@ class _Transformer(Spec):
     """The shape of a DiT: a published `size`, or depth, width, heads and patch of your own."""
 
     prediction: ClassVar[Prediction]
+    default_sampler: ClassVar[AnySampler]  # of a job that names none
+    formulas: ClassVar[Formulas] = DIT
     kind: str
     size: Size | None = Field(None, description="a published size; excludes the four fields below")
     depth: int = Field(0, ge=0, le=MAX_DEPTH, description="blocks")
@@ -57,6 +60,7 @@ class DitModel(_Transformer):
     """A diffusion transformer, which predicts noise: a published `size`, or depth, width, heads and patch."""
 
     prediction: ClassVar[Prediction] = "epsilon"
+    default_sampler: ClassVar[AnySampler] = AncestralSampler()
     kind: Literal["dit"] = "dit"
 
 
@@ -67,6 +71,7 @@ class SitModel(_Transformer):
     """
 
     prediction: ClassVar[Prediction] = "velocity"
+    default_sampler: ClassVar[AnySampler] = OdeSampler()
     kind: Literal["sit"] = "sit"
 
 

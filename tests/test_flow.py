@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from graftwork.models.condition import Condition
@@ -15,6 +16,8 @@ from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.objectives.flow import LinearFlow
 from graftwork.models.sampling import flow
 from graftwork.models.sampling.flow import UnstableField, dopri5, euler, euler_maruyama, heun
+from graftwork.specs.job import JobSpec
+from graftwork.specs.sampler import AncestralSampler, OdeSampler, SdeSampler
 from tests.conftest import TINY, Finished, Graft, keys, states
 
 CONDITION = Condition(labels=torch.tensor([0, 1, 2]))
@@ -186,6 +189,19 @@ def test_samples_of_the_sde_are_the_same_in_any_batch() -> None:
 
 
 # -- a job
+
+
+@pytest.mark.parametrize("evaluate", [None, {"samples": 40}, {"samples": 40, "sampler": {"kind": "sde"}}], ids=str)
+def test_a_job_that_names_no_sampler_has_the_one_of_its_models_kind(evaluate: Any) -> None:
+    document = yaml.safe_load(TINY.read_text()) | ({} if evaluate is None else {"evaluate": evaluate})
+    if evaluate is None:
+        del document["evaluate"]
+    named = "sampler" in (evaluate or {})
+    sit = JobSpec.model_validate(document | {"model": document["model"] | {"kind": "sit"}})
+    assert sit.evaluate.sampler == (SdeSampler() if named else OdeSampler())
+    assert sit.evaluate.samples == (evaluate or {"samples": 50_000})["samples"]
+    if not named:
+        assert JobSpec.model_validate(document).evaluate.sampler == AncestralSampler()
 
 
 def test_a_sit_goes_through_the_whole_job_and_is_sampled_in_more_ways_than_one(

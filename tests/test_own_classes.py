@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import Labels, UnfitCheckpoint
-from graftwork.models.checkpoints.labels import TABLE
+from graftwork.models.rootstocks.dit import LABELS as TABLE
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft
 from graftwork.pipeline import api

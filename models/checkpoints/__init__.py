@@ -1,6 +1,7 @@
 """Models as files.
 
-`read` takes whatever holds a DiT or a graft of one, and finds out by itself what it is:
+`read` takes whatever holds a model of a registered family (models/rootstocks) or a graft of one, and finds out by
+itself what it is:
 
     ours            a folder with `model.safetensors` and a `config.json` that rebuilds the model
     published       DiT's `.pt`, or a graft in the same layout: a state dict, or `ema`, `model`, `opt` and `args`
@@ -8,7 +9,8 @@
     a hub id        a repository with one of these
 
 What training tools wrap around those comes off (`wrappers`), numbered parts are joined (`folders`, `files`), and what a
-file says of itself is obeyed or refused (`statements`).
+file says of itself is obeyed or refused (`statements`). By what its files are known, each family declares itself
+(`FamilyFiles`).
 
 `save` and `load` are what the steps of a job use for ours; `export` writes any of the three for other people.
 

@@ -10,7 +10,6 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.layouts import diffusers, native, published
 from graftwork.models.checkpoints.reading import located, read
 from graftwork.models.checkpoints.vae import read_vae
-from graftwork.models.rootstocks.dit import DiT
 from graftwork.specs.export import Layout
 from graftwork.specs.vae import VaeConfig, vae_folder
 
@@ -77,22 +76,21 @@ def export(
     model, edits = read(source, heads=heads)
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
-    if layout == "diffusers" and model.config.kind != "dit":
-        raise ExportRefused(f"{source}: is a {model.config.kind}, for which diffusers has no class")
-    if layout == "published" and not isinstance(model, DiT):
-        raise ExportRefused(f"{source}: is a {model.config.kind}, which has the layout graftwork only, not {layout}")
+    kind, layouts = model.config.kind, model.config.files.layouts
+    if layout == "diffusers" and layout not in layouts:
+        raise ExportRefused(f"{source}: is a {kind}, for which diffusers has no class")
+    if layout not in layouts:
+        raise ExportRefused(f"{source}: is a {kind}, which has the layout {' and '.join(layouts)} only, not {layout}")
     out.mkdir(parents=True, exist_ok=True)
     loads, note = str(layout), ""
     if layout == "graftwork":
         native.save(model, edits, out)
     elif layout == "diffusers":
-        assert isinstance(model, DiT)
         transformer = diffusers.wrapped(model, edits)
         diffusers.write(transformer, out, autoencoder)
         name = type(transformer).__name__
         loads, note = name if autoencoder is None else "DiTPipeline", NOTES.get(name, "")
     else:
-        assert isinstance(model, DiT)
         published.write(model, edits, out)
     if card is not None:
         write_card(out, card, edits, USAGE[loads].format(folder=out.name), note)

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Shape, Tensors, odd_kind
-from graftwork.models.checkpoints.labels import TABLE
-from graftwork.models.rootstocks import Rootstock, RootstockConfig, new_rootstock
+from graftwork.models.checkpoints.labels import label_table
+from graftwork.models.rootstocks import CONFIGS, Rootstock, RootstockConfig, new_rootstock
 from graftwork.models.surgery import graft
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit
@@ -21,7 +21,6 @@ from graftwork.specs.edits import Edit
 MAX_NAMED = 3  # tensors of a kind of misfit that an error names
 MAX_SIZE_RATIO = 16  # refuse a config with more than so many times the numbers that the file holds
 OTHER_CLASSES = "a checkpoint of the job's classes, or weights.classes: fresh or {class: row}, for one's own classes"
-VARIANCE = "final_layer.linear"  # has rows for the variance behind those for the noise
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 
@@ -127,10 +126,13 @@ def _check(wanted: Mapping[str, Shape], given: Mapping[str, Shape], source: str)
 def _setting_for(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
     """Return what to set in a job for a checkpoint with these shapes, if that is all that differs; else nothing."""
     differing = {name for name in wanted if wanted[name] != given[name]}
-    if differing == {TABLE} and wanted[TABLE][1:] == given[TABLE][1:]:
+    table = label_table(differing)
+    if table is not None and len(differing) == 1 and wanted[table][1:] == given[table][1:]:
         return OTHER_CLASSES
-    if differing <= {f"{VARIANCE}.weight", f"{VARIANCE}.bias"}:
-        rows, ours = given[f"{VARIANCE}.bias"], wanted[f"{VARIANCE}.bias"]
+    outputs = (config.files.output for config in CONFIGS.values())
+    output = next((layer for layer in outputs if differing <= {f"{layer}.weight", f"{layer}.bias"}), None)
+    if output is not None:
+        rows, ours = given[f"{output}.bias"], wanted[f"{output}.bias"]
         if ours == (2 * rows[0],):
             return "a checkpoint that predicts its variance, or model.learn_sigma: false"
         if rows == (2 * ours[0],):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ import torch
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors
 from graftwork.models.numerics.streams import generator
+from graftwork.models.rootstocks import CONFIGS
 
-TABLE = "y_embedder.embedding_table.weight"  # a row a class, and one of the null class
 FRESH_STD = 0.02  # of a row that is learned anew, as DiT's are at the start
 
 
@@ -26,9 +27,14 @@ class Labels:
     seed: int
 
 
+def label_table(names: Collection[str]) -> str | None:
+    """Return which of the tensors is a label table, by what the families say; None if none is."""
+    return next((table for config in CONFIGS.values() if (table := config.files.label_table) in names), None)
+
+
 def num_classes(tensors: Tensors) -> int | None:
     """Return how many classes a checkpoint's label table has beside the null class; None if it has no such table."""
-    shape = tensors.shapes.get(TABLE, ())
+    shape = tensors.shapes.get(label_table(tensors.shapes) or "", ())
     return shape[0] - 1 if len(shape) == 2 and shape[0] > 1 else None
 
 
@@ -37,12 +43,12 @@ def relabelled(tensors: Tensors, labels: Labels, trained: int | None) -> Tensors
 
     trained: how many classes the checkpoint says it was trained on, if it does.
     """
-    count = num_classes(tensors)
-    if count is None:
-        return tensors  # no DiT, as is said where it is recognised
+    count, table = num_classes(tensors), label_table(tensors.shapes)
+    if count is None or table is None:
+        return tensors  # of no family with labels, as is said where it is recognised
     if trained == count + 1:
         raise UnfitCheckpoint(
-            f"{tensors.source}: {TABLE} has a row for each of its {trained:,} classes, and none for the null class"
+            f"{tensors.source}: {table} has a row for each of its {trained:,} classes, and none for the null class"
         )
     for name, row in zip(labels.names, labels.rows, strict=True):
         if row is not None and row >= count:
@@ -50,11 +56,11 @@ def relabelled(tensors: Tensors, labels: Labels, trained: int | None) -> Tensors
                 f"{tensors.source}: has {count:,} classes, so no row {row:,} for the class {name!r}",
                 f"weights.classes with rows from 0 to {count - 1:,}",
             )
-    shapes = {**tensors.shapes, TABLE: (len(labels.rows) + 1, tensors.shapes[TABLE][1])}
+    shapes = {**tensors.shapes, table: (len(labels.rows) + 1, tensors.shapes[table][1])}
 
     def get(name: str) -> torch.Tensor:
         value = tensors.get(name)
-        return _table(value, labels) if name == TABLE else value
+        return _table(value, labels) if name == table else value
 
     return Tensors(tensors.source, shapes, get, tensors.odd, tensors.metadata)
 

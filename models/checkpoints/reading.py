@@ -21,7 +21,6 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.hub import INDEX, SHARD, local_path, parts_of, whereabouts
 from graftwork.specs.problems import shown
 
-DEFAULT_KIND = "dit"  # of files that say nothing
 ACCEPTED = "a .pt or .safetensors file, whole or in parts, or a folder with one; ours, or one of diffusers' DiTs"
 
 
@@ -56,9 +55,10 @@ def check(
     """
     found, rootstock, edits = _recognised(source, config, None, labels, any_classes)
     fitting(rootstock, edits, found.tensors)
-    if found.kind is None and found.config is None and rootstock.kind != DEFAULT_KIND:
-        unsaid = f"{found.tensors.source}: does not say what it predicts (by args.prediction and args.path_type, or its"
-        return (*found.notes, f"{unsaid} name); it is taken for a {rootstock.kind}, as model.kind says")
+    if not found.kinds and found.config is None and rootstock.files.network is not None:
+        words = " and ".join(f"args.{argument}" for argument in rootstock.files.arguments)
+        unsaid = f"{found.tensors.source}: does not say what it predicts (by {words}, or its name)"
+        return (*found.notes, f"{unsaid}; it is taken for a {rootstock.kind}, as model.kind says")
     return found.notes
 
 

@@ -1,12 +1,12 @@
-"""Which model a file holds, by the names and shapes of its tensors."""
+"""Which model a file holds, by the names and shapes of its tensors, and of which family by those and what it says."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,43 +16,25 @@ from graftwork.models.checkpoints.fit import MAX_NAMED, require_floats, shapes_o
 from graftwork.models.checkpoints.folders import ZERO_TOOL
 from graftwork.models.operators import REGISTRY, recognise
 from graftwork.models.rootstocks import CONFIGS, RootstockConfig
-from graftwork.models.rootstocks.dit import DiTConfig
-from graftwork.models.rootstocks.sit import SiTConfig
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
 from graftwork.specs.reading.load import shown
-from graftwork.specs.rootstock import SIZES
 
-# What a rootstock's shape is read from, with the number of dimensions it has.
-TELLING = {
-    "x_embedder.proj.weight": 4,
-    "pos_embed": 3,
-    "y_embedder.embedding_table.weight": 2,
-    "final_layer.linear.weight": 2,
-}
-# Tensors by which other families are known whose other tensors have a DiT's names, or nearly.
-FAMILIES = {
-    r"blocks\.\d+\.attn\.[qk]_norm\.": "which normalises queries and keys, as LightningDiT does",
-    r"blocks\.\d+\.mlp\.w\d+\.": "whose feed-forward is a SwiGLU, as LightningDiT's is",
-    r"mask_token|(en|de|in|out|side|mid)_?\w*blocks?\.|decoder_\w+": "of an encoder and a decoder, as MDT is",
-    r"(\w+_level_\d|(down|up)\w*[._]\d|skip_\w+|\w+\.skip_linear)": "with levels and skips, as U-DiT and U-ViT have",
-    r"projectors?\.": "trained beside projectors, as REPA's SiT is",
-    r"blocks\.\d+\.(cross_attn|scale_shift_table)|caption_\w+|y_embedder\.y_proj": "of captions, as PixArt is",
-}
 MOST = {"depth": MAX_DEPTH, "input_size": 8192}  # what is built before any tensor is compared
 TARGETS: tuple[Target, ...] = ("mha", "mlp")
+C = TypeVar("C", bound=RootstockConfig)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint before a model is made of it: its tensors, under DiT's names, and what else it says of itself."""
+    """A checkpoint before a model is made of it: its tensors, under its family's names, and what else it says."""
 
     tensors: Tensors
     heads: int | None = None
     config: RootstockConfig | None = None
     edits: tuple[Edit, ...] | None = None
-    kind: str | None = None  # of rootstock, that it says it is
+    kinds: frozenset[str] = frozenset()  # of rootstock, that it can be by what it says; none if it says nothing
     num_classes: int | None = None  # that it says it was trained on
     notes: tuple[str, ...] = ()  # what was chosen, or left out, where the file holds more than one model
 
@@ -172,79 +154,97 @@ def recognised(
     """
     tensors, wanted = found.tensors, config.heads if config else heads
     require_floats(tensors)
-    _require_dit(tensors)
+    kinds = _kinds_by_tensors(tensors)
     if found.heads is not None and wanted is not None and found.heads != wanted:
         raise UnfitCheckpoint(f"{tensors.source}: has {found.heads} attention heads, expected {wanted}")
-    kind = found.config.kind if found.config else found.kind
-    if config is not None and kind is not None and config.kind != kind:
-        raise UnfitCheckpoint(
-            f"{tensors.source}: says that it is a {kind}, expected a {config.kind}", f"model.kind {kind}"
-        )
-    rootstock = config or found.config or rootstock_of(tensors, wanted if found.heads is None else found.heads, kind)
+    rootstock = found.config if config is None else _expected(config, found, kinds)
+    if rootstock is None:
+        family = CONFIGS[_kind(found, kinds)]
+        rootstock = rootstock_of(family, tensors, wanted if found.heads is None else found.heads)
     edits = edits_of(tensors, rootstock) if found.edits is None else found.edits
     if problem := misplaced(edits, rootstock):  # possible where another rootstock is expected than the file says
         raise UnfitCheckpoint(f"{tensors.source}: does not fit the model: {problem}")
     return rootstock, edits
 
 
-def _require_dit(tensors: Tensors) -> None:
-    """Raise UnfitCheckpoint if tensors are those by which another family of models is known, or if all are empty."""
+def _kinds_by_tensors(tensors: Tensors) -> list[str]:
+    """Return the kinds of rootstock that have such tensors: all by which one is told, else some.
+
+    Raise UnfitCheckpoint if there are none, if tensors are those by which a family is known that is not ours, or if all
+    are empty.
+    """
     if tensors.shapes and not any(map(math.prod, tensors.shapes.values())):
         raise UnfitCheckpoint(
             f"{tensors.source}: its tensors are empty, as those are that DeepSpeed's ZeRO 3 keeps in parts elsewhere",
             f"the file that {ZERO_TOOL} joins them in",
         )
-    if not TELLING.keys() & tensors.shapes.keys():
-        raise _is_none(tensors, TELLING)
-    for pattern, family in FAMILIES.items():
-        if telling := sorted(name for name in tensors.shapes if re.match(pattern, name)):
-            raise UnfitCheckpoint(
-                f"{tensors.source}: is no DiT but a model {family}: has {named(telling, MAX_NAMED, ', ')}"
-            )
+    having = {kind: one.files.telling.keys() & tensors.shapes.keys() for kind, one in CONFIGS.items()}
+    whole = [kind for kind, telling in having.items() if telling == CONFIGS[kind].files.telling.keys()]
+    kinds = whole or [kind for kind, telling in having.items() if telling]
+    if not kinds:
+        own = [one.files for one in CONFIGS.values() if one.files.network is None]
+        raise _is_none(tensors, {files.name: files.telling for files in own})
+    for kind in kinds:
+        files = CONFIGS[kind].files
+        for pattern, others in files.others.items():
+            if telling := sorted(name for name in tensors.shapes if re.match(pattern, name)):
+                raise UnfitCheckpoint(
+                    f"{tensors.source}: is no {files.name} but a model {others}: has {named(telling, MAX_NAMED, ', ')}"
+                )
+    return kinds
 
 
-def _is_none(tensors: Tensors, absent: Iterable[str]) -> UnfitCheckpoint:
-    """The error for tensors that are not a DiT's, with some of their names beside those that a DiT has."""
+def _expected(config: RootstockConfig, found: Found, kinds: Collection[str]) -> RootstockConfig:
+    """Return the rootstock expected. Raise UnfitCheckpoint if the file is of another kind by its words or tensors."""
+    said = _said(found, kinds)
+    for others, words in ((said, "says that it is"), (kinds, "has the tensors of")):
+        if others and config.kind not in others:
+            names = " or ".join(f"a {kind}" for kind in sorted(others))
+            accepted = f"model.kind {' or '.join(sorted(others))}"
+            raise UnfitCheckpoint(f"{found.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
+    return config
+
+
+def _said(found: Found, kinds: Collection[str]) -> Collection[str]:
+    """Return the kinds that a file says it can be: of its tensors' `kinds`, if some of those are among them."""
+    said = found.kinds if found.config is None else {found.config.kind}
+    return said.intersection(kinds) or said
+
+
+def _kind(found: Found, kinds: Collection[str]) -> str:
+    """Return the one kind that a file is, by its words and its tensors. Raise UnfitCheckpoint if that is no one."""
+    # A file that says nothing is of the family whose network it is, not of one that shares it.
+    silent = [kind for kind in kinds if CONFIGS[kind].files.network is None]
+    said = _said(found, kinds)
+    possible = [kind for kind in kinds if kind in said] if said else silent
+    if len(possible) == 1:
+        return possible[0]
+    has = f"has the tensors of {' and '.join(f'a {kind}' for kind in sorted(possible or kinds))}"
+    says = f"says that it is {' or '.join(f'a {kind}' for kind in sorted(said))}" if said else "does not say which"
+    raise UnfitCheckpoint(f"{found.tensors.source}: {has}, and {says}", "a file of one family, by both")
+
+
+def _is_none(tensors: Tensors, absent: Mapping[str, Iterable[str]]) -> UnfitCheckpoint:
+    """The error for tensors of no family, with some of their names beside those that each family has."""
     held = named(sorted(tensors.shapes), MAX_NAMED, ", ") or "no tensor"
     of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors.shapes)
     accepted = "the folder of a diffusers model, with its config.json" if of_diffusers else ""
-    return UnfitCheckpoint(f"{tensors.source}: is no DiT, has no {', '.join(absent)}; holds {held}", accepted)
+    problems = "; ".join(f"is no {name}, has no {', '.join(names)}" for name, names in absent.items())
+    return UnfitCheckpoint(f"{tensors.source}: {problems}; holds {held}", accepted)
 
 
-def rootstock_of(tensors: Tensors, heads: int | None, kind: str | None = None) -> DiTConfig:
-    """Return the rootstock's config, of the kind that the file says, else a DiT's.
-
-    Its heads cannot be seen, and are those of the published size unless they are given.
-    """
-    shapes, source = tensors.shapes, tensors.source
-    absent = [name for name, rank in TELLING.items() if len(shapes.get(name, ())) != rank]
+def rootstock_of(family: type[C], tensors: Tensors, heads: int | None) -> C:
+    """Return the rootstock's config, as the family reads it from the shapes. heads: if they are known."""
+    shapes, files = tensors.shapes, family.files
+    absent = [name for name, rank in files.telling.items() if len(shapes.get(name, ())) != rank]
     if absent:
-        raise _is_none(tensors, absent)
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    num_tokens, rows = shapes["pos_embed"][1], shapes["final_layer.linear.weight"][0]
-    blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
-    depth, side = 1 + max(blocks, default=-1), math.isqrt(num_tokens)
-    if side**2 != num_tokens:
-        raise UnfitCheckpoint(f"{source}: pos_embed: {shapes['pos_embed']}, expected a square number of tokens")
-    if heads is None:
-        heads = next((size[2] for size in SIZES.values() if size[:2] == (depth, width)), None)
-    if heads is None:
-        raise UnfitCheckpoint(
-            f"{source}: {depth} blocks of width {width} are no published size, and a file does not tell its attention "
-            "heads: name their number"
-        )
-    config = (SiTConfig if kind == "sit" else DiTConfig)(
-        input_size=side * patch,
-        in_channels=channels,
-        patch=patch,
-        depth=depth,
-        width=width,
-        heads=heads,
-        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
-        learn_sigma=rows == 2 * channels * patch**2,
-    )
+        raise _is_none(tensors, {files.name: absent})
+    try:
+        config = family.of_tensors(shapes, heads)
+    except ValueError as error:
+        raise UnfitCheckpoint(f"{tensors.source}: {error}") from None
     if problem := misfit(config):
-        raise UnfitCheckpoint(f"{source}: {problem}")
+        raise UnfitCheckpoint(f"{tensors.source}: {problem}")
     return config
 
 

@@ -1,8 +1,8 @@
-"""What a file says of itself, and whether that is a model of ours: a DiT or a SiT, with the published objective.
+"""What a file says of itself, and of which of the registered families that makes it.
 
-Other models have a DiT's tensors, by name and shape, and mean something else by them, as a SiT does. What
-was written beside the tensors tells: a training script's arguments, a config, a scheduler's settings, file metadata.
-Whatever says nothing is taken as it is.
+Models share tensors, by name and shape, and mean something else by them, as a SiT and a DiT do. What was written
+beside the tensors tells: a training script's arguments, a config, a scheduler's settings, file metadata. Each family
+declares its words (`FamilyFiles`). Whatever says nothing is taken as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.objectives.gaussian import STEPS
+from graftwork.models.rootstocks import CONFIGS
+from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.reading.safe_yaml import parsed
@@ -25,7 +27,6 @@ from graftwork.specs.reading.safe_yaml import parsed
 BESIDE = ("config.json", "args.json", "model_index.json", "hparams.yaml", "config.yaml", "config.yml")
 MAX_BYTES = 2**20  # of a file beside the weights
 MAX_DEPTH, MAX_STATEMENTS = 12, 100_000
-ACCEPTED = f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas; or a SiT: velocity, linear path"
 
 NOISE = re.compile(r"(pred_|predict_)?(e|eps|epsilons?|noise)|modelmeantype\.epsilon")
 PREDICTION = re.compile(
@@ -54,11 +55,21 @@ SCHEDULE = {
 # Models by name, as `DiT-XL/2` or `SiT-XL-2-256x256`, and classes of them.
 MODEL = re.compile(r"model|model_?name|model_?type|arch|architecture|backbone|net|network|_class_name|_target_|target")
 SIZED = re.compile(r"(?P<family>[A-Za-z][\w+-]*?)[-_](?:XS|S|B|L|XL|XXL|H|G)[-_/]\d+([-_].*)?")
-OURS = re.compile(r"(?P<kind>[ds]it)([-_].*)?")
-FAMILIES = re.compile(
-    r"(?<![a-z])(SiT|REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt|SD3|Flux|DDT|DiffiT|"
-    r"FlowDCN|HunyuanDiT|Lumina|CogVideoX|Sana|FlowMatch)(?![a-z])"
+# Families that there are none of here.
+OTHER_FAMILIES = (
+    r"REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt|SD3|Flux|DDT|DiffiT|"
+    r"FlowDCN|HunyuanDiT|Lumina|CogVideoX|Sana|FlowMatch"
 )
+
+
+def families() -> dict[str, FamilyFiles]:
+    """Return what the registered families say of their files, by kind."""
+    return {kind: config.files for kind, config in CONFIGS.items()}
+
+
+def accepted() -> str:
+    """Return a few words for all that is read."""
+    return "; or ".join(files.accepted for files in families().values())
 
 
 def statements(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,39 +120,64 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
         yield from statements(value, name)
 
 
-def kind_of(source: str, said: Iterator[tuple[str, Any]]) -> str | None:
-    """Return the kind of rootstock that a file says it is, `dit` or `sit`; None if it says nothing.
+def kinds_of(source: str, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
+    """Return the kinds of rootstock that a file can be by what it says: none if it says nothing.
 
-    A SiT says so by its name, or by the linear path and the velocity of its training's arguments. Raise
-    UnfitCheckpoint, with the file's own words, if they are those of another model or objective.
+    They are those of the families that claim some of its words and accept all that any family claims. Raise
+    UnfitCheckpoint, with the file's own words, if they are those of another model or objective, or of no one family.
     """
-    stated = [(_name(path), path, value) for path, value in islice(said, MAX_STATEMENTS)]
-    kinds = {kind for name, _, value in stated if (kind := _kind(name, value)) is not None}
-    strange = [(name, path, value) for name, path, value in stated if _of_another(name, value)]
+    ours = families()
+    claimed, strange, foreign = [], [], False
+    for path, value in islice(said, MAX_STATEMENTS):
+        name = _name(path)
+        is_claimed, is_strange = any(_claims(files, name, value) for files in ours.values()), _of_another(name, value)
+        claimed += [(name, path, value)] if is_claimed else []
+        strange += [f"{path} {shown(value)}"] if is_strange else []
+        foreign |= is_strange and not is_claimed
+    kinds = frozenset(
+        kind
+        for kind, files in ours.items()
+        if any(_claims(files, name, value) for name, _, value in claimed)
+        and all(_accepts(files, name, value) for name, _, value in claimed)
+    )
     # SiT's training script also trains networks that predict noise on the linear path: they are neither of ours.
-    noise = [one for one in stated if PREDICTION.fullmatch(one[0]) and _kind(one[0], one[2]) == "dit"]
-    contradiction = noise if "sit" in kinds else []
-    if contradiction or any(_kind(name, value) != "sit" for name, _, value in strange):
-        others = [f"{path} {shown(value)}" for _, path, value in (*strange, *contradiction)]
-        words = named(others, 4, ", ")
-        raise UnfitCheckpoint(f"{source}: is of another objective or model, as it says: {words}", ACCEPTED)
-    return "sit" if "sit" in kinds else next(iter(kinds), None)
+    contradicting = [f"{path} {shown(value)}" for _, path, value in claimed] if claimed and not kinds else []
+    if foreign or contradicting:
+        words = named(list(dict.fromkeys((*strange, *contradicting))), 4, ", ")
+        raise UnfitCheckpoint(f"{source}: is of another objective or model, as it says: {words}", accepted())
+    return kinds
+
+
+def is_named_as_ours(model: str) -> bool:
+    """Return whether a model's name is that of some family of ours."""
+    return any(_is_called(model.lower(), files.name) for files in families().values())
+
+
+def _claims(files: FamilyFiles, name: str, value: Any) -> bool:
+    """Return whether a statement is in the family's words: its objective, an argument of its own, or its name."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if PREDICTION.fullmatch(name):
+        return text == files.prediction or (files.prediction == "epsilon" and NOISE.fullmatch(text) is not None)
+    if any(name == argument and text == own.lower() for argument, own in files.arguments.items()):
+        return True
+    return MODEL.fullmatch(name) is not None and _is_called(text, files.name)
+
+
+def _accepts(files: FamilyFiles, name: str, value: Any) -> bool:
+    """Return whether a statement can be one of the family's: a network of another objective may keep its name."""
+    if files.network is not None and isinstance(value, str) and MODEL.fullmatch(name):
+        return _claims(files, name, value) or _is_called(value.strip().lower(), files.network)
+    return _claims(files, name, value)
+
+
+def _is_called(text: str, family: str) -> bool:
+    """Return whether text is the name of a model of that family, as `dit-xl/2` is."""
+    return re.fullmatch(rf"{re.escape(family.lower())}([-_].*)?", text) is not None
 
 
 def _name(path: str) -> str:
     """Return the last part of a statement's dotted name, as scripts differ in its spelling."""
     return re.split(r"[.: ]", path)[-1].lower().replace("-", "_").removeprefix("ss_")
-
-
-def _kind(name: str, value: Any) -> str | None:
-    """Return the kind of rootstock that a statement is of; None if it is of any, or of another."""
-    text = value.strip().lower() if isinstance(value, str) else ""
-    if (name == "path_type" and text == "linear") or (PREDICTION.fullmatch(name) and text == "velocity"):
-        return "sit"
-    if PREDICTION.fullmatch(name) and NOISE.fullmatch(text):
-        return "dit"
-    family = MODEL.fullmatch(name) and OURS.fullmatch(text)
-    return family["kind"] if family else None
 
 
 def _of_another(name: str, value: Any) -> bool:
@@ -167,8 +203,15 @@ def _number(text: str) -> float | None:
 
 
 def is_of_another_family(model: str) -> bool:
-    """Return whether a model's name is that of a known other family, or of a size, as DiT-XL/2 is, of another."""
-    if FAMILIES.search(model):
+    """Return whether a model's name is that of a known other family, or of a size, as DiT-XL/2 is, of another.
+
+    Names that contain that of a family which shares another's tensors, and are not its own, mean a third.
+    """
+    names = {files.name: files.network for files in families().values()}
+    sharing = [re.escape(name) for name, network in names.items() if network is not None]
+    if re.search(rf"(?<![a-z])({'|'.join((*sharing, OTHER_FAMILIES))})(?![a-z])", model):
         return True
     sized = SIZED.fullmatch(model)
-    return sized is not None and not re.search("dit", sized["family"], re.IGNORECASE)
+    return sized is not None and not any(
+        name.lower() in sized["family"].lower() for name, network in names.items() if network is None
+    )

@@ -3,14 +3,15 @@
     {"ema": {"module.x_embedder..": ..}, "model": .., "opt": ..}      ->  x_embedder..     (`ema.module`)
     {"state_dict": {"model._orig_mod.x_embedder..": ..}, ..}          ->  x_embedder..     (`state_dict.model`)
 
-No wrapper is known by its name: a model lies wherever a tensor is that every DiT has, and what stands before that
-tensor's name, in its file, stands before all of the model's. Of several models the averaged one is read.
+No wrapper is known by its name: a model lies wherever a tensor is that every model of a family has (the first of its
+`FamilyFiles.telling`), and what stands before that tensor's name, in its file, stands before all of the model's. Of
+several models the averaged one is read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint, named
 from graftwork.models.checkpoints.files import Tensors, in_memory
+from graftwork.models.rootstocks import CONFIGS
 
-OURS, DIFFUSERS = "x_embedder.proj.weight", "pos_embed.proj.weight"  # a tensor of every DiT, in either layout
+DIFFUSERS = "pos_embed.proj.weight"  # a tensor of every DiT in diffusers' layout
 # Modules that torch.compile, FSDP, activation checkpointing and DeepSpeed put around a model, or around a block of it.
 AROUND = re.compile(r"(?:(?<=\.)|^)_(?:\w+_)?mod(?:ule)?\.")
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])|averaged?|shadow", re.IGNORECASE)
-TRAINED = {"", "model", "module", "net", "network", "state_dict", "model_state_dict", "diffusion_model", "dit"}
+TRAINED = {"", "model", "module", "net", "network", "state_dict", "model_state_dict", "diffusion_model"}  # or its kind
 OPTIMIZER = re.compile(r"opt(im(izers?)?)?(_|$)")
 
 
@@ -36,26 +38,33 @@ class Model:
     beside: tuple[str, ...]  # tensors of the same state dict that are not of any model
 
 
-def model_in(source: str, content: Any, anchor: str = OURS) -> tuple[Tensors, list[str]]:
+def anchors_of_families() -> tuple[str, ...]:
+    """Return a tensor of every model, for each of the registered families."""
+    return tuple(dict.fromkeys(next(iter(config.files.telling)) for config in CONFIGS.values()))
+
+
+def model_in(source: str, content: Any) -> tuple[Tensors, list[str]]:
     """Return the tensors of the model that a torch file holds, and what is to be said of the choice.
 
     Where no model is to be seen in it, those of its only state dict; raises UnfitCheckpoint if there is not one.
     """
     states = {label: in_memory(source, state) for label, state in _state_dicts(content)}
-    models = [model for label, tensors in states.items() for model in _models(label, tensors, anchor)]
+    anchors = anchors_of_families()
+    models = [model for label, tensors in states.items() for model in _models(label, tensors, anchors)]
     if models:
         return _chosen(source, models)
     if len(states) == 1:
         return next(iter(states.values())), []
     if states:
-        raise UnfitCheckpoint(f"{source}: has no {anchor} in any of its state dicts: {named(list(states), 5, ', ')}")
+        absent = " or ".join(anchors)
+        raise UnfitCheckpoint(f"{source}: has no {absent} in any of its state dicts: {named(list(states), 5, ', ')}")
     keys = named([str(key) for key in content], 5, ", ") if isinstance(content, Mapping) else ""
     raise UnfitCheckpoint(f"{source}: {f'has {keys}, ' if keys else ''}holds no state dict")
 
 
-def unwrapped(tensors: Tensors, anchor: str = OURS) -> tuple[Tensors, list[str]]:
-    """Do as `model_in` does, for a file that holds nothing but tensors."""
-    models = list(_models("", tensors, anchor))
+def unwrapped(tensors: Tensors, anchors: Sequence[str] = ()) -> tuple[Tensors, list[str]]:
+    """Do as `model_in` does, for a file that holds nothing but tensors. anchors: others than the families' own."""
+    models = list(_models("", tensors, anchors or anchors_of_families()))
     return _chosen(tensors.source, models) if models else (tensors, [])
 
 
@@ -70,10 +79,16 @@ def _state_dicts(content: Any, label: str = "") -> Iterator[tuple[str, dict[str,
         yield from _state_dicts(value, f"{label}.{name}" if label else str(name))
 
 
-def _models(label: str, tensors: Tensors, anchor: str) -> Iterator[Model]:
-    """Yield the models in a state dict: one for each prefix that the anchor has in it."""
+def _models(label: str, tensors: Tensors, anchors: Sequence[str]) -> Iterator[Model]:
+    """Yield the models in a state dict: one for each prefix that an anchor has in it."""
     names = _without_modules_around(tensors.shapes)
-    prefixes = [name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")]
+    found = (
+        name.removesuffix(anchor)
+        for name in names
+        for anchor in anchors
+        if name == anchor or name.endswith(f".{anchor}")
+    )
+    prefixes = list(dict.fromkeys(found))
     members = {prefix: _members(prefix, prefixes, names) for prefix in prefixes}
     in_models = {name for own in members.values() for name in own.values()}
     beside = tuple(name for name in tensors.shapes if name not in in_models and tensors.shapes[name])
@@ -121,7 +136,7 @@ def _chosen(source: str, models: list[Model]) -> tuple[Tensors, list[str]]:
     """Return the averaged model, else the trained one, else the only one; raise UnfitCheckpoint if several are left."""
     labels = [model.label for model in models]
     averaged = [model for model in models if AVERAGED.search(model.label)]
-    trained = [model for model in models if set(model.label.split(".")) <= TRAINED]
+    trained = [model for model in models if set(model.label.split(".")) <= TRAINED | CONFIGS.keys()]
     chosen = next((some for some in (averaged, trained, models) if some), models)
     if len(chosen) > 1:
         several = named([model.label for model in chosen], 5, ", ")

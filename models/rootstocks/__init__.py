@@ -1,8 +1,8 @@
 """Families of pretrained transformers: what all others know of a rootstock, and a file a family.
 
-A family takes a class in specs/rootstock.py (what a job says of it) and a module here: a config, and the module with
-its slots. Whatever trains, distils, observes, searches, samples and measures goes by the contract below, and names no
-family.
+A family takes a class in specs/rootstock.py (what a job says of it, what it costs, how it is sampled) and a module
+here: a config, which says by what its files are known, and the module with its slots. Whatever trains, distils,
+observes, searches, samples, measures, reads and exports goes by the contract below, and names no family.
 
 Shapes: B batch, N tokens, D width.
 """
@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from graftwork.models.condition import Condition, Conditioner
 from graftwork.models.objectives import Objective
+from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
+from graftwork.specs.costs import Formulas
 from graftwork.specs.edits import Site
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import Model
@@ -32,6 +34,8 @@ class RootstockConfig(ABC):
     """Everything that fixes the tensors of a rootstock. Each family has these fields and others, in its own order."""
 
     kind: ClassVar[str]
+    formulas: ClassVar[Formulas]  # of its cost: those of the family's spec
+    files: ClassVar[FamilyFiles]  # by what its checkpoints are known
     if TYPE_CHECKING:
         in_channels: int  # C, of a latent
         patch: int
@@ -44,6 +48,23 @@ class RootstockConfig(ABC):
     @abstractmethod
     def of(cls, model: Any, shape: Sequence[int], num_classes: int) -> Self:
         """Return the config of what a spec says, for latents (C,..) of this shape and so many classes."""
+
+    @classmethod
+    @abstractmethod
+    def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:
+        """Return the config of a file by its tensors' shapes, all that `files.telling` names among them.
+
+        heads: attention heads, if they are known. Raise ValueError if it cannot be told.
+        """
+
+    @classmethod
+    def heads_of(cls, name: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Return the attention heads of the published model of a name, if these tensors can have them; else None."""
+        return None
+
+    def published_arguments(self) -> dict[str, Any]:
+        """Return what a training script's arguments say of such a model, for the `published` layout."""
+        return {"model": None, **self.files.arguments}
 
     @abstractmethod
     def shape_misfit(self) -> str | None:

@@ -8,22 +8,51 @@ those two operators only; norms, modulation and gates stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from graftwork.models.condition import ClassConditioner, Condition
 from graftwork.models.objectives import Objective, objective_of
+from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
-from graftwork.specs.costs import FREQUENCIES, ORIGINALS
+from graftwork.models.rootstocks.files import FamilyFiles
+from graftwork.specs.costs import FREQUENCIES, ORIGINALS, Formulas
 from graftwork.specs.operators import Place
-from graftwork.specs.rootstock import DitModel
+from graftwork.specs.rootstock import SIZES, DitModel
 
 MAX_PERIOD = 10_000.0
+PIXELS = 8  # along a side of a latent's element, in the published autoencoder
+PATCHES, POSITIONS, LABELS, OUTPUT = (
+    "x_embedder.proj.weight",
+    "pos_embed",
+    "y_embedder.embedding_table.weight",
+    "final_layer.linear",
+)
+FILES = FamilyFiles(
+    name="DiT",
+    prediction=DitModel.prediction,
+    accepted=f"a DiT that predicts noise (epsilon), of {STEPS} steps with linear betas",
+    telling={PATCHES: 4, POSITIONS: 3, LABELS: 2, f"{OUTPUT}.weight": 2},
+    others={
+        r"blocks\.\d+\.attn\.[qk]_norm\.": "which normalises queries and keys, as LightningDiT does",
+        r"blocks\.\d+\.mlp\.w\d+\.": "whose feed-forward is a SwiGLU, as LightningDiT's is",
+        r"mask_token|(en|de|in|out|side|mid)_?\w*blocks?\.|decoder_\w+": "of an encoder and a decoder, as MDT is",
+        r"(\w+_level_\d|(down|up)\w*[._]\d|skip_\w+|\w+\.skip_linear)": (
+            "with levels and skips, as U-DiT and U-ViT have"
+        ),
+        r"projectors?\.": "trained beside projectors, as REPA's SiT is",
+        r"blocks\.\d+\.(cross_attn|scale_shift_table)|caption_\w+|y_embedder\.y_proj": "of captions, as PixArt is",
+    },
+    label_table=LABELS,
+    output=OUTPUT,
+    layouts=("graftwork", "diffusers", "published"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,8 @@ class DiTConfig(RootstockConfig):
     """Everything that fixes the tensors of a DiT."""
 
     kind: ClassVar[str] = "dit"
+    formulas: ClassVar[Formulas] = DitModel.formulas
+    files: ClassVar[FamilyFiles] = FILES
     input_size: int  # S, latent pixels a side
     in_channels: int  # C
     patch: int
@@ -56,6 +87,59 @@ class DiTConfig(RootstockConfig):
             num_classes=num_classes,
             learn_sigma=model.learn_sigma,
         )
+
+    @classmethod
+    def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:
+        """Return the config of a file by its tensors' shapes. Heads cannot be seen: they are the published size's.
+
+        Raise ValueError if there is no such size, and heads are not given, or if the tokens are no square.
+        """
+        width, channels, patch, _ = shapes[PATCHES]
+        num_tokens, rows = shapes[POSITIONS][1], shapes[f"{OUTPUT}.weight"][0]
+        blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
+        depth, side = 1 + max(blocks, default=-1), math.isqrt(num_tokens)
+        if side**2 != num_tokens:
+            raise ValueError(f"pos_embed: {shapes[POSITIONS]}, expected a square number of tokens")
+        if heads is None:
+            heads = next((size[2] for size in SIZES.values() if size[:2] == (depth, width)), None)
+        if heads is None:
+            raise ValueError(
+                f"{depth} blocks of width {width} are no published size, and a file does not tell its attention "
+                "heads: name their number"
+            )
+        return cls(
+            input_size=side * patch,
+            in_channels=channels,
+            patch=patch,
+            depth=depth,
+            width=width,
+            heads=heads,
+            num_classes=shapes[LABELS][0] - 1,
+            learn_sigma=rows == 2 * channels * patch**2,
+        )
+
+    @classmethod
+    def heads_of(cls, name: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Return the attention heads of `DiT-XL/2` and the like, if these tensors can have them; else None."""
+        letter = name.removeprefix(f"{cls.files.name}-").partition("/")[0]
+        width = next(iter(shapes.get(PATCHES, ())), 0)
+        return SIZES[letter][2] if letter in SIZES and width % SIZES[letter][2] == 0 else None
+
+    def published_name(self) -> str | None:
+        """Return `DiT-XL/2` and the like; None if the shape is no published one."""
+        shape = (self.depth, self.width, self.heads)
+        return next(
+            (f"{self.files.name}-{letter}/{self.patch}" for letter, size in SIZES.items() if size == shape), None
+        )
+
+    def published_arguments(self) -> dict[str, Any]:
+        """Return what the training script's arguments say of such a model."""
+        return {
+            "model": self.published_name(),
+            **self.files.arguments,
+            "image_size": PIXELS * self.input_size,
+            "num_classes": self.num_classes,
+        }
 
     def shape_misfit(self) -> str | None:
         """Return which of its sizes do not go together; None if there can be such a model."""

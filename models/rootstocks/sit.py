@@ -5,12 +5,25 @@ Its timestep lies in [0, 1], with data at 1, and goes into the sinusoids as it i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.rootstocks import register
+from graftwork.models.rootstocks.dit import FILES as DIT_FILES
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.rootstocks.files import FamilyFiles
+from graftwork.specs.rootstock import SitModel
+
+FILES = replace(
+    DIT_FILES,
+    name="SiT",
+    prediction=SitModel.prediction,
+    accepted="a SiT: velocity, linear path",
+    network=DIT_FILES.name,
+    arguments={"path_type": "Linear", "prediction": "velocity"},
+    layouts=("graftwork", "published"),
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,7 @@ class SiTConfig(DiTConfig):
     """Everything that fixes the tensors of a SiT: what does of a DiT."""
 
     kind: ClassVar[str] = "sit"
+    files: ClassVar[FamilyFiles] = FILES
 
     @property
     def objective(self) -> Objective:

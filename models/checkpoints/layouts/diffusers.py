@@ -27,7 +27,8 @@ from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightles
 from graftwork.models.checkpoints.recognition import Found, rootstock_of, said
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.objectives.gaussian import STEPS
-from graftwork.models.rootstocks.dit import DiT, position_embedding
+from graftwork.models.rootstocks import Rootstock
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, position_embedding
 from graftwork.specs.edits import Edit
 from graftwork.specs.reading.load import shown
 
@@ -97,7 +98,7 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
     _require_ours(folder, config)
     heads, sample_size = _count(folder, config, "num_attention_heads", 16), _count(folder, config, "sample_size", 32)
-    tensors, notes = unwrapped(tensors, DIFFUSERS)
+    tensors, notes = unwrapped(tensors, (DIFFUSERS,))
     count = _count(folder, config, "num_embeds_ada_norm", CLASSES_OF_PIPELINE)
     return Found(_translated(tensors, sample_size, heads), heads=heads, num_classes=count, notes=tuple(notes))
 
@@ -107,7 +108,7 @@ def _require_ours(folder: Path, config: dict[str, Any]) -> None:
     said = list(statements.statements(config, "config.json"))
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         said += statements.statements(statements.document(folder.parent / name), name)
-    statements.kind_of(str(folder), iter(said))
+    statements.kinds_of(str(folder), iter(said))
 
 
 def _count(folder: Path, config: dict[str, Any], name: str, default: int) -> int:
@@ -155,7 +156,7 @@ def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
 
     def get(ours: str) -> torch.Tensor:
         if ours == "pos_embed":
-            return position_embedding(rootstock_of(translated, heads))
+            return position_embedding(rootstock_of(DiTConfig, translated, heads))
         made_of = [tensors.get(name) for name in names[ours]]
         return made_of[0] if len(made_of) == 1 else torch.cat(made_of)
 
@@ -182,10 +183,11 @@ def write(
     DiTPipeline(transformer=transformer, vae=vae, scheduler=schedule).save_pretrained(folder)
 
 
-def wrapped(model: DiT, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:
+def wrapped(model: Rootstock, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:
     """What DiTPipeline takes, around or made of the model's own tensors: diffusers' class for a rootstock, and for what
     carries its operators; ours for a graft, and for other classes than ImageNet's, of which the pipeline's null class
     would be none."""
+    assert isinstance(model, DiT)  # as its family says, which alone has this layout
     of_pipeline = model.config.num_classes == CLASSES_OF_PIPELINE
     if of_pipeline and shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
         return rootstock_transformer(model)

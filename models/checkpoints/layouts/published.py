@@ -20,14 +20,11 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors, is_safetensors, read_safetensors
 from graftwork.models.checkpoints.pickles import read_torch
 from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, said
-from graftwork.models.checkpoints.wrappers import OURS, model_in, unwrapped
-from graftwork.models.rootstocks.dit import DiT, DiTConfig
+from graftwork.models.checkpoints.wrappers import model_in, unwrapped
+from graftwork.models.rootstocks import CONFIGS, Rootstock
 from graftwork.specs.edits import Edit
-from graftwork.specs.rootstock import SIZES
 
 WEIGHTS = "model.pt"
-OBJECTIVES = {"path_type": "Linear", "prediction": "velocity"}  # the arguments of a SiT's training script that tell
-PIXELS = 8  # along a side of a latent's element, in the published autoencoder
 
 
 def find(path: Path) -> Found:
@@ -35,55 +32,45 @@ def find(path: Path) -> Found:
     if is_safetensors(path):
         return of_tensors(read_safetensors(path), path)
     content = read_torch(path)
-    kind = _kind(path, statements.statements(content))
+    kinds = _kinds(path, statements.statements(content))
     tensors, notes = model_in(str(path), content)
     args = _arguments(content.get("args")) if isinstance(content, dict) else {}
     ours = args.get("graftwork")
     if not isinstance(ours, dict):
         count = args.get("num_classes")
         count = count if type(count) is int else None
-        return Found(tensors, heads=_heads(args, tensors), kind=kind, num_classes=count, notes=tuple(notes))
+        return Found(tensors, heads=_heads(args, tensors), kinds=kinds, num_classes=count, notes=tuple(notes))
     rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
     return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits, notes=tuple(notes))
 
 
 def of_tensors(tensors: Tensors, path: Path) -> Found:
     """Return the weights in files of nothing but tensors, one of which is at `path`."""
-    kind = _kind(path, statements.of_metadata(tensors.metadata))
+    kinds = _kinds(path, statements.of_metadata(tensors.metadata))
     model, notes = unwrapped(tensors)
-    return Found(model, kind=kind, notes=tuple(notes))
+    return Found(model, kinds=kinds, notes=tuple(notes))
 
 
-def _kind(path: Path, said: Iterator[tuple[str, Any]]) -> str | None:
-    """Return the kind of rootstock that the file, its name or a document beside it says it is, if any does.
+def _kinds(path: Path, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
+    """Return the kinds of rootstock that it can be by what the file, its name or a document beside it says.
 
     Raise UnfitCheckpoint if that is a model which is not ours.
     """
     by_name = [("model", path.stem)] if statements.SIZED.fullmatch(path.stem) else []
-    if by_name and statements.OURS.fullmatch(path.stem.lower()) is None and statements.is_of_another_family(path.stem):
-        raise UnfitCheckpoint(f"{path}: is of another model, by its name", statements.ACCEPTED)
-    return statements.kind_of(str(path), chain(by_name, said, statements.beside(path)))
+    if by_name and not statements.is_named_as_ours(path.stem) and statements.is_of_another_family(path.stem):
+        raise UnfitCheckpoint(f"{path}: is of another model, by its name", statements.accepted())
+    return statements.kinds_of(str(path), chain(by_name, said, statements.beside(path)))
 
 
-def write(model: DiT, edits: Sequence[Edit], folder: Path) -> None:
+def write(model: Rootstock, edits: Sequence[Edit], folder: Path) -> None:
     """`args` has `graftwork` for `find`: what the tensors do not tell, as the heads and some settings of operators."""
     config = model.config
     args: dict[str, Any] = {
-        "model": published_name(config),
-        **(OBJECTIVES if config.kind == "sit" else {}),
-        "image_size": PIXELS * config.input_size,
-        "num_classes": config.num_classes,
+        **config.published_arguments(),
         "graftwork": {"rootstock": fields_of(config), "edits": edits_json(edits)},
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     torch.save({"ema": state, "args": args}, folder / WEIGHTS)
-
-
-def published_name(config: DiTConfig) -> str | None:
-    """`DiT-XL/2` and the like; None where the shape is no published one."""
-    shape = (config.depth, config.width, config.heads)
-    family = {"dit": "DiT", "sit": "SiT"}[config.kind]
-    return next((f"{family}-{letter}/{config.patch}" for letter, size in SIZES.items() if size == shape), None)
 
 
 def _arguments(args: object) -> dict[str, Any]:
@@ -92,7 +79,8 @@ def _arguments(args: object) -> dict[str, Any]:
 
 
 def _heads(args: dict[str, Any], tensors: Tensors) -> int | None:
-    """Attention heads, as the name of the model tells that was trained (`DiT-XL/2`), if its tensors can have them."""
-    letter = str(args.get("model", "")).removeprefix("DiT-").removeprefix("SiT-").partition("/")[0]
-    width = next(iter(tensors.shapes.get(OURS, ())), 0)
-    return SIZES[letter][2] if letter in SIZES and width % SIZES[letter][2] == 0 else None
+    """Return attention heads, as the name of the model tells that was trained (`DiT-XL/2`), if its tensors can have
+    them."""
+    name = str(args.get("model", ""))
+    told = (config.heads_of(name, tensors.shapes) for config in CONFIGS.values())
+    return next((heads for heads in told if heads is not None), None)
