@@ -114,9 +114,9 @@ def embedding_cost(model: Shape, place: Place, channels: int, num_classes: int) 
     return model.formulas.embedding(model, place, channels, num_classes)
 
 
-def block_cost(place: Place, model: Shape | None = None) -> Cost:
-    """Return the cost of one of the model's blocks, with its own operators; without a model, of a DiT's."""
-    return (DIT if model is None else model.formulas).block(place)
+def block_cost(place: Place, model: Shape) -> Cost:
+    """Return the cost of one of the model's blocks, with its own operators."""
+    return model.formulas.block(place)
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,12 @@ PARTS = 2**20  # that the range of the totals is told apart in, where they are n
 def reachable(
     rootstock: Cost, original: Cost, options: Sequence[Cost], sites: int, wanted: float
 ) -> tuple[int, int, int]:
-    """FLOPs of the models in which each of some like sites has its original or one of the options: the least, the most
-    and the nearest to `wanted`."""
+    """Return FLOPs of models in which each of some like sites has its original or an option: least, most, and nearest
+    to `wanted`.
+
+    Sums of subsets, as bits of a number: options that cost 2 and 3 units more, at two sites, come to 0, 2, 3, 4, 5 and
+    6 units, which is 0b1111101. One more site shifts the number by each option's units, and all of these are joined.
+    """
     changes = [0, *(option.flops - original.flops for option in options)]
     low, high = min(changes), max(changes)
     least, most = rootstock.flops + sites * low, rootstock.flops + sites * high
@@ -163,11 +167,19 @@ def reachable(
     for _ in range(sites):
         sums = reduce(or_, (sums << step for step in steps))
     place = min(max(round((wanted - least) / unit), 0), sums.bit_length() - 1)
-    below = (sums & ((2 << place) - 1)).bit_length() - 1
-    rest = sums >> place
-    above = place + (rest & -rest).bit_length() - 1
-    nearest = min((least + below * unit, least + above * unit), key=lambda total: abs(total - wanted))
-    return least, most, nearest
+    totals = (least + bit * unit for bit in nearest_set_bits(sums, place))
+    return least, most, min(totals, key=lambda total: abs(total - wanted))
+
+
+def nearest_set_bits(bits: int, place: int) -> tuple[int, int]:
+    """Return the last set bit at or below a place, and the first at or above it.
+
+    Of 0b1001001, whose bits 0, 3 and 6 are set, (3, 6) for place 4 and (3, 3) for place 3. Bit 0 and some bit at or
+    above the place must be set.
+    """
+    below = (bits & ((2 << place) - 1)).bit_length() - 1
+    rest = bits >> place
+    return below, place + (rest & -rest).bit_length() - 1
 
 
 def scion_cost(edit: Edit, place: Place) -> Cost:

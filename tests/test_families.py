@@ -409,7 +409,7 @@ def test_it_is_exported_in_the_layouts_that_it_has(
 ) -> None:
     path = saved(model, tmp_path, {"model": "Strip-2"})
     for layout in ("graftwork", "published"):
-        checkpoints.export(path, tmp_path / layout, layout)  # type: ignore[arg-type]
+        checkpoints.export(path, tmp_path / layout, layout)
         found, _ = checkpoints.read(tmp_path / layout)
         torch.testing.assert_close(found(*batch), model(*batch), rtol=0, atol=0)
     assert torch.load(tmp_path / "published" / "model.pt")["args"]["model"] == "Strip-2"

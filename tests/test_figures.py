@@ -12,7 +12,7 @@ from graftwork.pipeline.cli.tables import show_costs, show_results
 from graftwork.pipeline.runs import record
 from graftwork.pipeline.runs.record import RunRecord, StepRecord
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.specs.costs import Cost, GraftCost
+from graftwork.specs.costs import Cost, GraftCost, nearest_set_bits
 from graftwork.specs.figures import amount, figure, flops, number
 
 ROW = {"distance": 8.0912, "params": 479560, "flops": 41.4e6, "ms_per_sample": 35.44, "peak_memory": 2_180_960}
@@ -80,3 +80,9 @@ def test_a_plan_shows_parameters_and_flops_in_the_same_way(capsys: pytest.Captur
 
 def test_the_basic_forms() -> None:
     assert (number(3), number(2.50001), flops(7.494e6), amount(38e6)) == ("3", "2.5", "7.494 MFLOP", "38 MB")
+
+
+def test_the_nearest_set_bits_are_on_both_sides_of_a_place_or_at_it() -> None:
+    bits = 0b1001001
+    found = {place: nearest_set_bits(bits, place) for place in range(7)}
+    assert found == {0: (0, 0), 1: (0, 3), 2: (0, 3), 3: (3, 3), 4: (3, 6), 5: (3, 6), 6: (6, 6)}

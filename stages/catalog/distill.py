@@ -58,7 +58,7 @@ def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
     training, heldout = recipe.samples * recipe.draws, recipe.heldout or recipe.samples
     scion, last = scion_cost(edit, rootstock.place).flops, edit.site.block
     if isinstance(edit.operator, Parallel):  # both blocks learn, and a projection that merges them
-        scion += 2 * block_cost(rootstock.place).flops
+        scion += 2 * block_cost(rootstock.place, rootstock.model).flops
         last += 1
     # A scion that comes from another graft is only measured.
     passes = heldout if edit.scions else recipe.epochs * (TRAINING * training + heldout)

@@ -41,7 +41,7 @@ class RootstockFlops:
     def up_to(self, block: int) -> int:
         """Of a pass of one sample that ends with that block."""
         embedding = embedding_cost(self.model, self.place, self.channels, num_classes=1)
-        return embedding.flops + (block + 1) * block_cost(self.place).flops
+        return embedding.flops + (block + 1) * block_cost(self.place, self.model).flops
 
 
 def training(recipe: TrainingSpec, flops: int) -> Work:
