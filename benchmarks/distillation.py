@@ -347,7 +347,7 @@ def context_of(work: Work, edit: Edit, following: Sequence[Edit], kept: dict[str
         report=lambda done, total, metrics=None: None,
         resources=StepResources(),
         device=work.device,
-        task_scope=TaskScope(next=[work.params(other) for other in following], kept=kept),
+        task_scope=TaskScope(next=[work.params(other) for other in following], state=kept),
     )
 
 

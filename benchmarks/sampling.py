@@ -141,7 +141,7 @@ def public(setting: Setting) -> Gaussian:
     for start in range(0, setting.params.samples, READ_BATCH):
         indices = range(start, min(start + READ_BATCH, setting.params.samples))
         images, labels = read_back(setting, indices), setting.labels(indices)
-        seen = setting.judges.look(images, labels).seen[setting.metric].features
+        seen = setting.judges.look(images, labels).by_metric[setting.metric].features
         assert seen is not None
         features.append(seen.cpu().numpy())
     found = np.concatenate(features)
@@ -173,7 +173,9 @@ def largest_difference(setting: Setting) -> int:
     """Of any pixel of any image, in levels of 256."""
     keeping = replace(setting.context, params=setting.params.model_copy(update={"keep_samples": True}))
     found = [
-        np.abs(sample_batch(keeping, batch, setting.device).kept.astype(int) - read_back(setting, batch.samples)).max()
+        np.abs(
+            sample_batch(keeping, batch, setting.device).images.astype(int) - read_back(setting, batch.samples)
+        ).max()
         for batch in setting.batches
     ]
     return int(max(found))

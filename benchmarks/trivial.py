@@ -68,7 +68,11 @@ def finish(plan: Plan) -> None:
         store.commit(step.key, folder, dict(step.identity), origin)
     run = Run(plan, SilentView())
     there = run.destination()
-    run.record.status, run.record.mlflow_uri, run.record.mlflow_experiment = "finished", there.kept, there.experiment
+    run.record.status, run.record.mlflow_uri, run.record.mlflow_experiment = (
+        "finished",
+        there.recorded_uri,
+        there.experiment,
+    )
     run.record.results = {"rootstock": {"distance": 1.0}}
     record.save(store, run.record)
 

@@ -29,7 +29,7 @@ class Unwatched(Watcher):
     def waiting(self, step: str, holder: LeaseOwner) -> None:
         pass
 
-    def taken(self, step: str) -> None:
+    def made_elsewhere(self, step: str) -> None:
         pass
 
     def stop_wanted(self) -> bool:

@@ -70,12 +70,12 @@ class ImageFolderData(Spec):
 
     @field_validator("classes", mode="wrap")
     @classmethod
-    def _number_or_file(cls, given: Any, _: object) -> int | str | None:
-        if isinstance(given, str):
-            return _LOCAL_PATH.validate_python(given)
-        if given is not None and not (is_integer(given) and given >= 1):
-            refuse([], given, "a number from 1 on, or the path of a file that names the class folders")
-        return given
+    def _number_or_file(cls, value: Any, _: object) -> int | str | None:
+        if isinstance(value, str):
+            return _LOCAL_PATH.validate_python(value)
+        if value is not None and not (is_integer(value) and value >= 1):
+            refuse([], value, "a number from 1 on, or the path of a file that names the class folders")
+        return value
 
 
 Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]

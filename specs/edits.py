@@ -135,9 +135,9 @@ class ParallelEdits(Spec):
         return len(self.edits(depth))
 
 
-def _kind(given: Any) -> str:
+def _kind(value: Any) -> str:
     """`kind` may be left out of the common case."""
-    kind = given.get("kind", "replace") if isinstance(given, dict) else getattr(given, "kind", "replace")
+    kind = value.get("kind", "replace") if isinstance(value, dict) else getattr(value, "kind", "replace")
     return str(kind)
 
 

@@ -31,29 +31,29 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _numbers_are_numbers(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         fields = _fields(cls)
-        return {name: _unconverted(value, fields[name]) if name in fields else value for name, value in given.items()}
+        return {name: _unconverted(value, fields[name]) if name in fields else value for name, value in values.items()}
 
 
 class NotANumber:
     """Wraps a value that pydantic would coerce to a number (True, '4'), so that the field refuses it."""
 
-    def __init__(self, given: object) -> None:
-        self.given = given
+    def __init__(self, value: object) -> None:
+        self.value = value
 
     def __repr__(self) -> str:
         try:
-            return repr(self.given)
+            return repr(self.value)
         except ValueError:  # of thousands of digits
             return "a number too large to be shown"
 
     @property
     def too_large(self) -> bool:
         """Whether it is a number that no field has room for."""
-        return is_integer(self.given)
+        return is_integer(self.value)
 
 
 def wrap_large_integers(value: Any) -> Any:
@@ -140,11 +140,11 @@ def are_integers(value: object) -> bool:
     return isinstance(value, list | tuple) and all(map(is_integer, value))
 
 
-def refuse(path: Sequence[str | int], given: object, accepted: str) -> NoReturn:
-    """Raise from a validator, naming the exact field below the one validated: "got `given`; accepted: `accepted`"."""
+def refuse(path: Sequence[str | int], value: object, accepted: str) -> NoReturn:
+    """Raise from a validator, naming the exact field below the one validated: "got `value`; accepted: `accepted`"."""
     # Braces would be read as a template by PydanticCustomError.
     error = PydanticCustomError("refused", "{accepted}", {"accepted": accepted})
-    raise ValidationError.from_exception_data("spec", [InitErrorDetails(type=error, loc=tuple(path), input=given)])
+    raise ValidationError.from_exception_data("spec", [InitErrorDetails(type=error, loc=tuple(path), input=value)])
 
 
 def _line(text: str) -> str:

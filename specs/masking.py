@@ -28,10 +28,10 @@ def masked(text: str) -> str:
     return _QUERY.sub(_without_value, _USER.sub(_without_password, text))
 
 
-def _without_password(found: re.Match[str]) -> str:
-    before, held = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return found[0] if PLACEHOLDER.fullmatch(held) else f"{before}***@"
+def _without_password(match: re.Match[str]) -> str:
+    before, held = (match[1], match[2]) if match[1] else (match[3], match[4])
+    return match[0] if PLACEHOLDER.fullmatch(held) else f"{before}***@"
 
 
-def _without_value(found: re.Match[str]) -> str:
-    return found[0] if PLACEHOLDER.fullmatch(found[2]) else f"{found[1]}***"
+def _without_value(match: re.Match[str]) -> str:
+    return match[0] if PLACEHOLDER.fullmatch(match[2]) else f"{match[1]}***"

@@ -95,10 +95,10 @@ else:
     Metric = Literal[tuple(METRICS)]
 
 
-def inception_file(given: str | None) -> Path:
+def inception_file(path: str | None) -> Path:
     """Return where the Inception weights are: the file given, or where torch's hub keeps them (torch is not needed)."""
-    if given is not None:
-        return Path(given)
+    if path is not None:
+        return Path(path)
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     torch_home = os.path.expanduser(os.environ.get("TORCH_HOME", os.path.join(cache, "torch")))  # noqa: PTH111, PTH118  # needs no home
     return Path(torch_home) / "hub" / "checkpoints" / INCEPTION_FILE

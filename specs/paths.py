@@ -64,10 +64,10 @@ def expand_weights(path: str) -> str:
     return path if is_hub_id(path) else expand_absolute(path)
 
 
-def _value(found: re.Match[str]) -> str:
-    name = found["bare"] or found["braced"]
+def _value(match: re.Match[str]) -> str:
+    name = match["bare"] or match["braced"]
     if not _NAME.fullmatch(name):
-        raise UnknownInPath(f"a variable's name in braces, not {found[0]}")
+        raise UnknownInPath(f"a variable's name in braces, not {match[0]}")
     value = os.environ.get(name)
     if not value:  # $DATA/train is not meant to be /train
         state = "is not set" if value is None else "is empty"
@@ -75,8 +75,8 @@ def _value(found: re.Match[str]) -> str:
     return value
 
 
-def _unless_braced(found: re.Match[str]) -> str:
-    return _value(found) if found["bare"] else found[0]
+def _unless_braced(match: re.Match[str]) -> str:
+    return _value(match) if match["bare"] else match[0]
 
 
 def home_folder() -> str | None:

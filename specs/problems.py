@@ -32,9 +32,9 @@ def problem(line: str) -> str:
     return shortened(found, LINE - len(end)) + end
 
 
-def refusal(field: str, found: object, accepted: str) -> str:
+def refusal(field: str, value: object, accepted: str) -> str:
     """The line for a field; where what was found says by itself what is accepted, that counts."""
-    return f"{field}: got {found}" + ("" if ACCEPTED in str(found) else f"{ACCEPTED}{accepted}")
+    return f"{field}: got {value}" + ("" if ACCEPTED in str(value) else f"{ACCEPTED}{accepted}")
 
 
 def shortened(text: str, limit: int) -> str:

@@ -75,9 +75,9 @@ class SitModel(_Transformer):
     kind: Literal["sit"] = "sit"
 
 
-def _kind(given: Any) -> str:
+def _kind(value: Any) -> str:
     """`kind` may be left out of the common case."""
-    kind = given.get("kind", "dit") if isinstance(given, dict) else getattr(given, "kind", "dit")
+    kind = value.get("kind", "dit") if isinstance(value, dict) else getattr(value, "kind", "dit")
     return str(kind)
 
 

@@ -36,10 +36,10 @@ def filled(uri: str, field: str) -> str:
         raise SpecError([f"{field}: got ${{{name}}}, which is not set; accepted: {accepted}"])
     _filled.update(PLACEHOLDER.findall(uri))
 
-    def value(found: re.Match[str]) -> str:
-        before, after = uri[: found.start()], uri[found.end() :]
+    def value(match: re.Match[str]) -> str:
+        before, after = uri[: match.start()], uri[match.end() :]
         encoded = "://" in before and ("?" in before or "@" in after)
-        return quote(os.environ[found[1]], safe="") if encoded else os.environ[found[1]]
+        return quote(os.environ[match[1]], safe="") if encoded else os.environ[match[1]]
 
     return PLACEHOLDER.sub(value, uri)
 

@@ -637,7 +637,7 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
         resources=StepResources(),
         device=CPU,
     )
-    found = rows.sample_batch(context, rows.Batch(range(3, 5), shown=(0, 1)), CPU).shown
+    found = rows.sample_batch(context, rows.Batch(range(3, 5), in_picture=(0, 1)), CPU).in_picture
     condition = Condition(labels=rows.labels_of(range(3, 5), 5, 3))
     drawn = rows.draw(model.eval(), model.config, read_meta(encoded), range(3, 5), condition, sampler, 0, CPU)
     assert drawn.abs().max() > 1

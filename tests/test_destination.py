@@ -83,7 +83,7 @@ def past(uri: str | None, experiment: str | None) -> RunRecord:
 
 def test_without_a_word_figures_go_to_the_store_s_own_database(store: Store) -> None:
     there = destination(job().tracking, store, None)
-    assert (there.uri, there.kept) == (f"sqlite:///{store.root}/mlflow.db", "mlflow.db")
+    assert (there.uri, there.recorded_uri) == (f"sqlite:///{store.root}/mlflow.db", "mlflow.db")
     assert (there.experiment, there.notes) == ("graftwork", ())
 
 
@@ -91,7 +91,7 @@ def test_mlflow_s_variables_are_obeyed_and_said(store: Store, monkeypatch: pytes
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     there = destination(job().tracking, store, None)
-    assert (there.uri, there.kept, there.experiment) == ("http://host:5000", "http://host:5000", "mine")
+    assert (there.uri, there.recorded_uri, there.experiment) == ("http://host:5000", "http://host:5000", "mine")
     assert [note for note in there.notes if "http://host:5000" in note and "MLFLOW_TRACKING_URI" in note]
     assert [note for note in there.notes if "'mine'" in note and "MLFLOW_EXPERIMENT_NAME" in note]
 
@@ -116,10 +116,10 @@ def test_a_password_in_the_variable_is_kept_nowhere(store: Store, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2hunter2@host:5000")
     there = destination(job().tracking, store, None)
     assert there.address == "http://me:hunter2hunter2@host:5000"
-    assert "hunter2" not in repr(there) and there.name == there.kept == "http://me:***@host:5000"
+    assert "hunter2" not in repr(there) and there.name == there.recorded_uri == "http://me:***@host:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(SpecError, match=r"MLFLOW_TRACKING_URI: got nothing; accepted: .* http://me:\*\*\*@host:5000"):
-        destination(job().tracking, store, past(there.kept, None))
+        destination(job().tracking, store, past(there.recorded_uri, None))
 
 
 def test_a_store_whose_path_no_database_uri_can_hold_is_refused(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_store_whose_path_no_database_uri_can_hold_is_refused(tmp_path: Path) 
 
 
 def test_a_store_s_database_by_its_path_is_the_store_s_own(store: Store) -> None:
-    assert destination(job(f"tracking.uri=sqlite:///{store.root}/mlflow.db").tracking, store, None).kept == OWN
+    assert destination(job(f"tracking.uri=sqlite:///{store.root}/mlflow.db").tracking, store, None).recorded_uri == OWN
 
 
 def test_a_job_that_is_submitted_takes_the_variable_along(monkeypatch: pytest.MonkeyPatch) -> None:

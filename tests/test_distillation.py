@@ -422,7 +422,7 @@ def distilled_together(store: Store, inputs: dict[str, Folder], folder: Path, **
     kept: dict[str, Any] = {}
     for name, edit, ahead in (("mha", MHA_EDIT, [MLP_EDIT]), ("mlp", MLP_EDIT, [])):
         following = [make_context(store, "", folder, edit=other, **changes).params for other in ahead]
-        task_scope = TaskScope(next=following, kept=kept)
+        task_scope = TaskScope(next=following, state=kept)
         folder.mkdir(exist_ok=True)
         run_distill(store, f"{folder}/{name}", inputs, folder / name, edit=edit, task_scope=task_scope, **changes)
     return {

@@ -161,9 +161,9 @@ def test_a_training_may_go_on_with_any_count_of_workers_down_to_the_least(
 
 
 def test_a_steps_resources_reach_ray_by_its_names() -> None:
-    from graftwork.cluster.session.runtime import options, taken
+    from graftwork.cluster.session.runtime import node_amounts, options
 
     wanted = StepResources(cpu=2, gpu=0.25, memory="2GiB", custom={"judge": 1})
     assert options(wanted) == {"num_cpus": 2, "num_gpus": 0.25, "memory": 2 * 2**30, "resources": {"judge": 1}}
     assert options(wanted, idle=True) == {"num_cpus": 0}
-    assert taken(wanted) == {"CPU": 2, "GPU": 0.25, "memory": 2 * 2**30, "judge": 1}
+    assert node_amounts(wanted) == {"CPU": 2, "GPU": 0.25, "memory": 2 * 2**30, "judge": 1}

@@ -105,8 +105,8 @@ def test_steps_of_one_task_see_who_comes_after_them_and_what_was_left_for_them(s
     seen = []
 
     def work(context: Context) -> None:
-        seen.append(([params.seed for params in context.task_scope.next], dict(context.task_scope.kept)))
-        context.task_scope.kept[context.step] = context.params.seed
+        seen.append(([params.seed for params in context.task_scope.next], dict(context.task_scope.state)))
+        context.task_scope.state[context.step] = context.params.seed
         leave_a_file(context)
 
     doing(work)
@@ -202,8 +202,8 @@ def test_a_step_that_another_driver_is_at_is_left_to_it_and_the_rest_is_done(sto
     assert isinstance(lease, Lease)
     with leases.releasing(lease):
         results = run(made)
-    assert [result.state for result in results] == ["done", "held", "done"]
-    assert results[1].held is not None and results[1].held.holder.run == "another"
+    assert [result.state for result in results] == ["done", "leased", "done"]
+    assert results[1].lease is not None and results[1].lease.holder.run == "another"
 
 
 def test_the_time_to_stop_in_follows_the_size_of_a_training_s_checkpoint() -> None:
@@ -229,7 +229,7 @@ def test_asked_to_stop_a_task_begins_no_other_step(store: Store, doing: Any) -> 
     assert [result.state for result in results] == ["done", "stopped", "stopped"]
 
 
-@pytest.mark.parametrize(("state", "expected"), [("done", "done"), ("failed", "blocked"), ("held", "blocked")])
+@pytest.mark.parametrize(("state", "expected"), [("done", "done"), ("failed", "blocked"), ("leased", "blocked")])
 def test_a_step_is_done_only_after_what_it_needs(store: Store, doing: Any, state: Any, expected: str) -> None:
     doing(leave_a_file)
     before = [StepResult("base", "0" * 64, state)]
@@ -273,8 +273,8 @@ def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
     return found
 
 
-def lose(execution: Execution, *names: str, helped: bool = False) -> None:
-    execution.tasks = {"ref": execute.Task(names, helped)}
+def lose(execution: Execution, *names: str, fed_by_recording: bool = False) -> None:
+    execution.tasks = {"ref": execute.Task(names, fed_by_recording)}
     for name in names:
         execution.steps[name].task = "ref"
     execution._end("ref")
@@ -306,7 +306,7 @@ def test_a_step_is_not_blamed_for_what_it_waited_for(losing: Execution) -> None:
 
 
 def test_a_step_that_was_lost_with_what_others_recorded_for_it_is_tried_by_itself(losing: Execution) -> None:
-    lose(losing, SITES[0], helped=True)
+    lose(losing, SITES[0], fed_by_recording=True)
     assert losing.steps[SITES[0]].alone and losing.failures == []
     lose(losing, SITES[0])
     assert [failure.step for failure in losing.failures] == [SITES[0]]

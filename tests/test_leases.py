@@ -58,9 +58,9 @@ def test_a_lease_has_one_holder_until_it_is_released(store: Store) -> None:
     ours = taken(store, "ours")
     found = take(store, "a", me("theirs"))
     assert isinstance(found, LeaseSnapshot) and found.holder.process == os.getpid() and "some-run" in str(found.holder)
-    assert leases.held(store) == {"a"}
+    assert leases.active_leases(store) == {"a"}
     ours.release()
-    assert look(store, "a") is None and leases.held(store) == set() and store.names("leases") == []
+    assert look(store, "a") is None and leases.active_leases(store) == set() and store.names("leases") == []
     taken(store, "theirs").release()
 
 
@@ -121,7 +121,7 @@ def test_leases_of_other_names_are_free(store: Store) -> None:
     ours = taken(store, "ours")
     other = take(store, "b", me("theirs"))
     assert isinstance(other, Lease)
-    assert leases.held(store) == {"a", "b"}
+    assert leases.active_leases(store) == {"a", "b"}
     ours.release()
     other.release()
 

@@ -166,7 +166,7 @@ def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     came_back: list[int] = []
 
     def note(progress: rows.Progress, drawn: rows.Drawn) -> None:
-        came_back.append(len(drawn.shown) + len(drawn.kept))
+        came_back.append(len(drawn.in_picture) + len(drawn.images))
 
     monkeypatch.setattr(rows.Progress, "add", noting(note, rows.Progress.add))
     rows.sample_row(context)
@@ -282,9 +282,9 @@ def test_the_picture_shows_classes_all_over_where_it_has_no_room_for_all() -> No
 
 def test_samples_of_the_picture_are_taken_from_whichever_batch_has_them(context: Context) -> None:
     params = context.params.model_copy(update={"samples": 10, "batch": 4})
-    assert [batch.shown for batch in rows.batches_of(params, [0, 3, 5, 9])] == [(0, 3), (1,), (1,)]
-    shown = rows.sample_batch(context, rows.Batch(range(8), (1, 6)), CPU).shown
-    every = rows.sample_batch(keeping(context), rows.Batch(range(8), ()), CPU).kept
+    assert [batch.in_picture for batch in rows.batches_of(params, [0, 3, 5, 9])] == [(0, 3), (1,), (1,)]
+    shown = rows.sample_batch(context, rows.Batch(range(8), (1, 6)), CPU).in_picture
+    every = rows.sample_batch(keeping(context), rows.Batch(range(8), ()), CPU).images
     assert np.array_equal(shown, every[[1, 6]])
 
 

@@ -204,7 +204,7 @@ def test_a_file_that_nobody_listed_is_not_served(store: Store) -> None:
 
 def test_rot_survives_pickling() -> None:
     rot = pickle.loads(pickle.dumps(RottenArtifact(KEY, "model.safetensors", "missing")))
-    assert (rot.key, rot.file, rot.found) == (KEY, "model.safetensors", "missing")
+    assert (rot.key, rot.file, rot.problem) == (KEY, "model.safetensors", "missing")
 
 
 # -- quarantine

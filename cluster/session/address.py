@@ -97,8 +97,8 @@ class _Head:
         answer = self._answer(ray_internals.NodeInfoGcsServiceStub(self._channel).GetAllNodeInfo, request, secret)
         return set() if answer is None else {node.node_id.hex() for node in answer.node_info_list}
 
-    def refused(self, found: str, accepted: str = HEAD) -> SpecError:
-        return SpecError([f"RAY_ADDRESS: got {self._given!r}, {found}; accepted: {accepted}"])
+    def refused(self, problem: str, accepted: str = HEAD) -> SpecError:
+        return SpecError([f"RAY_ADDRESS: got {self._given!r}, {problem}; accepted: {accepted}"])
 
     def _answer(self, method: Any, request: Any, secret: str | None) -> Any:
         said, status = [("authorization", f"Bearer {secret}")] if secret else [], self._grpc.StatusCode

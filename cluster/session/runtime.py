@@ -77,7 +77,7 @@ def _ray_of_our_own(demands: Sequence[StepResources], min_parallel: int, warm: S
         for demand in demands:
             if not room_for(demand):
                 has = ray.cluster_resources()
-                here = _amounts({name: has.get(name, 0.0) for name, amount in taken(demand).items() if amount})
+                here = _amounts({name: has.get(name, 0.0) for name, amount in node_amounts(demand).items() if amount})
                 raise NotEnough(f"resources: got {shown(demand)}; accepted: at most what this machine has, {here}")
         yield
 
@@ -123,7 +123,7 @@ def options(resources: StepResources, idle: bool = False) -> dict[str, Any]:
     return told | ({"memory": resources.memory} if resources.memory else {})
 
 
-def taken(resources: StepResources) -> dict[str, float]:
+def node_amounts(resources: StepResources) -> dict[str, float]:
     """The same by the names that nodes have for it."""
     memory = {"memory": float(resources.memory)} if resources.memory else {}
     return {"CPU": resources.cpu, "GPU": resources.gpu, **memory, **resources.custom}
@@ -131,7 +131,7 @@ def taken(resources: StepResources) -> dict[str, float]:
 
 def shown(resources: StepResources) -> str:
     """The same for people: `1 CPU, 0.5 GPU`."""
-    return _amounts({name: amount for name, amount in taken(resources).items() if amount})
+    return _amounts({name: amount for name, amount in node_amounts(resources).items() if amount})
 
 
 def room_for(resources: StepResources) -> int:
@@ -143,7 +143,7 @@ def room_in(nodes: Iterable[Mapping[str, float]], resources: StepResources) -> i
     """The same, of nodes that have these amounts."""
 
     def held_by(node: Mapping[str, float]) -> int:
-        counts = [_fit(name, node.get(name, 0.0), amount) for name, amount in taken(resources).items() if amount]
+        counts = [_fit(name, node.get(name, 0.0), amount) for name, amount in node_amounts(resources).items() if amount]
         return min(counts, default=1)
 
     return sum(map(held_by, nodes))

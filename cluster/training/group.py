@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # handed on without saying so
 
 from graftwork.cluster import memory
-from graftwork.cluster.session.runtime import free_group, group_name, options, room_for, settle, taken
+from graftwork.cluster.session.runtime import free_group, group_name, node_amounts, options, room_for, settle
 from graftwork.specs.resources import StepResources
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _room_for(workers: int, resources: StepResources) -> Iterator[PlacementGroup
 
 
 def _bundle(resources: StepResources) -> dict[str, float]:
-    return {name: amount for name, amount in taken(resources).items() if amount}
+    return {name: amount for name, amount in node_amounts(resources).items() if amount}
 
 
 def _worker(shared: tuple[Work, Any], rank: int, workers: int, host: str, port: int) -> None:

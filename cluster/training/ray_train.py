@@ -12,7 +12,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from graftwork.cluster.session.runtime import UnusableGpu, gpu, room_for, settle, taken
+from graftwork.cluster.session.runtime import UnusableGpu, gpu, node_amounts, room_for, settle
 from graftwork.cluster.training.group import NoRoom, Work, WorkerLost, cause_of
 from graftwork.models.operators.kernels import DECISIONS, Decision
 from graftwork.specs.resources import StepResources
@@ -79,7 +79,7 @@ def _fit(loop: Any, workers: int, resources: StepResources) -> Any:
         trainer = TorchTrainer(
             loop,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=taken(resources)
+                num_workers=workers, use_gpu=resources.gpu > 0, resources_per_worker=node_amounts(resources)
             ),
             torch_config=_Config(backend="nccl" if resources.gpu else "gloo"),
             run_config=ray.train.RunConfig(

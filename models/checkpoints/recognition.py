@@ -49,8 +49,8 @@ def edits_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json", exclude={"scions"}) for edit in edits]
 
 
-def said(source: str, rootstock: Any, listed: Any) -> tuple[RootstockConfig, tuple[Edit, ...]]:
-    """The rootstock and the edits that a file names, of whatever values it has there."""
+def parse_description(source: str, rootstock: Any, listed: Any) -> tuple[RootstockConfig, tuple[Edit, ...]]:
+    """Parse the rootstock and the edits that a file describes; raise UnfitCheckpoint if they are malformed."""
     try:
         config = _config_from(rootstock)
         if not isinstance(listed, list | tuple):
@@ -146,22 +146,22 @@ def _unsuited(edit: Edit, place: Place) -> str | None:
 
 
 def recognised(
-    found: Found, config: RootstockConfig | None, heads: int | None
+    checkpoint: Found, config: RootstockConfig | None, heads: int | None
 ) -> tuple[RootstockConfig, tuple[Edit, ...]]:
     """The rootstock and the edits: as the file says, else as its shapes do.
 
     config: the rootstock expected, if any; heads: of a file that does not tell.
     """
-    tensors, wanted = found.tensors, config.heads if config else heads
+    tensors, wanted = checkpoint.tensors, config.heads if config else heads
     require_floats(tensors)
     kinds = _kinds_by_tensors(tensors)
-    if found.heads is not None and wanted is not None and found.heads != wanted:
-        raise UnfitCheckpoint(f"{tensors.source}: has {found.heads} attention heads, expected {wanted}")
-    rootstock = found.config if config is None else _expected(config, found, kinds)
+    if checkpoint.heads is not None and wanted is not None and checkpoint.heads != wanted:
+        raise UnfitCheckpoint(f"{tensors.source}: has {checkpoint.heads} attention heads, expected {wanted}")
+    rootstock = checkpoint.config if config is None else _expected(config, checkpoint, kinds)
     if rootstock is None:
-        family = CONFIGS[_kind(found, kinds)]
-        rootstock = rootstock_of(family, tensors, wanted if found.heads is None else found.heads)
-    edits = edits_of(tensors, rootstock) if found.edits is None else found.edits
+        family = CONFIGS[_kind(checkpoint, kinds)]
+        rootstock = rootstock_of(family, tensors, wanted if checkpoint.heads is None else checkpoint.heads)
+    edits = edits_of(tensors, rootstock) if checkpoint.edits is None else checkpoint.edits
     if problem := misplaced(edits, rootstock):  # possible where another rootstock is expected than the file says
         raise UnfitCheckpoint(f"{tensors.source}: does not fit the model: {problem}")
     return rootstock, edits
@@ -194,34 +194,34 @@ def _kinds_by_tensors(tensors: Tensors) -> list[str]:
     return kinds
 
 
-def _expected(config: RootstockConfig, found: Found, kinds: Collection[str]) -> RootstockConfig:
+def _expected(config: RootstockConfig, checkpoint: Found, kinds: Collection[str]) -> RootstockConfig:
     """Return the rootstock expected. Raise UnfitCheckpoint if the file is of another kind by its words or tensors."""
-    said = _said(found, kinds)
+    said = _said(checkpoint, kinds)
     for others, words in ((said, "says that it is"), (kinds, "has the tensors of")):
         if others and config.kind not in others:
             names = " or ".join(f"a {kind}" for kind in sorted(others))
             accepted = f"model.kind {' or '.join(sorted(others))}"
-            raise UnfitCheckpoint(f"{found.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
+            raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
     return config
 
 
-def _said(found: Found, kinds: Collection[str]) -> Collection[str]:
+def _said(checkpoint: Found, kinds: Collection[str]) -> Collection[str]:
     """Return the kinds that a file says it can be: of its tensors' `kinds`, if some of those are among them."""
-    said = found.kinds if found.config is None else {found.config.kind}
+    said = checkpoint.kinds if checkpoint.config is None else {checkpoint.config.kind}
     return said.intersection(kinds) or said
 
 
-def _kind(found: Found, kinds: Collection[str]) -> str:
+def _kind(checkpoint: Found, kinds: Collection[str]) -> str:
     """Return the one kind that a file is, by its words and its tensors. Raise UnfitCheckpoint if that is no one."""
     # A file that says nothing is of the family whose network it is, not of one that shares it.
     silent = [kind for kind in kinds if CONFIGS[kind].files.network is None]
-    said = _said(found, kinds)
+    said = _said(checkpoint, kinds)
     possible = [kind for kind in kinds if kind in said] if said else silent
     if len(possible) == 1:
         return possible[0]
     has = f"has the tensors of {' and '.join(f'a {kind}' for kind in sorted(possible or kinds))}"
     says = f"says that it is {' or '.join(f'a {kind}' for kind in sorted(said))}" if said else "does not say which"
-    raise UnfitCheckpoint(f"{found.tensors.source}: {has}, and {says}", "a file of one family, by both")
+    raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {has}, and {says}", "a file of one family, by both")
 
 
 def _is_none(tensors: Tensors, absent: Mapping[str, Iterable[str]]) -> UnfitCheckpoint:

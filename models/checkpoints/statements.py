@@ -120,7 +120,7 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
         yield from statements(value, name)
 
 
-def kinds_of(source: str, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
+def kinds_of(source: str, entries: Iterator[tuple[str, Any]]) -> frozenset[str]:
     """Return the kinds of rootstock that a file can be by what it says: none if it says nothing.
 
     They are those of the families that claim some of its words and accept all that any family claims. Raise
@@ -128,7 +128,7 @@ def kinds_of(source: str, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
     """
     ours = families()
     claimed, strange, foreign = [], [], False
-    for path, value in islice(said, MAX_STATEMENTS):
+    for path, value in islice(entries, MAX_STATEMENTS):
         name = _name(path)
         is_claimed, is_strange = any(_claims(files, name, value) for files in ours.values()), _of_another(name, value)
         claimed += [(name, path, value)] if is_claimed else []

@@ -115,28 +115,26 @@ def show_garbage(pieces: Sequence[Garbage], runs: Sequence[str], done: bool) -> 
     print(f"{'freed' if done else 'would free'}: {amount(sum(one.size for one in pieces))} in {len(pieces)} places")
 
 
-def show_submissions(found: Sequence[Submission]) -> None:
-    for one in found:
+def show_submissions(submissions: Sequence[Submission]) -> None:
+    for one in submissions:
         print(f"{one.state:9}  {one.started}  {one.id}")
 
 
-def show_run(found: RunRecord) -> None:
-    print(f"{found.run}: {found.status}, started {found.started}")
-    columns(
-        [[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in found.steps]
-    )
-    show_results(found)
-    for line in (found.error or "").splitlines():
+def show_run(run: RunRecord) -> None:
+    print(f"{run.run}: {run.status}, started {run.started}")
+    columns([[step.state, step.key[:12], f"{step.seconds:.1f}s", step.name, step.made_by or ""] for step in run.steps])
+    show_results(run)
+    for line in (run.error or "").splitlines():
         print(plain(redacted(line)))
 
 
-def show_results(found: RunRecord) -> None:
-    if not found.results:
+def show_results(run: RunRecord) -> None:
+    if not run.results:
         return
-    names = list(next(iter(found.results.values())))
+    names = list(next(iter(run.results.values())))
     columns(
         [["row", *names]]
-        + [[row, *(figure(name, found.results[row].get(name)) for name in names)] for row in found.results]
+        + [[row, *(figure(name, run.results[row].get(name)) for name in names)] for row in run.results]
     )
 
 

@@ -118,7 +118,7 @@ def check_mlflow(argument: Mapping[str, Any]) -> Check:
         return refused(
             "MLflow", error.lines[0], "broken" if has_job or os.environ.get("MLFLOW_TRACKING_URI") else "warning"
         )
-    where = "a database in the store" if there.kept == "mlflow.db" else shown_uri(there.name)
+    where = "a database in the store" if there.recorded_uri == "mlflow.db" else shown_uri(there.name)
     return fine("MLflow", f"{where} takes figures, in the experiment {there.experiment!r}")
 
 
@@ -229,13 +229,13 @@ def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> Iterator[Check]:
     """Hold what each kind of task takes against what the nodes have, as Ray does."""
-    from graftwork.cluster.session.runtime import room_in, shown, taken
+    from graftwork.cluster.session.runtime import node_amounts, room_in, shown
 
     misfit = False
     for step in {(step.stage, str(step.resources)): step for step in plan.steps}.values():
         workers = step.workers
         least = _least_workers(plan, step, workers)
-        room = room_in(nodes, step.resources) if any(taken(step.resources).values()) else workers
+        room = room_in(nodes, step.resources) if any(node_amounts(step.resources).values()) else workers
         if room >= workers:
             continue
         misfit = True

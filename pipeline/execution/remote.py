@@ -136,9 +136,9 @@ def needed_there(job: JobSpec) -> list[str]:
     ]
 
 
-def store_of(found: Submission | None, name: str, store: str | None) -> str:
+def store_of(submission: Submission | None, name: str, store: str | None) -> str:
     """The store of a submission, as it was sent; the one given, for a run that was started in another way."""
-    place = found.metadata.get(STORE) if found is not None else store
+    place = submission.metadata.get(STORE) if submission is not None else store
     if place is None:
         raise SpecError([f"run: got {name!r}, no such submission; accepted: one of graft status --address, or --store"])
     if secret_in(place):

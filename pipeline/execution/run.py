@@ -205,7 +205,7 @@ class Run:
     def waiting(self, step: str, holder: LeaseOwner) -> None:
         self.view.say(f"{step}: waiting for {holder}, which is at it")
 
-    def taken(self, step: str) -> None:
+    def made_elsewhere(self, step: str) -> None:
         manifest = self.store.manifest(self.plan[step].key)
         assert manifest is not None
         self._note(step, "cached", manifest.origin.seconds, manifest.origin.run)
@@ -337,7 +337,7 @@ class Run:
         """Whether an earlier start of the run told the same server or database."""
         there = self.destination()
         return self.past is not None and (self.past.mlflow_uri, self.past.mlflow_experiment) == (
-            there.kept,
+            there.recorded_uri,
             there.experiment,
         )
 

@@ -74,7 +74,7 @@ class Watcher(Protocol):
     def failed(self, step: str, problem: str) -> None: ...
     def skipped(self, step: str, because_of: str) -> None: ...
     def waiting(self, step: str, holder: LeaseOwner) -> None: ...
-    def taken(self, step: str) -> None: ...  # another driver made its artifact
+    def made_elsewhere(self, step: str) -> None: ...  # another driver made its artifact
     def stop_wanted(self) -> bool: ...
     def short(self, step: str, wanted: str) -> None: ...  # no node of the cluster can hold it
 
@@ -135,7 +135,7 @@ class Task:
     """What Ray does of the plan in one go."""
 
     steps: tuple[str, ...]
-    helped: bool = False  # others recorded for it
+    fed_by_recording: bool = False  # others recorded for it
 
 
 class ShortageWatch:
@@ -143,14 +143,14 @@ class ShortageWatch:
 
     def __init__(self) -> None:
         self.had_room: dict[str, float] = {}  # when last seen, by step
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def look(self, steps: Sequence[Step]) -> Iterator[tuple[str, str]]:
         """Yield the steps that have waited too long, and what they ask for."""
         now = time.monotonic()
         there_is_room: dict[str, bool] = {}  # by what is asked for, since asking Ray takes a while
         for step in steps:
-            if step.name in self.told:
+            if step.name in self.reported:
                 continue
             wanted = runtime.shown(step.resources)
             if wanted not in there_is_room:
@@ -158,7 +158,7 @@ class ShortageWatch:
             if there_is_room[wanted]:
                 self.had_room[step.name] = now
             elif now - self.had_room.setdefault(step.name, now) > SHORTAGE_SECONDS:
-                self.told.add(step.name)
+                self.reported.add(step.name)
                 yield step.name, wanted
 
 
@@ -267,7 +267,7 @@ class Execution:
         )
         awaited = {self.steps[name].task: None for step in steps for name in self._awaited(step)}
         ref = task.remote([self._work(step, recorded.get(step.name, ())) for step in steps], *waited, *awaited)
-        self.tasks[ref] = Task(tuple(step.name for step in steps), helped=bool(recorded))
+        self.tasks[ref] = Task(tuple(step.name for step in steps), fed_by_recording=bool(recorded))
         for step in steps:
             self.steps[step.name].task = ref
 
@@ -335,7 +335,7 @@ class Execution:
                 continue
             one.task = None
             if lost is not None and one.open:
-                self._lose(one, lost, alone=len(task.steps) == 1 and not task.helped)
+                self._lose(one, lost, alone=len(task.steps) == 1 and not task.fed_by_recording)
 
     def _settle(self, result: StepResult) -> None:
         """What a task said of a step: of one that was done or failed on the board too, before the task ended."""
@@ -347,9 +347,9 @@ class Execution:
             self.watcher.ended(result.step, result)
         elif result.failure is not None:
             self._fail(one, result.failure)
-        elif result.held is not None:
-            one.state, one.lease = "leased elsewhere", LeaseWatch(result.held)
-            self.watcher.waiting(result.step, result.held.holder)
+        elif result.lease is not None:
+            one.state, one.lease = "leased elsewhere", LeaseWatch(result.lease)
+            self.watcher.waiting(result.step, result.lease.holder)
         elif result.state == "blocked":
             self._block(one)
 
@@ -394,7 +394,7 @@ class Execution:
                 continue
             if self.store.manifest(one.step.key) is not None:
                 one.state, one.lease = "done", None
-                self.watcher.taken(one.step.name)
+                self.watcher.made_elsewhere(one.step.name)
             elif one.lease.expired(self.store):
                 one.state, one.expired, one.lease = "waiting", one.lease.last, None
 

@@ -65,22 +65,22 @@ class Pass:
 
 
 @ray.remote
-def _record(asked: Pass, share: int, num_shares: int, report: Reporter | None = None) -> list[Any]:
+def _record(work: Pass, share: int, num_shares: int, report: Reporter | None = None) -> list[Any]:
     """Nothing for each site where there is an error: its own step comes to it too, and tells."""
     if report is not None:
         report(0, 0)
     portion = contract.Portion(
-        steps=[site.params for site in asked.sites],
-        inputs={role: asked.store.artifact(key) for role, key in asked.keys.items()},
+        steps=[site.params for site in work.sites],
+        inputs={role: work.store.artifact(key) for role, key in work.keys.items()},
         device=runtime.settle(),
         share=share,
         num_shares=num_shares,
-        stopping=asked.stopping,
+        stopping=work.stopping,
     )
     try:
-        found = STAGES[asked.sites[0].stage].record(portion)
+        found = STAGES[work.sites[0].stage].record(portion)
     except Exception:
-        found = [None] * len(asked.sites)
+        found = [None] * len(work.sites)
     return [[], *found]
 
 

@@ -53,15 +53,15 @@ class StepFailed(Exception):
 class StepResult:
     """What a task says of a step.
 
-    done: the artifact is there. held: another driver has the lease. blocked: what it needs is not there. stopped: what
+    done: the artifact is there. leased: another driver has the lease. blocked: what it needs is not there. stopped: what
     it had done is saved. failed: the work raised an error.
     """
 
     step: str
     key: str
-    state: Literal["done", "held", "blocked", "stopped", "failed"]
+    state: Literal["done", "leased", "blocked", "stopped", "failed"]
     seconds: float = 0.0
-    held: LeaseSnapshot | None = None
+    lease: LeaseSnapshot | None = None
     failure: StepFailed | None = None
 
 
@@ -89,7 +89,7 @@ def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Step
     for number, work in enumerate(works):
         task_scope = contract.TaskScope(
             next=[other.step.params for other in works[number + 1 :]],
-            kept=kept,
+            state=kept,
             recorded=partial(shared_pass.fetch, work.recorded) if work.recorded else None,
         )
         result = _run_step(work, done, task_scope)
@@ -128,7 +128,7 @@ def _attempt(work: Work, done: Collection[str], task_scope: contract.TaskScope) 
         return StepResult(name, key, "stopped")
     taken = leases.take(store, key, LeaseOwner.me(work.origin.run, work.task), over=work.over)
     if isinstance(taken, LeaseSnapshot):
-        return StepResult(name, key, "held", held=taken)
+        return StepResult(name, key, "leased", lease=taken)
     with leases.releasing(taken):
         # It may have been committed between the first look and the lease.
         seconds = 0.0 if store.manifest(key) is not None else _do(work, task_scope)

@@ -317,14 +317,14 @@ def _hashed(path: str) -> tuple[bytes, bytes]:
     raise Changing(path)
 
 
-def is_racy(found: os.stat_result, began: int, ended: int) -> bool:
+def is_racy(stat: os.stat_result, began: int, ended: int) -> bool:
     """Return whether a file's times are so young that a change after it was read may leave them as they are.
 
     began, ended: of the reading, in ns. Nobody can set ctime: one in the future is of a clock that was set back, and
     the clock may yet come by it again.
     """
     recent = began - GRANULARITY_NS
-    return found.st_ctime_ns >= recent or recent <= found.st_mtime_ns <= ended + GRANULARITY_NS
+    return stat.st_ctime_ns >= recent or recent <= stat.st_mtime_ns <= ended + GRANULARITY_NS
 
 
 def _stat(path: str) -> bytes:
@@ -334,8 +334,8 @@ def _stat(path: str) -> bytes:
         return NOTHING
 
 
-def _packed(found: os.stat_result) -> bytes:
-    return STAT.pack(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+def _packed(stat: os.stat_result) -> bytes:
+    return STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 def _remembered(names: Sequence[str], stats: Sequence[bytes], known: Snapshot | None) -> list[bytes | None]:

@@ -21,7 +21,7 @@ from graftwork.pipeline.runs import record
 from graftwork.pipeline.runs.record import RunRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.files import FileInfo
-from graftwork.pipeline.store.leases import held, name_of
+from graftwork.pipeline.store.leases import active_leases, name_of
 from graftwork.pipeline.store.local import DRAFTS
 from graftwork.pipeline.store.manifest import MANIFEST
 from graftwork.specs.reading.load import SpecError
@@ -76,7 +76,7 @@ class References:
         self.released = {step.key for run in self.forgotten for step in self.runs[run].steps} - self.referred
         silent = time.time() - SILENT
         alive = {name_of(path) for path, file in self.store.files.tree("leases").items() if file.modified > silent}
-        self.leased = held(self.store) & alive
+        self.leased = active_leases(self.store) & alive
 
     def uses(self, one: Garbage) -> bool:
         if one.kind in ("rotten", "draft", "upload"):
@@ -116,13 +116,13 @@ def garbage(store: Store, older_than: float = 7 * DAY, forget: Collection[str] =
     )
 
 
-def free(store: Store, found: Sequence[Garbage], forget: Sequence[str] = ()) -> Iterator[Garbage]:
+def free(store: Store, garbage: Sequence[Garbage], forget: Sequence[str] = ()) -> Iterator[Garbage]:
     """Forget these runs, then free what nothing has come to refer to; yields each piece when it is gone."""
     for run in forget:
         for place in (f"runs/{run}.json", f"outbox/{run}.jsonl", f"outbox/{run}.refused.jsonl", f"stops/{run}"):
             store.remove(place)
     references = References(store)
-    for one in found:
+    for one in garbage:
         references.refresh()
         if not references.uses(one):
             _remove(store, one)

@@ -130,7 +130,7 @@ def _current(store: Store, name: str) -> tuple[LeaseSnapshot | None, int]:
     return None, -1
 
 
-def held(store: Store) -> set[str]:
+def active_leases(store: Store) -> set[str]:
     """The names of all leases that someone may be at work under."""
     found = (look(store, name) for name in {name_of(file) for file in store.names("leases")})
     return {one.name for one in found if one is not None and not one.holder.gone()}

@@ -18,12 +18,12 @@ DIFFERS = "is not what was committed (SHA-256 differs)"
 class RottenArtifact(Exception):
     """An artifact's file is missing, or is not what its manifest says."""
 
-    def __init__(self, key: str, file: str, found: str) -> None:
-        super().__init__(key, file, found)  # all three, so that it survives pickling
-        self.key, self.file, self.found = key, file, found
+    def __init__(self, key: str, file: str, problem: str) -> None:
+        super().__init__(key, file, problem)  # all three, so that it survives pickling
+        self.key, self.file, self.problem = key, file, problem
 
     def __str__(self) -> str:
-        return f"artifact {self.key[:12]}: {self.file}: {self.found}"
+        return f"artifact {self.key[:12]}: {self.file}: {self.problem}"
 
 
 def _below(name: str) -> str:
@@ -108,8 +108,8 @@ class Manifest(BaseModel):
         return manifest
 
 
-def _seal(told: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical(told).encode()).hexdigest()
+def _seal(document: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

@@ -21,8 +21,8 @@ class Checked:
     step: str | None  # that made it, and the run; None where the manifest does not say
     run: str | None
     size: int  # bytes, by the manifest
-    file: str | None = None  # the first that is damaged, and what was found; None where all are whole
-    found: str | None = None
+    file: str | None = None  # the first that is damaged, None if all are whole
+    problem: str | None = None
     aside: str | None = None  # where it was set aside
 
     @property
@@ -32,7 +32,7 @@ class Checked:
     def __str__(self) -> str:
         made = f"{self.step} of {self.run}" if self.step else "of what step, it does not say"
         aside = f"; set aside in {self.aside}, the next run computes it again" if self.aside else ""
-        return f"damaged: {self.key[:12]} ({made}): {self.file}: {self.found}{aside}"
+        return f"damaged: {self.key[:12]} ({made}): {self.file}: {self.problem}{aside}"
 
 
 def verify(store: Store, dry_run: bool = False) -> Iterator[Checked]:
@@ -65,7 +65,7 @@ def _read(store: Store, key: str) -> Checked | None:
         step, run, size = manifest.origin.step, manifest.origin.run, sum(file.size for file in manifest.files.values())
         store.artifact(key).verify()
     except RottenArtifact as rotten:
-        if rotten.file == MANIFEST and rotten.found == "missing":
+        if rotten.file == MANIFEST and rotten.problem == "missing":
             return None
-        return Checked(key, step, run, size, rotten.file, rotten.found)
+        return Checked(key, step, run, size, rotten.file, rotten.problem)
     return Checked(key, step, run, size)

@@ -32,7 +32,7 @@ class Destination:
     """An MLflow server or database, and an experiment in it."""
 
     uri: str  # with placeholders, to be used through `address`
-    kept: str  # as a record has it: without secrets, and without the place of the store
+    recorded_uri: str  # as a record has it: without secrets, and without the place of the store
     experiment: str
     field: str = "tracking.uri"  # that named it
     notes: tuple[str, ...] = ()  # what users should know of the choice, a line each
@@ -45,7 +45,7 @@ class Destination:
     @property
     def name(self) -> str:
         """The URI as it may be shown."""
-        return self.kept if self.uri == f"${{{URI}}}" else masked(self.uri)
+        return self.recorded_uri if self.uri == f"${{{URI}}}" else masked(self.uri)
 
     @cached_property
     def database(self) -> Path | None:
@@ -71,7 +71,9 @@ class Destination:
             raise SpecError([f"{self.field}: got {shown_uri(self.name)}, {found}{accepted}"])
 
     def _database_problem(self, database: Path) -> str | None:
-        is_new_store = self.kept == OWN and not database.exists()  # whether it can be written is the store's to say
+        is_new_store = (
+            self.recorded_uri == OWN and not database.exists()
+        )  # whether it can be written is the store's to say
         return None if is_new_store else mlflow_database.problem(database, self.experiment)
 
 

@@ -99,14 +99,14 @@ class Outbox(Generic[Entry]):
         refused = [text for line in left.refused if (text := _entry_of(line)) is not None]
         self.first = tuple(_parse(entry, [*refused, *left.entries]))  # what an earlier start left
         self.entries = deque(self.first)
-        self.kept = bool(left)  # the store holds some
+        self.has_copy = bool(left)  # the store holds some
         self.kept_at, self.keeping_took = 0.0, 0.0
         self.waiting_since = time.monotonic()
         self.away: str | None = None  # why nothing is delivered now
-        self.owed = self.kept  # to tell when all is delivered
+        self.was_away = self.has_copy  # to tell when all is delivered
         self.delivered = 0
         self.refused: list[tuple[Entry, str]] = []  # with the reason
-        self.told: set[type[Entry]] = set()  # kinds of which it was said that they are refused
+        self.refused_kinds: set[type[Entry]] = set()  # kinds of which it was said that they are refused
         self.has_refusals = bool(left.refused)  # the store holds some
         self.is_last_try = False  # of those that were refused
         self.changed = threading.Condition()
@@ -136,7 +136,7 @@ class Outbox(Generic[Entry]):
         finally:
             with self.changed:
                 self.abandoned = True
-            if self.entries or self.refused or self.kept:
+            if self.entries or self.refused or self.has_copy:
                 self._keep()
         self._say_what_is_missing()
 
@@ -144,7 +144,7 @@ class Outbox(Generic[Entry]):
         count = len(self.entries) + len(self.refused)
         if not count:
             return
-        if not self.kept:
+        if not self.has_copy:
             self.say(f"{self.server}: {count} entries are lost, the store could not keep them")
             return
         if self.entries:
@@ -201,21 +201,21 @@ class Outbox(Generic[Entry]):
                 return
             self.entries.popleft()
             self.away = None
-            self.delivered += self.owed
+            self.delivered += self.was_away
             empty = not self.entries
         if not empty:
             self._keep_if_due()
             return
-        if self.kept or self.refused:
+        if self.has_copy or self.refused:
             self._keep()
-        if self.owed and not self.refused:
+        if self.was_away and not self.refused:
             self.say(f"{self.server} has all {self.delivered} entries that were kept for it")
-            self.owed, self.delivered = False, 0
+            self.was_away, self.delivered = False, 0
 
     def _tell_away(self, reason: str) -> None:
         if not self.away and not self.closing.is_set():
             self.say(f"{self.server} {reason}; the job goes on, {len(self.entries)} entries are kept")
-            self.owed = True
+            self.was_away = True
         self.away = reason
 
     def _rest(self, seconds: float) -> None:
@@ -226,9 +226,9 @@ class Outbox(Generic[Entry]):
 
     def _set_aside(self, entry: Entry, reason: str) -> None:
         """Keep an entry for a later try; told once for each kind of entry."""
-        if type(entry) not in self.told and not self.closing.is_set():
+        if type(entry) not in self.refused_kinds and not self.closing.is_set():
             self.say(f"{self.server} {reason}; such entries are kept for a later try, others go on")
-        self.told.add(type(entry))
+        self.refused_kinds.add(type(entry))
         self.refused.append((entry, reason))
 
     # -- the copy in the store
@@ -245,12 +245,12 @@ class Outbox(Generic[Entry]):
             with self.changed:
                 entries, refused = tuple(self.entries), tuple(self.refused)
             where, where_refused = _files(self.run)
-            self.kept = self._write(where, [entry.model_dump_json() for entry in entries])
+            self.has_copy = self._write(where, [entry.model_dump_json() for entry in entries])
             if refused or self.has_refusals:
                 lines = [json.dumps({"problem": why, "entry": one.model_dump(mode="json")}) for one, why in refused]
                 self.has_refusals = bool(refused)
-                self.kept &= self._write(where_refused, lines)
-            self.kept &= bool(entries or refused)
+                self.has_copy &= self._write(where_refused, lines)
+            self.has_copy &= bool(entries or refused)
         self.kept_at = time.monotonic()
         self.keeping_took = self.kept_at - began
 

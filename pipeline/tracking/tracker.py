@@ -65,11 +65,11 @@ class Tracker:
         mlflow_server.set_up()
         self.plan, self.store, self.job = plan, store, record.run
         self.is_database = destination.database is not None
-        if (record.mlflow_uri, record.mlflow_experiment) != (destination.kept, destination.experiment):
+        if (record.mlflow_uri, record.mlflow_experiment) != (destination.recorded_uri, destination.experiment):
             record.mlflow_run = None
             for step in record.steps:
                 step.mlflow_run = None
-        record.mlflow_uri, record.mlflow_experiment = destination.kept, destination.experiment
+        record.mlflow_uri, record.mlflow_experiment = destination.recorded_uri, destination.experiment
         writer = MlflowWriter(destination, record, store)
         for note in destination.notes:
             say(note)

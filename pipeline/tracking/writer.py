@@ -223,9 +223,9 @@ class MlflowWriter:
     def _search(self, name: str) -> list[Run]:
         return list(self.client.search_runs([self.experiment], f"tags.`{ID}` = '{self._tag(name)}'"))
 
-    def _delete_others(self, found: Sequence[Run], ours: str) -> None:
+    def _delete_others(self, runs: Sequence[Run], ours: str) -> None:
         """An unanswered request to make a run may be carried out after all, beside the one that was repeated."""
-        for run in found:
+        for run in runs:
             if run.info.run_id != ours:
                 self.client.delete_run(run.info.run_id)
 

@@ -54,7 +54,7 @@ class InterleavedLayers(Share):
         return tuple(i for i in range(depth) if int((i + 1) * share) > int(i * share))
 
     def reason(self) -> str:
-        return f"interleaved, {self.asked()}"
+        return f"interleaved, {self.describe_share()}"
 
 
 class FirstLayers(Share):
@@ -66,7 +66,7 @@ class FirstLayers(Share):
         return tuple(range(self.number(depth)))
 
     def reason(self) -> str:
-        return f"first {self.asked()}"
+        return f"first {self.describe_share()}"
 
 
 class LastLayers(Share):
@@ -78,7 +78,7 @@ class LastLayers(Share):
         return tuple(range(depth - self.number(depth), depth))
 
     def reason(self) -> str:
-        return f"last {self.asked()}"
+        return f"last {self.describe_share()}"
 
 
 class MiddleLayers(Share):
@@ -91,4 +91,4 @@ class MiddleLayers(Share):
         return tuple(range(start, start + self.number(depth)))
 
     def reason(self) -> str:
-        return f"middle {self.asked()}"
+        return f"middle {self.describe_share()}"

@@ -62,5 +62,5 @@ class Share(Strategy):
             return "ratio", self.ratio, f"a ratio that chooses some of {depth} blocks"
         return None
 
-    def asked(self) -> str:
+    def describe_share(self) -> str:
         return f"{self.count} blocks" if self.count is not None else f"{self.ratio or 0.5:.0%}"

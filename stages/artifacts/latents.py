@@ -45,12 +45,12 @@ class LatentsMeta(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_squares(cls, given: Any) -> Any:
+    def _of_squares(cls, values: Any) -> Any:
         """Read what earlier versions wrote, `channels` and `side` of square latents, as their shape."""
-        if not isinstance(given, dict) or "side" not in given:
-            return given
-        others = {name: value for name, value in given.items() if name not in ("channels", "side")}
-        return {**others, "shape": (given["channels"], given["side"], given["side"])}
+        if not isinstance(values, dict) or "side" not in values:
+            return values
+        others = {name: value for name, value in values.items() if name not in ("channels", "side")}
+        return {**others, "shape": (values["channels"], values["side"], values["side"])}
 
     @property
     def channels(self) -> int:
@@ -208,10 +208,10 @@ def read(folder: Path, split: str) -> Latents:
     return Latents(latents, Condition(labels=labels), Shards(mirrored) if mirrored else None)
 
 
-def require_enough(field: str, asked: int, found: int, kind: str) -> None:
+def require_enough(field: str, wanted: int, available: int, kind: str) -> None:
     """Raise ValueError where a split is too small: known beforehand, unless broken images were left out."""
-    if asked > found:
-        raise ValueError(f"{field}: got {asked}; accepted: at most {found}, the {kind} images that can be read")
+    if wanted > available:
+        raise ValueError(f"{field}: got {wanted}; accepted: at most {available}, the {kind} images that can be read")
 
 
 def _shards(folder: Path, name: str) -> list[Tensor]:

@@ -255,7 +255,7 @@ def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def told(problems: Collection[str], total: int) -> str:
+def broken_line(problems: Collection[str], total: int) -> str:
     """One line about broken images: how many there are, and the first of them."""
     return f"{len(problems)} of {total} images are broken: {first_few(sorted(problems), SHOWN, '; ', '; and ')}"
 

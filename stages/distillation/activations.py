@@ -66,10 +66,10 @@ def _unpickled(inputs: int, weighted: bool, values: Sequence[tuple[torch.dtype, 
     return Pairs(tuple(tensors[:inputs]), tensors[inputs], tensors[inputs + 1] if weighted else None)
 
 
-def joined(found: Sequence[Pairs | None]) -> Pairs:
+def joined(parts: Sequence[Pairs | None]) -> Pairs:
     """The pairs of all parts that have any, in their order, as tensors of their own."""
-    parts = [part for part in found if part is not None]
-    return parts[0].of([torch.cat(values) for values in zip(*(part.tensors() for part in parts), strict=True)])
+    pairs = [part for part in parts if part is not None]
+    return pairs[0].of([torch.cat(values) for values in zip(*(part.tensors() for part in pairs), strict=True)])
 
 
 @dataclass(frozen=True)

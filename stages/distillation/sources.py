@@ -94,11 +94,11 @@ def task_state(context: Context) -> TaskState:
     """Return the state of the step's task; the first step of the task loads the teacher."""
     params: DistillParams = context.params
     identity = (context.inputs["base"].key, context.inputs["features"].key, params.seed, params.recipe)
-    state: TaskState | None = context.task_scope.kept.get(TASK_STATE)
+    state: TaskState | None = context.task_scope.state.get(TASK_STATE)
     if state is None or state.identity != identity:
         teacher = read_teacher(params, context.inputs, context.device, context.stopping)
         state = TaskState(identity, teacher, {})
-        context.task_scope.kept[TASK_STATE] = state
+        context.task_scope.state[TASK_STATE] = state
     return state
 
 

@@ -27,10 +27,10 @@ class Verdict:
     """What all judges saw in some images."""
 
     count: int
-    seen: Mapping[Metric, Seen]
+    by_metric: Mapping[Metric, Seen]
 
     def cpu(self) -> Verdict:
-        return Verdict(self.count, {metric: seen.cpu() for metric, seen in self.seen.items()})
+        return Verdict(self.count, {metric: seen.cpu() for metric, seen in self.by_metric.items()})
 
 
 class Judges:
@@ -56,7 +56,7 @@ class Scores:
 
     def add(self, verdict: Verdict) -> None:
         self.count += verdict.count
-        for metric, seen in verdict.seen.items():
+        for metric, seen in verdict.by_metric.items():
             self.counts.update(seen.counts)
             if seen.features is not None:
                 more = Moments.of(seen.features)

@@ -48,7 +48,7 @@ class Batch:
     """Samples that are drawn together, and the places among them of those in the row's picture."""
 
     samples: range
-    shown: tuple[int, ...]
+    in_picture: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Drawn:
     """What comes back of a batch."""
 
     verdict: Verdict
-    shown: NDArray[np.uint8]
-    kept: NDArray[np.uint8]  # all of them, or none
+    in_picture: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # all of them, or none
 
 
 @dataclass
@@ -66,15 +66,21 @@ class Progress:
 
     batches: int
     scores: Scores
-    shown: NDArray[np.uint8] | None = None  # samples in the picture
+    in_picture: NDArray[np.uint8] | None = None  # samples in the picture
 
     def add(self, drawn: Drawn) -> None:
         self.batches += 1
         self.scores.add(drawn.verdict)
-        self.shown = drawn.shown if self.shown is None else np.concatenate([self.shown, drawn.shown])
+        self.in_picture = (
+            drawn.in_picture if self.in_picture is None else np.concatenate([self.in_picture, drawn.in_picture])
+        )
 
     def save(self, context: Context) -> None:
-        state = {"batches": torch.tensor(self.batches), "shown": torch.from_numpy(self.shown), **self.scores.state()}
+        state = {
+            "batches": torch.tensor(self.batches),
+            "shown": torch.from_numpy(self.in_picture),
+            **self.scores.state(),
+        }
         context.partial.save(STATE, partial(save_file, state))
 
 
@@ -91,7 +97,7 @@ def sample_row(context: Context) -> None:
     missing = batches[progress.batches :]
     for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
         if params.keep_samples:
-            context.partial.save(_file(batch), partial(_save, drawn.kept))
+            context.partial.save(_file(batch), partial(_save, drawn.images))
         progress.add(drawn)
         context.report(progress.scores.count, params.samples)
         stopping = context.stopping()
@@ -105,14 +111,14 @@ def sample_row(context: Context) -> None:
     if params.keep_samples:
         _gather(context, batches)
         np.save(context.out / "labels.npy", labels.numpy())
-    assert progress.shown is not None
-    sample_grid(progress.shown, [meta.classes[label] for label in labels[shown]], params.row, context.out / "grid")
+    assert progress.in_picture is not None
+    sample_grid(progress.in_picture, [meta.classes[label] for label in labels[shown]], params.row, context.out / "grid")
 
 
-def batches_of(params: SampleParams, shown: Sequence[int]) -> list[Batch]:
+def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
     starts = range(0, params.samples, params.batch)
     samples = [range(start, min(start + params.batch, params.samples)) for start in starts]
-    return [Batch(part, tuple(index - part.start for index in shown if index in part)) for part in samples]
+    return [Batch(part, tuple(index - part.start for index in in_picture if index in part)) for part in samples]
 
 
 def shown_of(samples: int, num_classes: int, cells: int) -> list[int]:
@@ -183,7 +189,7 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
         )
     images = loaded.codec.decode(latents)
     verdict = loaded.judges.look(images, labels)
-    return Drawn(verdict.cpu(), images[list(batch.shown)], images if params.keep_samples else images[:0])
+    return Drawn(verdict.cpu(), images[list(batch.in_picture)], images if params.keep_samples else images[:0])
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from graftwork.stages.artifacts.latents import SPLITS, LatentsMeta, ShardWriter,
 from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
 from graftwork.stages.data.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
-from graftwork.stages.data.images import BrokenImage, broken_images, read_pixels, scaled, told
+from graftwork.stages.data.images import BrokenImage, broken_images, broken_line, read_pixels, scaled
 from graftwork.stages.data.listing import listing_once
 from graftwork.stages.data.sources import MIN_HELDOUT, Item, class_folders, class_names, items, split
 from graftwork.stages.features.codec import (
@@ -190,7 +190,7 @@ def encode(context: Context, wanted: Sequence[Shard]) -> None:
             context.stop_if_asked()
     except BrokenImage:
         names = [item.name for shard in wanted for item in shard.items]
-        raise ValueError(f"data.path: {told(_survey(params.data, names).values(), total)}; {ACCEPTED}") from None
+        raise ValueError(f"data.path: {broken_line(_survey(params.data, names).values(), total)}; {ACCEPTED}") from None
 
 
 class Draft:

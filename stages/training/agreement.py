@@ -32,7 +32,7 @@ class Agreement:
         self.stopping, self.saving, self.device = stopping, saving, device
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.store = None if alone else group_store()
-        self.taken = 0
+        self.num_actions = 0
         self.announced: tuple[Action, int] | None = None  # and before which step it is due
         self.queued: deque[torch.cuda.Event] = deque()  # the ends of steps that a GPU may not have reached
 
@@ -46,13 +46,13 @@ class Agreement:
         if self.announced is None or self.announced[1] != step:
             return None
         action, self.announced = self.announced[0], None
-        self.taken += 1
+        self.num_actions += 1
         return action
 
     def forget(self) -> None:
         """Leave no announcement to another training of the same group; every worker must be past the last step."""
         if self.store is not None and dist.get_rank() == 0:
-            for number in range(self.taken + 1):
+            for number in range(self.num_actions + 1):
                 self.store.delete_key(f"{self.KEY}/{number}")
 
     def _wanted(self) -> Action | None:
@@ -63,14 +63,14 @@ class Agreement:
         action = self._wanted()
         if action is None:
             return None
-        key = f"{self.KEY}/{self.taken}"
+        key = f"{self.KEY}/{self.num_actions}"
         self.store.set(key, f"{action} {step}")
         self.store.get(key)  # only its answer says that the others can see it
         return action, step
 
     def _hear(self) -> tuple[Action, int] | None:
         assert self.store is not None
-        key = f"{self.KEY}/{self.taken}"
+        key = f"{self.KEY}/{self.num_actions}"
         if not self.store.check([key]):
             return None
         action, step = self.store.get(key).decode().split()

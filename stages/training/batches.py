@@ -104,7 +104,7 @@ class DrawnAhead(Generic[T]):
 
     def __init__(self, draw: Callable[[int], T], steps: range) -> None:
         self.draw, self.steps = draw, steps
-        self.waited, self.asked = 0.0, time.perf_counter()  # seconds of waiting, and since when
+        self.waited, self.waited_since = 0.0, time.perf_counter()  # seconds of waiting, and since when
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __enter__(self) -> Self:
@@ -126,8 +126,8 @@ class DrawnAhead(Generic[T]):
     def share_waited(self) -> float:
         """The share of the time, since it was last asked for, in which whoever iterates waited for a batch."""
         now = time.perf_counter()
-        share = self.waited / (now - self.asked)
-        self.waited, self.asked = 0.0, now
+        share = self.waited / (now - self.waited_since)
+        self.waited, self.waited_since = 0.0, now
         return share
 
 

@@ -24,7 +24,7 @@ from graftwork.models.checkpoints import statements
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors, read_index, read_tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
-from graftwork.models.checkpoints.recognition import Found, rootstock_of, said
+from graftwork.models.checkpoints.recognition import Found, parse_description, rootstock_of
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.rootstocks import Rootstock
@@ -90,7 +90,9 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     """A folder that `save_pretrained` wrote."""
     tensors = _weights(folder)
     if config["_class_name"] == WRAPPED:
-        rootstock, edits = said(str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ()))
+        rootstock, edits = parse_description(
+            str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ())
+        )
         names = {name.removeprefix("dit."): name for name in tensors.shapes}
         return Found(tensors.renamed(names), heads=rootstock.heads, config=rootstock, edits=edits)
     for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):

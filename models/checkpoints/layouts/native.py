@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from graftwork.models.checkpoints.files import read_tensors
 from graftwork.models.checkpoints.fit import build
-from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, said
+from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, parse_description
 from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.edits import Edit
 
@@ -38,5 +38,5 @@ def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[Roo
 
 
 def find(folder: Path, config: dict[str, Any]) -> Found:
-    rootstock, edits = said(str(folder / CONFIG), config.get("rootstock", {}), config.get("edits", ()))
+    rootstock, edits = parse_description(str(folder / CONFIG), config.get("rootstock", {}), config.get("edits", ()))
     return Found(read_tensors(folder / WEIGHTS), heads=rootstock.heads, config=rootstock, edits=edits)

@@ -19,7 +19,7 @@ from graftwork.models.checkpoints import statements
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Tensors, is_safetensors, read_safetensors
 from graftwork.models.checkpoints.pickles import read_torch
-from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, said
+from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, parse_description
 from graftwork.models.checkpoints.wrappers import model_in, unwrapped
 from graftwork.models.rootstocks import CONFIGS, Rootstock
 from graftwork.specs.edits import Edit
@@ -40,7 +40,7 @@ def find(path: Path) -> Found:
         count = args.get("num_classes")
         count = count if type(count) is int else None
         return Found(tensors, heads=_heads(args, tensors), kinds=kinds, num_classes=count, notes=tuple(notes))
-    rootstock, edits = said(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
+    rootstock, edits = parse_description(str(path), ours.get("rootstock", {}), ours.get("edits", ()))
     return Found(tensors, heads=rootstock.heads, config=rootstock, edits=edits, notes=tuple(notes))
 
 
@@ -51,7 +51,7 @@ def of_tensors(tensors: Tensors, path: Path) -> Found:
     return Found(model, kinds=kinds, notes=tuple(notes))
 
 
-def _kinds(path: Path, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
+def _kinds(path: Path, entries: Iterator[tuple[str, Any]]) -> frozenset[str]:
     """Return the kinds of rootstock that it can be by what the file, its name or a document beside it says.
 
     Raise UnfitCheckpoint if that is a model which is not ours.
@@ -59,7 +59,7 @@ def _kinds(path: Path, said: Iterator[tuple[str, Any]]) -> frozenset[str]:
     by_name = [("model", path.stem)] if statements.SIZED.fullmatch(path.stem) else []
     if by_name and not statements.is_named_as_ours(path.stem) and statements.is_of_another_family(path.stem):
         raise UnfitCheckpoint(f"{path}: is of another model, by its name", statements.accepted())
-    return statements.kinds_of(str(path), chain(by_name, said, statements.beside(path)))
+    return statements.kinds_of(str(path), chain(by_name, entries, statements.beside(path)))
 
 
 def write(model: Rootstock, edits: Sequence[Edit], folder: Path) -> None:
