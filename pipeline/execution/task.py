@@ -53,8 +53,8 @@ class StepFailed(Exception):
 class StepResult:
     """What a task says of a step.
 
-    done: the artifact is there. leased: another driver has the lease. blocked: what it needs is not there. stopped: what
-    it had done is saved. failed: the work raised an error.
+    done: the artifact is there. leased: another driver has the lease. blocked: what it needs is not there.
+    stopped: what it had done is saved. failed: the work raised an error.
     """
 
     step: str
