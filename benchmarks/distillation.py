@@ -132,6 +132,18 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     return made.parse_args(line)
 
 
+def config_of_options(options: argparse.Namespace) -> DiTConfig:
+    return DiTConfig(
+        input_size=options.side,
+        in_channels=4,
+        patch=2,
+        depth=options.depth,
+        width=options.width,
+        heads=options.heads,
+        num_classes=CLASSES,
+    )
+
+
 def prepared(options: argparse.Namespace, folder: Path, device: torch.device) -> Work:
     """A rootstock with random weights, and latents of noise: what is computed does not depend on them."""
     features, base = folder / "features", folder / "base"
@@ -144,7 +156,7 @@ def prepared(options: argparse.Namespace, folder: Path, device: torch.device) ->
         np.save(features / f"{split}_labels.npy", np.arange(options.samples) % CLASSES)
     sizes = {"num_training": options.samples, "num_heldout": options.samples}
     write_meta(features, LatentsMeta(codec="vae", shape=shape, classes=("c",) * CLASSES, **sizes))
-    config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
+    config = config_of_options(options)
     torch.manual_seed(0)
     model = DiT(config)
     model.initialise()
@@ -353,7 +365,7 @@ def context_of(work: Work, edit: Edit, following: Sequence[Edit], kept: dict[str
 
 def floor_flops(options: argparse.Namespace, work: Work) -> float:
     """In each epoch samples are learned from and held-out ones looked at; one pass of the rootstock over all."""
-    config = DiTConfig(options.side, 4, 2, options.depth, options.width, options.heads, CLASSES)
+    config = config_of_options(options)
     scion = new_scion(checkpoints.load(work.inputs["base"].path())[0], work.edits[0], 0)
     sample = torch.randn(1, config.place.num_tokens, options.width)
     with FlopCounterMode(display=False) as looking, torch.no_grad():

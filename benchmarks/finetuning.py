@@ -453,7 +453,15 @@ def main() -> None:
 
 def work_of(chosen: argparse.Namespace) -> Work:
     return Work(
-        DiTConfig(chosen.side, chosen.channels, chosen.patch, chosen.depth, chosen.width, chosen.heads, chosen.classes),
+        DiTConfig(
+            input_size=chosen.side,
+            in_channels=chosen.channels,
+            patch=chosen.patch,
+            depth=chosen.depth,
+            width=chosen.width,
+            heads=chosen.heads,
+            num_classes=chosen.classes,
+        ),
         chosen.batch,
         chosen.samples,
         chosen.warmup,

@@ -443,7 +443,15 @@ def measure_sampling(session: Session) -> dict[str, Any]:
     from graftwork.specs.sampler import AncestralSampler
 
     device, sizes = session.device, session.sizes
-    config = DiTConfig(2 * math.isqrt(sizes.tokens), 4, 2, sizes.depth, sizes.width, sizes.heads, 1000)
+    config = DiTConfig(
+        input_size=2 * math.isqrt(sizes.tokens),
+        in_channels=4,
+        patch=2,
+        depth=sizes.depth,
+        width=sizes.width,
+        heads=sizes.heads,
+        num_classes=1000,
+    )
     with device, torch.no_grad():
         model = DiT(config).eval()
         for value in model.parameters():  # nothing is zero, and what comes out keeps to the size of noise

@@ -243,6 +243,7 @@ def test_its_sites_are_observed_and_replaced(model: Strip, batch: tuple[Tensor, 
     sites = [edit.site for edit in EDITS]
     seen = observe(model, sites, *batch)
     block = model.blocks[0]
+    assert isinstance(block, StripBlock)
     tokens = model.start(*batch).tokens
     torch.testing.assert_close(seen[sites[0]].inputs, (block.norm(tokens),))
     torch.testing.assert_close(seen[sites[0]].output, block.mixer(block.norm(tokens)))

@@ -29,9 +29,9 @@ from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RootstockConfig(ABC):
-    """Everything that fixes the tensors of a rootstock. Each family has these fields and others, in its own order."""
+    """Everything that fixes the tensors of a rootstock. Each family has these fields and others."""
 
     kind: ClassVar[str]
     formulas: ClassVar[Formulas]  # of its cost: those of the family's spec

@@ -55,7 +55,7 @@ FILES = FamilyFiles(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiTConfig(RootstockConfig):
     """Everything that fixes the tensors of a DiT."""
 

@@ -26,7 +26,7 @@ FILES = replace(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiTConfig(DiTConfig):
     """Everything that fixes the tensors of a SiT: what does of a DiT."""
 
