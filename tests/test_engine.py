@@ -7,12 +7,13 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from benchmarks.trivial import chain_and_fan, finish
-from graftwork.pipeline.execution import run as running
+from graftwork.pipeline.execution import report as reporting
+from graftwork.pipeline.execution.report import RecordWriter, RunReport
 from graftwork.pipeline.execution.run import Run
 from graftwork.pipeline.execution.view import SilentView
 from graftwork.pipeline.planning import contents
@@ -22,6 +23,9 @@ from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
 from tests.conftest import TINY
+
+if TYPE_CHECKING:
+    from graftwork.pipeline.tracking.tracker import Tracker
 
 SCIONS = "[{target: mha, operator: {kind: swa}, layers: {kind: all}, scions: %s}]"
 
@@ -158,7 +162,8 @@ def test_the_record_is_kept_now_and_then_and_has_all_in_the_end(job: JobSpec, mo
 
     plan = chain_and_fan(job, each=50, warm=0, number=0)
     run = Run(plan, SilentView())
-    run.tracker = Told()  # type: ignore[assignment]
+    writer = RecordWriter(run.store, run.record, run.view.say)
+    report = RunReport(plan, run.store, run.view, writer, cast("Tracker", Told()), run.stop)
     saves: list[float] = []
     original = record.save
 
@@ -167,13 +172,13 @@ def test_the_record_is_kept_now_and_then_and_has_all_in_the_end(job: JobSpec, mo
         original(store, one)
 
     monkeypatch.setattr(record, "save", counted)
-    monkeypatch.setattr(running, "SAVE_SECONDS", 3600.0)
-    run.saved = float("-inf")
+    monkeypatch.setattr(reporting, "SAVE_SECONDS", 3600.0)
+    writer.saved = float("-inf")
     for step in plan.steps:
-        run.ended(step.name, StepResult(step.name, step.key, "done", seconds=1.0))
+        report.ended(step.name, StepResult(step.name, step.key, "done", seconds=1.0))
     assert len(saves) == 1
-    monkeypatch.setattr(running, "SAVE_SECONDS", 0.0)
-    run.news(News())
-    run.news(News())
+    monkeypatch.setattr(reporting, "SAVE_SECONDS", 0.0)
+    report.news(News())
+    report.news(News())
     assert len(saves) == 2
     assert {step.state for step in record.load(run.store, run.record.run).steps} == {"done"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.pipeline import api
+from graftwork.pipeline.execution.report import RecordWriter
 from graftwork.pipeline.execution.run import Run
 from graftwork.pipeline.execution.view import SilentView
 from graftwork.pipeline.store.errors import StoreError, told_by
@@ -173,15 +174,16 @@ def test_a_run_whose_record_cannot_be_kept_says_so_once_and_goes_on(
     view = SilentView()
     monkeypatch.setattr(view, "say", said.append)
     run = Run(api.plan(TINY, [f"store={tmp_path / 'store'}"]), view)
+    writer = RecordWriter(run.store, run.record, view.say)
     run.store.write("runs", "a file is in the way")
     for _ in range(2):
-        run._save()
+        writer.save()
     (line,) = said
     assert line.startswith(
         f"the record of this run is not kept: store: got '{tmp_path}/store', which cannot be written"
     )
     run.store.remove("runs")
-    run._save()
+    writer.save()
     assert run.store.runs() == [run.record.run]
 
 

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from graftwork.pipeline.execution.report import RecordWriter, RunReport
 from graftwork.pipeline.execution.run import Run
 from graftwork.pipeline.execution.task import StepResult
 from graftwork.pipeline.execution.view import SilentView
@@ -28,6 +29,9 @@ from graftwork.stages.pictures import search as search_pictures
 from graftwork.stages.pictures.drawing import label
 from tests.conftest import TINY
 from tests.stores import ORIGIN
+
+if TYPE_CHECKING:
+    from graftwork.pipeline.tracking.tracker import Tracker
 
 NAMES = {
     "mathematics": "US$5_^x$",
@@ -157,12 +161,14 @@ def test_the_run_tells_the_notes_of_a_step(tmp_path: Path) -> None:
 
     view = Saying()
     run = Run(make_plan(load(TINY, [f"store={tmp_path}"])), view)
-    run.tracker = SimpleNamespace(started=lambda _: None, ended=lambda *_: None)  # type: ignore[assignment]
+    tracker = cast("Tracker", SimpleNamespace(started=lambda _: None, ended=lambda *_: None))
+    writer = RecordWriter(run.store, run.record, view.say)
+    report = RunReport(run.plan, run.store, view, writer, tracker, run.stop)
     key = run.plan["base"].key
     folder = run.store.workplace(key)
     contract.note(folder, "loss.png could not be drawn")
     run.store.commit(key, folder, {}, ORIGIN)
-    run.ended("base", StepResult("base", key, "done"))
+    report.ended("base", StepResult("base", key, "done"))
     assert view.lines == ["base: loss.png could not be drawn"]
 
 

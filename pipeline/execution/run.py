@@ -1,4 +1,4 @@
-"""One run of a plan, from its lease to its results: the record of it, its tracking and its view, kept in step."""
+"""One run of a plan, from its lease to its results; what happens meanwhile is reported by `report`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from graftwork.pipeline.execution.report import RecordWriter, RunReport
 from graftwork.pipeline.execution.view import View
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.plan import Plan, Step
@@ -30,16 +31,12 @@ from graftwork.pipeline.tracking.destination import Destination, destination
 from graftwork.pipeline.tracking.outbox import waiting
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.secrets import redacted
-from graftwork.stages.contract import NOTES
 
 if TYPE_CHECKING:
-    from graftwork.cluster.board import News
-    from graftwork.pipeline.execution.task import StepResult
     from graftwork.pipeline.tracking.tracker import Tracker
 
 REPAIRS = 3  # times that a run recomputes what it finds damaged, before it gives up
 WAIT_SECONDS = 1.0  # between looks at what another driver is doing
-SAVE_SECONDS = 0.25  # between copies of the record, while steps come and go
 
 
 class RunFailed(Exception):
@@ -61,7 +58,7 @@ class RunStopped(Exception):
 
 
 class Run:
-    """One run of a plan: the record of it, its tracking and its view, kept in step."""
+    """The course of one run of a plan: its lease, its record, Ray and MLflow, its end."""
 
     def __init__(self, made: Plan, view: View, begun: Callable[[], object] = lambda: None) -> None:
         """begun: called when it is certain that there will be a run, and so a store."""
@@ -69,8 +66,6 @@ class Run:
         self.store = Store(made.job.store)
         self.record, self.past = self._open_record()
         self.tracker: Tracker | None = None
-        self.refused = False  # whether the store refused the record
-        self.changed, self.saved = False, 0.0  # since the record was last saved, and when that was
 
     def go(self) -> RunRecord:
         self.destination().relocate()  # the store may be a copy
@@ -93,6 +88,7 @@ class Run:
 
     def _go(self) -> RunRecord:
         self.begun()
+        self.writer = RecordWriter(self.store, self.record, self.view.say)
         began, self.record.expected, self.record.took = time.monotonic(), None, None
         record.save(self.store, self.record)
         self.view.open(self.plan, self.record)
@@ -153,75 +149,6 @@ class Run:
         """Where the figures go; raises SpecError."""
         return destination(self.plan.job.tracking, self.store, self.past)
 
-    # -- what execution reports
-
-    def started(self, step: str) -> None:
-        assert self.tracker is not None
-        self.record.step(step).state = "running"
-        self.tracker.started(self.plan[step])
-        self._save_soon()
-        self.view.change(step, "running")
-
-    def news(self, news: News) -> None:
-        assert self.tracker is not None
-        latest = {point.step: point.metrics for point in news.points}
-        for step, (done, total) in news.progress.items():
-            self.view.progress(step, done, total, latest.get(step, {}))
-        self.tracker.points(news.points)
-        if self.changed:
-            self._save_soon()
-
-    def ended(self, step: str, result: StepResult) -> None:
-        assert self.tracker is not None
-        if self.record.step(step).state != "running":
-            self.started(step)
-        self._note(step, "done", result.seconds, self.record.run)
-        self.tracker.ended(self.plan[step], result.seconds, self.store.artifact(result.key))
-        self.view.change(step, "done", seconds=result.seconds)
-        manifest = self.store.manifest(result.key)
-        if manifest is not None and NOTES in manifest.files:
-            for line in json.loads(self.store.artifact(result.key).read(NOTES)):
-                self.view.say(f"{step}: {line}")
-        if self.plan[step].stage == "search":
-            for warning in json.loads(self.store.artifact(result.key).read("search.json"))["warnings"]:
-                self.view.say(f"{step}: {warning}")
-        if getattr(getattr(self.plan[step].params, "data", None), "skip_broken", False):
-            found = json.loads(self.store.artifact(result.key).read("broken.json"))
-            if found["count"]:
-                self.view.say(f"{step}: left out {found['count']} of {found['of']} images, see broken.json in it")
-
-    def failed(self, step: str, problem: str) -> None:
-        assert self.tracker is not None
-        if self.record.step(step).state != "running":
-            self.started(step)
-        self._note(step, "failed", 0.0, None)
-        self.tracker.failed(self.plan[step], problem)
-        self.view.change(step, "failed", problem)
-
-    def skipped(self, step: str, because_of: str) -> None:
-        self._note(step, "skipped", 0.0, None)
-        self.view.change(step, "skipped", f"needs {because_of}")
-
-    def waiting(self, step: str, holder: LeaseOwner) -> None:
-        self.view.say(f"{step}: waiting for {holder}, which is at it")
-
-    def made_elsewhere(self, step: str) -> None:
-        manifest = self.store.manifest(self.plan[step].key)
-        assert manifest is not None
-        self._note(step, "cached", manifest.origin.seconds, manifest.origin.run)
-        self.view.change(step, "cached", f"by {manifest.origin.run}")
-
-    def short(self, step: str, wanted: str) -> None:
-        self.view.say(f"{step}: waiting for a node with {wanted}; the cluster has none")
-
-    def stop_wanted(self) -> bool:
-        wanted = self.stop.wanted(self.store, self.record.run)
-        if wanted:
-            self.view.say(f"{self.stop.reason}: stopping; steps save what they have. Ctrl-C stops at once")
-        return wanted
-
-    # -- the run's course
-
     def _execute(self) -> None:
         """Until nothing is left to do; what is found damaged is set aside and computed again."""
         # MLflow and Ray each take seconds to start: side by side.
@@ -232,15 +159,15 @@ class Run:
 
                 with session(self.plan):
                     self.stop.take_signals()
-                    tracking.result()
-                    self._execute_in_session()
+                    report = RunReport(self.plan, self.store, self.view, self.writer, tracking.result(), self.stop)
+                    self._execute_in_session(report)
             tracking.result()
 
-    def _execute_in_session(self) -> None:
+    def _execute_in_session(self, report: RunReport) -> None:
         from graftwork.pipeline.execution.scheduler import Execution
 
         for _ in range(REPAIRS + 1):
-            execution = Execution(self.plan, self.store, self.record.run, self.record.git_commit, self)
+            execution = Execution(self.plan, self.store, self.record.run, self.record.git_commit, report)
             failures = execution.go()
             damaged = {failure.rotten: failure.problem for failure in failures if failure.rotten}
             if not failures and execution.open:
@@ -282,14 +209,14 @@ class Run:
         for step in self.record.steps:
             if step.state == "running":
                 step.state = "pending"
-        self._save()
+        self.writer.save()
         if self.tracker is not None:
             self.tracker.finished(self.record)
 
     def _open_tracker(self) -> Tracker:
         tracker = self._make_tracker()
         tracker.opened(self.record)
-        self._save()
+        self.writer.save()
         self.tracker = tracker  # so that it hears of a run that ends while Ray starts
         return tracker
 
@@ -340,29 +267,6 @@ class Run:
             there.recorded_uri,
             there.experiment,
         )
-
-    def _note(self, step: str, state: record.StepState, seconds: float, made_by: str | None) -> None:
-        entry = self.record.step(step)
-        entry.state, entry.seconds, entry.made_by = state, seconds, made_by
-        self._save_soon()
-
-    def _save_soon(self) -> None:
-        """Keep the record in the store now, or, where that was done a moment ago, with what else comes by then."""
-        self.changed = True
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self._save()
-
-    def _save(self) -> None:
-        """Keep the record in the store; where that cannot be, say so once: the run itself tells what came of it."""
-        self.changed, self.saved = False, time.monotonic()
-        try:
-            record.save(self.store, self.record)
-        except StoreError as error:
-            if not self.refused:
-                self.view.say(f"the record of this run is not kept: {error}")
-            self.refused = True
-        else:
-            self.refused = False
 
     def _set_aside(self, key: str, problem: str) -> None:
         aside = self.store.quarantine(key)

@@ -102,6 +102,8 @@ def run(context: Context) -> None:
         read = sum(map(len, splits.values())) + len(broken)
         listed = {"count": len(broken), "of": read, "broken": sorted(map(text, broken))}
         (context.out / BROKEN).write_text(json.dumps(listed, indent=1))
+        if broken:
+            context.note(f"left out {len(broken)} of {read} images, see {BROKEN} in it")
 
 
 def _chosen(data: Data) -> tuple[dict[str, list[Item]], dict[str, str]]:

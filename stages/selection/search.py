@@ -124,6 +124,8 @@ def conclude(context: Context) -> None:
     gated.load_state_dict(average, strict=False)
     learned = outcome(gated, params, skipped=int(state["counts"][1]))
     (context.out / "search.json").write_text(learned.model_dump_json(indent=1, exclude_none=True))
+    for warning in learned.warnings:
+        context.note(warning)
 
     course = [tuple(row) for row in state["course"].tolist()]
     names = {
