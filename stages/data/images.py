@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftwork.specs.data import Data, DigitsData
 from graftwork.specs.problems import first_few, plain, text
+from graftwork.stages.data.pixels import scaled_levels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,7 +81,7 @@ def read_image(data: Data, name: str) -> NDArray[Any]:
 
 def scaled(pixels: NDArray[Any]) -> NDArray[Any]:
     """Return what `read_pixels` gives as float32 in [-1, 1]."""
-    return pixels.astype("float32") / 127.5 - 1 if pixels.dtype == "uint8" else pixels
+    return scaled_levels(pixels.astype("float32")) if pixels.dtype == "uint8" else pixels
 
 
 def read_pixels(data: Data, name: str) -> NDArray[Any]:

@@ -13,6 +13,7 @@ from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
 from graftwork.specs.data import Data
 from graftwork.specs.hub import is_hub_id, local_path, local_snapshot, missing_from
 from graftwork.specs.vae import VaeConfig, vae_folder
+from graftwork.stages.data.pixels import levels_of, scaled_levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,14 +170,14 @@ def batch_size_for(codec: VaeCodec, side: int, room: float | None) -> int:
 
 def in_range(images: Tensor) -> Tensor:
     """Images as the codec takes them: float32 in [-1, 1]; uint8 are 0 .. 255."""
-    return images if images.is_floating_point() else images.float().div(127.5).sub(1)
+    return images if images.is_floating_point() else scaled_levels(images.float())
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
     """Pixels in [-1, 1] -> 0 .. 255, as the published sampler rounds them."""
     import torch
 
-    return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).contiguous().cpu().numpy()
+    return levels_of(pixels).clamp(0, 255).to(torch.uint8).contiguous().cpu().numpy()
 
 
 def vae_place(codec: VaeCodec) -> Path | None:

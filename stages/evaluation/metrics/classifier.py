@@ -13,6 +13,7 @@ from graftwork.models.measures.frechet import distance
 from graftwork.specs.metrics import ClassifierMetric
 from graftwork.stages.artifacts.latents import read_meta
 from graftwork.stages.contract import Context
+from graftwork.stages.data.pixels import before_rounding
 from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, as_floats, register
 
 
@@ -29,7 +30,7 @@ class ClassifierJudge(Judge):
 
     def look(self, images: NDArray[np.uint8], labels: Tensor) -> Seen:
         with torch.no_grad():
-            features = self.network.features((as_floats(images, self.device) - 128) / 127.5)
+            features = self.network.features(before_rounding(as_floats(images, self.device)))
             agreed = int((self.network.head(features).argmax(1) == labels.to(self.device)).sum())
         return Seen(features.double(), {"agreement": agreed})
 
