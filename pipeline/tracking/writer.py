@@ -1,7 +1,16 @@
 """What a run tells MLflow, as entries that can wait and be delivered twice, and the writer that takes them there.
 
-Why twice is harmless: an entry's times are those of what happened, a run is looked for by its `graftwork.id` before
-one is made, parameters that stand are left alone, and of a curve only what comes after its last point is written.
+Why an entry may be delivered twice, after an answer that was lost:
+
+    entry           why twice is harmless
+    Begin           the run is looked for by its `graftwork.id` before one is made, and parameters that stand are left
+                    alone; a run that an unanswered request made after all is deleted at the End
+    Values          figures that stand are left alone: `_unknown`
+    Readings        of a curve only what comes after its last point is written: `_curves`
+    Tags            a tag is overwritten by the same value
+    File, Json      a file is overwritten by the same content
+    End             a run's state and end are overwritten by the same; the time is that of what happened
+    LateEnd         nothing is done if the run is FINISHED
 """
 
 from __future__ import annotations
