@@ -84,6 +84,7 @@ class Condition:
         return Condition(**{name: change(value, others[name]) for name, value in own.items()})
 
 
+EXAMPLE_TOKENS = 300  # of a text, as the released PixArt-Sigmas take
 NAMES = tuple(field.name for field in fields(Condition))
 
 
@@ -114,3 +115,26 @@ class ClassConditioner(Conditioner):
 
     def example(self, count: int, device: torch.device) -> Condition:
         return Condition(labels=torch.zeros(count, dtype=torch.long, device=device))
+
+
+@dataclass(frozen=True)
+class TextConditioner(Conditioner):
+    """Texts as states of an encoder (B,L,E) with their mask (B,L). The null condition is the empty text's."""
+
+    channels: int  # E
+    empty: Condition | None = None  # of one sample: what the encoder makes of the empty text
+
+    def null(self, like: Condition) -> Condition:
+        """Return the empty text for each sample of `like`. Raise ValueError if nobody said what that is."""
+        if self.empty is None:
+            raise ValueError("condition: got no states of the empty text; accepted: those of the model's text encoder")
+        count, text = len(like), like.require("text")
+        null = self.empty.to(text.device, text.dtype)
+        return null[torch.zeros(count, dtype=torch.long, device=text.device)]
+
+    def example(self, count: int, device: torch.device) -> Condition:
+        length = EXAMPLE_TOKENS if self.empty is None else self.empty.require("text").shape[1]
+        return Condition(
+            text=torch.zeros(count, length, self.channels, device=device),
+            mask=torch.ones(count, length, device=device),
+        )

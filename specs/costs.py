@@ -103,6 +103,44 @@ class DitFormulas(Formulas):
 DIT = DitFormulas()
 
 
+@dataclass(frozen=True)
+class PixartFormulas(Formulas):
+    """Of a PixArt-Sigma (arXiv 2403.04692): one modulation for all blocks, and a cross-attention in each."""
+
+    text_tokens: int = 300
+    caption_channels: int = 4096
+
+    def embedding(self, model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
+        """Return the cost of embedding patches, timestep and text, and of the shared modulation."""
+        width, patch = place.width, model.patch**2
+        text = getattr(model, "caption_channels", self.caption_channels)
+        return Cost(
+            linear_parameters(channels * patch, width)
+            + linear_parameters(FREQUENCIES, width)
+            + linear_parameters(width, width)
+            + linear_parameters(width, 6 * width)
+            + linear_parameters(text, width)
+            + linear_parameters(width, width),
+            2 * place.num_tokens * channels * patch * width
+            + 2 * (FREQUENCIES + width + 6 * width) * width
+            + 2 * self.text_tokens * (text + width) * width,
+        )
+
+    def block(self, place: Place) -> Cost:
+        """Return the cost of both operators, the cross-attention and the table of modulations."""
+        width, tokens, text = place.width, place.num_tokens, self.text_tokens
+        cross = Cost(
+            2 * linear_parameters(width, width) + linear_parameters(width, 2 * width) + 6 * width,
+            4 * tokens * width**2 + 4 * text * width**2 + 4 * tokens * text * width,
+        )
+        return sum((operator_cost(operator, place) for operator in ORIGINALS.values()), cross)
+
+    def final(self, model: Shape, place: Place, channels: int) -> Cost:
+        """Return the cost of the last projection, and its table."""
+        width, out = place.width, model.patch**2 * channels * (2 if model.learn_sigma else 1)
+        return Cost(linear_parameters(width, out) + 2 * width, 2 * place.num_tokens * width * out)
+
+
 def rootstock_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
     """Return the cost of a model for latents of `channels` channels, with its own operators in every block."""
     outside = embedding_cost(model, place, channels, num_classes) + model.formulas.final(model, place, channels)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from graftwork.specs.costs import DIT, Formulas
+from graftwork.specs.costs import DIT, Formulas, PixartFormulas
 from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, WeightsPath, is_integer, refuse
 from graftwork.specs.layers.strategy import MAX_DEPTH
-from graftwork.specs.sampler import AncestralSampler, AnySampler, OdeSampler, Prediction
+from graftwork.specs.sampler import AncestralSampler, AnySampler, OdeSampler, Prediction, SchedulerSampler
 from graftwork.specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
@@ -73,6 +73,25 @@ class SitModel(_Transformer):
     prediction: ClassVar[Prediction] = "velocity"
     default_sampler: ClassVar[AnySampler] = OdeSampler()
     kind: Literal["sit"] = "sit"
+
+
+# Published sizes of PixArt-Sigma (arXiv 2403.04692): depth, width, heads.
+PIXART_SIZES = {"XL": (28, 1152, 16)}
+
+
+class PixartModel(Spec):
+    """A transformer of texts that predicts noise: PixArt-Sigma. Not yet among the models of a job."""
+
+    prediction: ClassVar[Prediction] = "epsilon"
+    default_sampler: ClassVar[AnySampler] = SchedulerSampler(name="dpmsolver++", steps=20, guidance=4.5)
+    formulas: ClassVar[Formulas] = PixartFormulas()
+    kind: Literal["pixart"] = "pixart"
+    depth: int = Field(28, ge=1, le=MAX_DEPTH, description="blocks")
+    width: int = Field(1152, ge=4, le=65_536, description="channels of a token; a multiple of 4 and of heads")
+    heads: int = Field(16, ge=1, le=65_536)
+    patch: int = Field(2, ge=1, le=8192, description="latent pixels along a token's side")
+    caption_channels: int = Field(4096, ge=1, description="channels of the text encoder's states")
+    learn_sigma: bool = True
 
 
 def _kind(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,37 @@ class Tensors:
         odd = {new: self.odd[old] for new, old in names.items() if old in self.odd}
         shapes = {new: self.shapes[old] for new, old in names.items()}
         return Tensors(self.source, shapes, lambda new: self.get(names[new]), odd, self.metadata)
+
+    def without(self, names: Collection[str]) -> Tensors:
+        """Return the tensors but those of these names."""
+        return self.renamed({name: name for name in self.shapes if name not in names})
+
+    def joined(self, names: Mapping[str, Sequence[str]], made: Mapping[str, Made]) -> Tensors:
+        """Return tensors that are made of these here, row upon row, and others that are computed.
+
+        names: new name -> the names of tensors here, all of one shape.
+        """
+
+        def get(name: str) -> Tensor:
+            if name in made:
+                return made[name].make()
+            rows = [self.get(old) for old in names[name]]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+        odd = {new: self.odd[old] for new, several in names.items() for old in several if old in self.odd}
+        shapes = {new: self.shapes[several[0]] for new, several in names.items()}
+        for new, several in names.items():
+            if len(several) > 1:
+                shapes[new] = (len(several) * shapes[new][0], *shapes[new][1:])
+        return Tensors(self.source, shapes | {name: one.shape for name, one in made.items()}, get, odd)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a file does not hold, and that follows from what it is of."""
+
+    shape: Shape
+    make: Callable[[], Tensor]
 
 
 def in_memory(source: str, state: Mapping[str, Tensor]) -> Tensors:

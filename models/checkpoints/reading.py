@@ -14,7 +14,7 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import read_index, read_shards
 from graftwork.models.checkpoints.fit import build, fitting
 from graftwork.models.checkpoints.labels import Labels, num_classes, relabelled
-from graftwork.models.checkpoints.layouts import diffusers, native, published
+from graftwork.models.checkpoints.layouts import diffusers, diffusers_pixart, native, published
 from graftwork.models.checkpoints.recognition import Found, recognised
 from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.specs.edits import Edit
@@ -70,7 +70,8 @@ def _recognised(
         found = replace(found, tensors=relabelled(found.tensors, labels, found.num_classes))
     if config is not None and any_classes:
         config = replace(config, num_classes=num_classes(found.tensors) or config.num_classes)
-    return found, *recognised(found, config, heads)
+    rootstock, edits = recognised(found, config, heads)
+    return replace(found, tensors=found.tensors.without(rootstock.files.unused)), rootstock, edits
 
 
 def located(source: str | Path, accepted: str = ACCEPTED, part: str = "transformer") -> Path:
@@ -106,12 +107,14 @@ def _in_folder(path: Path) -> Found:
     config = _config(path)
     if config.get("format") == native.FORMAT:
         return native.find(path, config)
+    if diffusers_pixart.is_ours(config):
+        return diffusers_pixart.find(path, config)
     if config.get("_class_name") in diffusers.CLASSES:
         return diffusers.find(path, config)
     if "_class_name" in config:
         raise UnfitCheckpoint(
             f"{path}: is of diffusers' class {shown(config['_class_name'])}, by its config.json",
-            ", ".join(diffusers.CLASSES),
+            ", ".join((*diffusers.CLASSES, diffusers_pixart.CLASS)),
         )
     pipeline = [name for name in ("transformer_ema", "transformer") if (path / name).is_dir()]
     if pipeline:

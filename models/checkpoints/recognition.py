@@ -99,7 +99,12 @@ def misfit(config: RootstockConfig) -> str | None:
     """What is wrong with a rootstock's shape; None if there can be such a model."""
     if type(config.learn_sigma) is not bool:
         return f"learn_sigma: {shown(config.learn_sigma)}, expected true or false"
-    for name in (field.name for field in fields(config) if field.name != "learn_sigma"):
+    floats = [field.name for field in fields(config) if "float" in str(field.type)]
+    for name in floats:
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            return f"{name}: {shown(value)}, expected a number above 0"
+    for name in (field.name for field in fields(config) if field.name not in ("learn_sigma", *floats)):
         value, least = getattr(config, name), 0 if name == "num_classes" else 1
         if type(value) is not int or value < least:
             return f"{name}: {shown(value)}, expected an integer of at least {least}"

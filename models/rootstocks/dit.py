@@ -188,7 +188,7 @@ class DiTConfig(RootstockConfig):
 class PatchEmbedding(nn.Module):
     """(B,C,S,S) -> (B,N,D), rows first."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: RootstockConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.width, config.patch, stride=config.patch)
 
@@ -319,16 +319,29 @@ class DiT(Rootstock):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""
-        side, patch, channels = self.config.input_size // self.config.patch, self.config.patch, self.config.out_channels
-        x = x.reshape(-1, side, side, patch, patch, channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+        config = self.config
+        return unpatchified(x, config.input_size // config.patch, config.patch, config.out_channels)
+
+
+def unpatchified(x: Tensor, side: int, patch: int, channels: int) -> Tensor:
+    """(B,N,P*P*C), rows of `side` tokens, channels last within a patch -> (B,C,side*P,side*P)."""
+    x = x.reshape(-1, side, side, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """Fixed 2-D sin-cos embedding (1,N,D): half of the channels for the column, half for the row."""
-    side, quarter = config.input_size // config.patch, config.width // 4
+    """Return the fixed embedding (1,N,D) of a DiT's positions."""
+    return waves_of_positions(config.input_size // config.patch, config.width)
+
+
+def waves_of_positions(side: int, width: int, stretch: float = 1.0) -> Tensor:
+    """Return the fixed 2-D sin-cos embedding (1,side*side,width): half of it for the column, half for the row.
+
+    stretch: what positions are divided by.
+    """
+    quarter = width // 4
     frequencies = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    angles = (torch.arange(side, dtype=torch.float64) / stretch)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1).float()[None]

@@ -30,4 +30,5 @@ class FamilyFiles:
     others: Mapping[str, str] = field(default_factory=dict)
     label_table: str | None = None  # the tensor with a row a class, and a last one of the null class
     output: str | None = None  # the layer with rows for the variance behind those for the noise
+    unused: tuple[str, ...] = ()  # tensors of training files that the model does without
     layouts: tuple[Layout, ...] = ("graftwork",)  # in which it is exported

@@ -22,13 +22,14 @@ import torch
 
 from graftwork.models.checkpoints import statements
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
-from graftwork.models.checkpoints.files import Tensors, read_index, read_tensors
+from graftwork.models.checkpoints.files import Made, Tensors, read_index, read_tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
-from graftwork.models.checkpoints.recognition import Found, parse_description, rootstock_of
+from graftwork.models.checkpoints.layouts.translation import translated
+from graftwork.models.checkpoints.recognition import Found, parse_description
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.rootstocks import Rootstock
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, position_embedding
+from graftwork.models.rootstocks.dit import DiT, waves_of_positions
 from graftwork.specs.edits import Edit
 from graftwork.specs.reading.load import shown
 
@@ -88,7 +89,7 @@ def embedder(block: int, ours: str) -> str:
 
 def find(folder: Path, config: dict[str, Any]) -> Found:
     """A folder that `save_pretrained` wrote."""
-    tensors = _weights(folder)
+    tensors = weights_of(folder)
     if config["_class_name"] == WRAPPED:
         rootstock, edits = parse_description(
             str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ())
@@ -99,10 +100,11 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
         if config.get(setting, accepted) != accepted:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
     _require_ours(folder, config)
-    heads, sample_size = _count(folder, config, "num_attention_heads", 16), _count(folder, config, "sample_size", 32)
+    heads = positive_integer(folder, config, "num_attention_heads", 16)
+    sample_size = positive_integer(folder, config, "sample_size", 32)
     tensors, notes = unwrapped(tensors, (DIFFUSERS,))
-    count = _count(folder, config, "num_embeds_ada_norm", CLASSES_OF_PIPELINE)
-    return Found(_translated(tensors, sample_size, heads), heads=heads, num_classes=count, notes=tuple(notes))
+    count = positive_integer(folder, config, "num_embeds_ada_norm", CLASSES_OF_PIPELINE)
+    return Found(_translated(tensors, sample_size), heads=heads, num_classes=count, notes=tuple(notes))
 
 
 def _require_ours(folder: Path, config: dict[str, Any]) -> None:
@@ -113,14 +115,14 @@ def _require_ours(folder: Path, config: dict[str, Any]) -> None:
     statements.kinds_of(str(folder), iter(said))
 
 
-def _count(folder: Path, config: dict[str, Any], name: str, default: int) -> int:
+def positive_integer(folder: Path, config: dict[str, Any], name: str, default: int) -> int:
     value = config.get(name, default)
     if type(value) is not int or value < 1:
         raise UnfitCheckpoint(f"{folder}: {name} is {shown(value)}, expected an integer of at least 1")
     return value
 
 
-def _weights(folder: Path) -> Tensors:
+def weights_of(folder: Path) -> Tensors:
     """The tensors of a model's folder, in one file or several."""
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -130,40 +132,25 @@ def _weights(folder: Path) -> Tensors:
     raise UnfitCheckpoint(f"{folder}: has no {' or '.join(WEIGHTS)}, in one file or with an index")
 
 
-def _translated(tensors: Tensors, sample_size: int, heads: int) -> Tensors:
-    """DiT's names for diffusers' tensors; one that DiT has none for, or whose parts differ in shape, keeps its own, to
-    be found unfit."""
-    theirs = tensors.shapes
-    blocks = [int(number[1]) for name in theirs if (number := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    depth = 1 + max(blocks, default=-1)
-    names = {
-        ours: made_of
-        for ours, made_of in parts(depth).items()
-        if (first := theirs.get(made_of[0])) and all(theirs.get(name) == first for name in made_of)
-    }
-    known = {name for made_of in names.values() for name in made_of}
+def _translated(tensors: Tensors, sample_size: int) -> Tensors:
+    """Return diffusers' tensors under DiT's names. Its one embedder stands in each block: the copies are left out."""
+    depth = count_of(tensors, re.compile(r"transformer_blocks\.(\d+)\."))
+    copies = set()
     for block in range(1, depth):
-        for ours in EMBEDDERS.keys() & names.keys():
+        for ours in (ours for ours in EMBEDDERS if embedder(0, ours) in tensors.shapes):
             _check_copy(tensors, embedder(block, ours), embedder(0, ours))
-            known.add(embedder(block, ours))
-    names |= {name: [name] for name in theirs if name not in known and name != "pos_embed.pos_embed"}
-    shapes = {ours: theirs[made_of[0]] for ours, made_of in names.items()}
-    odd = {ours: tensors.odd[name] for ours, made_of in names.items() for name in made_of if name in tensors.odd}
-    for ours in names:
-        if (count := len(names[ours])) > 1:
-            shapes[ours] = (count * shapes[ours][0], *shapes[ours][1:])
-    patches = shapes.get("x_embedder.proj.weight", ())
+            copies.add(embedder(block, ours))
+    patches = tensors.shapes.get("pos_embed.proj.weight", ())
+    made: dict[str, Made] = {}
     if len(patches) == 4 and patches[2]:  # the embedding of positions is not in the file
-        shapes["pos_embed"] = (1, (sample_size // patches[2]) ** 2, patches[0])
+        side, width = sample_size // patches[2], patches[0]
+        made["pos_embed"] = Made((1, side**2, width), lambda: waves_of_positions(side, width))
+    return translated(tensors, parts(depth), left_out={*copies, "pos_embed.pos_embed"}, made=made)
 
-    def get(ours: str) -> torch.Tensor:
-        if ours == "pos_embed":
-            return position_embedding(rootstock_of(DiTConfig, translated, heads))
-        made_of = [tensors.get(name) for name in names[ours]]
-        return made_of[0] if len(made_of) == 1 else torch.cat(made_of)
 
-    translated = Tensors(tensors.source, shapes, get, odd)
-    return translated
+def count_of(tensors: Tensors, pattern: re.Pattern[str]) -> int:
+    """Return how many blocks there are: one more than the last number that a tensor's name begins with."""
+    return 1 + max((int(number[1]) for name in tensors.shapes if (number := pattern.match(name))), default=-1)
 
 
 def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
