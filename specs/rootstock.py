@@ -101,6 +101,7 @@ def _kind(value: Any) -> str:
 
 
 Model = Annotated[Annotated[DitModel, Tag("dit")] | Annotated[SitModel, Tag("sit")], Discriminator(_kind)]
+KINDS = ("dit", "sit")  # of a job's model
 
 
 class PretrainWeights(TrainingSpec):

@@ -21,7 +21,8 @@ from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.models.numerics.streams import SampleNoise, generator, initialising, seed_of
 from graftwork.models.objectives import Network, over
 from graftwork.models.objectives.gaussian import STEPS, Diffusion, discretised_log_likelihood, gaussian_kl, respaced
-from graftwork.models.rootstocks.dit import DiT, DiTConfig, TimestepEmbedding, position_embedding
+from graftwork.models.rootstocks.dit import DiT, DiTConfig, position_embedding
+from graftwork.models.rootstocks.layers import TimestepEmbedding
 from graftwork.models.sampling import sample
 from graftwork.models.sampling.guidance import guided
 from graftwork.specs.sampler import AncestralSampler, DdimSampler

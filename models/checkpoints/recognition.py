@@ -20,6 +20,7 @@ from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
 from graftwork.specs.reading.load import shown
+from graftwork.specs.rootstock import KINDS
 
 MOST = {"depth": MAX_DEPTH, "input_size": 8192}  # what is built before any tensor is compared
 TARGETS: tuple[Target, ...] = ("mha", "mlp")
@@ -205,7 +206,8 @@ def _expected(config: RootstockConfig, checkpoint: Found, kinds: Collection[str]
     for others, words in ((said, "says that it is"), (kinds, "has the tensors of")):
         if others and config.kind not in others:
             names = " or ".join(f"a {kind}" for kind in sorted(others))
-            accepted = f"model.kind {' or '.join(sorted(others))}"
+            of_jobs = sorted({*others}.intersection(KINDS))
+            accepted = f"model.kind {' or '.join(of_jobs)}" if of_jobs else f"a checkpoint of a {config.kind}"
             raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
     return config
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from graftwork.models.condition import ClassConditioner, Condition
@@ -22,11 +21,18 @@ from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
 from graftwork.models.rootstocks.files import FamilyFiles
-from graftwork.specs.costs import FREQUENCIES, ORIGINALS, Formulas
+from graftwork.models.rootstocks.layers import (
+    PatchEmbedding,
+    TimestepEmbedding,
+    layer_norm,
+    modulate,
+    unpatchified,
+    waves_of_positions,
+)
+from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import SIZES, DitModel
 
-MAX_PERIOD = 10_000.0
 PIXELS = 8  # along a side of a latent's element, in the published autoencoder
 PATCHES, POSITIONS, LABELS, OUTPUT = (
     "x_embedder.proj.weight",
@@ -185,32 +191,6 @@ class DiTConfig(RootstockConfig):
         return objective_of("epsilon")
 
 
-class PatchEmbedding(nn.Module):
-    """(B,C,S,S) -> (B,N,D), rows first."""
-
-    def __init__(self, config: RootstockConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch, stride=config.patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedding(nn.Module):
-    """(B,) timesteps in 0 .. 999 -> (B,D)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
-
-
 class LabelEmbedding(nn.Module):
     """(B,) labels -> (B,D); label `num_classes` is the null class of unconditional samples."""
 
@@ -220,15 +200,6 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B,N,D) with (B,D) shift and scale."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
 class Block(nn.Module):
@@ -323,28 +294,9 @@ class DiT(Rootstock):
         return unpatchified(x, config.input_size // config.patch, config.patch, config.out_channels)
 
 
-def unpatchified(x: Tensor, side: int, patch: int, channels: int) -> Tensor:
-    """(B,N,P*P*C), rows of `side` tokens, channels last within a patch -> (B,C,side*P,side*P)."""
-    x = x.reshape(-1, side, side, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
-
-
 def position_embedding(config: DiTConfig) -> Tensor:
     """Return the fixed embedding (1,N,D) of a DiT's positions."""
     return waves_of_positions(config.input_size // config.patch, config.width)
-
-
-def waves_of_positions(side: int, width: int, stretch: float = 1.0) -> Tensor:
-    """Return the fixed 2-D sin-cos embedding (1,side*side,width): half of it for the column, half for the row.
-
-    stretch: what positions are divided by.
-    """
-    quarter = width // 4
-    frequencies = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = (torch.arange(side, dtype=torch.float64) / stretch)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
-    return torch.cat([columns, rows], dim=1).float()[None]
 
 
 def modulations(block: Block, c: Tensor) -> tuple[Tensor, ...]:

@@ -26,10 +26,9 @@ from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
 from graftwork.models.operators.attention import heads_first
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
-from graftwork.models.rootstocks.dit import (
-    OUTPUT,
-    PATCHES,
-    POSITIONS,
+from graftwork.models.rootstocks.dit import OUTPUT, PATCHES, POSITIONS
+from graftwork.models.rootstocks.files import FamilyFiles
+from graftwork.models.rootstocks.layers import (
     PatchEmbedding,
     TimestepEmbedding,
     layer_norm,
@@ -37,7 +36,6 @@ from graftwork.models.rootstocks.dit import (
     unpatchified,
     waves_of_positions,
 )
-from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import PIXART_SIZES, PixartModel

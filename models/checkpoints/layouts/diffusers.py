@@ -29,7 +29,8 @@ from graftwork.models.checkpoints.recognition import Found, parse_description
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.rootstocks import Rootstock
-from graftwork.models.rootstocks.dit import DiT, waves_of_positions
+from graftwork.models.rootstocks.dit import DiT
+from graftwork.models.rootstocks.layers import waves_of_positions
 from graftwork.specs.edits import Edit
 from graftwork.specs.reading.load import shown
 

@@ -16,7 +16,7 @@ from graftwork.models.checkpoints.files import Made, Tensors
 from graftwork.models.checkpoints.layouts.diffusers import count_of, positive_integer, weights_of
 from graftwork.models.checkpoints.layouts.translation import translated
 from graftwork.models.checkpoints.recognition import Found, rootstock_of
-from graftwork.models.rootstocks.dit import waves_of_positions
+from graftwork.models.rootstocks.layers import waves_of_positions
 from graftwork.models.rootstocks.pixart import PixArtConfig
 from graftwork.specs.problems import shown
 
