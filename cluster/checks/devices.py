@@ -93,8 +93,10 @@ def check_gpus() -> Iterator[Check]:
 
 def _without_gpus(in_machine: int) -> Check:
     if in_machine:
-        seen = f"the machine has {in_machine}, this container none"
-        return warning("GPU", seen, "docker run --gpus all, a pod's nvidia.com/gpu, or Slurm's --gres=gpu", count=0.0)
+        finding = f"the machine has {in_machine}, this container none"
+        return warning(
+            "GPU", finding, "docker run --gpus all, a pod's nvidia.com/gpu, or Slurm's --gres=gpu", count=0.0
+        )
     return fine("GPU", "none: steps run on CPUs", count=0.0)
 
 
@@ -129,10 +131,10 @@ def check_matmul() -> Iterator[Check]:
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
             speeds[f"{kind}_flop_per_s"] = _matmul_speed(device, dtype)
         torch.set_float32_matmul_precision("highest")
-        seen = ", ".join(f"{kind.partition('_')[0]} {flops(float(speed))}/s" for kind, speed in speeds.items())
+        finding = ", ".join(f"{kind.partition('_')[0]} {flops(float(speed))}/s" for kind, speed in speeds.items())
         if device.type == "cuda":
             speeds["model"] = torch.cuda.get_device_name(device)
-        yield fine(f"matmul{name}", seen, **speeds)
+        yield fine(f"matmul{name}", finding, **speeds)
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -262,10 +264,12 @@ def _kernel(spec: OperatorSpec, place: Place, device: torch.device) -> Check:
     expected = _run(_defined(spec), place, device, dtype)
     # As tensors, whose largest is no number where one is none.
     worst = float(torch.stack([_distance(*pair) for pair in zip(ours, expected, strict=True)]).max())
-    seen, values = f"off its definition by at most {worst:.1e}, with gradients", {"error": worst}
+    finding, values = f"off its definition by at most {worst:.1e}, with gradients", {"error": worst}
     if not worst <= TOLERANCE:
-        return broken(name, seen, "set backend: torch for this operator: the kernel computes something else", **values)
-    return fine(name, seen, **values)
+        return broken(
+            name, finding, "set backend: torch for this operator: the kernel computes something else", **values
+        )
+    return fine(name, finding, **values)
 
 
 def _distance(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,8 @@ SOURCE = "#include <Python.h>\nint graftwork_seven(void) { return 7; }\n"
 
 
 def check_python() -> Check:
-    seen = f"{platform.python_version()} ({sys.executable}) on {platform.platform()}"
-    return fine("python", seen, version=platform.python_version())
+    finding = f"{platform.python_version()} ({sys.executable}) on {platform.platform()}"
+    return fine("python", finding, version=platform.python_version())
 
 
 def check_code() -> Check:
@@ -85,8 +85,8 @@ def check_packages() -> Check:
     ]
     if lacking or old:
         missing = [f"not installed: {', '.join(lacking)}"] if lacking else []
-        seen = "; ".join([*missing, *([f"too old: {', '.join(old)}"] if old else [])])
-        return broken("packages", seen, "install graftwork into this Python: pip install graftwork", **versions)
+        finding = "; ".join([*missing, *([f"too old: {', '.join(old)}"] if old else [])])
+        return broken("packages", finding, "install graftwork into this Python: pip install graftwork", **versions)
     main = ", ".join(f"{name} {versions[name]}" for name in ("ray", "torch", "deepspeed", "mlflow"))
     return fine("packages", f"{main}; {len(versions)} looked at", **versions)
 
@@ -265,10 +265,10 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> Iterator[Che
         advice = "unset it, or set it to a positive number"
         yield warning("threads", f"OMP_NUM_THREADS is {threads!r}", advice)
     yield from _proxies(variables)
-    visible, given = variables.get("CUDA_VISIBLE_DEVICES"), num_gpus_here()
-    if given and visible is not None and (not visible or visible == "-1"):
-        seen = f"CUDA_VISIBLE_DEVICES is {visible!r}: it hides {given} GPUs"
-        yield warning("visible GPUs", seen, "unset it, unless that is meant")
+    visible, num_gpus = variables.get("CUDA_VISIBLE_DEVICES"), num_gpus_here()
+    if num_gpus and visible is not None and (not visible or visible == "-1"):
+        finding = f"CUDA_VISIBLE_DEVICES is {visible!r}: it hides {num_gpus} GPUs"
+        yield warning("visible GPUs", finding, "unset it, unless that is meant")
     notable = [name for name in sorted(variables) if name in NOTABLE or name.startswith(NOTABLE_PREFIXES)]
     yield fine("environment", f"set: {', '.join(notable)}" if notable else "nothing set that changes what happens")
 

@@ -84,13 +84,13 @@ def inspect_nodes(cluster: Sequence[Node], phases: Phases, seconds: float) -> It
 
 
 def unreachable_names(looked: Mapping[str, Sequence[Check]]) -> Iterator[Check]:
-    """Warn of nodes whose own name stands for loopback, as Debian has it: gloo would have others connect to that."""
+    """Warn of nodes whose own name resolves to loopback, as on Debian: gloo would have other nodes connect to that."""
     for node, checks in looked.items():
         for check in checks:
             if check.name == "host name" and str(check.values.get("address", "")).startswith(LOOPBACK):
-                seen = f"{check.seen}, which no other node reaches"
+                finding = f"{check.seen}, which no other node reaches"
                 advice = "the node's own address in /etc/hosts, or GLOO_SOCKET_IFNAME=eth0 or the like on all nodes"
-                yield replace(warning("host name", seen, advice), node=node)
+                yield replace(warning("host name", finding, advice), node=node)
 
 
 def differences(looked: Mapping[str, Sequence[Check]]) -> list[Check]:

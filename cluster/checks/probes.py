@@ -76,8 +76,8 @@ def refused(name: str, line: str, state: State = "broken", otherwise: str = "men
 
     otherwise: the advice of a line that names nothing that is accepted.
     """
-    seen, marked, accepted = line.rpartition(ACCEPTED)
-    return Check(name, state, seen if marked else line, f"accepted: {accepted}" if marked else otherwise)
+    finding, marked, accepted = line.rpartition(ACCEPTED)
+    return Check(name, state, finding if marked else line, f"accepted: {accepted}" if marked else otherwise)
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ def _room_in_store(job: JobSpec, params: int, root: Path) -> Check:
     needed = KEPT_BYTES * params + 4 * images * job.codec.latent_channels(job.data) * job.latent_side() ** 2
     there = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    seen = f"about {amount(needed)} of {amount(free)} that are free, for features and models"
+    finding = f"about {amount(needed)} of {amount(free)} that are free, for features and models"
     if needed > free:
-        return broken("job's store", seen, "a store on a larger disk", needed_bytes=float(needed))
-    return fine("job's store", seen, needed_bytes=float(needed))
+        return broken("job's store", finding, "a store on a larger disk", needed_bytes=float(needed))
+    return fine("job's store", finding, needed_bytes=float(needed))

@@ -97,10 +97,8 @@ def judged(check: Check) -> Check:
     if peaks is None or not isinstance(speed, float) or check.state != "fine" or "MIG" in model:
         return check
     share = speed / peaks["bf16"]
-    finding, values = (
-        f"{check.seen}; bf16 at {share:.0%} of the data sheet's peak",
-        {**check.values, "peak_share": share},
-    )
+    finding = f"{check.seen}; bf16 at {share:.0%} of the data sheet's peak"
+    values = {**check.values, "peak_share": share}
     if share >= MIN_PEAK_SHARE:
         return replace(check, seen=finding, values=values)
     advice = "others use the GPU, it is too hot or its power is limited: nvidia-smi -q -d PERFORMANCE"

@@ -47,12 +47,12 @@ def submit(job: JobSpec | str | Path, address: str, overrides: Iterable[str] = (
 
 
 def resume(name: str, address: str, store: str | None = None) -> str:
-    """Go on with a submission, or with a run of `store`, as a new submission; returns its id."""
+    """Resume a submission, or a run of `store`, as a new submission. Return the new one's id."""
     cluster = connect(address)
-    found = _find(cluster, name)
-    place = store_of(found, name, store)
-    job = found.metadata[JOB] if found is not None else name
-    return _send(cluster, job, place, ["resume", found.id if found else name, "--store", place], None)
+    submission = _find(cluster, name)
+    place = store_of(submission, name, store)
+    job = submission.metadata[JOB] if submission is not None else name
+    return _send(cluster, job, place, ["resume", submission.id if submission else name, "--store", place], None)
 
 
 def submissions(address: str) -> list[Submission]:
