@@ -133,28 +133,28 @@ class Cluster:
             return str(self.client.get_job_logs(submission))
 
     def follow(self, submission: str, write: Callable[[str], object]) -> Submission:
-        """Hand on what the job prints as it comes, until it has ended; a connection that breaks is made again."""
-        seen = 0
+        """Write what the job prints as it comes, until the job has ended. Reconnect if the connection breaks."""
+        offset = 0
 
         async def tail() -> None:
-            nonlocal seen
+            nonlocal offset
             at = 0
             async for chunk in self.client.tail_job_logs(submission):
-                fresh = chunk[max(0, seen - at) :]
+                fresh = chunk[max(0, offset - at) :]
                 at += len(chunk)
-                seen = max(seen, at)
+                offset = max(offset, at)
                 if fresh:
                     write(fresh)
 
         while True:
             with suppress(RuntimeError, aiohttp.ClientError, OSError):  # whether the cluster is there is asked next
                 asyncio.run(tail())
-            found = self.wait(submission, 0.0)
-            if found.ended:
-                rest = self.logs(submission)[seen:]
+            status = self.wait(submission, 0.0)
+            if status.ended:
+                rest = self.logs(submission)[offset:]
                 if rest:
                     write(rest)
-                return found
+                return status
             time.sleep(RECONNECT_SECONDS)
 
     def stop(self, submission: str) -> None:

@@ -23,9 +23,9 @@ class Condition:
     pooled: Tensor | None = None  # (B,P)
 
     @classmethod
-    def of(cls, given: Condition | Tensor) -> Condition:
-        """Return a condition as it is, and of a tensor (B,) of labels that of the labels."""
-        return given if isinstance(given, Condition) else cls(labels=given)
+    def of(cls, condition: Condition | Tensor) -> Condition:
+        """Return a Condition unchanged; make one from a tensor (B,) of labels."""
+        return condition if isinstance(condition, Condition) else cls(labels=condition)
 
     def __len__(self) -> int:
         """Return B. Raises ValueError if no field is set."""

@@ -81,37 +81,37 @@ def answer(scion: nn.Module) -> Callable[..., Tensor]:
 def observe(
     model: Rootstock, sites: Iterable[Site], x: Tensor, t: Tensor, condition: Condition | Tensor
 ) -> dict[Site, Observation]:
-    """Run the model, no further than the last site's block, and record what stands in each site."""
+    """Run the model up to the last site's block, and return each site's inputs, output and gate."""
     sites = tuple(sites)
     operators = [site for site in sites if site.target != "pair"]
-    seen: dict[Site, tuple[Tensor, Tensor]] = {}
+    calls: dict[Site, tuple[Tensor, Tensor]] = {}
     hooks = [
         scion_at(model, site).register_forward_hook(
-            lambda _, args, output, site=site: seen.__setitem__(site, (args[0], output))
+            lambda _, args, output, site=site: calls.__setitem__(site, (args[0], output))
         )
         for site in operators
     ]
     pairs = [site for site in sites if site.target == "pair"]
-    kept = {site.block + offset for site in pairs for offset in (0, 2)}
+    boundaries = {site.block + offset for site in pairs for offset in (0, 2)}
     last = max(site.block + (site.target == "pair") for site in sites)
     streams: dict[int, Stream] = {}  # before the block of that number
     try:
         stream = model.start(x, t, condition)
         for index in range(1 + last):
-            if index in kept:
+            if index in boundaries:
                 streams[index] = stream
             stream = model.through(index, stream)
         streams[1 + last] = stream
     finally:
         for hook in hooks:
             hook.remove()
-    found = {}
+    observations = {}
     for site in sites:
         if site.target == "pair":
             before, after = streams[site.block], streams[site.block + 2]
-            found[site] = Observation((before.tokens, *before.conditioning), after.tokens - before.tokens, None)
+            observations[site] = Observation((before.tokens, *before.conditioning), after.tokens - before.tokens, None)
         else:
-            inputs, output = seen[site]
+            inputs, output = calls[site]
             gate = model.slot(site).gate
-            found[site] = Observation((inputs,), output, None if gate is None else gate(stream))
-    return found
+            observations[site] = Observation((inputs,), output, None if gate is None else gate(stream))
+    return observations

@@ -153,16 +153,18 @@ def resume(name: str, store: str = DEFAULT_STORE, view: View | None = None) -> R
 
 
 def stop(name: str, store: str = DEFAULT_STORE) -> RunRecord:
-    """Ask the driver of a run, wherever it is, to save and stop; return the record of the run as it is now.
+    """Ask the driver of a run, on any machine, to save and stop. Return the run's current record.
 
     Raise SpecError if no driver is at work on that run.
     """
     place = Store(store)
-    found = record.find(place, name)
-    if record.holder(place, found.run) is None:
-        raise SpecError([f"run: got {found.run!r}, which is not running ({found.status}); accepted: a run at work"])
-    stopping.ask(place, found.run)
-    return found
+    run_record = record.find(place, name)
+    if record.holder(place, run_record.run) is None:
+        raise SpecError(
+            [f"run: got {run_record.run!r}, which is not running ({run_record.status}); accepted: a run at work"]
+        )
+    stopping.ask(place, run_record.run)
+    return run_record
 
 
 def compare(runs: Sequence[str], store: str = DEFAULT_STORE) -> list[dict[str, Any]]:
@@ -170,11 +172,11 @@ def compare(runs: Sequence[str], store: str = DEFAULT_STORE) -> list[dict[str, A
 
     Raise SpecError if there is no such run in the store. `table` returns the same as a pandas DataFrame.
     """
-    found = [record.find(Store(store), name) for name in runs]
+    records = [record.find(Store(store), name) for name in runs]
     return [
         {"run": one.run, "name": one.name, "status": one.status}
         | {f"{row}.{column}": value for row, columns in one.results.items() for column, value in columns.items()}
-        for one in found
+        for one in records
     ]
 
 
@@ -188,7 +190,7 @@ def table(runs: Sequence[str], store: str = DEFAULT_STORE) -> DataFrame:
 def export(
     name: str, out: str | Path, layout: Layout = "graftwork", store: str = DEFAULT_STORE, vae: str | None = None
 ) -> Path:
-    """Write a model of a run for other tools, with a model card; raises SpecError where that cannot be.
+    """Write a model of a run for other tools, with a model card. Raise SpecError if it cannot be exported.
 
     name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
     """
@@ -198,29 +200,29 @@ def export(
     vae = expanded(vae, "vae", expand_weights) if vae is not None else None
     run_name, _, step = name.partition("/")
     place = Store(store)
-    found = record.find(place, run_name)
-    models = [one.name for one in found.steps if makes_model(one.name)]
+    run_record = record.find(place, run_name)
+    models = [one.name for one in run_record.steps if makes_model(one.name)]
     if (step or "finetune") not in models:
         raise SpecError(
-            [f"export: got {shown(name)}; accepted: {', '.join(f'{found.run}/{model}' for model in models)}"]
+            [f"export: got {shown(name)}; accepted: {', '.join(f'{run_record.run}/{model}' for model in models)}"]
         )
-    artifact = found.step(step or "finetune")
+    artifact = run_record.step(step or "finetune")
     if place.manifest(artifact.key) is None:
         raise SpecError(
-            [f"export: {found.run}/{artifact.name} is not in the store; go on with: graft resume {found.run}"]
+            [f"export: {run_record.run}/{artifact.name} is not in the store; go on with: graft resume {run_record.run}"]
         )
-    job = found.job
+    job = run_record.job
     if vae is not None:
-        _require_same_latents(place, found, vae)
+        _require_same_latents(place, run_record, vae)
     card = Card(
-        title=found.run,
+        title=run_record.run,
         rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
         recipe={
             section: _without_folders(job[section])
             for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")
         },
-        results=found.results,
-        keys={one.name: one.key for one in found.steps},
+        results=run_record.results,
+        keys={one.name: one.key for one in run_record.steps},
     )
     try:
         export(place.artifact(artifact.key).path(), out, layout, card=card, vae=vae)

@@ -116,13 +116,13 @@ class ParallelEdits(Spec):
     def _fits(self) -> Self:
         if self.pairs == "all":
             return self
-        taken: set[int] = set()
+        blocks: set[int] = set()
         for position, pair in enumerate(self.pairs):
             if pair[0] < 0 or pair[1] != pair[0] + 1:
                 refuse(["pairs", position], list(pair), "two consecutive blocks, as in [4, 5]")
-            if taken & set(pair):
+            if blocks & set(pair):
                 refuse(["pairs", position], list(pair), "each block in one pair only")
-            taken |= set(pair)
+            blocks |= set(pair)
         if not self.pairs:
             refuse(["pairs"], [], "all, or at least one pair")
         return self

@@ -165,17 +165,17 @@ class JobSpec(Spec):
             refuse(["graft", number, "layers", "budget"], budget, accepted)
 
     def _check_sites(self) -> None:
-        """That no site may be edited twice, and no block paired twice."""
-        taken: dict[str, int] = {}
+        """Refuse a site that is edited twice, and a block that is paired twice."""
+        owners: dict[str, int] = {}
         for number, edits in enumerate(self.graft):
             for edit in edits.edits(self.model.depth):
                 pair = edit.site.target == "pair"
                 blocks = (edit.site.block, edit.site.block + 1) if pair else (edit.site.block,)
                 for site in (f"{block:02d}.{edit.site.target}" for block in blocks):
-                    if taken.get(site, number) != number or (pair and site in taken):
+                    if owners.get(site, number) != number or (pair and site in owners):
                         field = "pairs" if pair else "layers"
-                        refuse(["graft", number, field], site, f"sites that graft.{taken[site]} has not taken")
-                    taken[site] = number
+                        refuse(["graft", number, field], site, f"sites that graft.{owners[site]} has not taken")
+                    owners[site] = number
         if any(isinstance(edit, ParallelEdits) for edit in self.graft):
             self._check_pairs()
 
@@ -201,26 +201,26 @@ class JobSpec(Spec):
         return self.evaluate.rows or made
 
     def precisions(self) -> dict[str, tuple[Precision, float]]:
-        """Return, by its field, each precision that the job's steps compute in, and the GPUs that their tasks take."""
-        found = dict[str, tuple[Precision, float]]()
+        """Return, by field, each precision that steps compute in, and the GPUs that each of their tasks takes."""
+        by_field = dict[str, tuple[Precision, float]]()
 
         def gpus(stage: str) -> float:
             return self.resources.of(stage).gpu
 
         if isinstance(self.codec, VaeCodec):  # features are encoded, samples decoded
-            found["codec.precision"] = (
+            by_field["codec.precision"] = (
                 self.codec.precision,
                 max(gpus("features"), gpus("evaluate")),
             )
         if isinstance(self.weights, PretrainWeights):
-            found["weights.precision"] = self.weights.precision, gpus("base")
-        found["profile.precision"] = self.profile.precision, gpus("profile")
-        found["distill.precision"] = self.distill.precision, gpus("distill")
+            by_field["weights.precision"] = self.weights.precision, gpus("base")
+        by_field["profile.precision"] = self.profile.precision, gpus("profile")
+        by_field["distill.precision"] = self.distill.precision, gpus("distill")
         for number, layers in self.learned().items():
-            found[f"graft.{number}.layers.search.precision"] = layers.search.precision, gpus("search")
-        found["finetune.precision"] = self.finetune.precision, gpus("finetune")
-        found["evaluate.precision"] = self.evaluate.precision, gpus("evaluate")
-        return found
+            by_field[f"graft.{number}.layers.search.precision"] = layers.search.precision, gpus("search")
+        by_field["finetune.precision"] = self.finetune.precision, gpus("finetune")
+        by_field["evaluate.precision"] = self.evaluate.precision, gpus("evaluate")
+        return by_field
 
     def learned(self) -> dict[int, LearnedLayers]:
         """The strategies that search, by the place of their edit in the list."""

@@ -21,15 +21,15 @@ class SpecError(Exception):
 
 
 def problem(line: str) -> str:
-    """A line that can be printed, see `plain`; of one that is too long, the end of what was found is left out."""
+    """Return a line that can be printed, see `plain`. If it is too long, shorten the part before `accepted`."""
     line = masked(plain(line))
     if len(line) <= LINE:
         return line
-    found, marker, accepted = line.rpartition(ACCEPTED)
+    start, marker, accepted = line.rpartition(ACCEPTED)
     if not marker:
         return shortened(line, LINE)
     end = shortened(marker + accepted, LINE // 2)
-    return shortened(found, LINE - len(end)) + end
+    return shortened(start, LINE - len(end)) + end
 
 
 def refusal(field: str, value: object, accepted: str) -> str:

@@ -35,18 +35,18 @@ class _Transformer(Spec):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         shape = ("depth", "width", "heads", "patch")
-        given = [name for name in shape if name in self.model_fields_set]
+        explicit_fields = [name for name in shape if name in self.model_fields_set]
         if self.size is not None:
             letter, patch = self.size.split("/")
             for name, number in zip(shape, (*SIZES[letter], int(patch)), strict=True):
-                if name in given and getattr(self, name) != number:
+                if name in explicit_fields and getattr(self, name) != number:
                     refuse([name], getattr(self, name), f"{number}, as size {self.size} says, or no size")
                 object.__setattr__(self, name, number)
         for name in shape:
             if getattr(self, name) < 1:
                 refuse(
                     [name],
-                    getattr(self, name) if name in given else None,
+                    getattr(self, name) if name in explicit_fields else None,
                     "an integer of at least 1, or a published size",
                 )
         if self.width % self.heads:
@@ -101,7 +101,6 @@ def _kind(value: Any) -> str:
 
 
 Model = Annotated[Annotated[DitModel, Tag("dit")] | Annotated[SitModel, Tag("sit")], Discriminator(_kind)]
-KINDS = ("dit", "sit")  # of a job's model
 
 
 class PretrainWeights(TrainingSpec):
@@ -130,15 +129,15 @@ class CheckpointWeights(Spec):
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _rows(cls, given: Any) -> Any:
-        if given is None or given == "fresh":
-            return given
-        if not isinstance(given, dict) or not given:
-            refuse([], given, "fresh, or a row of the checkpoint's label table for a class, as {cat: 281}")
-        for name, row in given.items():
+    def _rows(cls, rows: Any) -> Any:
+        if rows is None or rows == "fresh":
+            return rows
+        if not isinstance(rows, dict) or not rows:
+            refuse([], rows, "fresh, or a row of the checkpoint's label table for a class, as {cat: 281}")
+        for name, row in rows.items():
             if not is_integer(row) or row < 0:
                 refuse([str(name)], row, "the number of a row in the checkpoint's label table, 0 or more")
-        return {str(name): row for name, row in given.items()}
+        return {str(name): row for name, row in rows.items()}
 
     def rows(self, names: Sequence[str]) -> tuple[int | None, ...] | None:
         """Return the row of the checkpoint's label table for each class, None for a fresh one; or None to keep it."""

@@ -81,17 +81,17 @@ class WeightFiles:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Return the files of the weights: unless there are no others, those of no variant, and safetensors.
+    """Return the files of the weights. Those of no variant, and safetensors, are preferred.
 
-    Raise ValueError where there are none, or only variants that nothing chooses from.
+    Raise ValueError if there are none, or if there are several variants and nothing chooses between them.
     """
-    found = sorted(_weight_files(folder), key=lambda one: (one.variant or "", not one.safe, len(one.files)))
-    if not found:
+    candidates = sorted(_weight_files(folder), key=lambda one: (one.variant or "", not one.safe, len(one.files)))
+    if not candidates:
         raise ValueError(f"has no {STEM}.safetensors or .bin, in one file or with an index")
-    variants = {one.variant for one in found}
+    variants = {one.variant for one in candidates}
     if None not in variants and len(variants) > 1:
         raise ValueError(f"has weights of the variants {', '.join(sorted(map(str, variants)))} only, and not just one")
-    return found[0]
+    return candidates[0]
 
 
 def _weight_files(folder: Path) -> Iterator[WeightFiles]:

@@ -617,7 +617,7 @@ def test_a_published_file_of_another_family_is_known_by_its_name(model: DiT, tmp
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}),
         ("model_index.json", {"_class_name": "SiTPipeline"}),
         ("transformer/config.json", {"_class_name": "SiTTransformer2DModel"}),
-        ("transformer/config.json", {"_class_name": "PixArtTransformer2DModel"}),
+        ("transformer/config.json", {"_class_name": "Lumina2Transformer2DModel"}),
     ],
     ids=str,
 )

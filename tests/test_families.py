@@ -429,6 +429,11 @@ ROOMS = {
         "models/checkpoints/recognition.py",  # files of before there were other kinds
     },
     "sit": {"specs/rootstock.py", "models/rootstocks/sit.py"},
+    "pixart": {
+        "specs/rootstock.py",
+        "models/rootstocks/pixart.py",
+        "models/checkpoints/layouts/diffusers_pixart.py",
+    },
 }
 
 
@@ -452,6 +457,6 @@ def test_a_kind_that_is_not_known_is_refused_by_name(model: Strip, tmp_path: Pat
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"strip"', '"stripe"'))
     with pytest.raises(
-        checkpoints.UnfitCheckpoint, match=r"rootstock: kind: 'stripe', expected one of dit, sit, strip"
+        checkpoints.UnfitCheckpoint, match=r"rootstock: kind: 'stripe', expected one of dit, pixart, sit, strip"
     ):
         checkpoints.load(tmp_path)

@@ -81,20 +81,22 @@ def check_gpus() -> Iterator[Check]:
         return
     supported = driver_cuda()
     newest = f", for CUDA up to {supported[0]}.{supported[1]}" if supported else ""
-    seen = f"NVIDIA {driver_version() or 'driver of an unknown version'}{newest}"
+    finding = f"NVIDIA {driver_version() or 'driver of an unknown version'}{newest}"
     if torch.version.hip:
-        seen = f"AMD, for ROCm {torch.version.hip}"
+        finding = f"AMD, for ROCm {torch.version.hip}"
     if (problem := gpu_problem()) is not None:
-        yield refused("driver", f"{seen}; there is a GPU that {problem}")
+        yield refused("driver", f"{finding}; there is a GPU that {problem}")
         return
-    yield fine("driver", seen, version=driver_version() or "unknown")
+    yield fine("driver", finding, version=driver_version() or "unknown")
     yield from (_gpu(index) for index in range(torch.cuda.device_count()))
 
 
 def _without_gpus(in_machine: int) -> Check:
     if in_machine:
-        seen = f"the machine has {in_machine}, this container none"
-        return warning("GPU", seen, "docker run --gpus all, a pod's nvidia.com/gpu, or Slurm's --gres=gpu", count=0.0)
+        finding = f"the machine has {in_machine}, this container none"
+        return warning(
+            "GPU", finding, "docker run --gpus all, a pod's nvidia.com/gpu, or Slurm's --gres=gpu", count=0.0
+        )
     return fine("GPU", "none: steps run on CPUs", count=0.0)
 
 
@@ -103,13 +105,13 @@ def _gpu(index: int) -> Check:
 
     name, of = f"GPU {index}", torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    seen = f"{of.name}, {amount(free)} free of {amount(total)}, compute capability {of.major}.{of.minor}"
+    finding = f"{of.name}, {amount(free)} free of {amount(total)}, compute capability {of.major}.{of.minor}"
     values: dict[str, float | str] = {"model": of.name, "free_bytes": float(free), "total_bytes": float(total)}
     if free < MIN_FREE_SHARE * total:
-        return warning(name, seen, "others use it: nvidia-smi shows who", **values)
+        return warning(name, finding, "others use it: nvidia-smi shows who", **values)
     if (of.major, of.minor) < (8, 0):
-        return warning(name, seen, "it has no fast bf16: set precision: fp32", **values)
-    return fine(name, seen, **values)
+        return warning(name, finding, "it has no fast bf16: set precision: fp32", **values)
+    return fine(name, finding, **values)
 
 
 # -- speeds
@@ -129,10 +131,10 @@ def check_matmul() -> Iterator[Check]:
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
             speeds[f"{kind}_flop_per_s"] = _matmul_speed(device, dtype)
         torch.set_float32_matmul_precision("highest")
-        seen = ", ".join(f"{kind.partition('_')[0]} {flops(float(speed))}/s" for kind, speed in speeds.items())
+        finding = ", ".join(f"{kind.partition('_')[0]} {flops(float(speed))}/s" for kind, speed in speeds.items())
         if device.type == "cuda":
             speeds["model"] = torch.cuda.get_device_name(device)
-        yield fine(f"matmul{name}", seen, **speeds)
+        yield fine(f"matmul{name}", finding, **speeds)
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -145,17 +147,17 @@ def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def check_bandwidth() -> Iterator[Check]:
-    """Measure how fast memory is copied, reading and writing counted both."""
+    """Measure how fast memory is copied: bytes read plus bytes written."""
     import torch
 
     torch.set_num_threads(1)
     for device, name in _devices():
         speed = _copy_speed(device)
-        values, seen = {"bytes_per_s": speed}, f"{amount(speed)}/s"
+        values, finding = {"bytes_per_s": speed}, f"{amount(speed)}/s"
         if device.type == "cuda":
             values["host_bytes_per_s"] = _host_speed(device)
-            seen += f"; from the host {amount(values['host_bytes_per_s'])}/s"
-        yield fine(f"memory speed{name}", seen, **values)
+            finding += f"; from the host {amount(values['host_bytes_per_s'])}/s"
+        yield fine(f"memory speed{name}", finding, **values)
 
 
 def _copy_speed(device: torch.device) -> float:
@@ -262,10 +264,12 @@ def _kernel(spec: OperatorSpec, place: Place, device: torch.device) -> Check:
     expected = _run(_defined(spec), place, device, dtype)
     # As tensors, whose largest is no number where one is none.
     worst = float(torch.stack([_distance(*pair) for pair in zip(ours, expected, strict=True)]).max())
-    seen, values = f"off its definition by at most {worst:.1e}, with gradients", {"error": worst}
+    finding, values = f"off its definition by at most {worst:.1e}, with gradients", {"error": worst}
     if not worst <= TOLERANCE:
-        return broken(name, seen, "set backend: torch for this operator: the kernel computes something else", **values)
-    return fine(name, seen, **values)
+        return broken(
+            name, finding, "set backend: torch for this operator: the kernel computes something else", **values
+        )
+    return fine(name, finding, **values)
 
 
 def _distance(ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

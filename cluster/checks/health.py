@@ -54,8 +54,8 @@ SOURCE = "#include <Python.h>\nint graftwork_seven(void) { return 7; }\n"
 
 
 def check_python() -> Check:
-    seen = f"{platform.python_version()} ({sys.executable}) on {platform.platform()}"
-    return fine("python", seen, version=platform.python_version())
+    finding = f"{platform.python_version()} ({sys.executable}) on {platform.platform()}"
+    return fine("python", finding, version=platform.python_version())
 
 
 def check_code() -> Check:
@@ -85,8 +85,8 @@ def check_packages() -> Check:
     ]
     if lacking or old:
         missing = [f"not installed: {', '.join(lacking)}"] if lacking else []
-        seen = "; ".join([*missing, *([f"too old: {', '.join(old)}"] if old else [])])
-        return broken("packages", seen, "install graftwork into this Python: pip install graftwork", **versions)
+        finding = "; ".join([*missing, *([f"too old: {', '.join(old)}"] if old else [])])
+        return broken("packages", finding, "install graftwork into this Python: pip install graftwork", **versions)
     main = ", ".join(f"{name} {versions[name]}" for name in ("ray", "torch", "deepspeed", "mlflow"))
     return fine("packages", f"{main}; {len(versions)} looked at", **versions)
 
@@ -111,13 +111,13 @@ def check_cpus() -> Check:
     usable, all_of_them = num_cpus(), os.cpu_count() or 1
     busy = os.getloadavg()[0]
     values = {"cpus": float(usable), "machine_cpus": float(all_of_them), "load": round(busy, 2)}
-    seen = f"{usable} of {all_of_them} may be used; load {busy:.1f}"
+    finding = f"{usable} of {all_of_them} may be used; load {busy:.1f}"
     if usable == 1 < all_of_them:
         advice = "ask for more: docker --cpus, Slurm's --cpus-per-task (and --cpu-bind=none), or the pod's limits"
-        return warning("cpus", seen, advice, **values)
+        return warning("cpus", finding, advice, **values)
     if busy > 2 * all_of_them:
-        return warning("cpus", seen, "something else keeps them busy: times measured now say little", **values)
-    return fine("cpus", seen, **values)
+        return warning("cpus", finding, "something else keeps them busy: times measured now say little", **values)
+    return fine("cpus", finding, **values)
 
 
 def check_memory() -> Check:
@@ -125,12 +125,12 @@ def check_memory() -> Check:
 
     machine, usable = psutil.virtual_memory(), available_memory()
     limited = ", within the control group's limit" if usable < machine.available else ""
-    seen = f"{amount(usable)} available{limited}, of {amount(machine.total)}"
+    finding = f"{amount(usable)} available{limited}, of {amount(machine.total)}"
     values = {"available_bytes": float(usable), "machine_bytes": float(machine.total)}
     if usable < WARN_MEMORY:
         advice = "end other work, or raise the container's memory limit"
-        return (broken if usable < MIN_MEMORY else warning)("memory", seen, advice, **values)
-    return fine("memory", seen, **values)
+        return (broken if usable < MIN_MEMORY else warning)("memory", finding, advice, **values)
+    return fine("memory", finding, **values)
 
 
 def check_scratch() -> Iterator[Check]:
@@ -142,29 +142,29 @@ def check_scratch() -> Iterator[Check]:
 
 
 def check_disk(name: str, folder: Path, advice: str) -> Check:
-    """Look at the free space where a folder is, or will be, and whether something can be written there."""
+    """Check the free space of a folder, or of the nearest one above it that exists, and whether it can be written."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usage = shutil.disk_usage(there)
-    seen = f"{amount(usage.free)} free of {amount(usage.total)} in {folder}"
+    finding = f"{amount(usage.free)} free of {amount(usage.total)} in {folder}"
     values = {"free_bytes": float(usage.free), "total_bytes": float(usage.total)}
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(2**20))
             file.flush()
     except OSError as error:
-        return broken(name, f"{seen}; it cannot be written ({error.strerror})", advice, **values)
+        return broken(name, f"{finding}; it cannot be written ({error.strerror})", advice, **values)
     if usage.free < MIN_DISK:
-        return broken(name, seen, advice, **values)
+        return broken(name, finding, advice, **values)
     inodes = os.statvfs(there)
     if inodes.f_files and inodes.f_favail < MIN_INODES:
-        return broken(name, f"{seen}, but for only {inodes.f_favail} more files", advice, **values)
+        return broken(name, f"{finding}, but for only {inodes.f_favail} more files", advice, **values)
     if usage.free < WARN_DISK or usage.used > RAY_DISK_SHARE * (usage.used + usage.free):
-        return warning(name, seen, advice, **values)
-    return fine(name, seen, **values)
+        return warning(name, finding, advice, **values)
+    return fine(name, finding, **values)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
-    """Look at /dev/shm, through which Ray hands objects on and NCCL talks between GPUs of a machine."""
+    """Check /dev/shm: Ray passes objects through it, and NCCL connects the GPUs of a machine through it."""
     name, advice = (
         "shared memory",
         "give the container more: docker run --shm-size=16g, or an emptyDir of medium Memory",
@@ -172,14 +172,14 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     if not folder.is_dir():
         return warning(name, f"no {folder}", "Ray keeps objects in temporary files instead, slower")
     usage = shutil.disk_usage(folder)
-    seen = f"{amount(usage.free)} free of {amount(usage.total)} in {folder}"
+    finding = f"{amount(usage.free)} free of {amount(usage.total)} in {folder}"
     values = {"free_bytes": float(usage.free), "total_bytes": float(usage.total)}
     if not os.access(folder, os.W_OK):
-        return broken(name, f"{seen}, which cannot be written", "mount it writable", **values)
+        return broken(name, f"{finding}, which cannot be written", "mount it writable", **values)
     if usage.free < WARN_SHM:
         several = num_gpus_here() > 1  # whose NCCL ends in bus errors
-        return (broken if several else warning)(name, seen, advice, **values)
-    return fine(name, seen, **values)
+        return (broken if several else warning)(name, finding, advice, **values)
+    return fine(name, finding, **values)
 
 
 def check_home() -> Check:
@@ -194,16 +194,16 @@ def check_home() -> Check:
 
 
 def check_limits() -> Iterator[Check]:
-    """Look at how many files and processes this user may have open."""
+    """Check how many files this user may open, and how many processes it may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY
     hard = sys.maxsize if hard == infinite else hard
-    seen = f"{soft} open files, at most {'any number' if hard == sys.maxsize else hard}"
+    finding = f"{soft} open files, at most {'any number' if hard == sys.maxsize else hard}"
     if soft < MIN_FILES or hard < WARN_FILES:
         advice = "raise it: ulimit -n 65536, or docker run --ulimit nofile=65536"
-        yield (broken if soft < MIN_FILES // 4 else warning)("open files", seen, advice, soft=float(soft))
+        yield (broken if soft < MIN_FILES // 4 else warning)("open files", finding, advice, soft=float(soft))
     else:
-        yield fine("open files", seen, soft=float(soft))
+        yield fine("open files", finding, soft=float(soft))
     processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if processes != infinite and processes < WARN_PROCESSES:
         yield warning("processes", f"{processes} at most, threads included", "raise it: ulimit -u 65536")
@@ -265,27 +265,27 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> Iterator[Che
         advice = "unset it, or set it to a positive number"
         yield warning("threads", f"OMP_NUM_THREADS is {threads!r}", advice)
     yield from _proxies(variables)
-    visible, given = variables.get("CUDA_VISIBLE_DEVICES"), num_gpus_here()
-    if given and visible is not None and (not visible or visible == "-1"):
-        seen = f"CUDA_VISIBLE_DEVICES is {visible!r}: it hides {given} GPUs"
-        yield warning("visible GPUs", seen, "unset it, unless that is meant")
+    visible, num_gpus = variables.get("CUDA_VISIBLE_DEVICES"), num_gpus_here()
+    if num_gpus and visible is not None and (not visible or visible == "-1"):
+        finding = f"CUDA_VISIBLE_DEVICES is {visible!r}: it hides {num_gpus} GPUs"
+        yield warning("visible GPUs", finding, "unset it, unless that is meant")
     notable = [name for name in sorted(variables) if name in NOTABLE or name.startswith(NOTABLE_PREFIXES)]
     yield fine("environment", f"set: {', '.join(notable)}" if notable else "nothing set that changes what happens")
 
 
 def _proxies(variables: Mapping[str, str]) -> Iterator[Check]:
-    """Warn of a proxy that requests to this machine would go through, too."""
+    """Warn of a proxy that requests to this machine would go through."""
     named = {kind: variables.get(f"{kind}_proxy") or variables.get(f"{kind.upper()}_PROXY") for kind in PROXIES}
     proxies = {f"{kind}_proxy": value for kind, value in named.items() if value}
     if not proxies:
         return
     past = variables.get("no_proxy") or variables.get("NO_PROXY") or ""
-    seen = ", ".join(f"{name} is {value}" for name, value in proxies.items())
+    finding = ", ".join(f"{name} is {value}" for name, value in proxies.items())
     hosts = [host for host in ("localhost", "127.0.0.1") if not _bypasses(host, past)]
     if hosts:
-        yield warning("proxy", f"{seen}; {' and '.join(hosts)} go through it, too", "no_proxy=localhost,127.0.0.1")
+        yield warning("proxy", f"{finding}; {' and '.join(hosts)} go through it, too", "no_proxy=localhost,127.0.0.1")
     else:
-        yield fine("proxy", seen)
+        yield fine("proxy", finding)
 
 
 def _bypasses(host: str, past: str) -> bool:

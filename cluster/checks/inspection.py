@@ -84,36 +84,36 @@ def inspect_nodes(cluster: Sequence[Node], phases: Phases, seconds: float) -> It
 
 
 def unreachable_names(looked: Mapping[str, Sequence[Check]]) -> Iterator[Check]:
-    """Warn of nodes whose own name stands for loopback, as Debian has it: gloo would have others connect to that."""
+    """Warn of nodes whose own name resolves to loopback, as on Debian: gloo would have other nodes connect to that."""
     for node, checks in looked.items():
         for check in checks:
             if check.name == "host name" and str(check.values.get("address", "")).startswith(LOOPBACK):
-                seen = f"{check.seen}, which no other node reaches"
+                finding = f"{check.seen}, which no other node reaches"
                 advice = "the node's own address in /etc/hosts, or GLOO_SOCKET_IFNAME=eth0 or the like on all nodes"
-                yield replace(warning("host name", seen, advice), node=node)
+                yield replace(warning("host name", finding, advice), node=node)
 
 
 def differences(looked: Mapping[str, Sequence[Check]]) -> list[Check]:
-    """Return a check for each version that differs between nodes; one that none does, if so."""
+    """Return a check for each version that differs between nodes. If several nodes agree, return one that says so."""
     versions: dict[str, dict[str, str]] = {}  # of what -> node -> version
     for node, checks in looked.items():
         for check in checks:
             for what, version in _versions(check).items():
                 versions.setdefault(what, {})[node] = version
-    found = []
+    results = []
     for what, of_nodes in versions.items():
         by_version: dict[str, list[str]] = {}
         for node in looked:
             by_version.setdefault(of_nodes.get(node, "none"), []).append(node)
         if len(by_version) > 1:
-            seen = "; ".join(f"{version} on {', '.join(on)}" for version, on in by_version.items())
+            finding = "; ".join(f"{version} on {', '.join(on)}" for version, on in by_version.items())
             python = {".".join(version.split(".")[:2]) for version in by_version}
             serious = what in SAME_EVERYWHERE or (what == "python" and len(python) > 1)
             advice = "install the same on all nodes: one image, or pip install with the same constraints"
-            found.append((broken if serious else warning)(f"same {what}", seen, advice))
-    if not found and len(looked) > 1:
-        found.append(fine("same versions", f"on {len(looked)} nodes"))
-    return found
+            results.append((broken if serious else warning)(f"same {what}", finding, advice))
+    if not results and len(looked) > 1:
+        results.append(fine("same versions", f"on {len(looked)} nodes"))
+    return results
 
 
 def _versions(check: Check) -> dict[str, str]:
@@ -131,18 +131,18 @@ def _versions(check: Check) -> dict[str, str]:
 
 
 def _clocks(actors: Mapping[Node, Any]) -> Iterator[Check]:
-    """Hold the nodes' clocks against this one's; what a question takes is how exact that is."""
+    """Compare the nodes' clocks with this one's, as exactly as the time of an answer allows."""
     for node, actor in actors.items():
-        sent = time.time()
-        there, came = ray.get(actor.clock.remote(), timeout=PING_SECONDS), time.time()
-        skew = max(0.0, sent - there, there - came)
-        seen = f"{skew:.1f} s off the head's" if skew else "that of the head's"
-        values = {"skew_s": round(skew, 3), "answer_s": round(came - sent, 4)}
+        start = time.time()
+        there, end = ray.get(actor.clock.remote(), timeout=PING_SECONDS), time.time()
+        skew = max(0.0, start - there, there - end)
+        finding = f"{skew:.1f} s off the head's" if skew else "that of the head's"
+        values = {"skew_s": round(skew, 3), "answer_s": round(end - start, 4)}
         if skew <= MAX_SKEW_SECONDS:
-            check = fine("clock", seen, **values)
+            check = fine("clock", finding, **values)
         else:
             verdict = broken if skew > BROKEN_SKEW_SECONDS else warning
-            check = verdict("clock", seen, "have it set by NTP: timedatectl set-ntp true", **values)
+            check = verdict("clock", finding, "have it set by NTP: timedatectl set-ntp true", **values)
         yield replace(check, node=node.name)
 
 
@@ -156,14 +156,14 @@ def _ways(actors: Mapping[Node, Any]) -> Iterator[Check]:
     # Where to send to is an argument that Ray waits for, so that a node which does not listen fails its sender's task.
     sends = [actors[node].send.remote(places[other]) for node, other in pairs]
     deadline = time.monotonic() + 2 * PING_SECONDS
-    for (node, other), sent in zip(pairs, sends, strict=True):
-        yield replace(_way(other, sent, deadline - time.monotonic()), node=node.name)
+    for (node, other), send in zip(pairs, sends, strict=True):
+        yield replace(_way(other, send, deadline - time.monotonic()), node=node.name)
 
 
-def _way(other: Node, sent: Any, seconds: float) -> Check:
-    """Return the check of a way to another node, by the task that sends something there."""
+def _way(other: Node, send: Any, seconds: float) -> Check:
+    """Return the check of the way to another node. send: the ref of the task that sends something there."""
     try:
-        speed = SENT_BYTES / ray.get(sent, timeout=max(0.1, seconds))
+        speed = SENT_BYTES / ray.get(send, timeout=max(0.1, seconds))
     except (ray.exceptions.RayError, TimeoutError) as error:
         lines = str(getattr(error, "cause", error) or error).strip().splitlines() or [type(error).__name__]
         advice = (

@@ -39,7 +39,7 @@ MAX_TEXT = 600  # characters of what was seen
 
 @dataclass(frozen=True)
 class Check:
-    """What was seen of one thing, how that is, and what to do where it is not fine.
+    """The finding of one check, its state, and the advice if it is not fine.
 
     values: the same for programs: figures by names that end in their unit, versions by the names of packages.
     """
@@ -59,16 +59,16 @@ class Check:
             object.__setattr__(self, name, text)
 
 
-def fine(name: str, seen: str, **values: Value) -> Check:
-    return Check(name, "fine", seen, values=values)
+def fine(name: str, finding: str, **values: Value) -> Check:
+    return Check(name, "fine", finding, values=values)
 
 
-def warning(name: str, seen: str, advice: str, **values: Value) -> Check:
-    return Check(name, "warning", seen, advice, values)
+def warning(name: str, finding: str, advice: str, **values: Value) -> Check:
+    return Check(name, "warning", finding, advice, values)
 
 
-def broken(name: str, seen: str, advice: str, **values: Value) -> Check:
-    return Check(name, "broken", seen, advice, values)
+def broken(name: str, finding: str, advice: str, **values: Value) -> Check:
+    return Check(name, "broken", finding, advice, values)
 
 
 def refused(name: str, line: str, state: State = "broken", otherwise: str = "mend that, and look again") -> Check:
@@ -76,8 +76,8 @@ def refused(name: str, line: str, state: State = "broken", otherwise: str = "men
 
     otherwise: the advice of a line that names nothing that is accepted.
     """
-    seen, marked, accepted = line.rpartition(ACCEPTED)
-    return Check(name, state, seen if marked else line, f"accepted: {accepted}" if marked else otherwise)
+    finding, marked, accepted = line.rpartition(ACCEPTED)
+    return Check(name, state, finding if marked else line, f"accepted: {accepted}" if marked else otherwise)
 
 
 @dataclass(frozen=True)

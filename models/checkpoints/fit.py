@@ -91,7 +91,7 @@ def _numbers(name: str, value: Tensor, source: str) -> Tensor:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into the model; raises UnfitCheckpoint, naming those that do not fit."""
+    """Copy tensors into the model. Raise UnfitCheckpoint, with the names of those that do not fit."""
     _check(shapes_of(model.state_dict()), shapes_of(state), source)
     model.load_state_dict(state)
 
@@ -107,32 +107,32 @@ def settled(value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Te
     return value if aligned else value.clone(memory_format=torch.contiguous_format)
 
 
-def _check(wanted: Mapping[str, Shape], given: Mapping[str, Shape], source: str) -> None:
-    """Raise UnfitCheckpoint if names or shapes differ: a few of each kind of difference, names whole."""
+def _check(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], source: str) -> None:
+    """Raise UnfitCheckpoint if names or shapes differ, with a few whole names for each kind of difference."""
     reshaped = [
-        f"{name}: {given[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & given.keys())
-        if wanted[name] != given[name]
+        f"{name}: {shapes[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if wanted[name] != shapes[name]
     ]
-    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    missing, unknown = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
     problems = [named(reshaped, MAX_NAMED)] if reshaped else []
     problems += [f"missing {named(missing, MAX_NAMED, ', ')}"] if missing else []
     problems += [f"has {named(unknown, MAX_NAMED, ', ')}, expected none of that name"] if unknown else []
     if problems:
-        accepted = "" if missing or unknown else _setting_for(wanted, given)
+        accepted = "" if missing or unknown else _setting_for(wanted, shapes)
         raise UnfitCheckpoint(f"{source}: does not fit the model: {'; '.join(problems)}", accepted)
 
 
-def _setting_for(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> str:
-    """Return what to set in a job for a checkpoint with these shapes, if that is all that differs; else nothing."""
-    differing = {name for name in wanted if wanted[name] != given[name]}
+def _setting_for(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> str:
+    """Return the setting that makes a job fit a checkpoint's shapes, or an empty string if no single setting does."""
+    differing = {name for name in wanted if wanted[name] != shapes[name]}
     table = label_table(differing)
-    if table is not None and len(differing) == 1 and wanted[table][1:] == given[table][1:]:
+    if table is not None and len(differing) == 1 and wanted[table][1:] == shapes[table][1:]:
         return OTHER_CLASSES
     outputs = (config.files.output for config in CONFIGS.values())
     output = next((layer for layer in outputs if differing <= {f"{layer}.weight", f"{layer}.bias"}), None)
     if output is not None:
-        rows, ours = given[f"{output}.bias"], wanted[f"{output}.bias"]
+        rows, ours = shapes[f"{output}.bias"], wanted[f"{output}.bias"]
         if ours == (2 * rows[0],):
             return "a checkpoint that predicts its variance, or model.learn_sigma: false"
         if rows == (2 * ours[0],):

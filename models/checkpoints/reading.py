@@ -42,36 +42,36 @@ def read(
 
     Raises UnfitCheckpoint, in one line, for what is no checkpoint or one of another model.
     """
-    found, rootstock, edits = _recognised(source, config, heads, labels, any_classes)
-    return build(rootstock, edits, found.tensors, device), edits
+    checkpoint, rootstock, edits = _recognised(source, config, heads, labels, any_classes)
+    return build(rootstock, edits, checkpoint.tensors, device), edits
 
 
 def check(
     source: str | Path, config: RootstockConfig, *, labels: Labels | None = None, any_classes: bool = False
 ) -> tuple[str, ...]:
-    """Raise UnfitCheckpoint as `read` would, as far as names and shapes tell: no tensor is read.
+    """Raise UnfitCheckpoint as `read` would, by names and shapes alone: no tensor is read.
 
-    Returns what is to be said of a checkpoint that fits: which model of several is read, what is left out.
+    Return the notes on a checkpoint that fits: which of several models is read, and what is left out.
     """
-    found, rootstock, edits = _recognised(source, config, None, labels, any_classes)
-    fitting(rootstock, edits, found.tensors)
-    if not found.kinds and found.config is None and rootstock.files.network is not None:
+    checkpoint, rootstock, edits = _recognised(source, config, None, labels, any_classes)
+    fitting(rootstock, edits, checkpoint.tensors)
+    if not checkpoint.kinds and checkpoint.config is None and rootstock.files.network is not None:
         words = " and ".join(f"args.{argument}" for argument in rootstock.files.arguments)
-        unsaid = f"{found.tensors.source}: does not say what it predicts (by {words}, or its name)"
-        return (*found.notes, f"{unsaid}; it is taken for a {rootstock.kind}, as model.kind says")
-    return found.notes
+        unsaid = f"{checkpoint.tensors.source}: does not say what it predicts (by {words}, or its name)"
+        return (*checkpoint.notes, f"{unsaid}; it is taken for a {rootstock.kind}, as model.kind says")
+    return checkpoint.notes
 
 
 def _recognised(
     source: str | Path, config: RootstockConfig | None, heads: int | None, labels: Labels | None, any_classes: bool
 ) -> tuple[Found, RootstockConfig, tuple[Edit, ...]]:
-    found = find(located(source))
+    checkpoint = find(located(source))
     if labels is not None:
-        found = replace(found, tensors=relabelled(found.tensors, labels, found.num_classes))
+        checkpoint = replace(checkpoint, tensors=relabelled(checkpoint.tensors, labels, checkpoint.num_classes))
     if config is not None and any_classes:
-        config = replace(config, num_classes=num_classes(found.tensors) or config.num_classes)
-    rootstock, edits = recognised(found, config, heads)
-    return replace(found, tensors=found.tensors.without(rootstock.files.unused)), rootstock, edits
+        config = replace(config, num_classes=num_classes(checkpoint.tensors) or config.num_classes)
+    rootstock, edits = recognised(checkpoint, config, heads)
+    return replace(checkpoint, tensors=checkpoint.tensors.without(rootstock.files.unused)), rootstock, edits
 
 
 def located(source: str | Path, accepted: str = ACCEPTED, part: str = "transformer") -> Path:
@@ -118,13 +118,13 @@ def _in_folder(path: Path) -> Found:
         )
     pipeline = [name for name in ("transformer_ema", "transformer") if (path / name).is_dir()]
     if pipeline:
-        found = find(path / pipeline[0])
+        checkpoint = find(path / pipeline[0])
         notes = tuple(f"{path}: {pipeline[0]} is read, not {other}" for other in pipeline[1:])
-        return replace(found, notes=(*notes, *found.notes))
+        return replace(checkpoint, notes=(*notes, *checkpoint.notes))
     files, others = folders.model_files(path, ACCEPTED)
     notes = tuple(f"{path}: {files[0].name} is read, not {other.name}" for other in others)
-    found = _in_file(files[0])
-    return replace(found, notes=(*notes, *found.notes))
+    checkpoint = _in_file(files[0])
+    return replace(checkpoint, notes=(*notes, *checkpoint.notes))
 
 
 def _is_known(config: dict[str, Any]) -> bool:

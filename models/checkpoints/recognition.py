@@ -20,7 +20,6 @@ from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.operators import Place, Target
 from graftwork.specs.reading.load import shown
-from graftwork.specs.rootstock import KINDS
 
 MOST = {"depth": MAX_DEPTH, "input_size": 8192}  # what is built before any tensor is compared
 TARGETS: tuple[Target, ...] = ("mha", "mlp")
@@ -97,7 +96,7 @@ def _edit_from(position: int, edit: Any) -> Edit:
 
 
 def misfit(config: RootstockConfig) -> str | None:
-    """What is wrong with a rootstock's shape; None if there can be such a model."""
+    """Return what is wrong with a rootstock's shape, or None if there can be such a model."""
     if type(config.learn_sigma) is not bool:
         return f"learn_sigma: {shown(config.learn_sigma)}, expected true or false"
     floats = [field.name for field in fields(config) if "float" in str(field.type)]
@@ -206,7 +205,7 @@ def _expected(config: RootstockConfig, checkpoint: Found, kinds: Collection[str]
     for others, words in ((said, "says that it is"), (kinds, "has the tensors of")):
         if others and config.kind not in others:
             names = " or ".join(f"a {kind}" for kind in sorted(others))
-            of_jobs = sorted({*others}.intersection(KINDS))
+            of_jobs = sorted(kind for kind in others if CONFIGS[kind].of_jobs)
             accepted = f"model.kind {' or '.join(of_jobs)}" if of_jobs else f"a checkpoint of a {config.kind}"
             raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
     return config
@@ -219,25 +218,25 @@ def _said(checkpoint: Found, kinds: Collection[str]) -> Collection[str]:
 
 
 def _kind(checkpoint: Found, kinds: Collection[str]) -> str:
-    """Return the one kind that a file is, by its words and its tensors. Raise UnfitCheckpoint if that is no one."""
+    """Return the kind that a file's words and its tensors allow. Raise UnfitCheckpoint unless there is just one."""
     # A file that says nothing is of the family whose network it is, not of one that shares it.
     silent = [kind for kind in kinds if CONFIGS[kind].files.network is None]
-    said = _said(checkpoint, kinds)
-    possible = [kind for kind in kinds if kind in said] if said else silent
+    claims = _said(checkpoint, kinds)
+    possible = [kind for kind in kinds if kind in claims] if claims else silent
     if len(possible) == 1:
         return possible[0]
     has = f"has the tensors of {' and '.join(f'a {kind}' for kind in sorted(possible or kinds))}"
-    says = f"says that it is {' or '.join(f'a {kind}' for kind in sorted(said))}" if said else "does not say which"
+    says = f"says that it is {' or '.join(f'a {kind}' for kind in sorted(claims))}" if claims else "does not say which"
     raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {has}, and {says}", "a file of one family, by both")
 
 
 def _is_none(tensors: Tensors, absent: Mapping[str, Iterable[str]]) -> UnfitCheckpoint:
-    """The error for tensors of no family, with some of their names beside those that each family has."""
-    held = named(sorted(tensors.shapes), MAX_NAMED, ", ") or "no tensor"
+    """Return the error for tensors of no family: it shows some of their names, and the names that each family needs."""
+    examples = named(sorted(tensors.shapes), MAX_NAMED, ", ") or "no tensor"
     of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors.shapes)
     accepted = "the folder of a diffusers model, with its config.json" if of_diffusers else ""
     problems = "; ".join(f"is no {name}, has no {', '.join(names)}" for name, names in absent.items())
-    return UnfitCheckpoint(f"{tensors.source}: {problems}; holds {held}", accepted)
+    return UnfitCheckpoint(f"{tensors.source}: {problems}; holds {examples}", accepted)
 
 
 def rootstock_of(family: type[C], tensors: Tensors, heads: int | None) -> C:

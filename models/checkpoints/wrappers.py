@@ -82,13 +82,13 @@ def _state_dicts(content: Any, label: str = "") -> Iterator[tuple[str, dict[str,
 def _models(label: str, tensors: Tensors, anchors: Sequence[str]) -> Iterator[Model]:
     """Yield the models in a state dict: one for each prefix that an anchor has in it."""
     names = _without_modules_around(tensors.shapes)
-    found = (
+    all_prefixes = (
         name.removesuffix(anchor)
         for name in names
         for anchor in anchors
         if name == anchor or name.endswith(f".{anchor}")
     )
-    prefixes = list(dict.fromkeys(found))
+    prefixes = list(dict.fromkeys(all_prefixes))
     members = {prefix: _members(prefix, prefixes, names) for prefix in prefixes}
     in_models = {name for own in members.values() for name in own.values()}
     beside = tuple(name for name in tensors.shapes if name not in in_models and tensors.shapes[name])
@@ -125,11 +125,11 @@ def _members(prefix: str, prefixes: Iterable[str], names: Mapping[str, str]) -> 
     }
 
 
-def _without_modules_around(given: Iterable[str]) -> dict[str, str]:
-    """Return names without the modules around others, and what they were; as they were if two would be the same."""
-    given = list(given)
-    names = {AROUND.sub("", name): name for name in given}
-    return names if len(names) == len(given) else {name: name for name in given}
+def _without_modules_around(originals: Iterable[str]) -> dict[str, str]:
+    """Map names without the modules around others to the original names. If two would be the same, change none."""
+    originals = list(originals)
+    names = {AROUND.sub("", name): name for name in originals}
+    return names if len(names) == len(originals) else {name: name for name in originals}
 
 
 def _chosen(source: str, models: list[Model]) -> tuple[Tensors, list[str]]:

@@ -55,17 +55,17 @@ def forward_seconds(network: Network, inputs: Inputs) -> float:
 
 @torch.no_grad()
 def forward_memory(model: Rootstock, inputs: Inputs, network: Network | None = None) -> int:
-    """Largest number of bytes held at once during a forward pass: the model's, and what the pass allocates.
+    """Return the peak memory of a forward pass, in bytes: the model's own and what the pass allocates.
 
-    network: what the pass goes through instead, such as the model's compiled code.
+    network: called instead of the model, such as its compiled code.
     """
     network = model if network is None else network
-    held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    model_bytes = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     if inputs[0].is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         network(*inputs)
-        return held + torch.cuda.max_memory_allocated() - before
+        return model_bytes + torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network(*inputs)
     # Each of the allocator's events adds or, with a negative size, frees.
@@ -73,4 +73,4 @@ def forward_memory(model: Rootstock, inputs: Inputs, network: Network | None = N
     for _, size in memory_events(profiler):
         now += size
         peak = max(peak, now)
-    return held + peak
+    return model_bytes + peak

@@ -31,16 +31,16 @@ class Diffusion:
 
     def __init__(self, timesteps: Tensor | None = None) -> None:
         self.timesteps = torch.arange(STEPS) if timesteps is None else timesteps
-        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)[self.timesteps]
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        beta = 1 - kept / before
-        posterior_var = beta * (1 - before) / (1 - kept)
-        self.alpha_bar = kept
-        self.sqrt_kept = kept.sqrt()
-        self.sqrt_noise = (1 - kept).sqrt()
+        alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)[self.timesteps]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / before
+        posterior_var = beta * (1 - before) / (1 - alpha_bar)
+        self.alpha_bar = alpha_bar
+        self.sqrt_kept = alpha_bar.sqrt()
+        self.sqrt_noise = (1 - alpha_bar).sqrt()
         # q(x[t-1] | x[t], x0) has mean  x0_weight * x0 + xt_weight * x[t]  (DDPM, eq. 7).
-        self.x0_weight = beta * before.sqrt() / (1 - kept)
-        self.xt_weight = (1 - before) * (1 - beta).sqrt() / (1 - kept)
+        self.x0_weight = beta * before.sqrt() / (1 - alpha_bar)
+        self.xt_weight = (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar)
         # The first step's posterior variance is 0; its logarithm takes the second's.
         floor = posterior_var[1:2] if len(posterior_var) > 1 else beta[:1]
         self.min_log_var = torch.cat([floor, posterior_var[1:]]).log()

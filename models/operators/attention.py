@@ -139,13 +139,14 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
 
 @functools.cache
 def band_mask(num_tokens: int, window: int, device: torch.device) -> BlockMask:
-    """The band as FlexAttention takes it, made of blocks: torch's own maker evaluates it on N x N."""
+    """Return the band as FlexAttention's BlockMask, built block by block: torch's own maker evaluates it on N x N."""
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks = torch.arange(-(-num_tokens // FLEX_BLOCK), device=device)
     first = ((blocks * FLEX_BLOCK - window) // FLEX_BLOCK).clamp(min=0)
     last = (((blocks + 1) * FLEX_BLOCK - 1 + window) // FLEX_BLOCK).clamp(max=len(blocks) - 1)
-    seen = (first[:, None] + blocks) % len(blocks)  # a query block's key blocks: those that count, then the others
+    # The key blocks of each query block: those within the band first, then the others.
+    key_blocks = (first[:, None] + blocks) % len(blocks)
     reach = torch.tensor(window, device=device)  # a tensor, so that another window is not another kernel
 
     def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def band_mask(num_tokens: int, window: int, device: torch.device) -> BlockMask:
 
     return BlockMask.from_kv_blocks(
         (last - first + 1).int()[None, None],
-        seen.int()[None, None],
+        key_blocks.int()[None, None],
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=within,
         seq_lengths=(num_tokens, num_tokens),

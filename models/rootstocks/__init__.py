@@ -36,6 +36,7 @@ class RootstockConfig(ABC):
     kind: ClassVar[str]
     formulas: ClassVar[Formulas]  # of its cost: those of the family's spec
     files: ClassVar[FamilyFiles]  # by what its checkpoints are known
+    of_jobs: ClassVar[bool] = True  # whether a job's `model.kind` may name it
     if TYPE_CHECKING:
         in_channels: int  # C, of a latent
         patch: int

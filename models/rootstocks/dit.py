@@ -22,6 +22,9 @@ from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
 from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.layers import (
+    OUTPUT,
+    PATCHES,
+    POSITIONS,
     PatchEmbedding,
     TimestepEmbedding,
     layer_norm,
@@ -34,12 +37,7 @@ from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import SIZES, DitModel
 
 PIXELS = 8  # along a side of a latent's element, in the published autoencoder
-PATCHES, POSITIONS, LABELS, OUTPUT = (
-    "x_embedder.proj.weight",
-    "pos_embed",
-    "y_embedder.embedding_table.weight",
-    "final_layer.linear",
-)
+LABELS = "y_embedder.embedding_table.weight"
 FILES = FamilyFiles(
     name="DiT",
     prediction=DitModel.prediction,

@@ -14,6 +14,8 @@ from graftwork.models.rootstocks import RootstockConfig
 from graftwork.specs.costs import FREQUENCIES
 
 MAX_PERIOD = 10_000.0
+# Names of tensors, and of the layer that puts out the prediction.
+PATCHES, POSITIONS, OUTPUT = "x_embedder.proj.weight", "pos_embed", "final_layer.linear"
 
 
 class PatchEmbedding(nn.Module):

@@ -26,9 +26,11 @@ from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
 from graftwork.models.operators.attention import heads_first
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
-from graftwork.models.rootstocks.dit import OUTPUT, PATCHES, POSITIONS
 from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.layers import (
+    OUTPUT,
+    PATCHES,
+    POSITIONS,
     PatchEmbedding,
     TimestepEmbedding,
     layer_norm,
@@ -66,6 +68,7 @@ class PixArtConfig(RootstockConfig):
     kind: ClassVar[str] = "pixart"
     formulas: ClassVar[Formulas] = PixartModel.formulas
     files: ClassVar[FamilyFiles] = FILES
+    of_jobs: ClassVar[bool] = False  # no data with captions yet
     input_size: int  # S
     in_channels: int  # C
     patch: int

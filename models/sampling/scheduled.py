@@ -53,10 +53,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 class UnfitScheduler(ValueError):
-    """A scheduler that there is not, or that cannot serve; the message is one line, which begins with `sampler`."""
+    """A scheduler that does not exist or cannot sample here. The message is one line and begins with `sampler`."""
 
-    def __init__(self, field: tuple[str, ...], given: object, accepted: str) -> None:
-        super().__init__(f"sampler.{'.'.join(field)}: got {shown(given)}; accepted: {accepted}")
+    def __init__(self, field: tuple[str, ...], value: object, accepted: str) -> None:
+        super().__init__(f"sampler.{'.'.join(field)}: got {shown(value)}; accepted: {accepted}")
 
 
 @register("scheduler")

@@ -268,11 +268,11 @@ def status(
         _relay("status", [name], address, store, as_json, debug)
     with problems(debug):
         if address is not None:
-            found = remote.submissions(address)
+            submissions = remote.submissions(address)
             if as_json:
-                document([{"submission": one.id, "state": one.state, "started": one.started} for one in found])
+                document([{"submission": one.id, "state": one.state, "started": one.started} for one in submissions])
             else:
-                show_submissions(found)
+                show_submissions(submissions)
             return
         place = Store(store)
         if name is not None:
@@ -402,8 +402,8 @@ def gc(
     with problems(debug):
         place = Store(store)
         runs = [record.find(place, run).run for run in forget or ()]
-        found = gc.garbage(place, days * gc.DAY, runs)
-        freed = list(gc.free(place, found, runs)) if yes else found
+        garbage = gc.garbage(place, days * gc.DAY, runs)
+        freed = list(gc.free(place, garbage, runs)) if yes else garbage
         holdings = gc.holdings(place, runs)
         if as_json:
             pieces, kept = ([asdict(one) for one in rows] for rows in (freed, holdings))
@@ -417,7 +417,7 @@ def gc(
         options = ["--store", store] if store != DEFAULT_STORE else []
         options += ["--older-than", f"{days:g}"] if days != 7 else []
         options += [word for run in runs for word in ("--forget", run)]
-        if not yes and (found or runs):
+        if not yes and (garbage or runs):
             print(f"free it with: {shlex.join(['graft', 'gc', *options, '--yes'])}")
         elif holdings:
             print(f"free what a run alone refers to with: {shlex.join(['graft', 'gc', *options, '--forget', 'RUN'])}")
@@ -605,9 +605,12 @@ def _find_artifact(store: Store, name: str) -> Manifest:
         if not keys:
             raise SpecError([f"step: got {shown(step)}; accepted: {', '.join(one.name for one in steps)}"])
         name = keys[0]
-    found = [manifest for manifest in store.manifests() if manifest.key.startswith(name)]
-    if len(found) != 1:
+    matches = [manifest for manifest in store.manifests() if manifest.key.startswith(name)]
+    if len(matches) != 1:
         raise SpecError(
-            [f"artifact: got {shown(name)}, {len(found)} artifacts in {store.url}; accepted: the beginning of one key"]
+            [
+                f"artifact: got {shown(name)}, {len(matches)} artifacts in {store.url}; accepted: "
+                "the beginning of one key"
+            ]
         )
-    return found[0]
+    return matches[0]

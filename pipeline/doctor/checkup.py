@@ -72,15 +72,17 @@ def _speed(store: Store, marker: str | None) -> Check:
         "read_bytes_per_s": STORED_BYTES / (read - written),
     }
     writes, reads = (f"{amount(speed)}/s" for speed in speeds.values())
-    seen = f"{store.url} takes {writes}, gives {reads}"
+    finding = f"{store.url} takes {writes}, gives {reads}"
     if not same:
-        return broken("store", f"{seen}; it gives back something else than was written", "use another file system")
+        return broken("store", f"{finding}; it gives back something else than was written", "use another file system")
     if not shared:
         advice = "a folder that all nodes share, or a URI as s3://bucket/prefix"
         return broken("store", f"{store.url} is another folder here than on the head", advice)
     if min(speeds.values()) < SLOW_STORE:
-        return warning("store", seen, "a store nearer to the nodes: checkpoints and features go through it", **speeds)
-    return fine("store", seen, **speeds)
+        return warning(
+            "store", finding, "a store nearer to the nodes: checkpoints and features go through it", **speeds
+        )
+    return fine("store", finding, **speeds)
 
 
 def _holds(store: Store, marker: str) -> bool:
@@ -228,7 +230,7 @@ def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> Iterator[Check]:
-    """Hold what each kind of task takes against what the nodes have, as Ray does."""
+    """Compare the resources that each kind of task takes with those of the nodes, as Ray does."""
     from graftwork.cluster.session.runtime import node_amounts, room_in, shown
 
     misfit = False
@@ -241,13 +243,13 @@ def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> I
         misfit = True
         wanted = f"{step.stage}: " + (f"{workers} workers of " if workers > 1 else "") + shown(step.resources)
         has = "; ".join(_amounts(node) for node in nodes) or "no node"
-        seen = f"{wanted}; there is room for {room} on {has}"
+        finding = f"{wanted}; there is room for {room} on {has}"
         advice = f"resources.{step.stage} of what there is" + (
             f", or fewer {step.stage}.workers" if workers > 1 else ""
         )
         if not own:
             advice += "; or nodes that an autoscaler can bring"
-        yield (warning if least <= room else broken)("job's resources", seen, advice)
+        yield (warning if least <= room else broken)("job's resources", finding, advice)
     if not misfit:
         yield fine("job's resources", "every step has room")
 
@@ -264,7 +266,7 @@ def _amounts(node: Mapping[str, float]) -> str:
 
 
 def _memory(job: JobSpec, plan: Plan, gpu_bytes: float | None, own: bool) -> Iterator[Check]:
-    """Hold the least that training and the store take against what there is; activations come on top."""
+    """Compare the least memory and storage that a job takes with what is available; activations are not counted."""
     from graftwork.cluster.machine import available_memory
     from graftwork.pipeline import api
     from graftwork.pipeline.store.artifacts import Store
@@ -276,14 +278,14 @@ def _memory(job: JobSpec, plan: Plan, gpu_bytes: float | None, own: bool) -> Ite
     params, workers = max(cost.rootstock.params, cost.graft.params), job.finetune.workers
     per_worker = params * (WEIGHTS_BYTES + SPLIT_BYTES / workers)
     values = {"worker_bytes": per_worker}
-    seen = f"finetune: at least {amount(per_worker)} a worker, activations not counted"
+    finding = f"finetune: at least {amount(per_worker)} a worker, activations not counted"
     advice = "raise finetune.workers, or use GPUs or nodes with more memory"
     on_gpu = plan["finetune"].resources.gpu > 0
     room = gpu_bytes if on_gpu else available_memory() / workers if own else None
     if room is not None and per_worker > room:
-        yield broken("job's memory", f"{seen}; there are {amount(room)}", advice, **values)
+        yield broken("job's memory", f"{finding}; there are {amount(room)}", advice, **values)
     else:
-        yield fine("job's memory", seen, **values)
+        yield fine("job's memory", finding, **values)
     store = Store(job.store)
     if store.local:
         yield _room_in_store(job, params, Path(store.root))
@@ -300,7 +302,7 @@ def _room_in_store(job: JobSpec, params: int, root: Path) -> Check:
     needed = KEPT_BYTES * params + 4 * images * job.codec.latent_channels(job.data) * job.latent_side() ** 2
     there = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    seen = f"about {amount(needed)} of {amount(free)} that are free, for features and models"
+    finding = f"about {amount(needed)} of {amount(free)} that are free, for features and models"
     if needed > free:
-        return broken("job's store", seen, "a store on a larger disk", needed_bytes=float(needed))
-    return fine("job's store", seen, needed_bytes=float(needed))
+        return broken("job's store", finding, "a store on a larger disk", needed_bytes=float(needed))
+    return fine("job's store", finding, needed_bytes=float(needed))

@@ -88,7 +88,7 @@ def doctor(
 
 
 def judged(check: Check) -> Check:
-    """Return a check of a GPU's speed held against its data sheet; others as they are."""
+    """Compare the check of a GPU's speed with its data sheet. Return other checks unchanged."""
     from graftwork.pipeline.estimates.speeds import PEAKS
 
     model = str(check.values.get("model", ""))
@@ -97,11 +97,12 @@ def judged(check: Check) -> Check:
     if peaks is None or not isinstance(speed, float) or check.state != "fine" or "MIG" in model:
         return check
     share = speed / peaks["bf16"]
-    seen, values = f"{check.seen}; bf16 at {share:.0%} of the data sheet's peak", {**check.values, "peak_share": share}
+    finding = f"{check.seen}; bf16 at {share:.0%} of the data sheet's peak"
+    values = {**check.values, "peak_share": share}
     if share >= MIN_PEAK_SHARE:
-        return replace(check, seen=seen, values=values)
+        return replace(check, seen=finding, values=values)
     advice = "others use the GPU, it is too hot or its power is limited: nvidia-smi -q -d PERFORMANCE"
-    return replace(check, seen=seen, values=values, state="warning", advice=advice)
+    return replace(check, seen=finding, values=values, state="warning", advice=advice)
 
 
 # -- one machine
@@ -112,15 +113,15 @@ def _names_a_cluster() -> bool:
 
 
 def _machine(job: JobSpec | None, store: str) -> Iterator[Check]:
-    seen = []
+    checks = []
     # The cluster of RAY_ADDRESS, if there is one, was asked before.
     ray = Probe("Ray", f"{HERE}:check_ray", seconds=40.0, advice="what Ray writes is below TMPDIR, in graft-*")
     others = [*([] if _names_a_cluster() else [ray]), *_tracking(job, store)]
     for check in run_phases(phases(others, job, store), SECONDS):
-        seen.append(check)
+        checks.append(check)
         yield check
     if job is not None:
-        gpus = [check for check in seen if check.name.startswith("GPU ")]
+        gpus = [check for check in checks if check.name.startswith("GPU ")]
         yield from run_probes([_fit(job, None, gpus)])
 
 
@@ -161,7 +162,7 @@ def _dumped(job: JobSpec) -> dict[str, Any]:
 
 
 def _cluster(job: JobSpec | None, store: str | None) -> Iterator[Check]:
-    """Look at all nodes of the cluster that RAY_ADDRESS names; where it cannot be joined, at this machine."""
+    """Check all nodes of the cluster that RAY_ADDRESS names, or this machine if the cluster cannot be joined."""
     from graftwork.cluster.checks.inspection import inspect_nodes, nodes
     from graftwork.cluster.session.runtime import session
     from graftwork.cluster.session.scratch import RayDidNotStart
@@ -172,13 +173,13 @@ def _cluster(job: JobSpec | None, store: str | None) -> Iterator[Check]:
             there = nodes()
             yield _members(there)
             with _marker(place, len(there)) as marker:
-                seen = []
+                checks = []
                 for check in inspect_nodes(there, phases([], job, place, marker), SECONDS):
-                    seen.append(check)
+                    checks.append(check)
                     yield check
             yield from run_probes(_tracking(job, place) if place is not None else [])
             if job is not None:
-                gpus = [check for check in seen if check.name.startswith("GPU ")]
+                gpus = [check for check in checks if check.name.startswith("GPU ")]
                 amounts = [dict(node.resources) for node in there]
                 yield from run_probes([_fit(job, amounts, gpus)])
         return

@@ -89,19 +89,21 @@ def _spread(items: Sequence[Item], slots: int, shared: float, memory: float, mos
 
 
 def _fill(items: Sequence[Item], slots: int, shared: float, memory: float, most: int) -> Schedule:
-    """The least makespan within which first-fit decreasing finds room for all, by bisection (MULTIFIT; Coffman, Garey
-    and Johnson 1978): nearer to the least with few items a slot."""
+    """Return the schedule of least makespan that first-fit decreasing finds, by bisection.
+
+    This is MULTIFIT (Coffman, Garey and Johnson 1978), nearer to the optimum if there are few items a slot.
+    """
     total, longest = sum(item.seconds for item in items), max(item.seconds for item in items) + shared
     low = max(total / slots, longest)
     high = (total + len(items) * shared) / slots + longest  # within that any order finds room
     best = _filled(items, slots, high, shared, memory, most)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        found = _filled(items, slots, middle, shared, memory, most)
-        if found is None:
+        schedule = _filled(items, slots, middle, shared, memory, most)
+        if schedule is None:
             low = middle
         else:
-            best, high = found, middle
+            best, high = schedule, middle
     assert best is not None
     return best
 

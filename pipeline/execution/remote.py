@@ -47,12 +47,12 @@ def submit(job: JobSpec | str | Path, address: str, overrides: Iterable[str] = (
 
 
 def resume(name: str, address: str, store: str | None = None) -> str:
-    """Go on with a submission, or with a run of `store`, as a new submission; returns its id."""
+    """Resume a submission, or a run of `store`, as a new submission. Return the new one's id."""
     cluster = connect(address)
-    found = _find(cluster, name)
-    place = store_of(found, name, store)
-    job = found.metadata[JOB] if found is not None else name
-    return _send(cluster, job, place, ["resume", found.id if found else name, "--store", place], None)
+    submission = _find(cluster, name)
+    place = store_of(submission, name, store)
+    job = submission.metadata[JOB] if submission is not None else name
+    return _send(cluster, job, place, ["resume", submission.id if submission else name, "--store", place], None)
 
 
 def submissions(address: str) -> list[Submission]:
@@ -77,24 +77,26 @@ def follow(name: str, address: str, write: Callable[[str], object]) -> Submissio
 
 
 def stop(name: str, address: str, say: Callable[[str], object]) -> Submission:
-    """Have a submission save what it has and end, or, when it does not within `STOP_SECONDS`, end it; tells which."""
+    """Ask a submission to save and end. End it if it does not within `STOP_SECONDS`. Say which it was."""
     cluster = connect(address)
-    found = _known(cluster, name)
-    if found.ended:
-        raise SpecError([f"run: got {found.id!r}, which is not running ({found.state}); accepted: a run at work"])
-    answer = _ask(cluster, "stop", [found.id], None)
+    submission = _known(cluster, name)
+    if submission.ended:
+        raise SpecError(
+            [f"run: got {submission.id!r}, which is not running ({submission.state}); accepted: a run at work"]
+        )
+    answer = _ask(cluster, "stop", [submission.id], None)
     if answer.code == 0:
-        say(f"{found.id}: asked to stop; it has {STOP_SECONDS:.0f}s to save what it has")
-        found = cluster.wait(found.id, STOP_SECONDS)
-        if found.ended:
-            say(f"{found.id}: stopped in good order")
-            return found
+        say(f"{submission.id}: asked to stop; it has {STOP_SECONDS:.0f}s to save what it has")
+        submission = cluster.wait(submission.id, STOP_SECONDS)
+        if submission.ended:
+            say(f"{submission.id}: stopped in good order")
+            return submission
     else:
-        say(f"{found.id}: cannot be asked to stop: {answer.stderr or 'no answer'}")
-    cluster.stop(found.id)
-    found = cluster.wait(found.id, STOP_SECONDS)
-    say(f"{found.id}: ended by Ray ({found.state}); what its steps had saved is kept")
-    return found
+        say(f"{submission.id}: cannot be asked to stop: {answer.stderr or 'no answer'}")
+    cluster.stop(submission.id)
+    submission = cluster.wait(submission.id, STOP_SECONDS)
+    say(f"{submission.id}: ended by Ray ({submission.state}); what its steps had saved is kept")
+    return submission
 
 
 def connect(address: str) -> Cluster:
@@ -189,11 +191,11 @@ def _find(cluster: Cluster, name: str) -> Submission | None:
 
 
 def _known(cluster: Cluster, name: str) -> Submission:
-    found = _find(cluster, name)
-    if found is None:
+    submission = _find(cluster, name)
+    if submission is None:
         known = ", ".join(one.id for one in _ours(cluster)) or "none yet"
         raise SpecError([f"run: got {name!r}, no such submission on {cluster.address}; accepted: {known}"])
-    return found
+    return submission
 
 
 def _relative(place: str) -> bool:

@@ -44,12 +44,12 @@ class Pass:
     stopping: Callable[[], bool]
 
     def start(self, num_shares: int, reports: Sequence[Reporter]) -> tuple[list[Any], dict[str, Recordings]]:
-        """Have it recorded in so many shares.
+        """Start the tasks that record the sites' activations, one a share.
 
-        reports: of steps that are at work as soon as their share is, at most one a share.
-        Returns a ref of each share to wait for, which comes to no results of steps, and the refs of each site.
+        reports: of the steps that begin with their share, at most one a share.
+        Return a ref for each share, to wait for, and the refs of each site's recordings.
         """
-        waited, found = [], dict[str, list[Any]]({site.name: [] for site in self.sites})
+        waited, recordings = [], dict[str, list[Any]]({site.name: [] for site in self.sites})
         for share in range(num_shares):
             task = _record.options(
                 name=f"activations, part {share + 1} of {num_shares}",
@@ -60,8 +60,8 @@ class Pass:
             ready, *refs = task.remote(self, share, num_shares, *reports[share : share + 1])
             waited.append(ready)
             for site, ref in zip(self.sites, refs, strict=True):
-                found[site.name].append(ref)
-        return waited, dict(found)
+                recordings[site.name].append(ref)
+        return waited, dict(recordings)
 
 
 @ray.remote

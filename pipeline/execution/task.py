@@ -82,14 +82,14 @@ class Work:
 
 
 def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[StepResult]:
-    """Do steps one after another; an error in one does not touch the others. Ray waits for the tasks `before`."""
+    """Do steps one after another, each unaffected by an error in others. Ray first waits for the tasks `before`."""
     done = {result.step for results in before for result in results if result.state == "done"}
-    kept: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     results = []
     for number, work in enumerate(works):
         task_scope = contract.TaskScope(
             next=[other.step.params for other in works[number + 1 :]],
-            state=kept,
+            state=state,
             recorded=partial(shared_pass.fetch, work.recorded) if work.recorded else None,
         )
         result = _run_step(work, done, task_scope)

@@ -339,15 +339,15 @@ def _packed(stat: os.stat_result) -> bytes:
 
 
 def _remembered(names: Sequence[str], stats: Sequence[bytes], known: Snapshot | None) -> list[bytes | None]:
-    """Return the digest of each file that is as it was."""
+    """Return the known digest of each file that is unchanged; None for a file that changed or is new."""
     if known is None:
         return [None] * len(names)
     before = known.by_name()
-    found: list[bytes | None] = []
+    digests: list[bytes | None] = []
     for name, one in zip(names, stats, strict=True):
         then, digest = before.get(name, (NOTHING, MISSING))
-        found.append(digest if one == then != NOTHING else None)
-    return found
+        digests.append(digest if one == then != NOTHING else None)
+    return digests
 
 
 def _choice(settings: Sequence[object], folders: dict[str, list[str]]) -> str:

@@ -89,12 +89,12 @@ class Plan:
         return {step.name: step for step in self.steps}
 
     def following(self, name: str) -> set[str]:
-        """The steps that need this one, however far."""
-        found: set[str] = set()
+        """Return the names of the steps that need this one, directly or through others."""
+        names: set[str] = set()
         for step in self.steps:
-            if any(needed == name or needed in found for needed in step.needs.values()):
-                found.add(step.name)
-        return found
+            if any(needed == name or needed in names for needed in step.needs.values()):
+                names.add(step.name)
+        return names
 
     def states(self, store: Store) -> dict[str, State]:
         states = store.states([step.key for step in self.steps])
@@ -175,23 +175,23 @@ def carried_edits(job: JobSpec) -> tuple[Edit, ...]:
 
 
 def differences(plan: Plan, states: Mapping[str, State], manifests: Iterable[Manifest], store: Store) -> dict[str, str]:
-    """Return, for each step that is not cached, what sets it apart from the nearest cached one of its name.
+    """Return, for each step that is not cached, how it differs from the nearest cached step of its name.
 
     A step on another rootstock, or on other data, than any in the store is compared with nothing: that is another job.
     """
     like: dict[str, list[Manifest]] = {}
     for manifest in manifests:
         like.setdefault(manifest.origin.step, []).append(manifest)
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     foreign: set[str] = set()
     for step in plan.steps:
         if states[step.name] == "cached" or step.name in foreign:
             continue
         if line := difference(step, like.get(step.name, []), store):
-            found[step.name] = line
+            lines[step.name] = line
         elif STAGES[step.stage].foundation:
             foreign |= plan.following(step.name)
-    return found
+    return lines
 
 
 def difference(step: Step, manifests: Sequence[Manifest], store: Store | None = None) -> str | None:

@@ -394,20 +394,20 @@ def _other_classes(data: ImageFolderData, number: int) -> str | None:
 def _sizes(job: JobSpec) -> list[str]:
     if line := scarce(job.data, class_sizes(job.data)):
         return [line]
-    total, kept = split_sizes(job.data)
+    total, heldout = split_sizes(job.data)
     lines = []
-    if kept < MIN_HELDOUT:
+    if heldout < MIN_HELDOUT:
         lines.append(
-            f"data.heldout: got {job.data.heldout}, which holds out {kept} of {sum(class_sizes(job.data))} images, one "
-            f"of each class at least staying to train on; accepted: data of which at least {MIN_HELDOUT} are held out, "
-            "since the table's first row is their distance"
+            f"data.heldout: got {job.data.heldout}, which holds out {heldout} of {sum(class_sizes(job.data))} images, "
+            f"one of each class at least staying to train on; accepted: data of which at least {MIN_HELDOUT} are held "
+            "out, since the table's first row is their distance"
         )
     if job.distill.samples > total:
         lines.append(
             f"distill.samples: got {job.distill.samples}; accepted: at most {total}, the training images there are"
         )
-    if job.distill.heldout is not None and job.distill.heldout > kept:
+    if job.distill.heldout is not None and job.distill.heldout > heldout:
         lines.append(
-            f"distill.heldout: got {job.distill.heldout}; accepted: at most {kept}, the held-out images there are"
+            f"distill.heldout: got {job.distill.heldout}; accepted: at most {heldout}, the held-out images there are"
         )
     return lines

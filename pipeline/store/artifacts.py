@@ -79,13 +79,13 @@ class Store:
                 yield manifest
 
     def known(self, keys: Collection[str]) -> dict[str, Manifest]:
-        """The manifests of those keys that have one; over a network, many are asked for at once."""
+        """Return the manifests of those keys that have one. Over a network, read many at once."""
         if self.local:
-            found = [self.manifest(key) for key in keys]
+            manifests = [self.manifest(key) for key in keys]
         else:
             with ThreadPoolExecutor(READERS) as pool:
-                found = list(pool.map(self.manifest, keys))
-        return {manifest.key: manifest for manifest in found if manifest is not None}
+                manifests = list(pool.map(self.manifest, keys))
+        return {manifest.key: manifest for manifest in manifests if manifest is not None}
 
     def states(self, keys: Collection[str]) -> dict[str, State]:
         """The state of each of many keys."""
@@ -188,9 +188,9 @@ class Store:
         return Path(tempfile.gettempdir()) / f"graftwork-cache-{os.getuid()}" / place
 
     def fetch(self, name: str, entry: FileEntry, path: Path) -> str | None:
-        """Have a verified copy at a local path; returns what was found where the stored file is another.
+        """Make a verified copy at a local path. Return how the stored file differs from the manifest, or None.
 
-        Several processes may do so at once: each writes its own draft. A copy that rotted here is fetched again.
+        Several processes may do so at once: each writes its own draft. A damaged copy is fetched again.
         """
         if path.is_file() and entry.differs(path) is None:
             return None
@@ -198,14 +198,14 @@ class Store:
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             self.files.get(name, draft)
-            found = entry.differs(draft)
-            if found is None:
+            difference = entry.differs(draft)
+            if difference is None:
                 draft.replace(path)
         except FileNotFoundError:
             return "missing"
         finally:
             draft.unlink(missing_ok=True)
-        return found
+        return difference
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.url,)
@@ -250,11 +250,11 @@ class Artifact:
         """Read every file in the store and compare it with the manifest, whatever was verified before."""
         for name, entry in self._manifest().files.items():
             try:
-                found = self.store.files.through(f"artifacts/{self.key}/{name}", entry.differs_from)
+                difference = self.store.files.through(f"artifacts/{self.key}/{name}", entry.differs_from)
             except FileNotFoundError:
-                found = "missing"
-            if found is not None:
-                raise RottenArtifact(self.key, name, found)
+                difference = "missing"
+            if difference is not None:
+                raise RottenArtifact(self.key, name, difference)
 
     def _manifest(self) -> Manifest:
         manifest = self.store.sound_manifest(self.key)
@@ -264,11 +264,11 @@ class Artifact:
 
     def _check(self, name: str, entry: FileEntry, path: Path) -> None:
         if self.store.local:
-            found = entry.differs(path)
+            difference = entry.differs(path)
         else:
-            found = self.store.fetch(f"artifacts/{self.key}/{name}", entry, path)
-        if found is not None:
-            raise RottenArtifact(self.key, name, found)
+            difference = self.store.fetch(f"artifacts/{self.key}/{name}", entry, path)
+        if difference is not None:
+            raise RottenArtifact(self.key, name, difference)
 
     def __reduce__(self) -> tuple[type[Artifact], tuple[Store, str]]:
         return Artifact, (self.store, self.key)

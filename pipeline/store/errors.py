@@ -37,21 +37,23 @@ def told_by(url: str, error: BaseException) -> StoreError | None:
 
 
 def explained(url: str, error: BaseException) -> StoreError:
-    """An error of a store in one line that says what to do."""
+    """Return a store's error as one line that says what to do."""
     number = error.errno if isinstance(error, OSError) else None
-    told = one_line(error)
+    reason = one_line(error)
     if isinstance(error, OSError) and error.strerror and not _response(error):
-        told = error.strerror + (f": {error.filename}" if error.filename else "")
+        reason = error.strerror + (f": {error.filename}" if error.filename else "")
     if number in FULL or code_of(error) in FULL_CODES or status_of(error) == 507:
-        return StoreError(url, f"where there is no room ({told})", "free room there, then resume")
+        return StoreError(url, f"where there is no room ({reason})", "free room there, then resume")
     if code_of(error) == "NoSuchBucket":
         return StoreError(url, "whose bucket does not exist", "accepted: a bucket that exists")
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         accepted = "accepted: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or a profile"
         return StoreError(url, "for which there are no credentials", accepted)
     if isinstance(error, PermissionError) or number in CLOSED:
-        return StoreError(url, f"which cannot be written: {told}", "accepted: a place that you may write; then resume")
-    return StoreError(url, f"which cannot be written: {told}", "accepted: a writable path")
+        return StoreError(
+            url, f"which cannot be written: {reason}", "accepted: a place that you may write; then resume"
+        )
+    return StoreError(url, f"which cannot be written: {reason}", "accepted: a writable path")
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:

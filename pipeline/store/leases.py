@@ -96,13 +96,15 @@ class Lease:
 
 
 def take(store: Store, name: str, holder: LeaseOwner, over: LeaseSnapshot | None = None) -> Lease | LeaseSnapshot:
-    """Take the lease, or find who has it. over: what was held and is known to have expired."""
+    """Take the lease, or return a snapshot of it if another driver has it. over: a lease known to have expired."""
     while True:
-        found, generation = _current(store, name)
-        if found is not None and not (
-            found.holder.gone() or found.holder.task == holder.task or (over is not None and found.text == over.text)
+        snapshot, generation = _current(store, name)
+        if snapshot is not None and not (
+            snapshot.holder.gone()
+            or snapshot.holder.task == holder.task
+            or (over is not None and snapshot.text == over.text)
         ):
-            return found
+            return snapshot
         text = Document(holder=holder, nonce=uuid.uuid4().hex).model_dump_json()
         if store.create(_file(name, generation + 1), text):
             for old in range(generation + 1):

@@ -87,13 +87,13 @@ class LocalFiles(Files):
 
     def tree(self, folder: str) -> dict[str, FileInfo]:
         base = Path(self.at(folder))
-        found = {}
+        files = {}
         for path in base.rglob("*"):
             with suppress(FileNotFoundError):  # gone since
                 stat = path.stat()
                 if path.is_file():
-                    found[path.relative_to(base).as_posix()] = FileInfo(stat.st_size, stat.st_mtime)
-        return found
+                    files[path.relative_to(base).as_posix()] = FileInfo(stat.st_size, stat.st_mtime)
+        return files
 
     def through(self, name: str, work: Callable[[BinaryIO], T]) -> T:
         with self._problems(), Path(self.at(name)).open("rb") as file:

@@ -96,14 +96,14 @@ class Manifest(BaseModel):
 
     @classmethod
     def unsealed(cls, content: bytes) -> Manifest:
-        """Read a stored manifest; raises ValueError, with what was found, where it is not what was written."""
+        """Read a stored manifest. Raise ValueError, with the reason, if it is unreadable or not what was written."""
         try:
-            told = json.loads(content)
-            seal = told.pop("seal", None)
-            manifest = cls.model_validate(told)
+            document = json.loads(content)
+            seal = document.pop("seal", None)
+            manifest = cls.model_validate(document)
         except (ValueError, AttributeError):
             raise ValueError("cannot be read") from None
-        if seal is not None and seal != _seal(told):
+        if seal is not None and seal != _seal(document):
             raise ValueError(DIFFERS)
         return manifest
 

@@ -104,11 +104,11 @@ class RemoteFiles(Files):
         return None
 
     def uploads(self) -> dict[str, FileInfo]:
-        found: dict[str, FileInfo] = {}
+        uploads: dict[str, FileInfo] = {}
         for upload in self._uploads(""):
             name = PurePosixPath(upload["Key"]).relative_to(PurePosixPath(self._bucket_and_key("")[1])).as_posix()
-            found[name] = FileInfo(self._uploaded(upload), upload["Initiated"].timestamp())
-        return found
+            uploads[name] = FileInfo(self._uploaded(upload), upload["Initiated"].timestamp())
+        return uploads
 
     def abort(self, name: str) -> None:
         for upload in self._uploads(name):

@@ -19,24 +19,24 @@ NAME = "letters, digits, '.', '_' and '-', at most 100 in all, the first a lette
 
 
 def describe(problem: ErrorDetails) -> str:
-    """One line: the field's path as the file has it, what was given, what is accepted."""
+    """Return one line: the field's path as the file has it, the value there, and what is accepted."""
     location = problem["loc"]
     if problem["type"] == "invalid_key":  # which pydantic has as 1 where it is true
         location = (*location[:-1], str(problem["input"]))
     path, section, holds = _locate(location)
-    given, kind, context = shown(problem["input"]), problem["type"], problem.get("ctx", {})
+    value, kind, context = shown(problem["input"]), problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden" and path == "extends":
-        return f"{path}: got {given}; accepted: in a job's file only"
+        return f"{path}: got {value}; accepted: in a job's file only"
     if kind == "extra_forbidden" and section is not None:
         known = sorted([*section.model_fields, *(["extends"] if section is JobSpec else [])])
         near = difflib.get_close_matches(path.rsplit(".", 1)[-1], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{path}: unknown field, got {given}; accepted: {', '.join(known)}{hint}"
+        return f"{path}: unknown field, got {value}; accepted: {', '.join(known)}{hint}"
     if kind == "missing":
         return f"{path}: missing; accepted: {_wanted(problem['loc'][-1], section, holds)}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: got {shown(context['tag'])}; accepted: {context['expected_tags']}"
-    return f"{path or 'job'}: got {given}; accepted: {_accepted(problem, holds)}"
+    return f"{path or 'job'}: got {value}; accepted: {_accepted(problem, holds)}"
 
 
 def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:

@@ -39,15 +39,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
 
 
 def files_extending(base: Path) -> list[str]:
-    """The names of the files beside a job's file that say `extends` of it."""
+    """Return the names of the files beside a job's file that extend it."""
     named = re.compile(rf"""^extends:\s*(['"]?)(?:\./)?{re.escape(base.name)}\1\s*(?:#.*)?$""", re.MULTILINE)
     beside = sorted(path for suffix in ("*.yaml", "*.yml") for path in base.parent.glob(suffix))[:MAX_BESIDE]
-    found = []
+    names = []
     for path in beside:
         with suppress(OSError, UnicodeDecodeError):
             if path.stat().st_size <= MAX_BYTES and named.search(path.read_text(encoding="utf-8")):
-                found.append(path.name)
-    return found
+                names.append(path.name)
+    return names
 
 
 def _base(file: Path, missing: Sequence[str], extending: Sequence[str]) -> str:

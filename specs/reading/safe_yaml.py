@@ -63,14 +63,14 @@ def _unfit(problem: str, mark: Any) -> yaml.YAMLError:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """How many values a node comes to with its aliases written out, and how deep; too many or an endless one raise."""
+    """Return a node's number of values and its depth, aliases written out. Raise if either is too large or endless."""
     if isinstance(node, yaml.ScalarNode):
         return 1, 0
-    found = known.get(id(node), (0, 0))
-    if found is None:
+    measure = known.get(id(node), (0, 0))
+    if measure is None:
         raise _unfit("an alias of what it is in", node.start_mark)
     if id(node) in known:
-        return found
+        return measure
     known[id(node)] = None
     pairs = isinstance(node, yaml.MappingNode)
     parts = [part for item in node.value for part in (item if pairs else (item,))]

@@ -122,13 +122,13 @@ class Shards:
         return Shards([part for part in parts if len(part)] or parts[:1])
 
     def _picked(self, chosen: Tensor) -> Tensor:
-        found = self.parts[0].new_empty((len(chosen), *self.shape[1:]))
+        rows = self.parts[0].new_empty((len(chosen), *self.shape[1:]))
         shard = torch.bucketize(chosen, self.ends, right=True)
         for number in shard.unique().tolist():
             here = (shard == number).nonzero().flatten()
             part = self.parts[number]
-            found[here] = part.index_select(0, chosen[here] - (self.ends[number] - len(part)))
-        return found
+            rows[here] = part.index_select(0, chosen[here] - (self.ends[number] - len(part)))
+        return rows
 
 
 @dataclass(frozen=True)

@@ -66,30 +66,30 @@ def _models(job: JobSpec) -> dict[Row, Needs]:
 
 
 def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
-    asked, metrics = job.evaluate, chosen_metrics(job)
+    spec, metrics = job.evaluate, chosen_metrics(job)
     params = SampleParams(
         seed=job.seed,
         row=row,
         codec=job.codec,
-        samples=asked.samples,
-        batch=asked.batch,
+        samples=spec.samples,
+        batch=spec.batch,
         metrics=metrics,
-        sampler=asked.sampler,
-        precision=asked.precision,
-        keep_samples=asked.keep_samples,
-        inception=asked.inception,
-        compile=asked.compile,
+        sampler=spec.sampler,
+        precision=spec.precision,
+        keep_samples=spec.keep_samples,
+        inception=spec.inception,
+        compile=spec.compile,
     )
-    passes = asked.sampler.evaluations() * (1 if asked.sampler.guidance == 1 else 2)
+    passes = spec.sampler.evaluations() * (1 if spec.sampler.guidance == 1 else 2)
     flops = RootstockFlops.of(job).whole() if row == "rootstock" else graft_flops(job)
     return StepDraft(
         f"evaluate/{row}",
         params,
         needs,
-        last_turn(job) | stream(asked.precision),
-        networks(asked, metrics),
-        work=Work(float(flops * passes * asked.samples)),
-        precision=asked.precision,
+        last_turn(job) | stream(spec.precision),
+        networks(spec, metrics),
+        work=Work(float(flops * passes * spec.samples)),
+        precision=spec.precision,
         spreads=True,
     )
 

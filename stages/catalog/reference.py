@@ -59,15 +59,15 @@ def _training(job: JobSpec, metric: Metric) -> StepDraft:
 
 
 def _given(job: JobSpec, metric: Metric) -> StepDraft:
-    given = job.evaluate.reference
-    assert given is not None
-    external: tuple[External, ...] = (External("reference", given, "evaluate.reference"),)
+    reference = job.evaluate.reference
+    assert reference is not None
+    external: tuple[External, ...] = (External("reference", reference, "evaluate.reference"),)
     background = None
-    if Path(given).is_dir():  # statistics are taken as they are
+    if Path(reference).is_dir():  # statistics are taken as they are
         external += networks(job.evaluate, [metric])
         background = job.data.background
     params = GivenStatisticsParams(
-        reference=given, background=background, inception=job.evaluate.inception, metric=metric
+        reference=reference, background=background, inception=job.evaluate.inception, metric=metric
     )
     return StepDraft(f"reference/{metric}", params, {}, external=external)
 

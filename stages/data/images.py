@@ -246,14 +246,14 @@ def _broken(path: Path, reason: Exception | str) -> BrokenImage:
 
 
 def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
-    """Which of these images cannot be read, with what is said of each."""
-    found = {}
+    """Return the problem of each of these images that cannot be read, by name."""
+    problems = {}
     for name in names:
         try:
             read_image(data, name)
         except BrokenImage as error:
-            found[name] = str(error)
-    return found
+            problems[name] = str(error)
+    return problems
 
 
 def broken_line(problems: Collection[str], total: int) -> str:

@@ -221,20 +221,20 @@ def _class_folder(folder: Path) -> ClassFolder:
 
 
 def _below(folder: Path, names: Sequence[str]) -> dict[str, tuple[list[str], Counter[str]]]:
-    """Return the folders below a class folder that hold images, at whatever depth, with these and what is left out."""
-    found = {}
-    seen = {_identity(folder)}
+    """Return the folders with images, at any depth below a class folder: their images and what is left out."""
+    contents = {}
+    identities = {_identity(folder)}
     waiting = sorted(names, reverse=True)
     while waiting:
         name = waiting.pop()
-        if (identity := _identity(folder / name)) in seen:  # a link back to where it lies
+        if (identity := _identity(folder / name)) in identities:  # a link back to where it lies
             continue
-        seen.add(identity)
+        identities.add(identity)
         images, left_out, folders = _files(folder / name)
         if images:
-            found[name] = (images, left_out)
+            contents[name] = (images, left_out)
         waiting += [f"{name}/{inner}" for inner in sorted(folders, reverse=True)]
-    return found
+    return contents
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -111,15 +111,15 @@ def reference_images(path: str) -> list[Path]:
 
 
 def require_one_size(path: str, files: Sequence[Path]) -> None:
-    """Raise ValueError where images, by their headers, are of several sizes or are none."""
-    found: dict[tuple[int, int], Path] = {}
+    """Raise ValueError if the images' headers have several sizes, or if a file is not an image."""
+    sizes: dict[tuple[int, int], Path] = {}
     with ThreadPoolExecutor() as pool:
         for file, size in zip(files, pool.map(size_of, files), strict=True):
-            found.setdefault(size, file)
-    if len(found) > 1:
-        examples = [f"{text(file.name)} {width} x {height}" for (width, height), file in found.items()]
+            sizes.setdefault(size, file)
+    if len(sizes) > 1:
+        examples = [f"{text(file.name)} {width} x {height}" for (width, height), file in sizes.items()]
         several = ", ".join(map(plain, examples[:NAMED]))
-        raise ValueError(f"{path}: images of {len(found)} sizes ({several}); a reference's are all of one")
+        raise ValueError(f"{path}: images of {len(sizes)} sizes ({several}); a reference's are all of one")
 
 
 def _pixels(file: Path, background: str) -> NDArray[np.uint8]:
@@ -130,7 +130,7 @@ def _pixels(file: Path, background: str) -> NDArray[np.uint8]:
 
 
 def read_statistics(path: str) -> Gaussian:
-    """The mu and sigma in an .npz, as pytorch-fid and the published reference files have them; ValueError."""
+    """Read mu and sigma from an .npz, as pytorch-fid and published references have them. Raise ValueError if unfit."""
     import numpy as np
 
     from graftwork.models.measures.frechet import Gaussian
@@ -138,35 +138,35 @@ def read_statistics(path: str) -> Gaussian:
     if Path(path).suffix != ".npz":
         raise ValueError(f"{path}: neither a folder of images nor an .npz with mu and sigma")
     shapes = {"mu": (DIMENSIONS,), "sigma": (DIMENSIONS, DIMENSIONS)}
-    found = {}
+    arrays = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             for name, shape in shapes.items():
                 if file.zip.getinfo(f"{name}.npy").file_size > LARGEST:
                     raise ValueError(f"{name} is too large")
-                found[name] = file[name]
-                if found[name].shape != shape:
-                    raise ValueError(f"{name} has the shape {found[name].shape}, not {shape}")
-                if not np.isfinite(found[name]).all():
+                arrays[name] = file[name]
+                if arrays[name].shape != shape:
+                    raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
+                if not np.isfinite(arrays[name]).all():
                     raise ValueError(f"{name} holds NaN or infinity")
     except KeyError:
-        missing = next(name for name in shapes if name not in found)
+        missing = next(name for name in shapes if name not in arrays)
         raise ValueError(f"{path}: holds no {missing}; an .npz with mu and sigma is needed") from None
     except Exception as error:  # torn files make numpy and zlib raise whatever their bytes happen to stand for
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path}: cannot be read as an .npz with mu and sigma ({reason})") from None
-    return Gaussian(found["mu"], found["sigma"])
+    return Gaussian(arrays["mu"], arrays["sigma"])
 
 
 def inception_features(images: NDArray[np.uint8], network: Any, device: torch.device) -> Tensor:
-    """(n,2048) float64, on the device, of images (n,C,S,S); one channel is shown as three."""
+    """Return the features (n,2048), float64 on the device, of images (n,C,S,S). A single channel becomes three."""
     import torch
 
-    found = []
+    features = []
     with torch.no_grad():
         for part in torch.from_numpy(images).split(BATCH):
             batch = part.to(device).float() / 255
             if batch.shape[1] == 1:
                 batch = batch.expand(-1, 3, -1, -1)
-            found.append(network(batch)[0][:, :, 0, 0].double())
-    return torch.cat(found)
+            features.append(network(batch)[0][:, :, 0, 0].double())
+    return torch.cat(features)

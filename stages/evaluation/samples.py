@@ -89,8 +89,8 @@ def sample_row(context: Context) -> None:
 
     params: SampleParams = context.params
     meta = read_meta(context.input("features"))
-    shown = shown_of(params.samples, len(meta.classes), CELLS)
-    batches = batches_of(params, shown)
+    picture_samples = shown_of(params.samples, len(meta.classes), CELLS)
+    batches = batches_of(params, picture_samples)
     progress = _resumed(context, batches)
     saved = time.monotonic()
     context.report(progress.scores.count, params.samples)
@@ -112,7 +112,12 @@ def sample_row(context: Context) -> None:
         _gather(context, batches)
         np.save(context.out / "labels.npy", labels.numpy())
     assert progress.in_picture is not None
-    sample_grid(progress.in_picture, [meta.classes[label] for label in labels[shown]], params.row, context.out / "grid")
+    sample_grid(
+        progress.in_picture,
+        [meta.classes[label] for label in labels[picture_samples]],
+        params.row,
+        context.out / "grid",
+    )
 
 
 def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
@@ -122,7 +127,7 @@ def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
 
 
 def shown_of(samples: int, num_classes: int, cells: int) -> list[int]:
-    """Return which samples the picture has: the first, or some of classes all over where it has no cell for each."""
+    """Return the picture's samples: the first ones, or those of evenly spaced classes if there are too few cells."""
     turn = min(samples, num_classes)
     return [cell * turn // cells for cell in range(cells)] if turn > cells else list(range(min(samples, cells)))
 

@@ -130,16 +130,17 @@ def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence
 
 
 def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
-    """Which of the images cannot be read, by name, with what is said of each: all are read, on every CPU."""
+    """Read all images, on every CPU, and return by name the problem of each that cannot be read."""
 
     def survey(row: Row) -> Row:
-        found = broken_images(data, map(os.fsdecode, row["names"]))
-        return {"names": [os.fsencode(name) for name in found], "problems": list(found.values())}
+        problems = broken_images(data, map(os.fsdecode, row["names"]))
+        return {"names": [os.fsencode(name) for name in problems], "problems": list(problems.values())}
 
     count = BATCHES_A_TASK * BATCH
     rows = [{"names": _sent(names[start : start + count])} for start in range(0, len(names), count)]
-    found = _rows(rows).map(survey, num_cpus=1).iter_rows()
-    return {os.fsdecode(name): said for row in found for name, said in zip(row["names"], row["problems"], strict=True)}
+    surveys = _rows(rows).map(survey, num_cpus=1).iter_rows()
+    pairs = (zip(row["names"], row["problems"], strict=True) for row in surveys)
+    return {os.fsdecode(name): problem for problems in pairs for name, problem in problems}
 
 
 def _require_every_class(data: Data, splits: Mapping[str, Sequence[Item]]) -> None:

@@ -54,20 +54,20 @@ def run(context: Context) -> None:
     localities = {site: Locality(model.config.grid, context.device) for site in attentions}
 
     training = read(context.input("features"), "training").stratified(params.samples)
-    shown = noised(training, model.config.objective, 1, params.seed, "profile")
+    samples = noised(training, model.config.objective, 1, params.seed, "profile")
     batch, done = batch_size(model.config, len(sites)), 0
-    while done < len(shown):
-        part = shown[done : done + batch].to(context.device)
+    while done < len(samples):
+        part = samples[done : done + batch].to(context.device)
         with computing(params.precision, context.device):
-            found = observe(model, sites, part.z, part.t, part.condition)
+            observations = observe(model, sites, part.z, part.t, part.condition)
         quarters = objective.quarter(part.t)
         with products(params.precision):  # in bf16 the statistics are fp32's
-            for site, seen in found.items():
-                tallies[site].add(seen.output)
+            for site, observation in observations.items():
+                tallies[site].add(observation.output)
                 if site in attentions:
-                    localities[site].add(attentions[site], seen.inputs[0], quarters)
+                    localities[site].add(attentions[site], observation.inputs[0], quarters)
         done += len(part)
-        context.report(done, len(shown))
+        context.report(done, len(samples))
         context.stop_if_asked()
 
     outputs = {str(site): tally.summary(str(site)) for site, tally in tallies.items()}

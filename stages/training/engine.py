@@ -99,18 +99,18 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip)
         whole = loss.detach() if self.accumulated is None else loss.detach() + self.accumulated
         self.accumulated = None
-        taken = self.takes(whole, norm)
-        if taken:
+        makes_step = self.takes(whole, norm)
+        if makes_step:
             for group in self.adam.param_groups:
                 group["lr"] = lr * group["rate"]
             self.adam.step()
             with torch.no_grad():
                 move_towards(self.ema, self.weights, 1 - self.decay)
         self.adam.zero_grad()
-        return taken
+        return makes_step
 
     def takes(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether to make a step of this worker's loss of all passes and the gradient's norm over all workers."""
+        """Return whether to make a step. loss: this worker's, of all passes; norm: the gradient's, over all workers."""
         return True
 
     def state(self) -> dict[str, Tensor]:
