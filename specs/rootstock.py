@@ -83,7 +83,9 @@ class PixartModel(Spec):
     """A transformer of texts that predicts noise: PixArt-Sigma. Not yet among the models of a job."""
 
     prediction: ClassVar[Prediction] = "epsilon"
-    default_sampler: ClassVar[AnySampler] = SchedulerSampler(name="dpmsolver++", steps=20, guidance=4.5)
+    default_sampler: ClassVar[AnySampler] = SchedulerSampler(
+        name="dpmsolver++", steps=20, guidance=4.5, guided_channels="all"
+    )
     formulas: ClassVar[Formulas] = PixartFormulas()
     kind: Literal["pixart"] = "pixart"
     depth: int = Field(28, ge=1, le=MAX_DEPTH, description="blocks")

@@ -433,6 +433,7 @@ ROOMS = {
         "specs/rootstock.py",
         "models/rootstocks/pixart.py",
         "models/checkpoints/layouts/diffusers_pixart.py",
+        "models/checkpoints/layouts/pixart_transformer.py",
     },
 }
 

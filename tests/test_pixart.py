@@ -8,21 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor
 
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import UnfitCheckpoint
+from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 from graftwork.models.condition import Condition, TextConditioner
+from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.rootstocks import new_rootstock
 from graftwork.models.rootstocks.pixart import Block, PixArt, PixArtConfig
+from graftwork.models.sampling import sample
+from graftwork.models.sampling.scheduled import new_scheduler
 from graftwork.models.surgery import Observation, graft, observe
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import HyenaX, Mlp, Place
 from graftwork.specs.rootstock import PixartModel
+from graftwork.specs.sampler import SchedulerSampler
+from tests.vaes import make_vae
 
 CHANNELS, HEADS, CAPTION = 4, 3, 20
+CARD = checkpoints.Card("title", "rootstock")
 
 
 def theirs(sample_size: int = 8, interpolation: float | None = None, depth: int = 3) -> PixArtTransformer2DModel:
@@ -232,6 +239,65 @@ def test_a_published_graft_is_recognised_by_its_tensors(tmp_path: Path) -> None:
     found, edits = checkpoints.read(original(model, tmp_path / "graft.pth"), heads=HEADS)
     assert [edit.site for edit in edits] == [edit.site for edit in EDITS]
     same(found.eval(), model)
+
+
+@pytest.mark.parametrize("made", [(), EDITS], ids=["rootstock", "graft"])
+def test_an_export_is_what_the_pipeline_of_diffusers_samples_from(made: tuple[Edit, ...], tmp_path: Path) -> None:
+    """Its latents are ours, from the same noise by the same scheduler under the same guidance."""
+    model = graft(lively(), made, seed=0).eval()
+    checkpoints.save(model, made, tmp_path)
+    checkpoints.export(tmp_path, tmp_path / "out", "diffusers", card=CARD)
+    transformer = (GraftPixArtTransformer2DModel if made else PixArtTransformer2DModel).from_pretrained(
+        tmp_path / "out"
+    )
+    x, t, condition = inputs()
+    close(output_of(transformer, x, t, condition), model(x, t, condition).detach())
+    same(checkpoints.read(tmp_path / "out")[0].eval(), model)
+    assert type(transformer).__name__ in (tmp_path / "out" / "README.md").read_text()
+
+    empty = Condition(text=torch.randn(1, 7, CAPTION), mask=torch.tensor([[1, 1, 0, 0, 0, 0, 0]]))
+    sampler = SchedulerSampler(name="dpmsolver++", steps=4, guidance=4.5, guided_channels="all")
+    noise = SampleNoise(0, range(3), (CHANNELS, 8, 8), torch.device("cpu"))
+    drawn = sample(
+        model,
+        condition,
+        noise,
+        sampler=sampler,
+        conditioner=TextConditioner(CAPTION, empty),
+        objective=model.config.objective,
+        bounded=False,
+    )
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=AutoencoderKL(latent_channels=CHANNELS),
+        transformer=transformer,
+        scheduler=new_scheduler(sampler, "epsilon", bounded=False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=condition.text,
+        prompt_attention_mask=condition.mask,
+        negative_prompt_embeds=empty.require("text").expand(3, -1, -1),
+        negative_prompt_attention_mask=empty.require("mask").expand(3, -1),
+        latents=SampleNoise(0, range(3), (CHANNELS, 8, 8), torch.device("cpu"))(),
+        num_inference_steps=4,
+        guidance_scale=4.5,
+        height=64,
+        width=64,
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(drawn, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_a_whole_pipeline_is_not_made_of_it(tmp_path: Path) -> None:
+    checkpoints.save(lively(), (), tmp_path)
+    with pytest.raises(checkpoints.ExportRefused, match=r"vae: got .* with a pixart; accepted: with a DiT only"):
+        checkpoints.export(tmp_path, tmp_path / "out", "diffusers", vae=make_vae(tmp_path / "vae"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_its_sites_are_self_attention_and_mlp_and_what_they_see_is_observed() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from graftwork.models.checkpoints.card import Card, write_card
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
-from graftwork.models.checkpoints.layouts import diffusers, native, published
+from graftwork.models.checkpoints.layouts import diffusers, diffusers_pixart, native, published
 from graftwork.models.checkpoints.reading import located, read
 from graftwork.models.checkpoints.vae import read_vae
 from graftwork.specs.export import Layout
@@ -32,6 +32,14 @@ USAGE = {
     "GraftTransformer2DModel": (
         "from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel\n\n"
         'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
+    ),
+    "PixArtTransformer2DModel": (
+        "from diffusers import PixArtTransformer2DModel\n\n"
+        'model = PixArtTransformer2DModel.from_pretrained("{folder}")  # for a PixArtSigmaPipeline'
+    ),
+    "GraftPixArtTransformer2DModel": (
+        "from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel\n\n"
+        'model = GraftPixArtTransformer2DModel.from_pretrained("{folder}")  # for a PixArtSigmaPipeline'
     ),
 }
 
@@ -61,8 +69,8 @@ def export(
     """Write the checkpoint `source` to the folder `out`, new or empty.
 
     layout: `graftwork`, as the steps of a job write it; `diffusers`, a DiTTransformer2DModel or, of a graft or of other
-    classes than ImageNet's, a GraftTransformer2DModel; `published`, a `model.pt` as DiT's and the grafts' sampling
-    scripts read it.
+    classes than ImageNet's, a GraftTransformer2DModel, and of a PixArt the like; `published`, a `model.pt` as DiT's and
+    the grafts' sampling scripts read it.
     vae: the folder or hub id of an AutoencoderKL, with which `diffusers` writes a whole DiTPipeline.
     heads: see `read`.
     """
@@ -74,6 +82,10 @@ def export(
         raise ExportRefused(f"{out}: is there already; accepted: a new or empty folder")
     autoencoder = None if vae is None else _read_vae(vae)
     model, edits = read(source, heads=heads)
+    theirs = next((one for one in (diffusers, diffusers_pixart) if one.takes(model)), None)
+    if vae is not None and theirs is not diffusers:
+        accepted = f"accepted: with a DiT only; a {model.config.kind} goes into a pipeline by itself"
+        raise ExportRefused(f"vae: got {str(vae)!r} with a {model.config.kind}; {accepted}")
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
     kind, layouts = model.config.kind, model.config.files.layouts
@@ -86,7 +98,8 @@ def export(
     if layout == "graftwork":
         native.save(model, edits, out)
     elif layout == "diffusers":
-        transformer = diffusers.wrapped(model, edits)
+        assert theirs is not None
+        transformer = theirs.wrapped(model, edits)
         diffusers.write(transformer, out, autoencoder)
         name = type(transformer).__name__
         loads, note = name if autoencoder is None else "DiTPipeline", NOTES.get(name, "")

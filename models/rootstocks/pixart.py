@@ -56,6 +56,7 @@ FILES = FamilyFiles(
         r"(csize|ar)_embedder\.": "of PixArt-alpha, which is told sizes and aspect ratios",
     },
     output=OUTPUT,
+    layouts=("graftwork", "diffusers"),
     # The null caption, kept in training files: it is what the text encoder makes of the empty string.
     unused=("y_embedder.y_embedding",),
 )

@@ -35,7 +35,7 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.reading.load import shown
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiTTransformer2DModel
+    from diffusers import AutoencoderKL, DiTTransformer2DModel, ModelMixin
 
     from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel
 
@@ -88,15 +88,20 @@ def embedder(block: int, ours: str) -> str:
     return f"transformer_blocks.{block}.norm1.emb.{EMBEDDERS[ours]}"
 
 
+def find_wrapped(folder: Path, config: dict[str, Any], prefix: str) -> Found:
+    """Read a class of ours, around a model whose tensors' names have the prefix."""
+    described = config.get("rootstock", {}), config.get("edits", ())
+    rootstock, edits = parse_description(str(folder / "config.json"), *described)
+    tensors = weights_of(folder)
+    names = {name.removeprefix(prefix): name for name in tensors.shapes}
+    return Found(tensors.renamed(names), heads=rootstock.heads, config=rootstock, edits=edits)
+
+
 def find(folder: Path, config: dict[str, Any]) -> Found:
     """A folder that `save_pretrained` wrote."""
-    tensors = weights_of(folder)
     if config["_class_name"] == WRAPPED:
-        rootstock, edits = parse_description(
-            str(folder / "config.json"), config.get("rootstock", {}), config.get("edits", ())
-        )
-        names = {name.removeprefix("dit."): name for name in tensors.shapes}
-        return Found(tensors.renamed(names), heads=rootstock.heads, config=rootstock, edits=edits)
+        return find_wrapped(folder, config, "dit.")
+    tensors = weights_of(folder)
     for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(setting, accepted) != accepted:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
@@ -160,9 +165,7 @@ def _check_copy(tensors: Tensors, copy: str, first: str) -> None:
         raise UnfitCheckpoint(f"{tensors.source}: {copy} is not {first}, and a DiT has one embedder for all blocks")
 
 
-def write(
-    transformer: DiTTransformer2DModel | GraftTransformer2DModel, folder: Path, vae: AutoencoderKL | None = None
-) -> None:
+def write(transformer: ModelMixin, folder: Path, vae: AutoencoderKL | None = None) -> None:
     """Save what `wrapped` made as diffusers does; with an autoencoder, as a DiTPipeline with DiT's noise schedule."""
     if vae is None:
         transformer.save_pretrained(folder)
@@ -171,6 +174,11 @@ def write(
 
     schedule = DDIMScheduler(STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     DiTPipeline(transformer=transformer, vae=vae, scheduler=schedule).save_pretrained(folder)
+
+
+def takes(model: Rootstock) -> bool:
+    """Return whether the model is of the family whose class in diffusers this is."""
+    return isinstance(model, DiT)
 
 
 def wrapped(model: Rootstock, edits: Sequence[Edit]) -> DiTTransformer2DModel | GraftTransformer2DModel:

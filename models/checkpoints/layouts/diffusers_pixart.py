@@ -7,20 +7,30 @@ among them: `sample_size` and `interpolation_scale` of config.json say what it i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Made, Tensors
-from graftwork.models.checkpoints.layouts.diffusers import count_of, positive_integer, weights_of
+from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
+from graftwork.models.checkpoints.layouts.diffusers import count_of, find_wrapped, positive_integer, weights_of
 from graftwork.models.checkpoints.layouts.translation import translated
 from graftwork.models.checkpoints.recognition import Found, rootstock_of
+from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.layers import waves_of_positions
-from graftwork.models.rootstocks.pixart import PixArtConfig
+from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
+from graftwork.specs.edits import Edit
 from graftwork.specs.problems import shown
 
+if TYPE_CHECKING:
+    from diffusers import PixArtTransformer2DModel
+
+    from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
+
 CLASS, NORM = "PixArtTransformer2DModel", "ada_norm_single"
+WRAPPED = "GraftPixArtTransformer2DModel"
 # What else config.json may say, and what is computed here.
 SETTINGS = {
     "activation_fn": ("gelu-approximate",),
@@ -54,7 +64,7 @@ WITHIN = {
 def is_ours(config: dict[str, Any]) -> bool:
     """Return whether a config.json is of a PixArt: transformers had one class for all before that had its own."""
     name = config.get("_class_name")
-    return name == CLASS or (name == "Transformer2DModel" and config.get("norm_type") == NORM)
+    return name in (CLASS, WRAPPED) or (name == "Transformer2DModel" and config.get("norm_type") == NORM)
 
 
 def names_of(depth: int) -> dict[str, list[str]]:
@@ -77,6 +87,8 @@ def names_of(depth: int) -> dict[str, list[str]]:
 
 def find(folder: Path, config: dict[str, Any]) -> Found:
     """Read a folder that `save_pretrained` wrote. Raise UnfitCheckpoint for settings unlike PixArt-Sigma's."""
+    if config["_class_name"] == WRAPPED:
+        return find_wrapped(folder, config, "pixart.")
     sample_size = positive_integer(folder, config, "sample_size", 128)
     conditions = config.get("use_additional_conditions", sample_size == 128)
     if conditions is None:
@@ -117,3 +129,46 @@ def _translated(tensors: Tensors, sample_size: int, stretch: float) -> Tensors:
         made["pos_embed"] = Made((1, side**2, width), lambda: waves_of_positions(side, width, stretch))
     names = names_of(count_of(tensors, re.compile(r"transformer_blocks\.(\d+)\.")))
     return translated(tensors, names, left_out={"pos_embed.pos_embed"}, made=made)
+
+
+def takes(model: Rootstock) -> bool:
+    """Return whether the model is of the family whose class in diffusers this is."""
+    return isinstance(model, PixArt)
+
+
+def wrapped(model: Rootstock, edits: Sequence[Edit]) -> PixArtTransformer2DModel | GraftPixArtTransformer2DModel:
+    """Return what PixArtSigmaPipeline takes: diffusers' class if it has a rootstock's operators, ours for a graft."""
+    assert isinstance(model, PixArt)
+    if shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
+        return rootstock_transformer(model)
+    from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
+
+    return GraftPixArtTransformer2DModel.around(model, edits)
+
+
+def rootstock_transformer(model: PixArt) -> PixArtTransformer2DModel:
+    """Return diffusers' own model with a rootstock's tensors."""
+    from diffusers import PixArtTransformer2DModel
+
+    config, ours = model.config, model.state_dict()
+    with Uninitialised():
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.width // config.heads,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            num_layers=config.depth,
+            cross_attention_dim=config.width,
+            sample_size=config.input_size,
+            patch_size=config.patch,
+            interpolation_scale=config.stretch,
+            use_additional_conditions=False,
+            caption_channels=config.caption_channels,
+        )
+    state = {
+        name: rows.clone()
+        for mine, made_of in names_of(config.depth).items()
+        for name, rows in zip(made_of, ours[mine].chunk(len(made_of)), strict=True)
+    }
+    transformer.load_state_dict(state, assign=True)
+    return transformer.eval()
