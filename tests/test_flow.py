@@ -208,7 +208,7 @@ def test_a_sit_goes_through_the_whole_job_and_is_sampled_in_more_ways_than_one(
     tiny_copy: Finished, graft: Graft
 ) -> None:
     model = "model={kind: sit, depth: 4, width: 32, heads: 2, patch: 2}"
-    wishes = [model, "evaluate.rows=[rootstock, stage2]", "finetune.control=false"]
+    wishes = [model, "evaluate.rows=[stage2]", "finetune.control=false"]
     outcomes = []
     for sampler in ("{kind: ode, method: heun, steps: 4}", "{kind: scheduler, name: unipc, steps: 4}"):
         options = [part for wish in (*wishes, f"evaluate.sampler={sampler}") for part in ("--set", wish)]
