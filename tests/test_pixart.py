@@ -189,6 +189,8 @@ def test_positions_that_are_stretched_otherwise_than_by_the_size_are_kept(tmp_pa
         ("use_additional_conditions", True, "use_additional_conditions is True, expected False"),
         ("activation_fn", "geglu", "activation_fn is 'geglu', expected 'gelu-approximate'"),
         ("interpolation_scale", "1", "interpolation_scale is '1', expected a number above 0"),
+        ("attention_head_dim", 4, "has 3 heads of 4 channels, expected the 24 channels of its tensors"),
+        ("norm_type", "layer_norm", "norm_type is 'layer_norm', expected 'ada_norm_single'"),
         ("sample_size", 0, "sample_size is 0, expected an integer of at least 1"),
     ],
 )
@@ -201,6 +203,64 @@ def test_a_folder_with_other_settings_is_refused_in_one_line(
     with pytest.raises(UnfitCheckpoint, match=r"^[^\n]*$") as caught:
         checkpoints.read(folder)
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PixArtMS_XL_2", "PixArt_XL_2", "PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline"])
+def test_a_file_may_be_called_what_its_authors_call_it(name: str, tmp_path: Path) -> None:
+    model = lively()
+    torch.save({"state_dict": model.state_dict(), "args": {"model": name}}, tmp_path / f"{name}.pth")
+    same(checkpoints.read(tmp_path / f"{name}.pth", heads=HEADS)[0].eval(), model)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    same(checkpoints.read(original(model, tmp_path / "plain.pth"), heads=HEADS)[0].eval(), model)
+
+
+@pytest.mark.parametrize(
+    "said", [{"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"use_flow": True}], ids=str
+)
+def test_a_pipeline_of_another_objective_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    saved(theirs(), tmp_path / "transformer")
+    (tmp_path / "scheduler").mkdir()
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear", "prediction_type": "epsilon"}
+    document = tmp_path / "scheduler" / "scheduler_config.json"
+    document.write_text(json.dumps(scheduler))
+    checkpoints.read(tmp_path)
+    document.write_text(json.dumps(scheduler | said))
+    with pytest.raises(UnfitCheckpoint, match="another objective or model"):
+        checkpoints.read(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (1, 15, 24)], ids=str)
+def test_positions_of_another_rank_or_no_square_are_one_line(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = original(lively(), tmp_path / "model.pth", pos_embed=torch.zeros(shape))
+    with pytest.raises(UnfitCheckpoint, match=r"pos_embed: .*expected a square number of tokens"):
+        checkpoints.read(path, heads=HEADS)
+
+
+@pytest.mark.parametrize("number", ["200000", "9" * 5000], ids=["many", "more digits than Python reads"])
+def test_a_block_of_a_large_number_is_refused_at_once(number: str, tmp_path: Path) -> None:
+    saved(theirs(), tmp_path, safe_serialization=False)
+    (file,) = tmp_path.glob("*.bin")
+    torch.save({**torch.load(file), f"transformer_blocks.{number}.x": torch.ones(1)}, file)
+    with pytest.raises(UnfitCheckpoint, match=f"has a block '{number[:9]}"):
+        checkpoints.read(tmp_path)
+
+
+def test_positions_that_diffusers_would_not_compute_are_exported_with_the_model(tmp_path: Path) -> None:
+    """An original file has them as it was trained, whatever its size says."""
+    other = lively(interpolation=1.0)
+    model, _ = checkpoints.read(original(other, tmp_path / "model.pth"), heads=HEADS)
+    same(model.eval(), other)
+    checkpoints.export(tmp_path / "model.pth", tmp_path / "out", "diffusers", heads=HEADS)
+    x, t, condition = inputs()
+    transformer = GraftPixArtTransformer2DModel.from_pretrained(tmp_path / "out")
+    close(output_of(transformer, x, t, condition), other(x, t, condition).detach())
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (4, 16)], ids=str)
+def test_latents_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
+    x, t, condition = inputs()
+    with pytest.raises(ValueError, match=r"accepted: .*to which its positions belong"):
+        lively()(x.new_zeros(3, CHANNELS, *shape), t, condition)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +313,8 @@ def test_an_export_is_what_the_pipeline_of_diffusers_samples_from(made: tuple[Ed
     x, t, condition = inputs()
     close(output_of(transformer, x, t, condition), model(x, t, condition).detach())
     same(checkpoints.read(tmp_path / "out")[0].eval(), model)
-    assert type(transformer).__name__ in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert type(transformer).__name__ in card and "text-to-image" in card and "class-conditional" not in card
 
     empty = Condition(text=torch.randn(1, 7, CAPTION), mask=torch.tensor([[1, 1, 0, 0, 0, 0, 0]]))
     sampler = SchedulerSampler(name="dpmsolver++", steps=4, guidance=4.5, guided_channels="all")

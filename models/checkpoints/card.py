@@ -14,10 +14,7 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.figures import figure
 from graftwork.specs.hub import is_hub_id
 
-FRONT = {
-    "library_name": "graftwork",
-    "tags": ["grafting", "diffusion-transformer", "class-conditional-image-generation"],
-}
+TAGS = ("grafting", "diffusion-transformer")
 PLACES = ("path", "scions", "reference", "inception")  # fields of a job that hold a path or a hub id
 
 
@@ -32,10 +29,21 @@ class Card:
     keys: Mapping[str, str] = field(default_factory=dict)  # of the artifacts, by step
 
 
-def write_card(folder: Path, card: Card, edits: Sequence[Edit], usage: str = "", note: str = "") -> None:
-    """Write README.md. usage: Python that loads the model; note: what to know of what it loads."""
+def write_card(
+    folder: Path,
+    card: Card,
+    edits: Sequence[Edit],
+    usage: str = "",
+    note: str = "",
+    task: str = "class-conditional-image-generation",
+) -> None:
+    """Write README.md.
+
+    usage: Python that loads the model; note: what to know of what it loads; task: the hub's tag for what it does.
+    """
+    front = {"library_name": "graftwork", "tags": [*TAGS, task]}
     sections = [
-        f"---\n{yaml.safe_dump(FRONT, sort_keys=False)}---\n\n# {card.title}",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {card.title}",
         f"## Rootstock\n\n{card.rootstock}",
         f"## Edits\n\n{_edits(edits)}",
     ]

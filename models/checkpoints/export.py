@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
-    "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, labels)',
-    "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # model(x, t, labels)',
+    "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # {use}',
+    "published": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # {use}',
     "DiTPipeline": (
         "import graftwork.models.checkpoints.layouts.transformer  # lets diffusers load a graft\n"
         "from diffusers import DiTPipeline\n\n"
@@ -106,7 +106,8 @@ def export(
     else:
         published.write(model, edits, out)
     if card is not None:
-        write_card(out, card, edits, USAGE[loads].format(folder=out.name), note)
+        files = model.config.files
+        write_card(out, card, edits, USAGE[loads].format(folder=out.name, use=files.use), note, files.task)
 
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:

@@ -102,7 +102,7 @@ def misfit(config: RootstockConfig) -> str | None:
     floats = [field.name for field in fields(config) if "float" in str(field.type)]
     for name in floats:
         value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6):
             return f"{name}: {shown(value)}, expected a number above 0"
     for name in (field.name for field in fields(config) if field.name not in ("learn_sigma", *floats)):
         value, least = getattr(config, name), 0 if name == "num_classes" else 1

@@ -57,7 +57,7 @@ MODEL = re.compile(r"model|model_?name|model_?type|arch|architecture|backbone|ne
 SIZED = re.compile(r"(?P<family>[A-Za-z][\w+-]*?)[-_](?:XS|S|B|L|XL|XXL|H|G)[-_/]\d+([-_].*)?")
 # Families that there are none of here.
 OTHER_FAMILIES = (
-    r"REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt|SD3|Flux|DDT|DiffiT|"
+    r"REPA|LightningDiT|MDT|MDTv2|MaskDiT|MicroDiT|U-?DiT|U-?ViT|FiT|FiTv2|PixArt-?(alpha|Alpha)|SD3|Flux|DDT|DiffiT|"
     r"FlowDCN|HunyuanDiT|Lumina|CogVideoX|Sana|FlowMatch"
 )
 
@@ -150,7 +150,7 @@ def kinds_of(source: str, entries: Iterator[tuple[str, Any]]) -> frozenset[str]:
 
 def is_named_as_ours(model: str) -> bool:
     """Return whether a model's name is that of some family of ours."""
-    return any(_is_called(model.lower(), files.name) for files in families().values())
+    return any(_is_called(model.lower(), files) for files in families().values())
 
 
 def _claims(files: FamilyFiles, name: str, value: Any) -> bool:
@@ -160,19 +160,20 @@ def _claims(files: FamilyFiles, name: str, value: Any) -> bool:
         return text == files.prediction or (files.prediction == "epsilon" and NOISE.fullmatch(text) is not None)
     if any(name == argument and text == own.lower() for argument, own in files.arguments.items()):
         return True
-    return MODEL.fullmatch(name) is not None and _is_called(text, files.name)
+    return MODEL.fullmatch(name) is not None and _is_called(text, files)
 
 
 def _accepts(files: FamilyFiles, name: str, value: Any) -> bool:
     """Return whether a statement can be one of the family's: a network of another objective may keep its name."""
     if files.network is not None and isinstance(value, str) and MODEL.fullmatch(name):
-        return _claims(files, name, value) or _is_called(value.strip().lower(), files.network)
+        network = next(one for one in families().values() if one.name == files.network)
+        return _claims(files, name, value) or _is_called(value.strip().lower(), network)
     return _claims(files, name, value)
 
 
-def _is_called(text: str, family: str) -> bool:
-    """Return whether text is the name of a model of that family, as `dit-xl/2` is."""
-    return re.fullmatch(rf"{re.escape(family.lower())}([-_].*)?", text) is not None
+def _is_called(text: str, files: FamilyFiles) -> bool:
+    """Return whether text, in lower case, is the name of a model of that family, as `dit-xl/2` is."""
+    return re.fullmatch(rf"({files.called or re.escape(files.name.lower())})([-_].*)?", text) is not None
 
 
 def _name(path: str) -> str:

@@ -30,5 +30,8 @@ class FamilyFiles:
     others: Mapping[str, str] = field(default_factory=dict)
     label_table: str | None = None  # the tensor with a row a class, and a last one of the null class
     output: str | None = None  # the layer with rows for the variance behind those for the noise
+    called: str | None = None  # a pattern of what its models are called, in lower case, if not by the name alone
+    use: str = "model(x, t, labels)"  # a call of the model, for its card
+    task: str = "class-conditional-image-generation"  # the hub's tag for what it does
     unused: tuple[str, ...] = ()  # tensors of training files that the model does without
     layouts: tuple[Layout, ...] = ("graftwork",)  # in which it is exported

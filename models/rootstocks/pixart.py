@@ -56,6 +56,9 @@ FILES = FamilyFiles(
         r"(csize|ar)_embedder\.": "of PixArt-alpha, which is told sizes and aspect ratios",
     },
     output=OUTPUT,
+    called=r"pixart(?![-_]?alpha)(ms|sigma\w*|transformer2dmodel)?",
+    use="model(x, t, Condition(text=states, mask=mask))",
+    task="text-to-image",
     layouts=("graftwork", "diffusers"),
     # The null caption, kept in training files: it is what the text encoder makes of the empty string.
     unused=("y_embedder.y_embedding",),
@@ -108,8 +111,8 @@ class PixArtConfig(RootstockConfig):
         depth = 1 + max(blocks, default=-1)
         if POSITIONS not in shapes:
             raise ValueError(f"{POSITIONS}: missing, which tells the size of its images")
-        side = math.isqrt(shapes[POSITIONS][1])
-        if side**2 != shapes[POSITIONS][1]:
+        side = math.isqrt(shapes[POSITIONS][1]) if len(shapes[POSITIONS]) == 3 else -1
+        if side < 0 or side**2 != shapes[POSITIONS][1]:
             raise ValueError(f"{POSITIONS}: {shapes[POSITIONS]}, expected a square number of tokens")
         if heads is None:
             heads = next((size[2] for size in PIXART_SIZES.values() if size[:2] == (depth, width)), None)
@@ -300,10 +303,14 @@ class PixArt(Rootstock):
         """Return tokens (B,N,D), and what blocks get beside them.
 
         That is the shared modulation (B,6D), the timestep's embedding (B,D) for the final layer, the text (B,L,D), and
-        what is added to the scores of its tokens (B,1,1,L). Raise ValueError if there is no text.
+        what is added to the scores of its tokens (B,1,1,L). Raise ValueError if there is no text, or for latents of
+        another shape than the model's.
         """
         condition = Condition.of(condition)
         states = condition.require("text")
+        if x.shape[1:] != self.config.latent_shape:
+            accepted = f"{self.config.latent_shape}, to which its positions belong"
+            raise ValueError(f"latents: got {tuple(x.shape[1:])} a sample; accepted: {accepted}")
         weight = self.x_embedder.proj.weight
         tokens = self.x_embedder(x) + self.pos_embed.to(weight.dtype)
         timestep = self.t_embedder(t)

@@ -32,6 +32,7 @@ from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.rootstocks.layers import waves_of_positions
 from graftwork.specs.edits import Edit
+from graftwork.specs.layers.strategy import MAX_DEPTH
 from graftwork.specs.reading.load import shown
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ CLASSES = (
     "Transformer2DModel",
     WRAPPED,
 )  # the second: DiTs converted before the first was there
+MAX_DIGITS = 9  # of a block's number
 CLASSES_OF_PIPELINE = 1000  # DiTPipeline: also the label of the null class
 STEM = "diffusion_pytorch_model"
 WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
@@ -105,7 +107,7 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     for setting, accepted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(setting, accepted) != accepted:
             raise UnfitCheckpoint(f"{folder}: {setting} is {config[setting]!r}, expected {accepted!r}, as DiT has it")
-    _require_ours(folder, config)
+    require_ours(folder, config)
     heads = positive_integer(folder, config, "num_attention_heads", 16)
     sample_size = positive_integer(folder, config, "sample_size", 32)
     tensors, notes = unwrapped(tensors, (DIFFUSERS,))
@@ -113,7 +115,7 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
     return Found(_translated(tensors, sample_size), heads=heads, num_classes=count, notes=tuple(notes))
 
 
-def _require_ours(folder: Path, config: dict[str, Any]) -> None:
+def require_ours(folder: Path, config: dict[str, Any]) -> None:
     """Raise UnfitCheckpoint if the model, its pipeline or the scheduler in that are of another objective."""
     said = list(statements.statements(config, "config.json"))
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
@@ -155,8 +157,15 @@ def _translated(tensors: Tensors, sample_size: int) -> Tensors:
 
 
 def count_of(tensors: Tensors, pattern: re.Pattern[str]) -> int:
-    """Return how many blocks there are: one more than the last number that a tensor's name begins with."""
-    return 1 + max((int(number[1]) for name in tensors.shapes if (number := pattern.match(name))), default=-1)
+    """Return how many blocks there are: one more than the last number that a tensor's name begins with.
+
+    Raise UnfitCheckpoint for more than a model can have.
+    """
+    numbers = {number[1] for name in tensors.shapes if (number := pattern.match(name))}
+    large = [number for number in numbers if len(number) > MAX_DIGITS or int(number) >= MAX_DEPTH]
+    if large:
+        raise UnfitCheckpoint(f"{tensors.source}: has a block {shown(large[0])}, expected at most {MAX_DEPTH} blocks")
+    return 1 + max(map(int, numbers), default=-1)
 
 
 def _check_copy(tensors: Tensors, copy: str, first: str) -> None:

@@ -12,10 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Made, Tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
-from graftwork.models.checkpoints.layouts.diffusers import count_of, find_wrapped, positive_integer, weights_of
+from graftwork.models.checkpoints.layouts.diffusers import (
+    count_of,
+    find_wrapped,
+    positive_integer,
+    require_ours,
+    weights_of,
+)
 from graftwork.models.checkpoints.layouts.translation import translated
 from graftwork.models.checkpoints.recognition import Found, rootstock_of
 from graftwork.models.rootstocks import Rootstock
@@ -38,6 +46,7 @@ SETTINGS = {
     "attention_type": ("default", None),
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-6,),
+    "norm_type": (NORM,),
     "use_additional_conditions": (False, None),
 }
 # Names of modules outside the blocks, and within one: the original's, and diffusers'.
@@ -98,11 +107,16 @@ def find(folder: Path, config: dict[str, Any]) -> Found:
         if value not in accepted:
             expected = f"expected {shown(accepted[0])}, as PixArt-Sigma has it"
             raise UnfitCheckpoint(f"{folder}: {name} is {shown(value)}, {expected}")
+    require_ours(folder, config)
     stretch = _stretch(folder, config, sample_size)
     heads = positive_integer(folder, config, "num_attention_heads", 16)
     tensors = weights_of(folder)
     ours = _translated(tensors, sample_size, stretch)
     rootstock = rootstock_of(PixArtConfig, ours, heads)
+    channels = positive_integer(folder, config, "attention_head_dim", 72)
+    if heads * channels != rootstock.width:
+        width = f"{heads} heads of {channels} channels"
+        raise UnfitCheckpoint(f"{folder}: has {width}, expected the {rootstock.width} channels of its tensors")
     return Found(ours, heads=heads, config=_with(rootstock, stretch))
 
 
@@ -137,9 +151,15 @@ def takes(model: Rootstock) -> bool:
 
 
 def wrapped(model: Rootstock, edits: Sequence[Edit]) -> PixArtTransformer2DModel | GraftPixArtTransformer2DModel:
-    """Return what PixArtSigmaPipeline takes: diffusers' class if it has a rootstock's operators, ours for a graft."""
+    """Return what PixArtSigmaPipeline takes: diffusers' class if it computes the same, else ours.
+
+    diffusers' has a rootstock's operators only, and computes the positions, which a file may have otherwise.
+    """
     assert isinstance(model, PixArt)
-    if shapes_of(model.state_dict()) == shapes_of(weightless(model.config, ()).state_dict()):
+    config = model.config
+    positions = waves_of_positions(config.input_size // config.patch, config.width, config.stretch)
+    is_rootstock = shapes_of(model.state_dict()) == shapes_of(weightless(config, ()).state_dict())
+    if is_rootstock and torch.allclose(model.pos_embed.float().cpu(), positions, rtol=0, atol=1e-6):
         return rootstock_transformer(model)
     from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 
