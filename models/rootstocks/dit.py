@@ -7,8 +7,6 @@ those two operators only; norms, modulation and gates stay.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -19,7 +17,7 @@ from graftwork.models.condition import ClassConditioner, Condition
 from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
-from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
+from graftwork.models.rootstocks import Rootstock, Slot, Stream, register
 from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.layers import (
     OUTPUT,
@@ -32,6 +30,7 @@ from graftwork.models.rootstocks.layers import (
     unpatchified,
     waves_of_positions,
 )
+from graftwork.models.rootstocks.square import SquareConfig, shape_of, square
 from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import SIZES, DitModel
@@ -60,29 +59,19 @@ FILES = FamilyFiles(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(RootstockConfig):
+class DiTConfig(SquareConfig):
     """Everything that fixes the tensors of a DiT."""
 
     kind: ClassVar[str] = "dit"
     formulas: ClassVar[Formulas] = DitModel.formulas
     files: ClassVar[FamilyFiles] = FILES
-    input_size: int  # S, latent pixels a side
-    in_channels: int  # C
-    patch: int
-    depth: int
-    width: int
-    heads: int
-    num_classes: int
-    learn_sigma: bool = True
 
     @classmethod
     def of(cls, model: DitModel, shape: Sequence[int], num_classes: int) -> Self:
         """Return the config of what a spec says, for latents (C,S,S). Raise ValueError if they are not square."""
-        channels, *sides = shape
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise ValueError(f"latents: got the shape {tuple(shape)}; accepted: (channels, side, side)")
+        channels, side = square(shape)
         return cls(
-            input_size=sides[0],
+            input_size=side,
             in_channels=channels,
             patch=model.patch,
             depth=model.depth,
@@ -94,33 +83,8 @@ class DiTConfig(RootstockConfig):
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:
-        """Return the config of a file by its tensors' shapes. Heads cannot be seen: they are the published size's.
-
-        Raise ValueError if there is no such size, and heads are not given, or if the tokens are no square.
-        """
-        width, channels, patch, _ = shapes[PATCHES]
-        num_tokens, rows = shapes[POSITIONS][1], shapes[f"{OUTPUT}.weight"][0]
-        blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
-        depth, side = 1 + max(blocks, default=-1), math.isqrt(num_tokens)
-        if side**2 != num_tokens:
-            raise ValueError(f"pos_embed: {shapes[POSITIONS]}, expected a square number of tokens")
-        if heads is None:
-            heads = next((size[2] for size in SIZES.values() if size[:2] == (depth, width)), None)
-        if heads is None:
-            raise ValueError(
-                f"{depth} blocks of width {width} are no published size, and a file does not tell its attention "
-                "heads: name their number"
-            )
-        return cls(
-            input_size=side * patch,
-            in_channels=channels,
-            patch=patch,
-            depth=depth,
-            width=width,
-            heads=heads,
-            num_classes=shapes[LABELS][0] - 1,
-            learn_sigma=rows == 2 * channels * patch**2,
-        )
+        """Return the config of a file by its tensors' shapes; see `shape_of` for errors."""
+        return cls(**shape_of(shapes, heads, SIZES), num_classes=shapes[LABELS][0] - 1)
 
     @classmethod
     def heads_of(cls, name: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
@@ -131,10 +95,8 @@ class DiTConfig(RootstockConfig):
 
     def published_name(self) -> str | None:
         """Return `DiT-XL/2` and the like; None if the shape is no published one."""
-        shape = (self.depth, self.width, self.heads)
-        return next(
-            (f"{self.files.name}-{letter}/{self.patch}" for letter, size in SIZES.items() if size == shape), None
-        )
+        letter = self.letter(SIZES)
+        return f"{self.files.name}-{letter}/{self.patch}" if letter else None
 
     def published_arguments(self) -> dict[str, Any]:
         """Return what the training script's arguments say of such a model."""
@@ -144,41 +106,6 @@ class DiTConfig(RootstockConfig):
             "image_size": PIXELS * self.input_size,
             "num_classes": self.num_classes,
         }
-
-    def shape_misfit(self) -> str | None:
-        """Return which of its sizes do not go together; None if there can be such a model."""
-        misfits = (
-            (self.width % self.heads, f"{self.heads} attention heads do not divide its width, {self.width}"),
-            (self.width % 4, f"width: {self.width}, expected a multiple of 4, for the 2-D position embedding"),
-            (
-                self.input_size % self.patch,
-                f"input_size: {self.input_size}, expected a multiple of patch, {self.patch}",
-            ),
-        )
-        return next((problem for wrong, problem in misfits if wrong), None)
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.input_size // self.patch) ** 2
-
-    @property
-    def place(self) -> Place:
-        return Place(self.width, self.heads, self.num_tokens)
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent: (C,S,S)."""
-        return (self.in_channels, self.input_size, self.input_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        side = self.input_size // self.patch
-        return (side, side)
 
     @property
     def conditioner(self) -> ClassConditioner:
@@ -289,12 +216,12 @@ class DiT(Rootstock):
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B,N,P*P*C_out), channels last within a patch -> (B,C_out,S,S)."""
         config = self.config
-        return unpatchified(x, config.input_size // config.patch, config.patch, config.out_channels)
+        return unpatchified(x, config.side, config.patch, config.out_channels)
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
     """Return the fixed embedding (1,N,D) of a DiT's positions."""
-    return waves_of_positions(config.input_size // config.patch, config.width)
+    return waves_of_positions(config.side, config.width)
 
 
 def modulations(block: Block, c: Tensor) -> tuple[Tensor, ...]:

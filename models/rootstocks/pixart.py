@@ -11,7 +11,6 @@ text, E channels of the text encoder.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -25,12 +24,11 @@ from graftwork.models.objectives import Objective, objective_of
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.operators import build_operator
 from graftwork.models.operators.attention import heads_first
-from graftwork.models.rootstocks import Rootstock, RootstockConfig, Slot, Stream, register
+from graftwork.models.rootstocks import Rootstock, Slot, Stream, register
 from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.layers import (
     OUTPUT,
     PATCHES,
-    POSITIONS,
     PatchEmbedding,
     TimestepEmbedding,
     layer_norm,
@@ -38,6 +36,7 @@ from graftwork.models.rootstocks.layers import (
     unpatchified,
     waves_of_positions,
 )
+from graftwork.models.rootstocks.square import SquareConfig, shape_of, square
 from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import PIXART_SIZES, PixartModel
@@ -66,113 +65,46 @@ FILES = FamilyFiles(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixArtConfig(RootstockConfig):
+class PixArtConfig(SquareConfig):
     """Everything that fixes the tensors of a PixArt-Sigma."""
 
     kind: ClassVar[str] = "pixart"
     formulas: ClassVar[Formulas] = PixartModel.formulas
     files: ClassVar[FamilyFiles] = FILES
     of_jobs: ClassVar[bool] = False  # no data with captions yet
-    input_size: int  # S
-    in_channels: int  # C
-    patch: int
-    depth: int
-    width: int
-    heads: int
+    num_classes: int = 0
     caption_channels: int  # E
-    learn_sigma: bool = True
     interpolation: float | None = None  # of positions; by the size of its images if None
-    num_classes: int = 0  # it has none
 
     @classmethod
     def of(cls, model: PixartModel, shape: Sequence[int], num_classes: int) -> Self:
         """Return the config of what a spec says, for latents (C,S,S). Raise ValueError if they are not square."""
-        channels, *sides = shape
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise ValueError(f"latents: got the shape {tuple(shape)}; accepted: (channels, side, side)")
+        channels, side = square(shape)
         return cls(
-            input_size=sides[0],
+            input_size=side,
             in_channels=channels,
             patch=model.patch,
             depth=model.depth,
             width=model.width,
             heads=model.heads,
+            learn_sigma=model.learn_sigma,
             caption_channels=model.caption_channels,
         )
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:
-        """Return the config of a file by its tensors' shapes.
-
-        Raise ValueError if the tokens are no square, or if heads are not given and the size is no published one.
-        """
-        width, channels, patch, _ = shapes[PATCHES]
-        blocks = [int(number[1]) for name in shapes if (number := re.match(r"blocks\.(\d+)\.", name))]
-        depth = 1 + max(blocks, default=-1)
-        if POSITIONS not in shapes:
-            raise ValueError(f"{POSITIONS}: missing, which tells the size of its images")
-        side = math.isqrt(shapes[POSITIONS][1]) if len(shapes[POSITIONS]) == 3 else -1
-        if side < 0 or side**2 != shapes[POSITIONS][1]:
-            raise ValueError(f"{POSITIONS}: {shapes[POSITIONS]}, expected a square number of tokens")
-        if heads is None:
-            heads = next((size[2] for size in PIXART_SIZES.values() if size[:2] == (depth, width)), None)
-        if heads is None:
-            raise ValueError(
-                f"{depth} blocks of width {width} are no published size, and a file does not tell its attention "
-                "heads: name their number"
-            )
-        return cls(
-            input_size=side * patch,
-            in_channels=channels,
-            patch=patch,
-            depth=depth,
-            width=width,
-            heads=heads,
-            caption_channels=shapes[CAPTIONS][1],
-            learn_sigma=shapes[f"{OUTPUT}.weight"][0] == 2 * channels * patch**2,
-        )
+        """Return the config of a file by its tensors' shapes; see `shape_of` for errors."""
+        return cls(**shape_of(shapes, heads, PIXART_SIZES), caption_channels=shapes[CAPTIONS][1])
 
     def published_arguments(self) -> dict[str, Any]:
         """Return what a training script's arguments say of such a model."""
-        size = (self.depth, self.width, self.heads)
-        letter = next((letter for letter, published in PIXART_SIZES.items() if published == size), None)
+        letter = self.letter(PIXART_SIZES)
         return {"model": f"PixArtMS_{letter}_{self.patch}" if letter else None, **self.files.arguments}
-
-    def shape_misfit(self) -> str | None:
-        """Return which of its sizes do not go together; None if there can be such a model."""
-        misfits = (
-            (self.width % self.heads, f"{self.heads} attention heads do not divide its width, {self.width}"),
-            (self.width % 4, f"width: {self.width}, expected a multiple of 4, for the 2-D position embedding"),
-            (
-                self.input_size % self.patch,
-                f"input_size: {self.input_size}, expected a multiple of patch, {self.patch}",
-            ),
-        )
-        return next((problem for wrong, problem in misfits if wrong), None)
 
     @property
     def stretch(self) -> float:
         """By how much positions lie closer than 1 apart: 0.5, 1, 2 and 4 at 256, 512, 1024 and 2048 pixels."""
         return self.input_size / BASE_SIDE if self.interpolation is None else self.interpolation
-
-    @property
-    def place(self) -> Place:
-        return Place(self.width, self.heads, (self.input_size // self.patch) ** 2)
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent: (C,S,S)."""
-        return (self.in_channels, self.input_size, self.input_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        side = self.input_size // self.patch
-        return (side, side)
 
     @property
     def conditioner(self) -> TextConditioner:
@@ -267,7 +199,7 @@ class PixArt(Rootstock):
         self.t_embedder = TimestepEmbedding(config.width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
         self.y_embedder = CaptionEmbedding(config)
-        positions = waves_of_positions(config.input_size // config.patch, config.width, config.stretch)
+        positions = waves_of_positions(config.side, config.width, config.stretch)
         self.register_buffer("pos_embed", positions)
         self.blocks = nn.ModuleList(Block(config.place) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -322,4 +254,4 @@ class PixArt(Rootstock):
     def finish(self, stream: Stream) -> Tensor:
         config = self.config
         tokens = self.final_layer(stream.tokens, stream.conditioning[1])
-        return unpatchified(tokens, config.input_size // config.patch, config.patch, config.out_channels)
+        return unpatchified(tokens, config.side, config.patch, config.out_channels)

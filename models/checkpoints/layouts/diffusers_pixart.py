@@ -157,7 +157,7 @@ def wrapped(model: Rootstock, edits: Sequence[Edit]) -> PixArtTransformer2DModel
     """
     assert isinstance(model, PixArt)
     config = model.config
-    positions = waves_of_positions(config.input_size // config.patch, config.width, config.stretch)
+    positions = waves_of_positions(config.side, config.width, config.stretch)
     is_rootstock = shapes_of(model.state_dict()) == shapes_of(weightless(config, ()).state_dict())
     if is_rootstock and torch.allclose(model.pos_embed.float().cpu(), positions, rtol=0, atol=1e-6):
         return rootstock_transformer(model)
