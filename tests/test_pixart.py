@@ -335,6 +335,9 @@ def test_an_export_is_what_the_pipeline_of_diffusers_samples_from(made: tuple[Ed
         transformer=transformer,
         scheduler=new_scheduler(sampler, "epsilon", bounded=False),
     )
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline = PixArtSigmaPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(pipeline.transformer) is type(transformer)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt=None,

@@ -78,10 +78,10 @@ def _record(work: Pass, share: int, num_shares: int, report: Reporter | None = N
         stopping=work.stopping,
     )
     try:
-        found = STAGES[work.sites[0].stage].record(portion)
+        recorded = STAGES[work.sites[0].stage].record(portion)
     except Exception:
-        found = [None] * len(work.sites)
-    return [[], *found]
+        recorded = [None] * len(work.sites)
+    return [[], *recorded]
 
 
 def fetch(refs: Recordings) -> list[Any]:

@@ -45,8 +45,8 @@ def require_same(external: External, planned: str) -> None:
     """Raise ChangedFiles if it is on this machine, and no longer what had that fingerprint when it was planned."""
     if fingerprint(external, Contents()) not in (planned, ABSENT):
         accepted = "accepted: files that stay as they are while a job reads them, the same on all machines"
-        found = f"got {plain(external.path)}, which is not as the plan found it"
-        raise ChangedFiles(f"{external.field}: {found}; {accepted}")
+        problem = f"got {plain(external.path)}, which is not as the plan found it"
+        raise ChangedFiles(f"{external.field}: {problem}; {accepted}")
 
 
 def _of_files(external: External, place: Path, names: list[str], contents: Contents) -> str:

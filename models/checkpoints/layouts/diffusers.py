@@ -24,7 +24,7 @@ from graftwork.models.checkpoints import statements
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Made, Tensors, read_index, read_tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
-from graftwork.models.checkpoints.layouts.translation import translated
+from graftwork.models.checkpoints.layouts.translation import split, translated
 from graftwork.models.checkpoints.recognition import Found, parse_description
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
 from graftwork.models.objectives.gaussian import STEPS
@@ -221,11 +221,7 @@ def rootstock_transformer(model: DiT) -> DiTTransformer2DModel:
             norm_eps=1e-6,
         )
     names = parts(config.depth)
-    state = {
-        name: rows.clone()
-        for mine, made_of in names.items()
-        for name, rows in zip(made_of, ours[mine].chunk(len(made_of)), strict=True)
-    }
+    state = split(ours, names)
     state |= {embedder(block, mine): ours[mine].clone() for block in range(1, config.depth) for mine in EMBEDDERS}
     transformer.load_state_dict(state, assign=True)
     return transformer.eval()

@@ -24,7 +24,7 @@ from graftwork.models.checkpoints.layouts.diffusers import (
     require_ours,
     weights_of,
 )
-from graftwork.models.checkpoints.layouts.translation import translated
+from graftwork.models.checkpoints.layouts.translation import split, translated
 from graftwork.models.checkpoints.recognition import Found, rootstock_of
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.layers import waves_of_positions
@@ -170,7 +170,7 @@ def rootstock_transformer(model: PixArt) -> PixArtTransformer2DModel:
     """Return diffusers' own model with a rootstock's tensors."""
     from diffusers import PixArtTransformer2DModel
 
-    config, ours = model.config, model.state_dict()
+    config = model.config
     with Uninitialised():
         transformer = PixArtTransformer2DModel(
             num_attention_heads=config.heads,
@@ -185,10 +185,5 @@ def rootstock_transformer(model: PixArt) -> PixArtTransformer2DModel:
             use_additional_conditions=False,
             caption_channels=config.caption_channels,
         )
-    state = {
-        name: rows.clone()
-        for mine, made_of in names_of(config.depth).items()
-        for name, rows in zip(made_of, ours[mine].chunk(len(made_of)), strict=True)
-    }
-    transformer.load_state_dict(state, assign=True)
+    transformer.load_state_dict(split(model.state_dict(), names_of(config.depth)), assign=True)
     return transformer.eval()

@@ -6,53 +6,24 @@ load the file as well, and put random weights wherever it has another operator: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look here
 from torch import Tensor
 
-from graftwork.models.checkpoints.fit import Uninitialised
-from graftwork.models.checkpoints.recognition import edits_from, edits_json, fields_of
+from graftwork.models.checkpoints.layouts.graft_model import GraftModel
 from graftwork.models.condition import Condition
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
-from graftwork.models.surgery import graft
-from graftwork.specs.edits import Edit
 
 
-class GraftPixArtTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships types that mypy finds wrong
+class GraftPixArtTransformer2DModel(GraftModel):
     """A PixArt of ours, with whatever operators, behind the interface of diffusers' PixArtTransformer2DModel."""
 
-    @register_to_config
-    def __init__(
-        self,
-        rootstock: dict[str, Any],
-        edits: list[dict[str, Any]],
-        sample_size: int,
-        in_channels: int,
-        out_channels: int,
-    ) -> None:
-        """rootstock, edits: a PixArtConfig and Edits, as JSON has them; the rest is what the pipeline looks for."""
-        super().__init__()
-        fields = {name: value for name, value in rootstock.items() if name != "kind"}
-        self.pixart = graft(PixArt(PixArtConfig(**fields)), edits_from(edits), seed=0)
-
-    @classmethod
-    def around(cls, model: PixArt, edits: Sequence[Edit]) -> GraftPixArtTransformer2DModel:
-        """Return the interface around this very model."""
-        config = model.config
-        with Uninitialised():
-            transformer = cls(
-                rootstock=fields_of(config),
-                edits=edits_json(edits),
-                sample_size=config.input_size,
-                in_channels=config.in_channels,
-                out_channels=config.out_channels,
-            )
-        transformer.pixart = model
-        return transformer.eval()
+    family: ClassVar[type[RootstockConfig]] = PixArtConfig
+    attribute: ClassVar[str] = "pixart"
+    pixart: PixArt
 
     def forward(
         self,

@@ -82,5 +82,5 @@ def _heads(args: dict[str, Any], tensors: Tensors) -> int | None:
     """Return attention heads, as the name of the model tells that was trained (`DiT-XL/2`), if its tensors can have
     them."""
     name = str(args.get("model", ""))
-    told = (config.heads_of(name, tensors.shapes) for config in CONFIGS.values())
-    return next((heads for heads in told if heads is not None), None)
+    known = (config.heads_of(name, tensors.shapes) for config in CONFIGS.values())
+    return next((heads for heads in known if heads is not None), None)

@@ -6,53 +6,24 @@ because a folder names one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import ClassVar
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look here
 from torch import Tensor
 
-from graftwork.models.checkpoints.fit import Uninitialised
-from graftwork.models.checkpoints.recognition import edits_from, edits_json
+from graftwork.models.checkpoints.layouts.graft_model import GraftModel
 from graftwork.models.condition import Condition
+from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
-from graftwork.models.surgery import graft
-from graftwork.specs.edits import Edit
 
 
-class GraftTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships types that mypy finds wrong
+class GraftTransformer2DModel(GraftModel):
     """A DiT of ours, with whatever operators, behind the interface of diffusers' DiTTransformer2DModel."""
 
-    @register_to_config
-    def __init__(
-        self,
-        rootstock: dict[str, Any],
-        edits: list[dict[str, Any]],
-        sample_size: int,
-        in_channels: int,
-        out_channels: int,
-    ) -> None:
-        """rootstock, edits: a DiTConfig and Edits, as JSON has them; the rest is what DiTPipeline looks for."""
-        super().__init__()
-        self.dit = graft(DiT(DiTConfig(**rootstock)), edits_from(edits), seed=0)
-
-    @classmethod
-    def around(cls, model: DiT, edits: Sequence[Edit]) -> GraftTransformer2DModel:
-        """The interface around this very model."""
-        config = model.config
-        with Uninitialised():
-            transformer = cls(
-                rootstock=asdict(config),
-                edits=edits_json(edits),
-                sample_size=config.input_size,
-                in_channels=config.in_channels,
-                out_channels=config.out_channels,
-            )
-        transformer.dit = model
-        return transformer.eval()
+    family: ClassVar[type[RootstockConfig]] = DiTConfig
+    attribute: ClassVar[str] = "dit"
+    dit: DiT
 
     def forward(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from torch import Tensor
+
 from graftwork.models.checkpoints.files import Made, Tensors
 
 
@@ -23,3 +25,12 @@ def translated(
     }
     known = {old for several in whole.values() for old in several}.union(left_out)
     return tensors.joined({**whole, **{name: [name] for name in shapes if name not in known}}, made)
+
+
+def split(state: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the tensors that a family's are made of: the other way round, as copies."""
+    return {
+        name: rows.clone()
+        for ours, made_of in names.items()
+        for name, rows in zip(made_of, state[ours].chunk(len(made_of)), strict=True)
+    }
