@@ -20,9 +20,9 @@ from graftwork.cluster.board import Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.models.operators import kernels
 from graftwork.pipeline.estimates.packing import Item
+from graftwork.pipeline.execution import progress, task
 from graftwork.pipeline.execution import scheduler as execute
 from graftwork.pipeline.execution import shared_pass as recording
-from graftwork.pipeline.execution import task
 from graftwork.pipeline.execution.scheduler import Execution
 from graftwork.pipeline.execution.task import StepResult, Work
 from graftwork.pipeline.planning.contents import Contents
@@ -274,7 +274,7 @@ def losing(store: Store, monkeypatch: pytest.MonkeyPatch) -> Execution:
 
 
 def lose(execution: Execution, *names: str, fed_by_recording: bool = False) -> None:
-    execution.tasks = {"ref": execute.Task(names, fed_by_recording)}
+    execution.tasks = {"ref": progress.Task(names, fed_by_recording)}
     for name in names:
         execution.steps[name].task = "ref"
     execution._end("ref")
