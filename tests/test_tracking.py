@@ -357,9 +357,10 @@ outbox.KEEP_SECONDS = track.FLUSH_SECONDS = 0.1
 job = Job(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
 tracker = job.opened()
 tracker.started(job.step("finetune"))
-for done in range(1, 1000):
+for done in range(1, 51):
     tracker.points(curve(range(done, done + 1), step="finetune"))
     time.sleep(0.05)
+time.sleep(600)  # until it is killed, however late
 """
 
 
