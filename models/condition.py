@@ -85,7 +85,21 @@ class Condition:
 
 
 EXAMPLE_TOKENS = 300  # of a text, as the released PixArt-Sigmas take
+EMPTY_TEXT = -1  # the label of the empty text, where texts go by labels
 NAMES = tuple(field.name for field in fields(Condition))
+
+
+class Texts(Protocol):
+    """Texts by their labels: what a text encoder made of them."""
+
+    def __call__(self, condition: Condition) -> Condition:
+        """Return the texts and masks for labels (B,); EMPTY_TEXT is the empty text's."""
+        ...
+
+    @property
+    def conditioner(self) -> TextConditioner:
+        """What knows the empty text."""
+        ...
 
 
 class Conditioner(Protocol):
@@ -119,13 +133,21 @@ class ClassConditioner(Conditioner):
 
 @dataclass(frozen=True)
 class TextConditioner(Conditioner):
-    """Texts as states of an encoder (B,L,E) with their mask (B,L). The null condition is the empty text's."""
+    """Texts as states of an encoder (B,L,E) with their mask (B,L), or as labels of texts that the model knows.
+
+    The null condition is the empty text.
+    """
 
     channels: int  # E
     empty: Condition | None = None  # of one sample: what the encoder makes of the empty text
 
     def null(self, like: Condition) -> Condition:
-        """Return the empty text for each sample of `like`. Raise ValueError if nobody said what that is."""
+        """Return the empty text for each sample of `like`: its label, where texts go by labels.
+
+        Raise ValueError for states if nobody said what that is.
+        """
+        if like.text is None and like.labels is not None:
+            return Condition(labels=torch.full_like(like.labels, EMPTY_TEXT))
         if self.empty is None:
             raise ValueError("condition: got no states of the empty text; accepted: those of the model's text encoder")
         count, text = len(like), like.require("text")

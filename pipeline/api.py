@@ -71,8 +71,8 @@ def costs(job: JobSpec) -> GraftCost | None:
     number of classes is in data that are elsewhere."""
     if job.budget() is not None:
         return None
-    count = num_classes(job.data)
-    return planning.costs(job, count) if count else None
+    count = num_classes(job.data) if job.model.told == "classes" else 0  # texts have no parameters
+    return None if count is None else planning.costs(job, count)
 
 
 def estimate(

@@ -63,7 +63,7 @@ class Formulas(ABC):
         """Return the cost of what stands before the first block."""
 
     @abstractmethod
-    def block(self, place: Place) -> Cost:
+    def block(self, model: Shape, place: Place) -> Cost:
         """Return the cost of one block, with the operators that it has of its own."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class DitFormulas(Formulas):
             2 * place.num_tokens * channels * patch * width + 2 * (FREQUENCIES + width) * width,
         )
 
-    def block(self, place: Place) -> Cost:
+    def block(self, model: Shape, place: Place) -> Cost:
         """Return the cost of both operators and the modulation."""
         width = place.width
         modulation = Cost(linear_parameters(width, 6 * width), 12 * width**2)
@@ -103,32 +103,28 @@ class DitFormulas(Formulas):
 DIT = DitFormulas()
 
 
-@dataclass(frozen=True)
 class PixartFormulas(Formulas):
     """Of a PixArt-Sigma (arXiv 2403.04692): one modulation for all blocks, and a cross-attention in each."""
-
-    text_tokens: int = 300
-    caption_channels: int = 4096
 
     def embedding(self, model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
         """Return the cost of embedding patches, timestep and text, and of the shared modulation."""
         width, patch = place.width, model.patch**2
-        text = getattr(model, "caption_channels", self.caption_channels)
+        tokens, channels_in = _text_of(model)
         return Cost(
             linear_parameters(channels * patch, width)
             + linear_parameters(FREQUENCIES, width)
             + linear_parameters(width, width)
             + linear_parameters(width, 6 * width)
-            + linear_parameters(text, width)
+            + linear_parameters(channels_in, width)
             + linear_parameters(width, width),
             2 * place.num_tokens * channels * patch * width
             + 2 * (FREQUENCIES + width + 6 * width) * width
-            + 2 * self.text_tokens * (text + width) * width,
+            + 2 * tokens * (channels_in + width) * width,
         )
 
-    def block(self, place: Place) -> Cost:
+    def block(self, model: Shape, place: Place) -> Cost:
         """Return the cost of both operators, the cross-attention and the table of modulations."""
-        width, tokens, text = place.width, place.num_tokens, self.text_tokens
+        width, tokens, (text, _) = place.width, place.num_tokens, _text_of(model)
         cross = Cost(
             2 * linear_parameters(width, width) + linear_parameters(width, 2 * width) + 6 * width,
             4 * tokens * width**2 + 4 * text * width**2 + 4 * tokens * text * width,
@@ -139,6 +135,11 @@ class PixartFormulas(Formulas):
         """Return the cost of the last projection, and its table."""
         width, out = place.width, model.patch**2 * channels * (2 if model.learn_sigma else 1)
         return Cost(linear_parameters(width, out) + 2 * width, 2 * place.num_tokens * width * out)
+
+
+def _text_of(model: Shape) -> tuple[int, int]:
+    """Return the tokens of a text, and the channels of each; those of the released models where it does not say."""
+    return getattr(model, "text_tokens", 300), getattr(model, "caption_channels", 4096)
 
 
 def rootstock_cost(model: Shape, place: Place, channels: int, num_classes: int) -> Cost:
@@ -154,7 +155,7 @@ def embedding_cost(model: Shape, place: Place, channels: int, num_classes: int) 
 
 def block_cost(place: Place, model: Shape) -> Cost:
     """Return the cost of one of the model's blocks, with its own operators."""
-    return model.formulas.block(place)
+    return model.formulas.block(model, place)
 
 
 @dataclass(frozen=True)

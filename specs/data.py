@@ -36,23 +36,16 @@ class DigitsData(Spec):
     per_class: int | None = Field(None, ge=1, description=PER_CLASS)
 
 
-class ImageFolderData(Spec):
-    """A folder with one folder of images a class; classes are numbered by their names' numbers if all names are digits,
-    in the order of their names otherwise."""
+class ImageFiles(Spec):
+    """Images in files, whatever goes with them."""
 
     channels: ClassVar[int] = 3
-    kind: Literal["image_folder"] = "image_folder"
+    kind: str
     path: Annotated[LocalPath, Unkeyed()]  # its files are in the key
-    classes: Annotated[int | str | None, Unkeyed()] = Field(
-        None,
-        description="how many classes there must be, with which a plan needs no images; or a file that names the class "
-        "folders, a line each, in the order of their labels",
-    )
     image_size: int = Field(
         256, ge=8, le=8192, description="pixels a side, after scaling the short side and a centre crop"
     )
-    heldout: float = Field(0.1, gt=0, lt=1, description="share of each class kept from training")
-    per_class: int | None = Field(None, ge=1, description=PER_CLASS)
+    heldout: float = Field(0.1, gt=0, lt=1, description="share kept from training, of each class if there are classes")
     flip: bool = Field(
         False, description="also encode each training image's mirror image; training draws which of the two it sees"
     )
@@ -68,6 +61,19 @@ class ImageFolderData(Spec):
         "names, sizes and times, which another picture may have too",
     )
 
+
+class ImageFolderData(ImageFiles):
+    """A folder with one folder of images a class; classes are numbered by their names' numbers if all names are digits,
+    in the order of their names otherwise."""
+
+    kind: Literal["image_folder"] = "image_folder"
+    classes: Annotated[int | str | None, Unkeyed()] = Field(
+        None,
+        description="how many classes there must be, with which a plan needs no images; or a file that names the class "
+        "folders, a line each, in the order of their labels",
+    )
+    per_class: int | None = Field(None, ge=1, description=PER_CLASS)
+
     @field_validator("classes", mode="wrap")
     @classmethod
     def _number_or_file(cls, value: Any, _: object) -> int | str | None:
@@ -78,4 +84,14 @@ class ImageFolderData(Spec):
         return value
 
 
-Data = Annotated[DigitsData | ImageFolderData, Field(discriminator="kind")]
+class CaptionsData(ImageFiles):
+    """A folder of images with captions, for models that are told texts: with `metadata.jsonl` or `metadata.csv` in it
+    (`file_name`, `text`), or a .txt beside each image."""
+
+    classes: ClassVar[None] = None
+    per_class: ClassVar[None] = None
+    kind: Literal["captions"] = "captions"
+
+
+DataFiles = ImageFolderData | CaptionsData
+Data = Annotated[DigitsData | ImageFolderData | CaptionsData, Field(discriminator="kind")]

@@ -31,6 +31,12 @@ class EvaluateSpec(Spec):
         description="models to sample and measure, beside `heldout`; by default all that the job makes: random_init if "
         "finetune.control is true, and the others",
     )
+    # Its content is in the key of the texts.
+    prompts: Annotated[LocalPath | None, Unkeyed()] = Field(
+        None,
+        description="of a model that is told texts: a file of prompts to sample for in turn, a line each; by default "
+        "the captions of the data",
+    )
     sampler: Sampler = Field(AncestralSampler(), description="without it, that of the model's kind")
     precision: Precision = Field("fp32", description="of the model's passes. On a CPU tf32 is fp32")
     keep_samples: bool = Field(False, description="leave every sample in samples.npy; else the first 40, as a picture")

@@ -16,7 +16,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")  # a file of several
 INDEX = ".index.json"
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-_FILES = (*_WEIGHTS, ".json", ".yaml", ".npz")
+_FILES = (*_WEIGHTS, ".json", ".yaml", ".npz", ".model", ".txt")  # the last two are tokenizers'
 
 
 def is_hub_id(path: str) -> bool:
@@ -56,7 +56,7 @@ def local_snapshot(hub_id: str) -> Path | None:
 def missing_from(snapshot: Path, part: str) -> list[str]:
     """Return what a download that broke off left out of a model, as far as that can be told from what is there.
 
-    part: the model's folder, where the snapshot is of a whole pipeline: `transformer` or `vae`.
+    part: the model's folder, where the snapshot is of a whole pipeline: `transformer`, `vae` or `text_encoder`.
     """
     within = snapshot / part
     if part in _read(snapshot / "model_index.json") and not within.is_dir():

@@ -7,6 +7,7 @@ from typing import Annotated, Self, get_args
 from pydantic import Field, StringConstraints, model_validator
 
 from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
+from graftwork.specs.conditioning import conditioning_misfit, dropout_field, trainings
 from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
 from graftwork.specs.data import Data, DigitsData
 from graftwork.specs.edits import Edit, EditSpec, OperatorEdits, ParallelEdits
@@ -20,7 +21,8 @@ from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import Model, PretrainWeights, Weights
 from graftwork.specs.sampler import PREDICTED, SAMPLERS, SchedulerSampler
 from graftwork.specs.store import DEFAULT_STORE
-from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec, TrainingSpec
+from graftwork.specs.text import T5Text
+from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec
 
 
 class TrackingSpec(Spec):
@@ -44,6 +46,7 @@ class JobSpec(Spec):
     data: Data = DigitsData()
     codec: Codec = PixelCodec()
     model: Model
+    text: T5Text | None = Field(None, description="of a model that is told texts: the encoder of them")
     weights: Weights = PretrainWeights()
     graft: tuple[EditSpec, ...] = Field(min_length=1)
     profile: ProfileSpec = ProfileSpec()
@@ -57,6 +60,7 @@ class JobSpec(Spec):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._choose_sampler()
+        self._check_condition()
         side = self.latent_side()
         if self.data.image_size % self.codec.factor or side % self.model.patch:
             factor = f" times the codec's factor, {self.codec.factor}" if self.codec.factor > 1 else ""
@@ -77,6 +81,11 @@ class JobSpec(Spec):
         if "sampler" not in self.evaluate.model_fields_set:
             evaluate = self.evaluate.model_copy(update={"sampler": self.model.default_sampler})
             object.__setattr__(self, "evaluate", evaluate)
+
+    def _check_condition(self) -> None:
+        """Refuse what is about another condition than the model's."""
+        if (misfit := conditioning_misfit(self)) is not None:
+            refuse(*misfit)
 
     def _check_gpus(self) -> None:
         """Refuse workers of a training that share a GPU, which NCCL does not allow, or have several, of which each
@@ -109,14 +118,15 @@ class JobSpec(Spec):
             refuse(["evaluate", "sampler", "name"], sampler.name, accepted_names)
 
     def _check_guidance(self) -> None:
-        """That every training teaches the null class, which guidance samples from."""
-        guidance = self.evaluate.sampler.guidance
-        recipes = {"weights": self.weights, "finetune": self.finetune}
-        for section, recipe in recipes.items():
-            if guidance != 1 and isinstance(recipe, TrainingSpec) and recipe.label_dropout == 0:
+        """That every training of a sampled model teaches the null condition, which guidance samples from."""
+        guidance, field = self.evaluate.sampler.guidance, dropout_field(self)
+        null = "null class" if self.model.told == "classes" else "empty text"
+        for section in ("weights", "finetune"):
+            recipe = trainings(self).get((section,))
+            if guidance != 1 and recipe is not None and recipe.dropout == 0:
                 needs = f"evaluate.sampler.guidance {guidance:g} samples from"
-                accepted = f"more than 0, which trains the null class that {needs}; or guidance 1"
-                refuse([section, "label_dropout"], recipe.label_dropout, accepted)
+                accepted = f"more than 0, which trains the {null} that {needs}; or guidance 1"
+                refuse([section, field], recipe.dropout, accepted)
 
     def _check_blocks(self, number: int, edit: EditSpec) -> None:
         """That an edit's blocks are there, and its operator can stand in them."""

@@ -64,6 +64,9 @@ class ClassifierMetric(MetricSpec):
     def check_job(cls, job: JobSpec) -> None:
         if not isinstance(job.codec, PixelCodec):
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), "[fid]; the classifier reads pixels only")
+        if job.model.told == "texts":
+            accepted = f"[fid]; the classifier learns classes, and a {job.model.kind} is told texts"
+            refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 
 class FidMetric(MetricSpec):

@@ -28,7 +28,7 @@ class StepResources(Spec):
 
 # In the order in which the planner asks them for their steps. Each is a module of its name in stages/catalog.
 STAGES = (
-    *("features", "base", "classifier", "profile", "distill", "search", "select", "finetune"),
+    *("features", "text", "base", "classifier", "profile", "distill", "search", "select", "finetune"),
     *("reference", "evaluate"),
 )
 UNLESS_GIVEN = {"reference": "evaluate"}  # stages that take what another takes

@@ -15,6 +15,7 @@ from graftwork.specs.training import TrainingSpec
 
 # Published sizes (arXiv 2212.09748, table 1): depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZE = "a published size; excludes the four fields below"
 Size = Literal["S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"]
 
 
@@ -24,8 +25,10 @@ class _Transformer(Spec):
     prediction: ClassVar[Prediction]
     default_sampler: ClassVar[AnySampler]  # of a job that names none
     formulas: ClassVar[Formulas] = DIT
+    told: ClassVar[Literal["classes", "texts"]] = "classes"
+    sizes: ClassVar[dict[str, tuple[int, int, int]]] = SIZES
     kind: str
-    size: Size | None = Field(None, description="a published size; excludes the four fields below")
+    size: str | None = Field(None, description=SIZE)
     depth: int = Field(0, ge=0, le=MAX_DEPTH, description="blocks")
     width: int = Field(0, ge=0, le=65_536, description="channels of a token; a multiple of 4 and of heads")
     heads: int = Field(0, ge=0, le=65_536)
@@ -38,7 +41,7 @@ class _Transformer(Spec):
         explicit_fields = [name for name in shape if name in self.model_fields_set]
         if self.size is not None:
             letter, patch = self.size.split("/")
-            for name, number in zip(shape, (*SIZES[letter], int(patch)), strict=True):
+            for name, number in zip(shape, (*self.sizes[letter], int(patch)), strict=True):
                 if name in explicit_fields and getattr(self, name) != number:
                     refuse([name], getattr(self, name), f"{number}, as size {self.size} says, or no size")
                 object.__setattr__(self, name, number)
@@ -62,6 +65,7 @@ class DitModel(_Transformer):
     prediction: ClassVar[Prediction] = "epsilon"
     default_sampler: ClassVar[AnySampler] = AncestralSampler()
     kind: Literal["dit"] = "dit"
+    size: Size | None = Field(None, description=SIZE)
 
 
 class SitModel(_Transformer):
@@ -73,27 +77,32 @@ class SitModel(_Transformer):
     prediction: ClassVar[Prediction] = "velocity"
     default_sampler: ClassVar[AnySampler] = OdeSampler()
     kind: Literal["sit"] = "sit"
+    size: Size | None = Field(None, description=SIZE)
 
 
 # Published sizes of PixArt-Sigma (arXiv 2403.04692): depth, width, heads.
 PIXART_SIZES = {"XL": (28, 1152, 16)}
 
 
-class PixartModel(Spec):
-    """A transformer of texts that predicts noise: PixArt-Sigma. Not yet among the models of a job."""
+class TextModel(_Transformer):
+    """What models that are told texts have beside that."""
+
+    told: ClassVar[Literal["classes", "texts"]] = "texts"
+    caption_channels: int = Field(4096, ge=1, le=65_536, description="channels of the text encoder's states")
+    text_tokens: int = Field(300, ge=1, le=8192, description="tokens of a text, at most")
+
+
+class PixartModel(TextModel):
+    """A transformer that is told texts, and predicts noise: PixArt-Sigma (arXiv 2403.04692)."""
 
     prediction: ClassVar[Prediction] = "epsilon"
     default_sampler: ClassVar[AnySampler] = SchedulerSampler(
         name="dpmsolver++", steps=20, guidance=4.5, guided_channels="all"
     )
     formulas: ClassVar[Formulas] = PixartFormulas()
+    sizes: ClassVar[dict[str, tuple[int, int, int]]] = PIXART_SIZES
     kind: Literal["pixart"] = "pixart"
-    depth: int = Field(28, ge=1, le=MAX_DEPTH, description="blocks")
-    width: int = Field(1152, ge=4, le=65_536, description="channels of a token; a multiple of 4 and of heads")
-    heads: int = Field(16, ge=1, le=65_536)
-    patch: int = Field(2, ge=1, le=8192, description="latent pixels along a token's side")
-    caption_channels: int = Field(4096, ge=1, description="channels of the text encoder's states")
-    learn_sigma: bool = True
+    size: Literal["XL/2"] | None = Field(None, description=SIZE)
 
 
 def _kind(value: Any) -> str:
@@ -102,7 +111,10 @@ def _kind(value: Any) -> str:
     return str(kind)
 
 
-Model = Annotated[Annotated[DitModel, Tag("dit")] | Annotated[SitModel, Tag("sit")], Discriminator(_kind)]
+Model = Annotated[
+    Annotated[DitModel, Tag("dit")] | Annotated[SitModel, Tag("sit")] | Annotated[PixartModel, Tag("pixart")],
+    Discriminator(_kind),
+]
 
 
 class PretrainWeights(TrainingSpec):

@@ -27,6 +27,13 @@ class TrainingSpec(Spec):
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.9999, ge=0, lt=1, description="decay of the weight average, a step")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+    caption_dropout: Annotated[float | None, KeyedIfSet()] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="in place of label_dropout, of models that are told texts: share of texts replaced by the empty "
+        "one, 0.1 unless given",
+    )
     precision: Annotated[Precision, ADDED_PRECISION] = Field("fp32", description=PRECISION)
     workers: int = Field(1, ge=1, description="processes that share a step's batch; any number up to it")
     min_workers: Annotated[int | None, Unkeyed()] = Field(
@@ -60,6 +67,11 @@ class TrainingSpec(Spec):
         if self.min_workers is not None and self.min_workers > self.workers:
             refuse(["min_workers"], self.min_workers, f"at most workers, {self.workers}")
         return self
+
+    @property
+    def dropout(self) -> float:
+        """The share of samples whose condition is dropped, label or text."""
+        return self.label_dropout if self.caption_dropout is None else self.caption_dropout
 
     def worker_counts(self) -> tuple[int, ...]:
         """The numbers of workers that may share the work, the wanted one first."""

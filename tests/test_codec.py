@@ -639,7 +639,7 @@ def test_samples_are_decoded_and_their_latents_know_no_bounds(
     )
     found = rows.sample_batch(context, rows.Batch(range(3, 5), in_picture=(0, 1)), CPU).in_picture
     condition = Condition(labels=rows.labels_of(range(3, 5), 5, 3))
-    drawn = rows.draw(model.eval(), model.config, read_meta(encoded), range(3, 5), condition, sampler, 0, CPU)
+    drawn = rows.draw(model.eval(), model, read_meta(encoded), range(3, 5), condition, sampler, 0, CPU)
     assert drawn.abs().max() > 1
     with torch.no_grad():
         assert_truncated(found, official.decode(drawn / 0.18215).sample)

@@ -63,7 +63,7 @@ class StripFormulas(Formulas):
         labels = (num_classes + 1) * place.width
         return Cost(linear_parameters(pixels, place.width) + labels, 2 * place.num_tokens * pixels * place.width)
 
-    def block(self, place: Place) -> Cost:
+    def block(self, model: Shape, place: Place) -> Cost:
         return sum((operator_cost(one, place) for one in ORIGINALS.values()), Cost(2 * place.width, 0))
 
     def final(self, model: Shape, place: Place, channels: int) -> Cost:
@@ -75,6 +75,7 @@ class StripModel(Spec):
     """What a job would say of it."""
 
     prediction: ClassVar[Prediction] = "epsilon"
+    told: ClassVar[str] = "classes"
     default_sampler: ClassVar[AnySampler] = DdimSampler(steps=7)
     formulas: ClassVar[Formulas] = StripFormulas()
     learn_sigma: ClassVar[bool] = False

@@ -385,7 +385,7 @@ def gated(observed: Observation) -> Tensor:
 
 def test_the_released_model_costs_what_it_is_known_to() -> None:
     """Reference: 610,856,096 parameters in diffusers' layout, 52.4 TFLOP a pass at 2048 pixels."""
-    model, at_2048 = PixartModel(), Place(1152, 16, 16_384)
+    model, at_2048 = PixartModel(size="XL/2"), Place(1152, 16, 16_384)
     cost = rootstock_cost(model, at_2048, 4, 0)
     assert cost.params == 610_856_096 and round(cost.flops / 1e12, 1) == 52.4
 

@@ -347,7 +347,7 @@ def test_a_missing_field_of_an_edit_lists_what_it_may_be(document: dict[str, Any
 def test_a_missing_graft_is_a_list_of_the_kinds_of_edit(document: dict[str, Any]) -> None:
     del document["graft"], document["model"]
     assert refusal(document) == [
-        "model: missing; accepted: a mapping with a kind: dit, sit",
+        "model: missing; accepted: a mapping with a kind: dit, pixart, sit",
         "graft: missing; accepted: a list of mappings with a kind: parallel, replace",
     ]
 

@@ -205,9 +205,8 @@ def _expected(config: RootstockConfig, checkpoint: Found, kinds: Collection[str]
     for others, words in ((said, "says that it is"), (kinds, "has the tensors of")):
         if others and config.kind not in others:
             names = " or ".join(f"a {kind}" for kind in sorted(others))
-            of_jobs = sorted(kind for kind in others if CONFIGS[kind].of_jobs)
-            accepted = f"model.kind {' or '.join(of_jobs)}" if of_jobs else f"a checkpoint of a {config.kind}"
-            raise UnfitCheckpoint(f"{checkpoint.tensors.source}: {words} {names}, expected a {config.kind}", accepted)
+            problem = f"{checkpoint.tensors.source}: {words} {names}, expected a {config.kind}"
+            raise UnfitCheckpoint(problem, f"model.kind {' or '.join(sorted(others))}")
     return config
 
 

@@ -40,7 +40,7 @@ def forward_inputs(model: Rootstock, batch: int, device: torch.device) -> Inputs
     """Return something of the right shape to run the model on."""
     config = model.config
     t = config.objective.draw_t(batch, generator(0, "example")).to(device)
-    return torch.zeros(batch, *config.latent_shape, device=device), t, config.conditioner.example(batch, device)
+    return torch.zeros(batch, *config.latent_shape, device=device), t, model.conditioner.example(batch, device)
 
 
 @torch.no_grad()

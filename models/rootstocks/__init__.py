@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graftwork.models.condition import Condition, Conditioner
+from graftwork.models.condition import Condition, Conditioner, Texts
 from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks.files import FamilyFiles
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
@@ -36,7 +36,6 @@ class RootstockConfig(ABC):
     kind: ClassVar[str]
     formulas: ClassVar[Formulas]  # of its cost: those of the family's spec
     files: ClassVar[FamilyFiles]  # by what its checkpoints are known
-    of_jobs: ClassVar[bool] = True  # whether a job's `model.kind` may name it
     if TYPE_CHECKING:
         in_channels: int  # C, of a latent
         patch: int
@@ -133,6 +132,12 @@ class Rootstock(nn.Module, ABC):
     config: RootstockConfig
     blocks: nn.ModuleList
     checkpointing: bool = False  # in training, keep each block's input alone and compute the rest again
+    texts: Texts | None = None  # by which a model of texts knows them where it is told labels
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What knows the null condition."""
+        return self.config.conditioner if self.texts is None else self.texts.conditioner
 
     @abstractmethod
     def initialise(self, label_std: float) -> None:

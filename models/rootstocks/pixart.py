@@ -71,7 +71,6 @@ class PixArtConfig(SquareConfig):
     kind: ClassVar[str] = "pixart"
     formulas: ClassVar[Formulas] = PixartModel.formulas
     files: ClassVar[FamilyFiles] = FILES
-    of_jobs: ClassVar[bool] = False  # no data with captions yet
     num_classes: int = 0
     caption_channels: int  # E
     interpolation: float | None = None  # of positions; by the size of its images if None
@@ -235,10 +234,12 @@ class PixArt(Rootstock):
         """Return tokens (B,N,D), and what blocks get beside them.
 
         That is the shared modulation (B,6D), the timestep's embedding (B,D) for the final layer, the text (B,L,D), and
-        what is added to the scores of its tokens (B,1,1,L). Raise ValueError if there is no text, or for latents of
-        another shape than the model's.
+        what is added to the scores of its tokens (B,1,1,L). Raise ValueError if there is no text, nor a label of one
+        that the model knows, or for latents of another shape than the model's.
         """
         condition = Condition.of(condition)
+        if condition.text is None and self.texts is not None:
+            condition = self.texts(condition)
         states = condition.require("text")
         if x.shape[1:] != self.config.latent_shape:
             accepted = f"{self.config.latent_shape}, to which its positions belong"

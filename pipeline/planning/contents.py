@@ -25,12 +25,12 @@ from pathlib import Path
 
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import canonical
-from graftwork.specs.data import ImageFolderData
+from graftwork.specs.data import DataFiles
 from graftwork.specs.figures import amount, counted
 from graftwork.specs.problems import plain, text
 from graftwork.specs.reading.load import SpecError
 from graftwork.stages.data.hashes import DIGEST_BYTES, ImageHashes, cut
-from graftwork.stages.data.sources import class_folders, items, split, split_sizes
+from graftwork.stages.data.sources import identity, items, split, split_sizes
 
 FOLDER = "contents"  # of a store
 VERSION = 1
@@ -114,29 +114,28 @@ class Contents:
             return None
         return QUICK_BYTES if self.store is not None and self.store.names(FOLDER) else 0
 
-    def images(self, data: ImageFolderData) -> ImageHashes | None:
+    def images(self, data: DataFiles) -> ImageHashes | None:
         """Return what the images hold that the job reads; None if they have to be read first."""
-        folders = class_folders(data)
         settings = [data.heldout, data.per_class, data.skip_broken]
-        choice = _choice(settings, folders)
+        known_as, every = identity(data), [item.name for item in items(data)]
+        choice = _choice(settings, known_as, every)
         place = f"{data.path}\0{canonical(settings)}"
         known = self._known(place)
         sizes = split_sizes(data)
         if known is None and self.most == 0:
-            every = [f"{folder}/{name}" for folder, names in folders.items() for name in names]
             number = len(every) if data.skip_broken else sum(sizes)
             self._leave("data.path", data.path, number, _estimated(data.path, every, number))
             return None
         if known is not None and known.choice == choice:
             names = known.names
         elif data.skip_broken:  # which of them are read shows when they are
-            names = tuple(item.name for item in items(data))
+            names = tuple(every)
         else:
             names = tuple(item.name for part in split(data) for item in part)
         digests = self._digests("data.path", place, data.path, names, choice, known)
         if digests is None:
             return None
-        return ImageHashes(tuple(folders), 0 if data.skip_broken else sizes[0], names, digests)
+        return ImageHashes(known_as, 0 if data.skip_broken else sizes[0], names, digests)
 
     def files(self, field: str, place: Path, names: Sequence[str]) -> list[str] | None:
         """Return the SHA-256 of files by their names below a place ("": the place itself); None if they have to be
@@ -350,10 +349,10 @@ def _remembered(names: Sequence[str], stats: Sequence[bytes], known: Snapshot | 
     return digests
 
 
-def _choice(settings: Sequence[object], folders: dict[str, list[str]]) -> str:
+def _choice(settings: Sequence[object], known_as: Sequence[str], names: Sequence[str]) -> str:
     found = hashlib.sha256(canonical(list(settings)).encode())
-    for folder, names in folders.items():
-        found.update(os.fsencode("\0".join([folder, *names, ""])))
+    for part in (known_as, names):
+        found.update("\0".join([*part, ""]).encode(errors="surrogateescape"))
     return found.hexdigest()
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.store.manifest import canonical, digest
-from graftwork.specs.data import Data, DigitsData, ImageFolderData
+from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData
 from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
 from graftwork.specs.problems import plain
 from graftwork.stages.data.hashes import ImageHashes
-from graftwork.stages.data.sources import items, split
+from graftwork.stages.data.sources import identity, items, split
 from graftwork.stages.stage import External
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
@@ -67,10 +67,10 @@ def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], Im
     return {"images": hashes.root if hashes else UNREAD}, hashes
 
 
-def _times(data: ImageFolderData) -> dict[str, str]:
+def _times(data: DataFiles) -> dict[str, str]:
     """Return the fingerprint of the images by their names, sizes and times."""
     chosen = items(data) if data.skip_broken else [item for part in split(data) for item in part]
-    listing: list[list[object]] = []
+    listing: list[list[object]] = [list(identity(data))] if isinstance(data, CaptionsData) else []
     for item in chosen:
         try:
             found = (Path(data.path) / item.name).stat()

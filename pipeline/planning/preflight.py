@@ -9,10 +9,11 @@ from pathlib import Path
 from graftwork.cluster.session.address import check_cluster, cluster_address
 from graftwork.cluster.session.scratch import scratch_problem
 from graftwork.pipeline.planning.plan import Plan, carried_edits
+from graftwork.pipeline.planning.texts import check_texts, text_shortages
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.errors import StoreError
 from graftwork.specs.codec import PixelCodec, VaeCodec
-from graftwork.specs.data import ImageFolderData
+from graftwork.specs.data import CaptionsData, ImageFiles, ImageFolderData
 from graftwork.specs.edits import OperatorEdits, overlapping
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
@@ -21,6 +22,8 @@ from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.sampler import SchedulerSampler
+from graftwork.stages.data.captions import ACCEPTED as ACCEPTED_CAPTIONS
+from graftwork.stages.data.captions import UnfitCaptions, read_captions
 from graftwork.stages.data.listing import Listing, counted, list_images, listed
 from graftwork.stages.data.sources import (
     MIN_HELDOUT,
@@ -78,7 +81,7 @@ def check_pending(made: Plan, store: Store, max_headers: int | None = None) -> l
     scions = any(isinstance(edit, OperatorEdits) and edit.scions for edit in job.graft)
     weights = isinstance(job.weights, CheckpointWeights) or isinstance(job.codec, VaeCodec)
     scheduler = isinstance(job.evaluate.sampler, SchedulerSampler)
-    if not (weights or scions or scheduler or _with_reference(job)):
+    if not (weights or scions or scheduler or job.text or _with_reference(job)):
         return []
     return check_files(job, [step for step, state in made.states(store).items() if state != "cached"], max_headers)
 
@@ -102,6 +105,7 @@ def check_files(job: JobSpec, pending: Collection[str], max_headers: int | None 
             lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
     lines += _check_vae(job, pending)
     lines += _check_scheduler(job, pending)
+    lines += check_texts(job, pending)
     try:
         notes += _check_reference(job, pending, max_headers)
     except ValueError as error:
@@ -158,7 +162,7 @@ def _has_own_classes(job: JobSpec) -> bool:
 
 
 def _data_are_here(job: JobSpec) -> bool:
-    return not isinstance(job.data, ImageFolderData) or Path(job.data.path).is_dir()
+    return not isinstance(job.data, ImageFiles) or Path(job.data.path).is_dir()
 
 
 def _labels_line(rows: Sequence[int | None]) -> str:
@@ -210,9 +214,11 @@ def absent(job: JobSpec) -> list[str]:
     lines = []
     if isinstance(job.data, ImageFolderData):
         lines += _absent_data(job.data)
+    if isinstance(job.data, CaptionsData) and not Path(job.data.path).is_dir():
+        lines.append(f"data.path: got {job.data.path!r}, no such folder; accepted: {ACCEPTED_CAPTIONS}")
     lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
-    for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
-        if path is not None and not Path(path).exists():
+    for name, path in _evaluated_with(job):
+        if not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
     absences = (METRICS[metric].absent(job.evaluate) for metric in job.evaluate.metrics)
     return lines + [line for of_metric in absences for line in of_metric]
@@ -254,11 +260,13 @@ def notes(job: JobSpec) -> list[str]:
     """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples, work
     that nothing measures, GPUs that compute without their tensor cores."""
     lines = []
+    if isinstance(job.data, ImageFiles) and Path(job.data.path).is_dir():
+        listing = read_captions(job.data) if isinstance(job.data, CaptionsData) else list_images(job.data)
+        lines = [line] if (line := listing.left_out_line()) else []
     if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
-        left_out = list_images(job.data).left_out_line()
-        lines = [*([left_out] if left_out else []), *_without_heldout(job.data)]
+        lines += _without_heldout(job.data)
     classes, samples = num_classes(job.data) or 0, job.evaluate.samples
-    if samples < classes:
+    if samples < classes and job.model.told == "classes":
         lines.append(
             f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
         )
@@ -305,25 +313,33 @@ def fetch(job: JobSpec) -> None:
 
 def _part(field: str) -> str:
     """Return the folder, in that of a pipeline, that the weights of a field lie in."""
-    return "vae" if field == "codec.path" else "transformer"
+    return {"codec.path": "vae", "text.path": "text_encoder"}.get(field, "transformer")
 
 
 def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
     """Yield the field and path of all files and folders that the job reads; a hub id is not one."""
-    if isinstance(job.data, ImageFolderData):
+    if isinstance(job.data, ImageFiles):
         yield "data.path", job.data.path
-        if isinstance(job.data.classes, str):
-            yield "data.classes", job.data.classes
+    if isinstance(job.data, ImageFolderData) and isinstance(job.data.classes, str):
+        yield "data.classes", job.data.classes
     yield from ((field, path) for field, path in _weights(job) if not is_hub_id(path))
-    for name, path in (("reference", job.evaluate.reference), ("inception", job.evaluate.inception)):
-        if path is not None:
-            yield f"evaluate.{name}", path
+    for name, path in _evaluated_with(job):
+        yield f"evaluate.{name}", path
+
+
+def _evaluated_with(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """Yield the files that `evaluate` names, by its fields."""
+    evaluate = job.evaluate
+    named = {"reference": evaluate.reference, "inception": evaluate.inception, "prompts": evaluate.prompts}
+    yield from ((name, path) for name, path in named.items() if path is not None)
 
 
 def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
     """The field and path of all weights that the job brings along."""
     if isinstance(job.codec, VaeCodec):
         yield "codec.path", job.codec.path
+    if job.text is not None:
+        yield "text.path", job.text.path
     if isinstance(job.weights, CheckpointWeights):
         yield "weights.path", job.weights.path
     for number, edit in enumerate(job.graft):
@@ -349,7 +365,7 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels]
+    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *text_shortages(job)]
 
 
 def _label_shortages(job: JobSpec) -> list[str]:
@@ -364,6 +380,8 @@ def _label_shortages(job: JobSpec) -> list[str]:
 
 
 def _data_shortages(job: JobSpec) -> list[str]:
+    if isinstance(job.data, CaptionsData):
+        return _caption_shortages(job, job.data)
     if not isinstance(job.data, ImageFolderData):
         return _sizes(job)
     try:
@@ -376,6 +394,19 @@ def _data_shortages(job: JobSpec) -> list[str]:
     if not listing.num_images and not listing.nested():
         return []  # `absent` says so
     return [line] if line else _sizes(job)
+
+
+def _caption_shortages(job: JobSpec, data: CaptionsData) -> list[str]:
+    if not Path(data.path).is_dir():
+        return []  # `absent` says so
+    try:
+        read_captions(data)
+    except UnfitCaptions as misfit:
+        return [str(misfit)]
+    except OSError as error:
+        problem = f"which cannot be read ({error.strerror}: {error.filename})"
+        return [f"data.path: got {data.path!r}, {problem}; accepted: {ACCEPTED_CAPTIONS}"]
+    return _sizes(job)
 
 
 def _empty_classes(job: JobSpec, listing: Listing) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from safetensors.torch import load_file
 
@@ -12,12 +12,19 @@ from graftwork.models.surgery import all_edits, graft, scion_at
 from graftwork.specs.edits import Edit
 from graftwork.specs.evaluate import Row
 from graftwork.stages.artifacts.plan import read_plan
-from graftwork.stages.contract import Context
+from graftwork.stages.artifacts.texts import told
+from graftwork.stages.contract import Context, Input
+
+
+def load_model(inputs: Mapping[str, Input], role: str, folder: str = ".") -> tuple[Rootstock, Sequence[Edit]]:
+    """Return the model in a folder of the artifact that is needed as `role`, with the edits that it carries."""
+    model, edits = checkpoints.load(inputs[role].path() / folder)
+    return told(model, inputs), edits
 
 
 def with_fresh_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
     """The rootstock with the plan's edits, initialised as they were before distillation."""
-    model, edits = checkpoints.load(context.input("base"))
+    model, edits = load_model(context.inputs, "base")
     plan = read_plan(context.input("select"))
     return graft(model, plan, seed), all_edits(edits, plan)
 
@@ -25,7 +32,7 @@ def with_fresh_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[
 def with_distilled_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
     """The graft after stage 1; or, where the step needs `searched`, what the search for layers trained."""
     start = "searched" in context.inputs
-    model, edits = checkpoints.load(context.input("searched") / "hybrid" if start else context.input("base"))
+    model, edits = load_model(context.inputs, "searched", "hybrid") if start else load_model(context.inputs, "base")
     plan = read_plan(context.input("select"))
     carried = {(edit.site, edit.operator) for edit in edits} if start else set()
     missing = [edit for edit in plan if (edit.site, edit.operator) not in carried]
@@ -44,9 +51,9 @@ def with_scions(model: Rootstock, edits: Iterable[Edit], context: Context, seed:
 def row_model(context: Context, row: Row, seed: int) -> Rootstock:
     """The model that a row of the table is about."""
     if row == "rootstock":
-        model, _ = checkpoints.load(context.input("base"))
+        model, _ = load_model(context.inputs, "base")
     elif row == "stage1":
         model, _ = with_distilled_scions(context, seed)
     else:
-        model, _ = checkpoints.load(context.input(f"finetuned/{row}"))
+        model, _ = load_model(context.inputs, f"finetuned/{row}")
     return model.eval()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from graftwork.specs.fields import Spec
 from graftwork.specs.rootstock import CheckpointWeights, Model, PretrainWeights, Weights
 from graftwork.stages.catalog.flops import RootstockFlops, training
-from graftwork.stages.catalog.inputs import FEATURES
+from graftwork.stages.catalog.inputs import features
 from graftwork.stages.stage import External, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     params = BaseParams(seed=job.seed, model=job.model, weights=weights)
     if isinstance(weights, PretrainWeights):
         work = training(weights, RootstockFlops.of(job).whole())
-        yield StepDraft("base", params, FEATURES, work=work, workers=weights.workers, precision=weights.precision)
+        yield StepDraft("base", params, features(job), work=work, workers=weights.workers, precision=weights.precision)
         return
     assert isinstance(weights, CheckpointWeights)
-    yield StepDraft("base", params, FEATURES, external=(External("checkpoint", weights.path, "weights.path"),))
+    yield StepDraft("base", params, features(job), external=(External("checkpoint", weights.path, "weights.path"),))
 
 
 STAGE = Stage(

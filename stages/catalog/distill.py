@@ -11,7 +11,7 @@ from graftwork.specs.fields import Spec
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.catalog.flops import TRAINING, RootstockFlops
-from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples, scions, stream
+from graftwork.stages.catalog.inputs import few_samples, rootstock, scions, stream
 from graftwork.stages.stage import External, Stage, StepDraft, Work
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ class DistillParams(Spec):
 
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
-    recipe, edits, rootstock = job.distill, job.edits(), RootstockFlops.of(job)
+    recipe, edits, flops = job.distill, job.edits(), RootstockFlops.of(job)
     outside = few_samples(job, recipe.samples, recipe.heldout or recipe.samples) | stream(recipe.precision)
     for edit in edits:
         within = _within(edit, edits)
         yield StepDraft(
             f"distill/{edit.name}",
             DistillParams(seed=job.seed, edit=edit, within=within, recipe=recipe),
-            ROOTSTOCK | scions(within) | ({"profile": "profile"} if recipe.loss == "auto" else {}),
+            rootstock(job) | scions(within) | ({"profile": "profile"} if recipe.loss == "auto" else {}),
             outside,
             (External("scions", edit.scions, "graft.scions"),) if edit.scions else (),
-            work=_work(recipe, edit, rootstock),
+            work=_work(recipe, edit, flops),
             precision=recipe.precision,
         )
 

@@ -12,7 +12,7 @@ from graftwork.specs.metrics import Metric
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
 from graftwork.stages.catalog.flops import RootstockFlops, graft_flops
-from graftwork.stages.catalog.inputs import FEATURES, ROOTSTOCK, hybrid, last_turn, stream
+from graftwork.stages.catalog.inputs import features, hybrid, last_turn, rootstock, stream
 from graftwork.stages.catalog.reference import chosen_metrics, judges, networks
 from graftwork.stages.stage import Needs, Stage, StepDraft, Work
 
@@ -57,10 +57,10 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
 def _models(job: JobSpec) -> dict[Row, Needs]:
     """Return the rows of the job's table, and what each needs to build its model."""
     models: dict[Row, Needs] = {
-        "rootstock": ROOTSTOCK,
+        "rootstock": rootstock(job),
         "stage1": hybrid(job),
-        "stage2": FEATURES | {"finetuned/stage2": "finetune"},
-        "random_init": FEATURES | {"finetuned/random_init": "finetune/random_init"},
+        "stage2": features(job) | {"finetuned/stage2": "finetune"},
+        "random_init": features(job) | {"finetuned/random_init": "finetune/random_init"},
     }
     return {row: needs for row, needs in models.items() if row in job.rows()}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from graftwork.specs.fields import Spec
 from graftwork.specs.training import FinetuneSpec
 from graftwork.stages.catalog.flops import graft_flops, training
-from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples, hybrid, num_training_images
+from graftwork.stages.catalog.inputs import few_samples, hybrid, num_training_images, rootstock
 from graftwork.stages.stage import Needs, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
 
     yield step("finetune", "distilled", needs)
     if recipe.control:
-        yield step("finetune/random_init", "random", ROOTSTOCK | {"select": "select"})
+        yield step("finetune/random_init", "random", rootstock(job) | {"select": "select"})
 
 
 STAGE = Stage(

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
     from graftwork.specs.training import Precision
 
-FEATURES: Needs = {"features": "features"}
-ROOTSTOCK: Needs = {"features": "features", "base": "base"}
+IMAGES: Needs = {"features": "features"}
 RULES = ("last_turn", "few_samples", "stream")  # among what lies outside: how a step does what it did otherwise before
+
+
+def features(job: JobSpec) -> Needs:
+    """Return the needs of who takes latents with what a network is told of them."""
+    return IMAGES | ({"text": "text"} if job.text else {})
+
+
+def rootstock(job: JobSpec) -> Needs:
+    """Return the needs of who runs the rootstock."""
+    return features(job) | {"base": "base"}
 
 
 def scions(edits: Iterable[Edit]) -> Needs:
@@ -28,7 +37,7 @@ def scions(edits: Iterable[Edit]) -> Needs:
 
 def hybrid(job: JobSpec) -> Needs:
     """Return the needs of who takes the graft after stage 1."""
-    return ROOTSTOCK | {"select": "select"} | scions(job.edits())
+    return rootstock(job) | {"select": "select"} | scions(job.edits())
 
 
 def last_turn(job: JobSpec) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from graftwork.specs.fields import Spec
 from graftwork.specs.training import ADDED_PRECISION, Precision
 from graftwork.stages.catalog.flops import RootstockFlops
-from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples
+from graftwork.stages.catalog.inputs import few_samples, rootstock
 from graftwork.stages.stage import Stage, StepDraft, Work
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     precision = job.profile.precision
     params = ProfileParams(seed=job.seed, samples=SAMPLES, precision=precision)
     work = Work(float(RootstockFlops.of(job).whole() * SAMPLES))
-    yield StepDraft("profile", params, ROOTSTOCK, few_samples(job, SAMPLES), work=work, precision=precision)
+    yield StepDraft("profile", params, rootstock(job), few_samples(job, SAMPLES), work=work, precision=precision)
 
 
 STAGE = Stage(version=2, steps=steps, module="graftwork.stages.selection.profile")

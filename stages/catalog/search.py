@@ -11,7 +11,7 @@ from graftwork.specs.fields import Spec
 from graftwork.specs.layers.learned import Group
 from graftwork.specs.training import SearchSpec
 from graftwork.stages.catalog.flops import RootstockFlops, training
-from graftwork.stages.catalog.inputs import ROOTSTOCK, few_samples, num_training_images, scions
+from graftwork.stages.catalog.inputs import few_samples, num_training_images, rootstock, scions
 from graftwork.stages.stage import Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SearchParams(Spec):
 
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
-    depth, rootstock = job.model.depth, RootstockFlops.of(job)
+    depth, flops = job.model.depth, RootstockFlops.of(job)
     for number, layers in job.learned().items():
         candidates, recipe = job.graft[number].edits(depth), layers.search
         params = SearchParams(
@@ -39,11 +39,11 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
             budget=layers.budget,
             recipe=recipe,
         )
-        both = rootstock.whole() + sum(scion_cost(edit, rootstock.place).flops for edit in candidates)
+        both = flops.whole() + sum(scion_cost(edit, flops.place).flops for edit in candidates)
         yield StepDraft(
             f"search/{number}",
             params,
-            ROOTSTOCK | scions(candidates),
+            rootstock(job) | scions(candidates),
             few_samples(job, num_training_images(job, recipe.fraction)),
             work=training(recipe, both),
             workers=recipe.workers,

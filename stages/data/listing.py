@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.problems import first_few, plain, shown, text
@@ -116,7 +117,8 @@ def counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(parts) + (f", {rest:,} others" if rest else "")
 
 
-_REQUEST: ContextVar[dict[str, Listing] | None] = ContextVar("listings", default=None)
+_REQUEST: ContextVar[dict[str, Any] | None] = ContextVar("listings", default=None)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -135,13 +137,19 @@ def listing_once() -> Iterator[None]:
 def list_images(data: ImageFolderData) -> Listing:
     """Return the class folders below `data.path`, in the order of their labels; raise OSError, and ValueError with a
     line if `data.classes` names a file that does not fit them."""
+    order = data.classes if isinstance(data.classes, str) else ""
+    return listed_once(f"folders\0{data.path}\0{order}", lambda: _list(data))
+
+
+def listed_once(key: str, listing: Callable[[], T]) -> T:
+    """Return what `listing` gives; within `listing_once`, what it gave before under this key."""
     known = _REQUEST.get()
-    key = f"{data.path}\0{data.classes if isinstance(data.classes, str) else ''}"
     if known is None:
-        return _list(data)
+        return listing()
     if key not in known:
-        known[key] = _list(data)
-    return known[key]
+        known[key] = listing()
+    found: T = known[key]
+    return found
 
 
 def _list(data: ImageFolderData) -> Listing:

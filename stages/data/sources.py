@@ -12,8 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.specs.data import Data, DigitsData, ImageFolderData
+from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData, ImageFolderData
 from graftwork.specs.problems import plain, text
+from graftwork.stages.data.captions import read_captions
 from graftwork.stages.data.images import digits
 from graftwork.stages.data.listing import list_images, order_lines
 
@@ -26,7 +27,7 @@ MAX_LABELS = 12  # classes that a line shows
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its name within the source, and its class."""
+    """One image: its name within the source, and the number of its class, or of its caption."""
 
     name: str
     label: int
@@ -38,23 +39,30 @@ def class_folders(data: ImageFolderData) -> dict[str, list[str]]:
 
 
 def class_sizes(data: Data) -> tuple[int, ...]:
-    """Images in each class; which of them are broken shows only when they are read."""
+    """Images in each class, or in all where they have captions; which of them are broken shows when they are read."""
     if isinstance(data, DigitsData):
         return DIGITS_PER_CLASS
+    if isinstance(data, CaptionsData):
+        return (len(read_captions(data).by_image),)
     return tuple(len(names) for names in class_folders(data).values())
 
 
 def class_names(data: Data) -> tuple[str, ...]:
-    """What the classes are called, in the order of their numbers."""
+    """What the classes are called, in the order of their numbers; or the captions."""
     if isinstance(data, DigitsData):
         return tuple(map(str, range(data.classes)))
+    if isinstance(data, CaptionsData):
+        return read_captions(data).different()
     return tuple(map(text, class_folders(data)))
 
 
 def labels_line(data: Data) -> str | None:
-    """Return a line with the label of each class folder, or of the first and the last; None if they are elsewhere."""
+    """Return a line with the label of each class folder, or of the first and the last; one that counts captions; None
+    if the data are elsewhere."""
     if isinstance(data, DigitsData) or not Path(data.path).is_dir():
         return None
+    if isinstance(data, CaptionsData):
+        return read_captions(data).line()
     named = [f"{label} {plain(name)}" for label, name in enumerate(class_names(data))]
     numbers = all(name.isascii() and name.isdigit() for name in class_folders(data))
     order = f"as {plain(data.classes)} says" if isinstance(data.classes, str) else "by number" if numbers else "by name"
@@ -63,12 +71,12 @@ def labels_line(data: Data) -> str | None:
 
 
 def num_classes(data: Data) -> int | None:
-    """Return how many classes there are; None if that is in data, or in a file, that are elsewhere."""
+    """Return how many classes or captions there are; None if that is in data, or in a file, that are elsewhere."""
     if isinstance(data.classes, int):
         return data.classes
     if isinstance(data.classes, str) and Path(data.classes).is_file():
         return len(order_lines(data.classes))
-    return len(class_sizes(data)) if Path(data.path).is_dir() else None
+    return len(class_names(data)) if Path(data.path).is_dir() else None
 
 
 def split_sizes(data: Data) -> tuple[int, int]:
@@ -97,10 +105,22 @@ def heldout_of(size: int, share: float) -> int:
     return min(max(round(size * share), 1), size - 1) if size > 1 else 0
 
 
+def identity(data: DataFiles) -> tuple[str, ...]:
+    """Return what a key has of the data beside what the images hold: class folders, or each image with its caption."""
+    if isinstance(data, CaptionsData):
+        return tuple(f"{name}\0{caption}" for name, caption in read_captions(data).by_image.items())
+    assert isinstance(data, ImageFolderData)
+    return tuple(class_folders(data))
+
+
 def items(data: Data) -> list[Item]:
     """Every image of the source."""
     if isinstance(data, DigitsData):
         return [Item(str(index), int(label)) for index, label in enumerate(digits()[1])]
+    if isinstance(data, CaptionsData):
+        captions = read_captions(data)
+        labels = {caption: label for label, caption in enumerate(captions.different())}
+        return [Item(name, labels[caption]) for name, caption in captions.by_image.items()]
     folders = class_folders(data).items()
     return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in sorted(names)]
 
@@ -108,7 +128,8 @@ def items(data: Data) -> list[Item]:
 def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[Item]]:
     """Training and held-out images, each in an order in which every prefix is a stratified subset.
 
-    Of a class, `data.per_class` images are kept to train on; that is known before any image is read.
+    Of a class, `data.per_class` images are kept to train on; that is known before any image is read. Images with
+    captions are of no class, and in random order.
 
     without: names of images that are left out, as if they were not there.
     """
@@ -116,7 +137,7 @@ def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[I
     by_class: dict[int, list[Item]] = {}
     for item in items(data):
         if item.name not in without:
-            by_class.setdefault(item.label, []).append(item)
+            by_class.setdefault(0 if isinstance(data, CaptionsData) else item.label, []).append(item)
     for members in by_class.values():
         members.sort(key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
         cut = heldout_of(len(members), data.heldout)

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import Observation, observe
 from graftwork.specs.edits import Edit, Site, overlapping
 from graftwork.specs.training import DistillSpec
+from graftwork.stages.artifacts.hybrids import load_model
 from graftwork.stages.artifacts.latents import Noised, noised, read, require_enough
 from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Input, Portion, Stopped, never
@@ -133,7 +133,7 @@ def read_teacher(
 ) -> Teacher:
     """Return the rootstock on a device, with the latents that every step of the recipe sees. Raises ValueError."""
     recipe, features = params.recipe, inputs["features"].path()
-    model, carried = checkpoints.load(inputs["base"].path())
+    model, carried = load_model(inputs, "base")
     objective = model.config.objective
     training, heldout = read(features, "training"), read(features, "heldout")
     require_enough("distill.samples", recipe.samples, len(training.x), "training")

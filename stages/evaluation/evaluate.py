@@ -36,7 +36,7 @@ from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics import JUDGES
-from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row
+from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row, subjects
 from graftwork.stages.pictures.pictures import quality_against_cost
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3
@@ -95,11 +95,12 @@ def _costs(context: Context, params: EvaluateParams, device: torch.device) -> Ta
     """
     recipe, rows = params.recipe, {row: _timed_row(context, row, device) for row in _rows(context)}
     meta, timed = read_meta(context.input("features")), range(TIMED_SAMPLES)
-    condition = Condition(labels=labels_of(timed, TIMED_SAMPLES, len(meta.classes)))
+    told = subjects(context)
+    condition = Condition(labels=told.first + labels_of(timed, TIMED_SAMPLES, len(told.names)))
     # Rounds over all rows, so that a machine that slows down slows them all; the first round warms up.
     for round_ in range(TIMED_RUNS + 1):
         for row in rows.values():
-            drawn = (row.model.config, meta, timed, condition, recipe.sampler, params.seed, device)
+            drawn = (row.model, meta, timed, condition, recipe.sampler, params.seed, device)
             sampling = partial(draw, row.network, *drawn)
             with computing(recipe.precision, device):
                 row.samplings.append(_seconds(sampling))

@@ -28,11 +28,12 @@ from graftwork.models.condition import Condition
 from graftwork.models.numerics.precision import computing
 from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.objectives import Network
-from graftwork.models.rootstocks import Rootstock, RootstockConfig
+from graftwork.models.rootstocks import Rootstock
 from graftwork.models.sampling import sample
 from graftwork.specs.sampler import Sampler
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
+from graftwork.stages.artifacts.texts import read_texts
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores, Verdict
@@ -88,8 +89,8 @@ def sample_row(context: Context) -> None:
     from graftwork.stages.pictures.pictures import CELLS, sample_grid  # matplotlib, which the workers do not need
 
     params: SampleParams = context.params
-    meta = read_meta(context.input("features"))
-    picture_samples = shown_of(params.samples, len(meta.classes), CELLS)
+    told = subjects(context)
+    picture_samples = shown_of(params.samples, len(told.names), CELLS)
     batches = batches_of(params, picture_samples)
     progress = _resumed(context, batches)
     saved = time.monotonic()
@@ -107,17 +108,33 @@ def sample_row(context: Context) -> None:
         if stopping:
             context.stop_if_asked()
     progress.scores.write(context.out)
-    labels = labels_of(range(params.samples), params.samples, len(meta.classes))
+    turns = labels_of(range(params.samples), params.samples, len(told.names))
     if params.keep_samples:
         _gather(context, batches)
-        np.save(context.out / "labels.npy", labels.numpy())
+        np.save(context.out / "labels.npy", turns.numpy())
     assert progress.in_picture is not None
     sample_grid(
         progress.in_picture,
-        [meta.classes[label] for label in labels[picture_samples]],
+        [told.names[turn] for turn in turns[picture_samples]],
         params.row,
         context.out / "grid",
     )
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What samples are drawn of, in turn: the classes, or prompts or captions."""
+
+    names: tuple[str, ...]
+    first: int  # the label of the first one; the others follow
+
+
+def subjects(context: Context) -> Subjects:
+    """Return what a job's samples are drawn of."""
+    texts = read_texts(context.inputs)
+    if texts is not None and texts.meta.prompts:
+        return Subjects(texts.meta.prompts, texts.meta.captions)
+    return Subjects(read_meta(context.input("features")).classes, 0)
 
 
 def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
@@ -159,7 +176,7 @@ def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
 
 def draw(
     network: Network,
-    config: RootstockConfig,
+    model: Rootstock,
     meta: LatentsMeta,
     indices: range,
     condition: Condition,
@@ -169,15 +186,17 @@ def draw(
 ) -> Tensor:
     """Return latents of the samples with these indices: the same for any batch that they come in, up to rounding.
 
-    config: of the network's model, which says what it predicts and what it is told.
+    model: the network's, which says what it predicts and what it is told; the network may be code compiled from it.
     """
+    if model.texts is not None:  # read once for all passes
+        condition = model.texts(condition)
     return sample(
         network,
         condition.to(device),
         SampleNoise(seed, indices, meta.shape, device),
         sampler=sampler,
-        conditioner=config.conditioner,
-        objective=config.objective,
+        conditioner=model.conditioner,
+        objective=model.config.objective,
         bounded=meta.bounded,
     )
 
@@ -186,11 +205,12 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
     params: SampleParams = context.params
     loaded = _loaded(context, device)
     meta = read_meta(context.input("features"))
-    labels = labels_of(batch.samples, params.samples, len(meta.classes))
+    told = subjects(context)
+    labels = told.first + labels_of(batch.samples, params.samples, len(told.names))
     condition = Condition(labels=labels)
     with computing(params.precision, device):
         latents = draw(
-            loaded.network, loaded.config, meta, batch.samples, condition, params.sampler, params.seed, device
+            loaded.network, loaded.model, meta, batch.samples, condition, params.sampler, params.seed, device
         )
     images = loaded.codec.decode(latents)
     verdict = loaded.judges.look(images, labels)
@@ -202,7 +222,7 @@ class Loaded:
     """All that a batch of a row needs on its device."""
 
     network: Network
-    config: RootstockConfig
+    model: Rootstock
     codec: Coder
     judges: Judges
 
@@ -222,7 +242,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
         model = row_model(context, params.row, params.seed).to(device)
         judges = Judges(context, params.metrics, params.inception, device)
         codec = load_codec(params.codec, device, min(context.resources.gpu, 1.0))
-        _LOADED[identity] = Loaded(network_of(model, params.compile), model.config, codec, judges)
+        _LOADED[identity] = Loaded(network_of(model, params.compile), model, codec, judges)
     return _LOADED[identity]
 
 

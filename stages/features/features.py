@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from graftwork.cluster.session.runtime import options, room_for, settle
 from graftwork.specs.codec import PixelCodec, VaeCodec
-from graftwork.specs.data import Data, ImageFolderData
+from graftwork.specs.data import CaptionsData, Data, ImageFiles
 from graftwork.specs.problems import plain, text
 from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
@@ -35,7 +35,7 @@ from graftwork.stages.contract import Context
 from graftwork.stages.data.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
 from graftwork.stages.data.images import BrokenImage, broken_images, broken_line, read_pixels, scaled
 from graftwork.stages.data.listing import listing_once
-from graftwork.stages.data.sources import MIN_HELDOUT, Item, class_folders, class_names, items, split
+from graftwork.stages.data.sources import MIN_HELDOUT, Item, class_names, identity, items, split
 from graftwork.stages.features.codec import (
     BATCH,
     GPU_BYTES,
@@ -125,8 +125,8 @@ def _chosen(data: Data) -> tuple[dict[str, list[Item]], dict[str, str]]:
 def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
     """Raise ChangedImage if there are other images now than when the job's keys were made."""
     listed = items(data) if data.skip_broken else [item for members in splits.values() for item in members]
-    assert isinstance(data, ImageFolderData)
-    images.require_same(tuple(class_folders(data)), [item.name for item in listed])
+    assert isinstance(data, ImageFiles)
+    images.require_same(identity(data), [item.name for item in listed])
 
 
 def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
@@ -146,7 +146,7 @@ def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
 def _require_every_class(data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
     """Where images were left out: that each class still has some, and as many to train on as the spec wants."""
     training, heldout = (Counter(item.label for item in splits[name]) for name in SPLITS)
-    for label, name in enumerate(class_names(data)):
+    for label, name in enumerate(() if isinstance(data, CaptionsData) else class_names(data)):
         if not training[label] + heldout[label]:
             raise ValueError(
                 f"data.path: no image of the class {plain(name)} can be read; accepted: classes with images"
@@ -212,7 +212,7 @@ class Draft:
     def keep(self, context: Context) -> None:
         """Publish it; its files stay in the step's folder, too, on the same bytes of the disk where they can."""
         for file in self.shard.files:
-            context.partial.save(file, partial(_link, context.out / file))
+            context.partial.save(file, partial(link, context.out / file))
 
 
 def _take(shard: Shard, context: Context) -> bool:
@@ -221,11 +221,11 @@ def _take(shard: Shard, context: Context) -> bool:
     if len(kept) < len(shard.files):
         return False
     for file, path in zip(shard.files, kept, strict=True):
-        _link(path, context.out / file)
+        link(path, context.out / file)
     return True
 
 
-def _link(path: Path, to: Path) -> None:
+def link(path: Path, to: Path) -> None:
     """A second name for a file that nobody changes any more; a copy where the file system has no such thing."""
     try:
         os.link(path, to)
@@ -245,7 +245,7 @@ def _encoded(
     def read(row: Row) -> Row:  # in here, so that a worker that only reads need not load torch with this module
         names = list(map(os.fsdecode, row["names"]))
         images = np.stack([read_pixels(data, name) for name in names])
-        if isinstance(data, ImageFolderData) and "digests" in row:
+        if isinstance(data, ImageFiles) and "digests" in row:
             for name, digest in zip(names, row["digests"], strict=True):
                 require_content(Path(data.path), name, digest)
         return {**row, "images": images}

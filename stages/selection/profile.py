@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftwork.models import checkpoints
 from graftwork.models.measures.locality import Locality
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.operators.attention import Attention
@@ -31,6 +30,7 @@ from graftwork.stages.artifacts.evidence import (
     QuarterCurves,
     write_profile,
 )
+from graftwork.stages.artifacts.hybrids import load_model
 from graftwork.stages.artifacts.latents import noised, read
 from graftwork.stages.catalog.profile import ProfileParams
 from graftwork.stages.contract import Context
@@ -45,7 +45,7 @@ SIGN = 1 << 15  # of a bfloat16
 
 def run(context: Context) -> None:
     params: ProfileParams = context.params
-    model, _ = checkpoints.load(context.input("base"))
+    model, _ = load_model(context.inputs, "base")
     model = model.to(context.device)
     sites = [Site(block=block, target=target) for block in range(model.config.depth) for target in ("mha", "mlp")]
     attentions = {site: scion for site in sites if isinstance(scion := scion_at(model, site), Attention)}

@@ -28,6 +28,7 @@ from graftwork.specs.edits import Edit, Site
 from graftwork.specs.layers.learned import Group
 from graftwork.specs.training import SearchSpec
 from graftwork.stages.artifacts.evidence import Search, SearchedGroup, SearchedSite
+from graftwork.stages.artifacts.hybrids import load_model
 from graftwork.stages.artifacts.latents import read
 from graftwork.stages.catalog.search import SearchParams
 from graftwork.stages.contract import Context
@@ -102,7 +103,7 @@ def search(context: Context, device: torch.device) -> None:
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: SearchEngine(gated, recipe, params.seed, state),
-        TrainingSet.of(latents, gated.model.config, device),
+        TrainingSet.of(latents, gated.model.config, device, gated.model.texts),
         recipe,
         seed=params.seed,
         stream="search",
@@ -145,11 +146,11 @@ def conclude(context: Context) -> None:
     checkpoints.save(gated.merge(), all_edits(edits, made), folder)
 
 
-def build(context: Context) -> tuple[GatedRootstock, tuple[Edit, ...]]:
+def build(context: Context) -> tuple[GatedRootstock, Sequence[Edit]]:
     """The rootstock with the distilled scions beside its operators, and the edits that it carries already."""
     params: SearchParams = context.params
     recipe = params.recipe
-    model, edits = checkpoints.load(context.input("base"))
+    model, edits = load_model(context.inputs, "base")
     scions: dict[Site, list[nn.Module]] = {}
     for edit in params.candidates:
         scion = new_scion(model, edit, params.seed)

@@ -14,6 +14,7 @@ from graftwork.models.rootstocks import Rootstock, new_rootstock
 from graftwork.specs.edits import Edit
 from graftwork.specs.rootstock import CheckpointWeights, PretrainWeights
 from graftwork.stages.artifacts.latents import read, read_meta
+from graftwork.stages.artifacts.texts import told
 from graftwork.stages.catalog.base import BaseParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet
@@ -50,13 +51,13 @@ def pretrain(context: Context, device: torch.device) -> None:
     assert params.weights.kind == "pretrain"
     recipe = params.weights
     latents = read(context.input("features"), "training")
-    model = _new_model(context).to(device)
+    model = told(_new_model(context), context.inputs).to(device)
     set_up_blocks(model, recipe)
     train(
         lambda state: PlainEngine(
             model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=state
         ),
-        TrainingSet.of(latents, model.config, device),
+        TrainingSet.of(latents, model.config, device, model.texts),
         recipe,
         seed=params.seed,
         stream="base",

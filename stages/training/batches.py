@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from graftwork.models.condition import Condition, Conditioner
+from graftwork.models.condition import Condition, Conditioner, Texts
 from graftwork.models.numerics.streams import generator
 from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks import RootstockConfig
@@ -38,11 +38,14 @@ class TrainingSet:
     objective: Objective
     device: torch.device
     mirrored: Tensor | Shards | None = None  # like latents, of each image's mirror image
+    texts: Texts | None = None  # by which labels are those of texts
 
     @classmethod
-    def of(cls, latents: Latents, config: RootstockConfig, device: torch.device) -> TrainingSet:
+    def of(
+        cls, latents: Latents, config: RootstockConfig, device: torch.device, texts: Texts | None = None
+    ) -> TrainingSet:
         """Return what a model of that config learns from these latents on a device."""
-        return cls(latents.x, latents.condition, config.conditioner, config.objective, device, latents.mirrored)
+        return cls(latents.x, latents.condition, config.conditioner, config.objective, device, latents.mirrored, texts)
 
     def pick(self, chosen: Tensor, mirror: Tensor) -> Tensor:
         """The chosen latents (B,C,..); where there are mirror images, `mirror` (B,) says which of the two each is."""
@@ -83,7 +86,7 @@ def draw_batch(
     """This worker's slice of a step's batch, in main memory."""
     draws, batch = generator(seed, stream, "step", step), recipe.batch
     t = data.objective.draw_t(batch, draws)
-    dropped = torch.rand(batch, generator=draws) < recipe.label_dropout
+    dropped = torch.rand(batch, generator=draws) < recipe.dropout
     chosen = shuffled(len(data.latents), step * batch, batch, seed, stream)
     places = share_of(batch, rank, workers)
     share = slice(places.start, places.stop)
@@ -93,6 +96,8 @@ def draw_batch(
     # From a stream of its own, so that all else is drawn the same where there are no mirror images.
     mirror = torch.rand(batch, generator=generator(seed, stream, "mirror", step)) < 0.5
     condition = data.conditioner.drop(data.condition[chosen[share]], dropped[share])
+    if data.texts is not None:  # read here, ahead of the step
+        condition = data.texts(condition)
     return Batch(data.pick(chosen[share], mirror[share]), t[share], condition, noise)
 
 

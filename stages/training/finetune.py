@@ -46,7 +46,7 @@ def finetune(context: Context, device: torch.device) -> None:
     latents = read(context.input("features"), "training").share(recipe.fraction)
     train(
         lambda state: ShardedEngine(model.to(device), recipe, state),
-        TrainingSet.of(latents, model.config, device),
+        TrainingSet.of(latents, model.config, device, model.texts),
         recipe,
         seed=params.seed,
         stream="finetune",

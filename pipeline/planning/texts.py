@@ -1,0 +1,61 @@
+"""What can be known to be wrong with a job's texts and their encoder before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from graftwork.specs.hub import is_hub_id, whereabouts
+from graftwork.specs.job import JobSpec
+from graftwork.specs.rootstock import TextModel
+from graftwork.stages.data.sources import class_names
+from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
+from graftwork.stages.text.prompts import read_prompts
+
+
+def text_shortages(job: JobSpec) -> Iterator[str]:
+    """Yield a line for what the encoder or the prompts, where they are on this machine, cannot meet."""
+    if job.text is None or not isinstance(job.model, TextModel):
+        return
+    if problem := missing_packages(job.text):
+        yield problem
+    if job.evaluate.prompts is not None and Path(job.evaluate.prompts).exists():
+        try:
+            read_prompts(job.evaluate.prompts)
+        except ValueError as error:
+            yield str(error)
+    if not _encoder_is_here(job.text.path):
+        return
+    try:
+        channels = Folders(job.text.path).channels
+    except UnfitText as error:
+        yield str(error)
+        return
+    if channels != job.model.caption_channels:
+        accepted = f"an encoder of {job.model.caption_channels} channels, as model.caption_channels says"
+        yield f"text.path: got {job.text.path!r}, an encoder of {channels} channels; accepted: {accepted}"
+
+
+def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
+    """Yield a line if the pending `text` step would refuse texts for their length, or the tokenizer."""
+    if job.text is None or "text" not in pending or not isinstance(job.model, TextModel):
+        return
+    if not _encoder_is_here(job.text.path) or job.text.truncate:
+        return
+    try:
+        Tokenizer(job.text, job.model.text_tokens)([*_captions(job), *_prompts(job)])
+    except UnfitText as error:
+        yield str(error)
+
+
+def _captions(job: JobSpec) -> tuple[str, ...]:
+    return class_names(job.data) if Path(getattr(job.data, "path", "")).is_dir() else ()
+
+
+def _prompts(job: JobSpec) -> tuple[str, ...]:
+    path = job.evaluate.prompts
+    return read_prompts(path) if path is not None and Path(path).is_file() else ()
+
+
+def _encoder_is_here(path: str) -> bool:
+    return whereabouts(path, "text_encoder") is None if is_hub_id(path) else Path(path).exists()

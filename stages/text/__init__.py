@@ -1,0 +1,1 @@
+"""Texts: read, cleaned, cut into tokens, and encoded once for all stages."""

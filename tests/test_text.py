@@ -1,0 +1,289 @@
+"""Texts: cleaned, cut into tokens, encoded once, and what models are told of them by their labels."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftwork.models.condition import EMPTY_TEXT, Condition
+from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
+from graftwork.models.sampling import sample
+from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.resources import StepResources
+from graftwork.specs.sampler import DdimSampler
+from graftwork.specs.text import T5Text
+from graftwork.specs.training import TrainingSpec
+from graftwork.stages.artifacts.latents import Latents, LatentsMeta, write_meta
+from graftwork.stages.artifacts.texts import TextTable
+from graftwork.stages.catalog.text import TextParams
+from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.text import encode
+from graftwork.stages.text.encoder import TextEncoder, Tokenizer, UnfitText, cleaned
+from graftwork.stages.text.prompts import read_prompts
+from graftwork.stages.training.batches import TrainingSet, draw_batch
+from tests.scenes import CHANNELS, write_encoder
+from tests.small import lively
+
+CPU = torch.device("cpu")
+TOKENS = 40
+CAPTIONS = ("a red square", "two blue rings & a cross", "a")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def spec_of(folder: Path, **changed: object) -> T5Text:
+    return T5Text.model_validate({"path": str(folder), "precision": "fp32", "batch": 2, **changed})
+
+
+class Folder:
+    """An artifact in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.key = folder, "k"
+
+    def path(self) -> Path:
+        return self.folder
+
+
+@pytest.fixture
+def context(tmp_path: Path, store: Store, encoder: Path) -> Context:
+    """Of a `text` step for CAPTIONS and a file of two prompts."""
+    (tmp_path / "features").mkdir()
+    meta = LatentsMeta(codec="pixel", shape=(3, 8, 8), classes=CAPTIONS, num_training=3, num_heldout=0)
+    write_meta(tmp_path / "features", meta)
+    (tmp_path / "prompts.txt").write_text("A Green ring\n\n  a cross \n")
+    (tmp_path / "out").mkdir()
+    return Context(
+        step="text",
+        params=TextParams(text=spec_of(encoder), tokens=TOKENS, prompts=str(tmp_path / "prompts.txt")),
+        inputs={"features": Folder(tmp_path / "features")},
+        out=tmp_path / "out",
+        partial=store.partial("t"),
+        report=lambda done, total, metrics=None: None,
+        resources=StepResources(),
+        device=CPU,
+    )
+
+
+@pytest.fixture
+def table(context: Context) -> TextTable:
+    encode.run(context)
+    return TextTable(context.out)
+
+
+# -- the encoder
+
+
+def test_states_are_those_that_diffusers_pipeline_gives(encoder: Path) -> None:
+    from diffusers import PixArtSigmaPipeline
+    from transformers import ByT5Tokenizer, T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(encoder / "text_encoder")
+    parts = {"tokenizer": ByT5Tokenizer(), "text_encoder": model}
+    pipeline = PixArtSigmaPipeline(**parts, vae=None, transformer=None, scheduler=None)
+    prompts = ["A <b>Red</b> square, see https://a.b/c", "a ring"]
+    for clean in (True, False):
+        text, mask, empty, _ = pipeline.encode_prompt(
+            prompts, negative_prompt="", max_sequence_length=60, clean_caption=clean, device=CPU
+        )
+        for row, states in enumerate(TextEncoder(spec_of(encoder, clean=clean), 60, CPU)(prompts)):
+            assert len(states) == mask[row].sum()
+            torch.testing.assert_close(states, text[row, : len(states)], rtol=0, atol=1e-5)
+        (states,) = TextEncoder(spec_of(encoder, clean=clean), 60, CPU)([""])
+        torch.testing.assert_close(states, empty[0, : len(states)], rtol=0, atol=1e-5)
+
+
+def test_texts_are_cleaned_or_only_in_lower_case() -> None:
+    assert cleaned(["  A &amp; B <br> "], clean=False) == ["a &amp; b <br>"]
+    assert cleaned(["  A &amp; B <br> "], clean=True) == ["a b"]  # as diffusers does
+
+
+def test_texts_that_are_too_long_are_refused_and_counted_or_cut_where_asked_for(encoder: Path) -> None:
+    texts = ["x" * 39, "y" * 40, "z" * 400]
+    with pytest.raises(UnfitText) as caught:
+        Tokenizer(spec_of(encoder), TOKENS)(texts)
+    said = str(caught.value)
+    assert said.startswith("model.text_tokens: got 40, and 2 texts of more tokens: 'yyy") and "of 41" in said
+    assert "text.truncate: true" in said and "\n" not in said
+    cut = Tokenizer(spec_of(encoder, truncate=True), TOKENS)(texts)
+    assert [len(one) for one in cut] == [40, 40, 40] and {one[-1] for one in cut} == {1}  # the end of a text
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda folder: (folder / "text_encoder/config.json").unlink(), "without a config.json of an encoder"),
+        (lambda folder: (folder / "text_encoder/config.json").write_text('{"model_type": "bert"}'), "'bert', no T5"),
+        (lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"torn"), "cannot be read"),
+        (lambda folder: _without(folder / "text_encoder/model.safetensors", "final_layer_norm"), "without the weights"),
+        (lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text("{"), "whose tokenizer cannot be read"),
+    ],
+)
+def test_an_encoder_that_is_none_or_not_whole_is_one_line(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+    write_encoder(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UnfitText) as caught:
+        TextEncoder(spec_of(tmp_path), TOKENS, CPU)(["a"])
+    line = str(caught.value)
+    assert line.startswith("text.path: got ") and said in line and "; accepted: " in line and "\n" not in line
+
+
+def _without(file: Path, part: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: value for name, value in load_file(file).items() if part not in name}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_states_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = write_encoder(tmp_path) / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    tensors["shared.weight"][ord("b") + 3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    encoder = TextEncoder(spec_of(tmp_path), TOKENS, CPU)
+    with pytest.raises(UnfitText, match="its states of 'b' are no finite numbers"):
+        encoder(["a", "b"])
+
+
+# -- prompts
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"", "with no prompt in it"), (b"\n \r\n", "no prompt"), (b"a\n\xff", "line 2 is no UTF-8"), (b"\0", "no text")],
+)
+def test_a_file_without_prompts_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"evaluate.prompts: got .*{said}.*; accepted: "):
+        read_prompts(str(tmp_path / "p.txt"))
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffone\r\n\n two, three \n".encode())
+    assert read_prompts(str(tmp_path / "p.txt")) == ("one", "two, three")
+
+
+# -- the artifact
+
+
+def test_labels_are_captions_then_prompts_and_the_last_text_is_empty(table: TextTable, encoder: Path) -> None:
+    texts = [*CAPTIONS, "A Green ring", "a cross", ""]
+    own = TextEncoder(spec_of(encoder), TOKENS, CPU)(texts)
+    found = table(Condition(labels=torch.tensor([4, 0, 3, EMPTY_TEXT])))
+    text, mask = found.require("text"), found.require("mask")
+    assert text.shape == (4, TOKENS, CHANNELS) and table.meta.prompts == ("A Green ring", "a cross")
+    for row, label in enumerate([4, 0, 3, 5]):
+        length = len(own[label])
+        assert mask[row].tolist() == [1] * length + [0] * (TOKENS - length)
+        torch.testing.assert_close(text[row, :length], own[label], rtol=0, atol=1e-5)
+        assert not text[row, length:].any()
+
+
+@pytest.mark.parametrize("label", [5, 99, -2])
+def test_a_label_of_no_text_is_an_error(table: TextTable, label: int) -> None:
+    with pytest.raises(IndexError):
+        table(Condition(labels=torch.tensor([label])))
+
+
+def test_bf16_states_are_kept_as_they_are(context: Context, encoder: Path) -> None:
+    params = context.params.model_copy(update={"text": spec_of(encoder, precision="bf16")})
+    encode.run(Context(**{**vars(context), "params": params}))
+    states = TextTable(context.out).states(1)
+    assert states.dtype == torch.bfloat16
+    assert torch.equal(states, TextEncoder(spec_of(encoder, precision="bf16"), TOKENS, CPU)([*CAPTIONS, ""])[1])
+
+
+def test_a_copy_of_the_table_shares_its_files(table: TextTable) -> None:
+    assert copy.deepcopy(table) is table
+    there = pickle.loads(pickle.dumps(table))
+    assert torch.equal(there.states(0), table.states(0)) and len(pickle.dumps(table)) < 1000
+
+
+def test_shards_that_are_whole_are_not_encoded_again(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "SHARD", 2)
+    monkeypatch.setattr(encode, "WORTH_A_STREAM", 99)
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        encode.run(Context(**{**vars(context), "stopping": lambda: next(asked)}))
+    for file in context.out.iterdir():
+        file.unlink()
+    encoded: list[int] = []
+    real = TextEncoder.__call__
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: encoded.append(len(texts)) or real(self, texts))
+    encode.run(context)
+    assert encoded == [2]  # of three shards, the last
+    straight = TextEncoder(context.params.text, TOKENS, CPU)([*CAPTIONS, "A Green ring", "a cross", ""])
+    for label, states in enumerate(straight[:-1]):
+        torch.testing.assert_close(TextTable(context.out).states(label), states, rtol=0, atol=1e-5)
+
+
+# -- models that are told labels of texts
+
+
+@pytest.fixture
+def model(table: TextTable) -> PixArt:
+    config = PixArtConfig(
+        input_size=8, in_channels=3, patch=2, depth=2, width=16, heads=2, caption_channels=CHANNELS, learn_sigma=True
+    )
+    model = lively(PixArt(config)).eval()
+    model.texts = table
+    return model
+
+
+def test_a_label_says_to_a_model_what_its_text_says(model: PixArt, table: TextTable) -> None:
+    x, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([2, 0, EMPTY_TEXT])
+    with torch.no_grad():
+        by_label = model(x, t, Condition(labels=labels))
+        assert torch.equal(by_label, model(x, t, table(Condition(labels=labels))))
+        assert not torch.equal(by_label, model(x, t, Condition(labels=labels.flip(0))))
+    model.texts = None
+    with pytest.raises(ValueError, match="accepted: text"):
+        model(x, t, Condition(labels=labels))
+
+
+def test_training_drops_texts_for_the_empty_one(model: PixArt, table: TextTable) -> None:
+    data = Latents(torch.zeros(3, 3, 8, 8), Condition(labels=torch.tensor([0, 1, 2])))
+    recipe = TrainingSpec(batch=64, steps=1, caption_dropout=0.5)
+    told = TrainingSet.of(data, model.config, CPU, table)
+    batch = draw_batch(told, recipe, 0, "a", 0, 0, 1)
+    lengths = batch.condition.require("mask").sum(1)
+    empty = (lengths == 1).sum().item()
+    assert 16 < empty < 48 and batch.condition.labels is None
+    known = {len(table.states(label)) for label in (0, 1, 2)}
+    assert set(lengths.int().tolist()) <= {1, *known} and len(lengths.unique()) >= 3
+
+
+def test_guidance_is_from_the_empty_text(model: PixArt, table: TextTable) -> None:
+    """Samples by labels are those by states, and guided by the states of the empty text."""
+    condition = Condition(labels=torch.tensor([0, 4]))
+    sampler = DdimSampler(steps=2, guidance=3.0)
+    drawn = []
+    for given, conditioner in ((condition, model.config.conditioner), (table(condition), model.conditioner)):
+        noise = iter(torch.randn(9, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        drawn.append(
+            sample(
+                model,
+                given,
+                lambda noise=noise: next(noise),  # type: ignore[misc]
+                sampler=sampler,
+                conditioner=conditioner,
+                objective=model.config.objective,
+                bounded=False,
+            )
+        )
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-5)
+
+
+def test_the_artifact_says_what_it_is(table: TextTable) -> None:
+    said = json.loads((table.folder / "texts.json").read_text())
+    assert said == {"channels": CHANNELS, "tokens": TOKENS, "captions": 3, "prompts": ["A Green ring", "a cross"]}
