@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ import torch
 from graftwork.models.condition import EMPTY_TEXT, Condition
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
 from graftwork.models.sampling import sample
+from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning.contents import Contents
+from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.store.artifacts import Store
+from graftwork.specs.reading.load import SpecError, job_from
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.text import T5Text
@@ -23,10 +28,11 @@ from graftwork.stages.artifacts.texts import TextTable
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.text import encode
+from graftwork.stages.text import encoder as text_encoder
 from graftwork.stages.text.encoder import TextEncoder, Tokenizer, UnfitText, cleaned
 from graftwork.stages.text.prompts import read_prompts
 from graftwork.stages.training.batches import TrainingSet, draw_batch
-from tests.scenes import CHANNELS, write_encoder
+from tests.scenes import CHANNELS, captioned, write_encoder
 from tests.small import lively
 
 CPU = torch.device("cpu")
@@ -287,3 +293,106 @@ def test_guidance_is_from_the_empty_text(model: PixArt, table: TextTable) -> Non
 def test_the_artifact_says_what_it_is(table: TextTable) -> None:
     said = json.loads((table.folder / "texts.json").read_text())
     assert said == {"channels": CHANNELS, "tokens": TOKENS, "captions": 3, "prompts": ["A Green ring", "a cross"]}
+
+
+# -- jobs of texts
+
+
+def job_of(tmp_path: Path, encoder: Path, **changed: object) -> dict[str, Any]:
+    """A job that is in order, with other sections."""
+    return {
+        "name": "t",
+        "data": {"kind": "captions", "path": str(tmp_path / "data"), "image_size": 16, "heldout": 0.25},
+        "model": {"kind": "pixart", "depth": 2, "width": 16, "heads": 2, "patch": 2, "caption_channels": CHANNELS},
+        "text": {"kind": "t5", "path": str(encoder)},
+        "graft": [{"target": "mha", "operator": {"kind": "hyena_y", "kernel": 4}, "layers": {"kind": "all"}}],
+        "distill": {"samples": 8, "heldout": 4},
+        "evaluate": {"samples": 4, "metrics": ["fid"], "reference": str(tmp_path / "data")},
+        **changed,
+    }
+
+
+DIT = {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2}
+DIGITS = {"kind": "digits"}
+
+
+@pytest.mark.parametrize(
+    "changed, field, said",
+    [
+        ({"text": None}, "text", "got nothing; accepted: {kind: t5, path: ..}, for a pixart, which is told texts"),
+        ({"data": DIGITS}, "data.kind", "got 'digits'; accepted: captions, for a pixart"),
+        ({"weights": {"kind": "pretrain", "label_dropout": 0.2}}, "weights.label_dropout", "caption_dropout"),
+        ({"finetune": {"label_dropout": 0.1}}, "finetune.label_dropout", "accepted: caption_dropout"),
+        ({"finetune": {"caption_dropout": 0}}, "finetune.caption_dropout", "trains the empty text"),
+        ({"weights": {"kind": "checkpoint", "path": "a.pth", "classes": "fresh"}}, "weights.classes", "no classes"),
+        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "the classifier learns classes"),
+        ({"model": DIT}, "text", "accepted: no text, for a dit, which is told classes"),
+        ({"model": DIT, "text": None}, "data.kind", "accepted: digits or image_folder, for a dit"),
+        ({"model": DIT, "text": None, "data": DIGITS, "evaluate": {"prompts": "a"}}, "evaluate.prompts", "no prompts"),
+        (
+            {"model": DIT, "text": None, "data": DIGITS, "evaluate": {}, "finetune": {"caption_dropout": 0.1}},
+            "finetune.caption_dropout",
+            "accepted: label_dropout",
+        ),
+        ({"model": {"kind": "pixart", "size": "XL/4"}}, "model.size", "XL/2"),
+    ],
+)
+def test_what_is_about_another_condition_is_one_line(
+    tmp_path: Path, encoder: Path, changed: dict[str, Any], field: str, said: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        job_from(job_of(tmp_path, encoder, **changed), ())
+    (line,) = caught.value.lines
+    assert line.startswith(f"{field}: ") and said in line, line
+
+
+def shortages(document: dict[str, Any]) -> list[str]:
+    return preflight.shortages(job_from(document, ()))
+
+
+def test_an_encoder_of_another_width_is_refused_before_anything_runs(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    assert shortages(job_of(tmp_path, encoder)) == []
+    document = job_of(tmp_path, encoder)
+    document["model"]["caption_channels"] = 4096
+    (line,) = shortages(document)
+    assert line.startswith(
+        f"text.path: got {str(encoder)!r}, an encoder of {CHANNELS} channels; accepted: an encoder of 4096"
+    )
+
+
+def test_captions_and_prompts_are_looked_at_before_anything_runs(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    document = job_of(tmp_path, encoder)
+    (tmp_path / "data" / "000.png").unlink()
+    (tmp_path / "p.txt").touch()
+    document["evaluate"]["prompts"] = str(tmp_path / "p.txt")
+    captions, prompts = shortages(document)
+    assert captions.startswith("data.path: ") and prompts.startswith("evaluate.prompts: ")
+
+
+def test_a_run_measures_its_texts_before_anything_starts(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    document = job_of(tmp_path, encoder)
+    document["model"]["text_tokens"] = 20
+    (line,) = preflight.check_texts(job_from(document, ()), ["text"])
+    assert line.startswith("model.text_tokens: got 20, and 4 texts of more tokens: ")
+    assert list(preflight.check_texts(job_from(document, ()), ["base"])) == []
+    document["text"]["truncate"] = True
+    assert list(preflight.check_texts(job_from(document, ()), ["text"])) == []
+
+
+def test_packages_that_are_not_there_are_named(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "data")
+    monkeypatch.setattr(text_encoder, "find_spec", lambda name: None if name == "ftfy" else object())
+    (line,) = shortages(job_of(tmp_path, encoder))
+    assert line.startswith("text.clean: got true, without ftfy; accepted: pip install 'graftwork[text]'")
+
+
+def test_steps_that_run_a_model_need_its_texts_and_others_do_not(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    steps = {
+        step.name: set(step.needs) for step in make_plan(job_from(job_of(tmp_path, encoder), ()), Contents()).steps
+    }
+    without = {name for name, needs in steps.items() if "text" not in needs}
+    assert without == {"features", "text", "select", "reference/fid", "reference/heldout"}

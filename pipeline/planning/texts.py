@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from graftwork.cluster.drivers import num_gpus_here
 from graftwork.specs.hub import is_hub_id, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.rootstock import TextModel
@@ -42,6 +44,8 @@ def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
         return
     if not _encoder_is_here(job.text.path) or job.text.truncate:
         return
+    if not num_gpus_here():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, which comes with the tokenizers, warns else
     try:
         Tokenizer(job.text, job.model.text_tokens)([*_captions(job), *_prompts(job)])
     except UnfitText as error:
