@@ -17,6 +17,7 @@ from graftwork.models.sampling import sample
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
+from graftwork.pipeline.planning.texts import check_texts
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.reading.load import SpecError, job_from
 from graftwork.specs.resources import StepResources
@@ -33,7 +34,7 @@ from graftwork.stages.text.encoder import TextEncoder, Tokenizer, UnfitText, cle
 from graftwork.stages.text.prompts import read_prompts
 from graftwork.stages.training.batches import TrainingSet, draw_batch
 from tests.scenes import CHANNELS, captioned, write_encoder
-from tests.small import lively
+from tests.small import lively, noting
 
 CPU = torch.device("cpu")
 TOKENS = 40
@@ -225,7 +226,7 @@ def test_shards_that_are_whole_are_not_encoded_again(context: Context, monkeypat
         file.unlink()
     encoded: list[int] = []
     real = TextEncoder.__call__
-    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: encoded.append(len(texts)) or real(self, texts))
+    monkeypatch.setattr(TextEncoder, "__call__", noting(lambda self, texts: encoded.append(len(texts)), real))
     encode.run(context)
     assert encoded == [2]  # of three shards, the last
     straight = TextEncoder(context.params.text, TOKENS, CPU)([*CAPTIONS, "A Green ring", "a cross", ""])
@@ -375,11 +376,11 @@ def test_a_run_measures_its_texts_before_anything_starts(tmp_path: Path, encoder
     captioned(tmp_path / "data")
     document = job_of(tmp_path, encoder)
     document["model"]["text_tokens"] = 20
-    (line,) = preflight.check_texts(job_from(document, ()), ["text"])
+    (line,) = check_texts(job_from(document, ()), ["text"])
     assert line.startswith("model.text_tokens: got 20, and 4 texts of more tokens: ")
-    assert list(preflight.check_texts(job_from(document, ()), ["base"])) == []
+    assert list(check_texts(job_from(document, ()), ["base"])) == []
     document["text"]["truncate"] = True
-    assert list(preflight.check_texts(job_from(document, ()), ["text"])) == []
+    assert list(check_texts(job_from(document, ()), ["text"])) == []
 
 
 def test_packages_that_are_not_there_are_named(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
