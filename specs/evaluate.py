@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftwork.specs.fields import LocalPath, Spec, Unkeyed, refuse
+from graftwork.specs.detector import Detector
+from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed, refuse
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.sampler import AncestralSampler, Sampler
 from graftwork.specs.training import Precision
@@ -19,6 +20,7 @@ class EvaluateSpec(Spec):
 
     `classifier`: Frechet distance on the features of a small classifier that the job trains on its own data, and the
     share of samples that it reads as their label. `fid`: the Frechet Inception distance, through pytorch-fid.
+    `geneval`: the share of samples that show what their prompts say, by GenEval's rules.
     """
 
     samples: int = Field(50_000, ge=2)
@@ -34,8 +36,11 @@ class EvaluateSpec(Spec):
     # Its content is in the key of the texts.
     prompts: Annotated[LocalPath | None, Unkeyed()] = Field(
         None,
-        description="of a model that is told texts: a file of prompts to sample for in turn, a line each; by default "
-        "the captions of the data",
+        description="of a model that is told texts: a file of prompts to sample for in turn: a line each, or GenEval's "
+        ".jsonl; by default the captions of the data",
+    )
+    detector: Annotated[Detector | None, KeyedIfSet()] = Field(
+        None, description="for geneval: what finds the objects in samples"
     )
     sampler: Sampler = Field(AncestralSampler(), description="without it, that of the model's kind")
     precision: Precision = Field("fp32", description="of the model's passes. On a CPU tf32 is fp32")

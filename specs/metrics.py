@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graftwork.specs.evaluate import EvaluateSpec
     from graftwork.specs.job import JobSpec
 
+GENEVAL_REPOSITORY = "github.com/djghosh13/geneval"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes the weights
 
 
@@ -26,8 +27,9 @@ class MetricSpec:
 
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]]  # columns of the table; quality is drawn against cost by the first one
-    # Images that samples are held against: the job's own training images, or what `evaluate.reference` names.
-    reference: ClassVar[Literal["training", "given"]] = "training"
+    # Images that samples are held against: the job's own training images, or what `evaluate.reference` names; none
+    # where each sample is judged by itself, and real images are not.
+    reference: ClassVar[Literal["training", "given", "none"]] = "training"
     steps: ClassVar[tuple[str, ...]] = ()  # steps of the job whose artifacts it looks with
 
     @classmethod
@@ -88,7 +90,39 @@ class FidMetric(MetricSpec):
         return [f"evaluate.inception: got nothing; accepted: {weights}"]
 
 
-METRICS: dict[str, type[MetricSpec]] = {metric.name: metric for metric in (ClassifierMetric, FidMetric)}
+DETECTOR = "with metrics [geneval], a detector, as {kind: mask2former, path: .., colours: ..}"
+
+
+class GenevalMetric(MetricSpec):
+    """GenEval (arXiv 2310.11513): the share of samples that show what their prompts say, as a detector sees it."""
+
+    name = "geneval"
+    figures = ("geneval",)
+    reference = "none"
+
+    @classmethod
+    def check_section(cls, evaluate: EvaluateSpec) -> None:
+        if evaluate.detector is None:
+            refuse(["detector"], None, DETECTOR)
+        if evaluate.prompts is None or not evaluate.prompts.endswith(".jsonl"):
+            accepted = (
+                f"with metrics [geneval], evaluation_metadata.jsonl, of {GENEVAL_REPOSITORY}, or one in its format"
+            )
+            refuse(["prompts"], evaluate.prompts, accepted)
+
+    @classmethod
+    def check_job(cls, job: JobSpec) -> None:
+        if job.model.told == "classes":
+            accepted = f"classifier or fid; a {job.model.kind} is told classes, no prompts"
+            refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
+
+    @classmethod
+    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
+        files = evaluate.detector.weights() if evaluate.detector is not None else {}
+        return {f"detector.{field}": Path(path) for field, path in files.items()}
+
+
+METRICS: dict[str, type[MetricSpec]] = {metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric)}
 _FIGURES = [figure for metric in METRICS.values() for figure in metric.figures]
 assert len({*_FIGURES}) == len(_FIGURES), f"two metrics have a figure of one name: {_FIGURES}"
 

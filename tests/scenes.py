@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from graftwork.stages.evaluation.geneval.shapes import COLOURS as INKS
+from graftwork.stages.evaluation.geneval.shapes import SHAPES, Shape, drawn
+
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
 CHANNELS = 32  # of the encoder's states
 
@@ -51,3 +54,80 @@ def write_encoder(folder: Path, **changed: Any) -> Path:
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     return folder
+
+
+SHAPES_JOB = """
+name: scenes-tiny
+data: {kind: captions, path: DATA, image_size: 16, heldout: 0.25}
+model: {kind: pixart, depth: 4, width: 32, heads: 2, patch: 2, caption_channels: 32, text_tokens: 80}
+text: {kind: t5, path: ENCODER, precision: fp32}
+weights: {kind: pretrain, steps: 20, batch: 16, lr: 1e-3, warmup: 5, ema: 0.9, workers: 2}
+graft:
+  - {target: mha, operator: {kind: hyena_x, kernel: 4}, layers: {kind: interleaved, ratio: 0.5}}
+distill: {samples: 32, heldout: 16, epochs: 4, batch: 16, lr: 1e-3}
+finetune: {fraction: 1.0, steps: 8, batch: 16, lr: 5e-4, warmup: 2, ema: 0.9, caption_dropout: 0.2, control: false}
+evaluate:
+  samples: 12
+  batch: 6
+  metrics: [geneval]
+  prompts: PROMPTS
+  detector: {kind: shapes}
+  sampler: {kind: scheduler, name: dpmsolver++, steps: 2, guidance: 4.5, guided_channels: all}
+"""
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "ring", "count": 1}], "prompt": "a photo of a ring"},
+    {
+        "tag": "two_object",
+        "include": [{"class": "square", "count": 1}, {"class": "cross", "count": 1}],
+        "prompt": "a photo of a square and a cross",
+    },
+    {
+        "tag": "counting",
+        "include": [{"class": "cross", "count": 2}],
+        "exclude": [{"class": "cross", "count": 3}],
+        "prompt": "a photo of two crosses",
+    },
+    {
+        "tag": "colors",
+        "include": [{"class": "square", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red square",
+    },
+    {
+        "tag": "position",
+        "include": [{"class": "ring", "count": 1}, {"class": "cross", "count": 1, "position": ["left of", 0]}],
+        "prompt": "a photo of a cross left of a ring",
+    },
+    {
+        "tag": "color_attr",
+        "include": [
+            {"class": "square", "count": 1, "color": "red"},
+            {"class": "cross", "count": 1, "color": "blue"},
+        ],
+        "prompt": "a photo of a red square and a blue cross",
+    },
+]
+
+
+def write_scenes(folder: Path, count: int = 64) -> Path:
+    """Write scenes of one to three shapes with their captions; return the folder."""
+    draws = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    captions = {}
+    for number in range(count):
+        slots = draws.permutation(4)[: draws.integers(1, 4)]
+        shapes = [Shape(str(draws.choice(list(SHAPES))), str(draws.choice(list(INKS))), int(slot)) for slot in slots]
+        name = f"{number:04d}.png"
+        Image.fromarray(drawn(shapes)).save(folder / name)
+        captions[name] = "a photo of " + " and ".join(f"a {shape.colour} {shape.name}" for shape in shapes)
+    write_table(folder, captions)
+    return folder
+
+
+def write_shapes_job(folder: Path) -> Path:
+    """Write all that the tiny job of scenes reads, and the job; return its file."""
+    write_scenes(folder / "data")
+    write_encoder(folder / "encoder")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    job = SHAPES_JOB.replace("DATA", "data").replace("ENCODER", "encoder").replace("PROMPTS", "prompts.jsonl")
+    (folder / "job.yaml").write_text(job)
+    return folder / "job.yaml"

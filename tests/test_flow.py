@@ -204,23 +204,21 @@ def test_a_job_that_names_no_sampler_has_the_one_of_its_models_kind(evaluate: An
         assert JobSpec.model_validate(document).evaluate.sampler == AncestralSampler()
 
 
-def test_a_sit_goes_through_the_whole_job_and_is_sampled_in_more_ways_than_one(
+def test_a_sit_goes_through_the_whole_job_and_another_sampler_costs_its_samples_alone(
     tiny_copy: Finished, graft: Graft
 ) -> None:
     model = "model={kind: sit, depth: 4, width: 32, heads: 2, patch: 2}"
     wishes = [model, "evaluate.rows=[stage2]", "finetune.control=false"]
-    outcomes = []
-    for sampler in ("{kind: ode, method: heun, steps: 4}", "{kind: scheduler, name: unipc, steps: 4}"):
-        options = [part for wish in (*wishes, f"evaluate.sampler={sampler}") for part in ("--set", wish)]
-        done = graft("run", str(TINY), "--json", *options)
-        assert done.returncode == 0, done.stderr
-        outcomes.append(json.loads(done.stdout))
-    first, *others = outcomes
-    assert {step for step, state in states(first).items() if state == "cached"} >= {"features", "classifier"}
-    assert all(state == "cached" for one in others for step, state in states(one).items() if "evaluate" not in step)
-    distances = [one["results"]["stage2"]["distance"] for one in outcomes]
-    assert len(set(distances)) == 2 and all(map(math.isfinite, distances))
-    config = json.loads((tiny_copy.store / "artifacts" / keys(first)["base"] / "config.json").read_text())
+    sampled = [f"evaluate.sampler={{kind: {kind}, steps: 4}}" for kind in ("ode, method: heun", "scheduler, name: unipc")]
+    options = [[part for wish in (*wishes, sampler) for part in ("--set", wish)] for sampler in sampled]
+    done = graft("run", str(TINY), "--json", *options[0])
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert {step for step, state in states(outcome).items() if state == "cached"} >= {"features", "classifier"}
+    assert math.isfinite(outcome["results"]["stage2"]["distance"])
+    other = json.loads(graft("plan", str(TINY), "--json", *options[1]).stdout)  # sampled in another way
+    assert {step for step, state in states(other).items() if state != "cached"} == {"evaluate/stage2", "evaluate"}
+    config = json.loads((tiny_copy.store / "artifacts" / keys(outcome)["base"] / "config.json").read_text())
     assert config["rootstock"]["kind"] == "sit"
     refused = graft("run", str(TINY), "--set", model)
     assert refused.returncode == 2

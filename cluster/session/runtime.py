@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 
+TOO_SLOW = "timed out during startup"  # says Ray of a node that is not there after 30 s
 KEPT_IDLE_MS = 60_000  # that a process without work is kept, with what it has imported
 
 
@@ -98,9 +99,8 @@ def _joined(address: str) -> Iterator[None]:
 @contextmanager
 def _initialised(**settings: Any) -> Iterator[None]:
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
+        _begin(settings)
     except Exception as error:
-        ray.shutdown()  # of what had started
         reason = " ".join(str(error.__cause__ or error).split())
         if "_temp_dir" in settings:
             raise RayDidNotStart(f"{reason}; its logs are below {Path(settings['_temp_dir']).resolve()}") from error
@@ -109,6 +109,18 @@ def _initialised(**settings: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _begin(settings: Mapping[str, Any], tries: int = 3) -> None:
+    """Start Ray or join it; start it again where that took too long: on a busy machine it gives up after 30 s."""
+    for left in reversed(range(tries)):
+        try:
+            ray.init(logging_level="ERROR", log_to_driver=False, job_config=job_config(), **settings)
+            return
+        except Exception as error:
+            ray.shutdown()  # of what had started
+            if not left or TOO_SLOW not in str(error):
+                raise
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -347,6 +347,8 @@ def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
     for number, edit in enumerate(job.graft):
         if isinstance(edit, OperatorEdits) and edit.scions is not None:
             yield f"graft.{number}.scions", edit.scions
+    if job.evaluate.detector is not None:
+        yield from ((f"evaluate.detector.{name}", path) for name, path in job.evaluate.detector.weights().items())
 
 
 def _absent_weights(field: str, path: str) -> str | None:

@@ -7,10 +7,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
+from graftwork.specs.detector import ShapesSpec
 from graftwork.specs.hub import is_hub_id, whereabouts
 from graftwork.specs.job import JobSpec
+from graftwork.specs.problems import SpecError
 from graftwork.specs.rootstock import TextModel
 from graftwork.stages.data.sources import class_names
+from graftwork.stages.evaluation.geneval import prompts as geneval
+from graftwork.stages.evaluation.geneval.shapes import VOCABULARY as SHAPES
+from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL
 from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
 from graftwork.stages.text.prompts import read_prompts
 
@@ -21,11 +26,7 @@ def text_shortages(job: JobSpec) -> Iterator[str]:
         return
     if problem := missing_packages(job.text):
         yield problem
-    if job.evaluate.prompts is not None and Path(job.evaluate.prompts).exists():
-        try:
-            read_prompts(job.evaluate.prompts)
-        except ValueError as error:
-            yield str(error)
+    yield from _prompt_shortages(job)
     if not _encoder_is_here(job.text.path):
         return
     try:
@@ -36,6 +37,25 @@ def text_shortages(job: JobSpec) -> Iterator[str]:
     if channels != job.model.caption_channels:
         accepted = f"an encoder of {job.model.caption_channels} channels, as model.caption_channels says"
         yield f"text.path: got {job.text.path!r}, an encoder of {channels} channels; accepted: {accepted}"
+
+
+def _prompt_shortages(job: JobSpec) -> Iterator[str]:
+    """Yield a line for each thing that is wrong with the prompts, or with how many samples are drawn for them."""
+    path, evaluate = job.evaluate.prompts, job.evaluate
+    if path is None or not Path(path).exists():
+        return
+    try:
+        count = len(read_prompts(path))
+        if "geneval" in evaluate.metrics:
+            geneval.read_prompts(Path(path), SHAPES if isinstance(evaluate.detector, ShapesSpec) else GENEVAL)
+    except SpecError as error:
+        yield from (f"evaluate.prompts: {line}" for line in error.lines)
+    except ValueError as error:
+        yield str(error)
+    else:
+        if "geneval" in evaluate.metrics and evaluate.samples % count:
+            accepted = f"a multiple of {count:,}, the number of prompts; GenEval draws 4 for each, {4 * count:,}"
+            yield f"evaluate.samples: got {evaluate.samples:,}; accepted: {accepted}"
 
 
 def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
     texts.json             what they are, and the prompts
     states-00000.npy       (T,E) of all tokens of a shard's texts, one text after another; bf16 as its bits in uint16
     lengths-00000.npy      (n,) tokens of each of these texts
+    prompts.jsonl          of GenEval's prompts: what an image of each must show
 
 The texts are the captions of the data, in the order of their labels, then the prompts that samples are drawn for, then
 the empty one. The files are memory-mapped: of a batch, no more than its texts is read.
@@ -28,6 +29,7 @@ from graftwork.models.rootstocks import Rootstock
 from graftwork.stages.contract import Input
 
 META = "texts.json"
+GENEVAL_PROMPTS = "prompts.jsonl"  # where the prompts are GenEval's: what an image of each must show
 
 
 class TextsMeta(BaseModel):

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from graftwork.specs.codec import Codec
+from graftwork.specs.detector import Detector
 from graftwork.specs.evaluate import EvaluateSpec, Row
-from graftwork.specs.fields import LocalPath, Spec, Unkeyed
+from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.metrics import Metric
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
 from graftwork.stages.catalog.flops import RootstockFlops, graft_flops
 from graftwork.stages.catalog.inputs import features, hybrid, last_turn, rootstock, stream
-from graftwork.stages.catalog.reference import chosen_metrics, judges, networks
+from graftwork.stages.catalog.reference import chosen_metrics, held_against, judges, networks
 from graftwork.stages.stage import Needs, Stage, StepDraft, Work
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class SampleParams(Spec):
     samples: int
     batch: int
     metrics: tuple[Metric, ...]
+    detector: Annotated[Detector | None, KeyedIfSet()] = None
     sampler: Sampler
     precision: Precision = "fp32"
     keep_samples: bool = False
@@ -50,7 +52,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         yield _samples(job, row, needs | judges(metrics))
     needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
-    needs |= {f"reference/{metric}": f"reference/{metric}" for metric in metrics}
+    needs |= {f"reference/{metric}": f"reference/{metric}" for metric in held_against(metrics)}
     yield StepDraft("evaluate", EvaluateParams(seed=job.seed, recipe=job.evaluate), needs)
 
 
@@ -74,6 +76,7 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         samples=spec.samples,
         batch=spec.batch,
         metrics=metrics,
+        detector=spec.detector,
         sampler=spec.sampler,
         precision=spec.precision,
         keep_samples=spec.keep_samples,

@@ -43,7 +43,7 @@ class HeldoutParams(Spec):
 
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
-    metrics = chosen_metrics(job)
+    metrics = held_against(chosen_metrics(job))
     for metric in metrics:
         yield _training(job, metric) if METRICS[metric].reference == "training" else _given(job, metric)
     params = HeldoutParams(
@@ -75,6 +75,11 @@ def _given(job: JobSpec, metric: Metric) -> StepDraft:
 def chosen_metrics(job: JobSpec) -> tuple[Metric, ...]:
     """Return the job's metrics, each once, in an order that is the same however they were listed."""
     return tuple(sorted(set(job.evaluate.metrics)))
+
+
+def held_against(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Return the metrics that look at real images too, and hold samples against them."""
+    return tuple(metric for metric in metrics if METRICS[metric].reference != "none")
 
 
 def judges(metrics: Sequence[Metric]) -> Needs:

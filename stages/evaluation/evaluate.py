@@ -35,7 +35,7 @@ from graftwork.stages.artifacts.latents import read_meta
 from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import read_summary
-from graftwork.stages.evaluation.metrics import JUDGES
+from graftwork.stages.evaluation.metrics import JUDGES, Summary
 from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row, subjects
 from graftwork.stages.pictures.pictures import quality_against_cost
 
@@ -59,16 +59,22 @@ def _tabulate(context: Context) -> None:
     qualities = fan_out(_quality, context, list(costs), on_cpu)
     results = {row: quality | costs[row] for row, quality in zip(costs, qualities, strict=True)}
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
-    quality_against_cost(results, METRICS[_metrics(context)[0]].figures[0], context.out / "quality-cost")
+    *_, last = results.values()  # of a sampled row; its metrics' figures come first
+    quality_against_cost(results, next(iter(last)), context.out / "quality-cost")
 
 
 def _quality(context: Context, row: str, _: torch.device) -> dict[str, float]:
     """Return the figures of all metrics for a row."""
     columns: dict[str, float] = {}
+    folder, rootstock = context.input(f"rows/{row}"), "rows/rootstock"
     for metric in _metrics(context):
-        summary = read_summary(context.input(f"rows/{row}"), metric)
-        reference = read_summary(context.input(f"reference/{metric}"), metric)
-        columns |= JUDGES[metric].figures(summary, reference)
+        held = METRICS[metric].reference != "none"
+        if row == "heldout" and not held:
+            continue
+        reference = read_summary(context.input(f"reference/{metric}"), metric) if held else Summary(None)
+        columns |= JUDGES[metric].figures(read_summary(folder, metric), reference)
+        if row not in ("heldout", "rootstock") and rootstock in context.inputs:
+            columns |= JUDGES[metric].beside(folder, context.input(rootstock))
     return columns
 
 

@@ -53,11 +53,14 @@ class Scores:
     count: int = 0
     moments: dict[Metric, Moments] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # images of which something holds, by the figure's name
+    records: dict[Metric, list[str]] = field(default_factory=dict)  # a line an image
 
     def add(self, verdict: Verdict) -> None:
         self.count += verdict.count
         for metric, seen in verdict.by_metric.items():
             self.counts.update(seen.counts)
+            if seen.records:
+                self.records.setdefault(metric, []).extend(seen.records)
             if seen.features is not None:
                 more = Moments.of(seen.features)
                 self.moments[metric] = self.moments[metric] + more if metric in self.moments else more
@@ -68,6 +71,8 @@ class Scores:
         state |= {f"counts/{name}": torch.tensor(count) for name, count in self.counts.items()}
         for metric, moments in self.moments.items():
             state |= {f"{metric}.mean": moments.mean, f"{metric}.scatter": moments.scatter}
+        for metric, lines in self.records.items():
+            state[f"{metric}.records"] = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
         return state
 
     @classmethod
@@ -80,12 +85,19 @@ class Scores:
             if f"{metric}.mean" in state
         }
         counts = {name.removeprefix("counts/"): int(value) for name, value in state.items() if name[:7] == "counts/"}
-        return cls(count, moments, Counter(counts))
+        records = {
+            metric: state[f"{metric}.records"].numpy().tobytes().decode().split("\n")
+            for metric in metrics
+            if f"{metric}.records" in state
+        }
+        return cls(count, moments, Counter(counts), records)
 
     def write(self, folder: Path) -> None:
         """Leave `<metric>.npz` with mu and sigma of each metric's features, and `scores.json` with the shares."""
         for metric, moments in self.moments.items():
             moments.gaussian().write(statistics_file(folder, metric))
+        for metric, lines in self.records.items():
+            JUDGES[metric].write_records(lines, folder)
         shares = {name: count / self.count for name, count in self.counts.items()}
         (folder / SCORES).write_text(json.dumps({"samples": self.count, **shares}, separators=(",", ":")))
 

@@ -61,6 +61,8 @@ def quality_against_cost(results: Mapping[str, Mapping[str, float]], quality: st
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for row, columns in results.items():
+            if quality not in columns:
+                continue
             if columns["flops"] == 0:
                 axes.axhline(columns[quality], color="0.6", linestyle="--", label=row)
             else:

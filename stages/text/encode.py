@@ -6,6 +6,7 @@ or a stop. The encoder leaves its device with the step. Leaves what `stages.arti
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -17,12 +18,12 @@ from graftwork.cluster.session.runtime import options, room_for, settle
 from graftwork.specs.resources import StepResources
 from graftwork.specs.text import T5Text
 from graftwork.stages.artifacts.latents import read_meta
-from graftwork.stages.artifacts.texts import META, TextsMeta, write_shard
+from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, META, TextsMeta, write_shard
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context
 from graftwork.stages.features.features import link
 from graftwork.stages.text.encoder import Folders, TextEncoder, UnfitText, missing_packages
-from graftwork.stages.text.prompts import read_prompts
+from graftwork.stages.text.prompts import GENEVAL, read_prompts
 
 SHARD = 256  # texts: of 300 tokens of 4096 channels at most 630 MB
 WORTH_A_STREAM = 2  # shards: fewer are encoded in the step itself, before Ray Data has begun
@@ -39,6 +40,8 @@ def run(context: Context) -> None:
         channels=Folders(params.text.path).channels, tokens=params.tokens, captions=len(captions), prompts=prompts
     )
     encode(context, [*captions, *prompts, ""])
+    if params.prompts is not None and params.prompts.endswith(GENEVAL):
+        shutil.copyfile(params.prompts, context.out / GENEVAL_PROMPTS)
     (context.out / META).write_text(meta.model_dump_json(indent=1))
 
 

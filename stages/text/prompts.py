@@ -1,13 +1,16 @@
-"""A file of prompts, a line each."""
+"""A file of prompts: a line each, or a JSON object each, as GenEval's."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from graftwork.specs.problems import shown
 
 MAX_BYTES = 2**28
-ACCEPTED = "accepted: a file of prompts in UTF-8, a line each"
+GENEVAL = ".jsonl"
+ACCEPTED = "accepted: a file of prompts in UTF-8, a line each, or a .jsonl with `prompt` in each line"
 
 
 def read_prompts(path: str, field: str = "evaluate.prompts") -> tuple[str, ...]:
@@ -30,7 +33,21 @@ def read_prompts(path: str, field: str = "evaluate.prompts") -> tuple[str, ...]:
         raise misfit(f"which cannot be read ({error.strerror})") from None
     if "\0" in content:
         raise misfit("which is no text in UTF-8")
-    prompts = tuple(line for part in content.split("\n") if (line := part.strip()))
+    lines = {number: line for number, part in enumerate(content.split("\n"), 1) if (line := part.strip())}
+    prompts = (
+        tuple(lines.values()) if place.suffix != GENEVAL else tuple(_prompt_of(*one, misfit) for one in lines.items())
+    )
     if not prompts:
         raise misfit("with no prompt in it")
     return prompts
+
+
+def _prompt_of(number: int, line: str, misfit: Callable[[str], ValueError]) -> str:
+    """Return the prompt of a line of GenEval's; the rest of it is the metric's."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise misfit(f"whose line {number} has no prompt: {shown(line)}")
+    return prompt.strip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -32,9 +32,10 @@ class Seen:
 
     features: Tensor | None = None  # (n,d) float64
     counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
+    records: tuple[str, ...] = ()  # a line for each image, of metrics that keep one
 
     def cpu(self) -> Seen:
-        return Seen(None if self.features is None else self.features.cpu(), self.counts)
+        return Seen(None if self.features is None else self.features.cpu(), self.counts, self.records)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,16 @@ class Judge(ABC):
     @abstractmethod
     def figures(row: Summary, reference: Summary) -> dict[str, float]:
         """Return the figures of a row, in the order of the metric's columns. Needs no network and no GPU."""
+
+    @staticmethod
+    def write_records(records: Sequence[str], folder: Path) -> None:
+        """Leave the lines of a row's images, in their order; for metrics that keep some."""
+        raise NotImplementedError
+
+    @staticmethod
+    def beside(row: Path, rootstock: Path) -> dict[str, float]:
+        """Return the figures by which a row stands beside the rootstock, from the folders that both left."""
+        return {}
 
     @classmethod
     def read_reference(

@@ -1,0 +1,142 @@
+"""The `geneval` metric: whether samples show what their prompts say, by GenEval's rules and the detector of the job.
+
+Its figures carry the detector's name, since another detector gives another number: the share of each tag, and
+`geneval`, the mean of the tags' shares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from graftwork.specs.detector import Detector, Mask2FormerSpec
+from graftwork.specs.metrics import GenevalMetric
+from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, read_texts
+from graftwork.stages.contract import Context
+from graftwork.stages.evaluation.geneval.prompts import Prompt, read_prompts
+from graftwork.stages.evaluation.geneval.results import Result, paired_difference, read_results
+from graftwork.stages.evaluation.geneval.rules import DetectedObject, judge_image
+from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, PROMPT_TAGS, Vocabulary
+from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, register
+
+RESULTS = "geneval.jsonl"  # of a row: a line an image, as the published scorer writes them
+BOOTSTRAP_SEED = 0
+
+
+class ObjectDetector(Protocol):
+    """Finds objects in an image, and names their colours."""
+
+    name: str
+    vocabulary: Vocabulary
+
+    def detect(self, image: Image.Image, /) -> dict[str, list[DetectedObject]]: ...
+
+    def classify(self, image: Image.Image, class_name: str, objects: Sequence[DetectedObject], /) -> list[str]: ...
+
+
+@register(GenevalMetric)
+class GenevalJudge(Judge):
+    """A detector, and GenEval's rules."""
+
+    def __init__(self, context: Context, inception: str | None, device: torch.device) -> None:
+        texts = read_texts(context.inputs)
+        assert texts is not None
+        self.detector = load_detector(context.params.detector, device)
+        self.first = texts.meta.captions  # the label of the first prompt
+        self.prompts = read_prompts(texts.folder / GENEVAL_PROMPTS, self.detector.vocabulary)
+
+    def look(self, images: NDArray[np.uint8], labels: Tensor) -> Seen:
+        counts, records = Counter[str](), []
+        for pixels, label in zip(images, labels.tolist(), strict=True):
+            number = label - self.first
+            result = self._judged(_picture(pixels), number, self.prompts[number])
+            counts[self._counted(result.tag, "images")] += 1
+            counts[self._counted(result.tag, "correct")] += result.correct
+            records.append(result.line())
+        return Seen(counts=counts, records=tuple(records))
+
+    def _judged(self, image: Image.Image, number: int, prompt: Prompt) -> Result:
+        colours = partial(self.detector.classify, image)
+        judgement = judge_image(prompt, self.detector.detect(image), colours, self.detector.vocabulary.colours)
+        return Result.of_judgement(Path(f"{number:05d}/samples/0000.png"), prompt, judgement)
+
+    def _counted(self, tag: str, what: str) -> str:
+        return f"geneval:{_name(self.detector.name)}/{tag}/{what}"
+
+    @staticmethod
+    def figures(row: Summary, reference: Summary) -> dict[str, float]:
+        counted = {tuple(name.split("/")): share for name, share in row.shares.items() if name.startswith("geneval:")}
+        names = {name for name, _, _ in counted}
+        columns = {}
+        for name in names:
+            shares = {
+                tag: counted[name, tag, "correct"] / counted[name, tag, "images"]
+                for tag in PROMPT_TAGS
+                if (name, tag, "images") in counted
+            }
+            columns[name] = sum(shares.values()) / len(shares)
+            columns |= {f"{tag}:{name.partition(':')[2]}": share for tag, share in shares.items()}
+        return columns
+
+    @staticmethod
+    def write_records(records: Sequence[str], folder: Path) -> None:
+        """Leave the published scorer's lines, with the number of each image among those of its prompt."""
+        seen = Counter[str]()
+        with (folder / RESULTS).open("w", encoding="utf-8") as file:
+            for record in records:
+                line: dict[str, Any] = json.loads(record)
+                prompt = line["filename"].partition("/")[0]
+                line["filename"] = f"{prompt}/samples/{seen[prompt]:04d}.png"
+                seen[prompt] += 1
+                file.write(f"{json.dumps(line)}\n")
+
+    @staticmethod
+    def beside(row: Path, rootstock: Path) -> dict[str, float]:
+        """Return the difference to the rootstock, with the bounds of its 95% interval, over prompts and paired."""
+        first, second = (read_results(folder / RESULTS) for folder in (rootstock, row))
+        difference = paired_difference(first, second, np.random.default_rng(BOOTSTRAP_SEED))
+        values = {"gain": difference.difference, "gain_low": difference.low, "gain_high": difference.high}
+        return {f"{name}:geneval": value for name, value in values.items()}
+
+
+def load_detector(spec: Detector, device: torch.device) -> ObjectDetector:
+    """Return the detector of a job, on a device. Raise SpecError in one line if it cannot be loaded."""
+    if isinstance(spec, Mask2FormerSpec):
+        return _WithColours(spec, device)
+    from graftwork.stages.evaluation.geneval.shapes import ShapesDetector
+
+    return ShapesDetector()
+
+
+class _WithColours:
+    """Mask2Former with CLIP."""
+
+    vocabulary = GENEVAL
+
+    def __init__(self, spec: Mask2FormerSpec, device: torch.device) -> None:
+        from graftwork.stages.evaluation.geneval.colours import ClipColourClassifier
+        from graftwork.stages.evaluation.geneval.detector import Mask2FormerDetector
+
+        detector, colours = Mask2FormerDetector(spec.path, device), ClipColourClassifier(spec.colours, device)
+        self.name, self.detect, self.classify = detector.name, detector.detect, colours.classify
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return an image of (C,H,W)."""
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
+
+
+def _name(detector: str) -> str:
+    """Return a name as columns and MLflow take it."""
+    return re.sub(r"[^\w -]", "-", detector)
