@@ -174,15 +174,18 @@ def test_where_ray_does_not_start_its_logs_stay_and_are_named(tmp_path: Path, mo
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
+    begun = []
+
     def init(_temp_dir: str, **_: Any) -> None:
-        (Path(_temp_dir) / "session" / "logs").mkdir(parents=True)
+        begun.append(_temp_dir)
+        (Path(_temp_dir) / "session" / "logs").mkdir(parents=True, exist_ok=True)
         raise RuntimeError("The current node timed out\nduring startup.")
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(scratch.RayDidNotStart) as failed, runtime.session([], min_parallel=1):
         pass
     reason, _, folder = str(failed.value).partition("; its logs are below ")
-    assert reason == "The current node timed out during startup."
+    assert reason == "The current node timed out during startup." and len(begun) == 3
     assert folder.startswith(str(long)) and (Path(folder) / "session" / "logs").is_dir()
 
 

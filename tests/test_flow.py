@@ -209,11 +209,11 @@ def test_a_sit_goes_through_the_whole_job_and_another_sampler_costs_its_samples_
 ) -> None:
     model = "model={kind: sit, depth: 4, width: 32, heads: 2, patch: 2}"
     wishes = [model, "evaluate.rows=[stage2]", "finetune.control=false"]
-    sampled = [
-        f"evaluate.sampler={{kind: {kind}, steps: 4}}" for kind in ("ode, method: heun", "scheduler, name: unipc")
-    ]
-    options = [[part for wish in (*wishes, sampler) for part in ("--set", wish)] for sampler in sampled]
-    done = graft("run", str(TINY), "--json", *options[0])
+    heun, unipc = (
+        [part for wish in (*wishes, f"evaluate.sampler={{kind: {kind}, steps: 4}}") for part in ("--set", wish)]
+        for kind in ("ode, method: heun", "scheduler, name: unipc")
+    )
+    done = graft("run", str(TINY), "--json", *heun)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert {step for step, state in states(outcome).items() if state == "cached"} >= {"features", "classifier"}

@@ -119,7 +119,7 @@ def _begin(settings: Mapping[str, Any], tries: int = 3) -> None:
             return
         except Exception as error:
             ray.shutdown()  # of what had started
-            if not left or TOO_SLOW not in str(error):
+            if not left or TOO_SLOW not in " ".join(str(error).split()):
                 raise
 
 
