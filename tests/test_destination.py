@@ -23,7 +23,7 @@ from graftwork.pipeline.runs.record import RunRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.tracking import mlflow_database
 from graftwork.pipeline.tracking.destination import OWN, Destination, destination
-from graftwork.pipeline.tracking.outbox import waiting
+from graftwork.pipeline.tracking.held_back import waiting
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import load

@@ -29,7 +29,7 @@ from graftwork.pipeline.store.manifest import Origin
 from graftwork.pipeline.tracking import entries, outbox
 from graftwork.pipeline.tracking import tracker as track
 from graftwork.pipeline.tracking.destination import Destination
-from graftwork.pipeline.tracking.outbox import waiting
+from graftwork.pipeline.tracking.held_back import waiting
 from graftwork.pipeline.tracking.tracker import Tracker
 from graftwork.specs.reading.load import load
 from tests.conftest import GRAFT, TINY, Finished, Graft, keys

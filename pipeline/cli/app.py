@@ -262,7 +262,7 @@ def status(
     from graftwork.pipeline.execution import remote
     from graftwork.pipeline.runs import record
     from graftwork.pipeline.store.artifacts import Store
-    from graftwork.pipeline.tracking.outbox import waiting
+    from graftwork.pipeline.tracking.held_back import waiting
 
     if address is not None and name is not None:
         _relay("status", [name], address, store, as_json, debug)

@@ -28,7 +28,7 @@ from graftwork.pipeline.store.errors import StoreError
 from graftwork.pipeline.store.leases import Lease, LeaseOwner, LeaseSnapshot, LeaseWatch
 from graftwork.pipeline.store.manifest import Manifest, RottenArtifact
 from graftwork.pipeline.tracking.destination import Destination, destination
-from graftwork.pipeline.tracking.outbox import waiting
+from graftwork.pipeline.tracking.held_back import waiting
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.secrets import redacted
 
