@@ -7,13 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from graftwork.specs.fields import NotANumber
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import named, shown
-from graftwork.specs.reading.schema import kind_of, sections_of
+from graftwork.specs.reading.schema import JOB, Place, Section, kind_of
 
 NAME = "letters, digits, '.', '_' and '-', at most 100 in all, the first a letter or a digit"  # specs.job.Name
 
@@ -39,7 +38,7 @@ def describe(problem: ErrorDetails) -> str:
     return f"{path or 'job'}: got {value}; accepted: {_accepted(problem, holds)}"
 
 
-def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:
+def _accepted(problem: ErrorDetails, holds: Sequence[Section]) -> str:
     """What is accepted, where pydantic's own words are about Python."""
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if isinstance(given, NotANumber) and given.too_large:
@@ -59,12 +58,12 @@ def _accepted(problem: ErrorDetails, holds: Sequence[type[BaseModel]]) -> str:
     return plain.get(kind) or re.sub(r"^(Input should be|Value should be|String should have) ", "", problem["msg"])
 
 
-def _mapping(holds: Sequence[type[BaseModel]]) -> str:
+def _mapping(holds: Sequence[Section]) -> str:
     kinds = sorted(filter(None, map(kind_of, holds)))
     return f"a mapping with a kind: {', '.join(kinds)}" if len(kinds) > 1 else "a mapping"
 
 
-def _wanted(name: str | int, section: type[BaseModel] | None, holds: Sequence[type[BaseModel]]) -> str:
+def _wanted(name: str | int, section: Section | None, holds: Sequence[Section]) -> str:
     """What a field that is missing may be."""
     field = section.model_fields.get(str(name)) if section else None
     if field is not None and field.description:
@@ -77,22 +76,19 @@ def _wanted(name: str | int, section: type[BaseModel] | None, holds: Sequence[ty
     return "a value; the field is required"
 
 
-def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
+def _locate(location: Sequence[str | int]) -> tuple[str, Section | None, Sequence[Section]]:
     """The path without pydantic's union tags, the section that has its last field, and the sections it may hold."""
     path: list[str] = []
-    section: type[BaseModel] | None = None
-    holds: list[type[BaseModel]] = [JobSpec]
-    chosen: type[BaseModel] | None = JobSpec  # of these, the one that the location goes on in
+    section: Section | None = None
+    place = JOB
+    holds = place.sections
     for step in location:
-        tagged = next((one for one in holds if chosen is None and kind_of(one) == step), None)
-        if tagged is not None:
-            chosen = tagged
+        if (tagged := place.of_kind(step)) is not None:
+            place = tagged
             continue
         path.append(named(step))
-        if isinstance(step, int):
-            continue
-        section = chosen
-        field = section.model_fields.get(step) if section is not None else None
-        holds = sections_of(field.annotation) if field is not None else []
-        chosen = holds[0] if len(holds) == 1 else None
+        if not isinstance(step, int):
+            section = place.section
+            place = place.below(step) if section is not None else Place(())
+            holds = place.sections  # whichever of them the location goes on in
     return ".".join(path), section, holds

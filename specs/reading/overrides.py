@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Discriminator
-from pydantic.fields import FieldInfo
 
-from graftwork.specs.job import JobSpec
 from graftwork.specs.paths import UnknownInPath, expand
 from graftwork.specs.problems import SpecError, named, shown
 from graftwork.specs.reading.safe_yaml import MAX_DEPTH, parsed, read_yaml
-from graftwork.specs.reading.schema import kind_of, members_of, sections_of
+from graftwork.specs.reading.schema import place_at
 
 MAX_FILES = 16  # that extend each other
 EXTENDS = "the path of another job's file, from this one: it gives the fields that this file leaves out"
@@ -73,26 +70,8 @@ def merged(base: dict[str, Any], over: dict[str, Any], above: tuple[str, ...] = 
 
 def _differs(section: dict[str, Any], kind: object, path: Sequence[str]) -> bool:
     """Whether the section at `path` is of another kind than the one asked for, if any."""
-    present = section.get("kind") or _default_kind(path)
+    present = section.get("kind") or place_at(path).default_kind
     return kind is not None and present is not None and kind != present
-
-
-def _default_kind(path: Sequence[str]) -> str | None:
-    """The kind of the section at `path` where it does not say: a list's index is a step of the path, too."""
-    sections: list[type[BaseModel]] = [JobSpec]
-    field: FieldInfo | None = None
-    for step in path:
-        if not step.isdecimal():
-            field = next((one.model_fields[step] for one in sections if step in one.model_fields), None)
-            sections = sections_of(field.annotation) if field is not None else []
-    if field is None:
-        return None
-    if len(sections) == 1:
-        return kind_of(sections[0])
-    for part in members_of(field.annotation):
-        if isinstance(part, Discriminator) and callable(part.discriminator):
-            return str(part.discriminator({}))
-    return getattr(field.default, "kind", None)
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
