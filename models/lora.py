@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
+
 from torch import nn
 
+ACCEPTED = "accepted: such as attn.qkv, attn.proj, mlp.fc1, mlp.fc2"
 
-def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    """Add to each linear layer a trainable update of low rank (arXiv 2106.09685), 0 at first, and freeze the rest."""
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None = None,
+    apart: Collection[nn.Module] = (),
+) -> None:
+    """Add to linear layers a trainable update of low rank (arXiv 2106.09685), 0 at first, and freeze the rest.
+
+    targets: endings of the names of those layers; all if None. apart: modules that get none and are not frozen.
+    Raise ValueError with a line if no layer has such a name.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds: it brings transformers along
 
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears), model)
+    left_out = {id(part) for module in apart for part in module.modules()}
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in left_out and _is_target(name, targets)
+    ]
+    if not linears:
+        raise ValueError(f"lora.targets: got {list(targets or ())}, endings of no linear layer's name; {ACCEPTED}")
+    whole = "|".join(map(re.escape, linears))  # a list would be taken for endings
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=f"({whole})"), model)
+    for module in apart:
+        module.requires_grad_()
+
+
+def _is_target(name: str, targets: Sequence[str] | None) -> bool:
+    return targets is None or any(name == end or name.endswith(f".{end}") for end in targets)
 
 
 def merge_lora(model: nn.Module) -> None:

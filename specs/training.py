@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, refuse
+from graftwork.specs.fields import KeyedIfSet, Line, Spec, Unkeyed, refuse
 
 Positive = Annotated[float, Field(gt=0)]
 # Of products of matrices and convolutions. tf32 rounds the factors to 10 bits on a GPU; a CPU computes it as fp32.
@@ -84,9 +84,24 @@ class DeepSpeedSpec(Spec):
     zero: Literal[1, 2, 3] = Field(2, description="ZeRO stage")
 
 
-class FinetuneSpec(TrainingSpec):
-    """Stage 2 (arXiv 2506.05340): all parameters of the grafted model, on a small share of the data."""
+class LoraSpec(Spec):
+    """Updates of low rank (arXiv 2106.09685) to the linear layers of the rootstock, merged into them at the end."""
 
+    rank: int = Field(16, ge=1, le=65_536)
+    alpha: float = Field(8.0, gt=0, description="the update is multiplied by alpha / rank")
+    targets: tuple[Line, ...] | None = Field(
+        None, min_length=1, description="endings of the names of linear layers, as [attn.qkv, mlp.fc1]; by default all"
+    )
+
+
+class FinetuneSpec(TrainingSpec):
+    """Stage 2 (arXiv 2506.05340): the grafted model on a small share of the data; by default all of its parameters."""
+
+    train: Annotated[Literal["all", "scions", "lora"], KeyedIfSet("all")] = Field(
+        "all",
+        description="all parameters; or the scions of the job's plan alone; or these whole, and all else by LoRA",
+    )
+    lora: Annotated[LoraSpec | None, KeyedIfSet()] = Field(None, description="for train: lora, other than its defaults")
     fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, the same of each class")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
     precision: Precision = Field("fp32", description=PRECISION)
@@ -95,6 +110,8 @@ class FinetuneSpec(TrainingSpec):
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:
+        if self.lora is not None and self.train != "lora":
+            refuse(["lora"], self.lora.model_dump(mode="json"), "nothing, or train: lora beside it")
         if self.compile and self.deepspeed.zero == 3:
             refuse(["compile"], True, "false where deepspeed.zero is 3, whose gathering of weights breaks the code up")
         return self

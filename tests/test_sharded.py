@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 from graftwork.cluster.training.deepspeed_engine import ShardedEngine
 from graftwork.models.condition import Condition
+from graftwork.models.lora import add_lora
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.numerics.streams import generator, initialising
 from graftwork.specs.training import FinetuneSpec
@@ -32,6 +33,12 @@ def model():
         made = DiT(DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=12, heads=3, num_classes=3))
         made.initialise()
         torch.nn.init.normal_(made.final_layer.linear.weight, std=0.1)
+    return made
+
+def partly():  # LoRA, and one operator whole
+    made = model()
+    with initialising(0, "lora"):
+        add_lora(made, 2, 4.0, ["attn.qkv", "mlp.fc1"], [made.blocks[1].attn])
     return made
 
 def steps(engine, first, last, batch=4, passes=1):
@@ -80,6 +87,7 @@ def furthest(a, b):
 found = {}
 plain = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6)
 uneven = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6, batch=3)
+frozen_plain = train(PlainEngine(partly(), clip=1.0, ema=0.9, state=None), 0, 6)
 in_parts = train(PlainEngine(model(), clip=1.0, ema=0.9, state=None), 0, 6, batch=3, passes=2)
 found["plain"] = {"parts_to_whole": furthest(uneven, in_parts)}
 for zero in (1, 2, 3):
@@ -95,6 +103,15 @@ for zero in (1, 2, 3):
         keeps = kept
         parted = FinetuneSpec(**recipe.model_dump() | {"micro_batch": 1})
         whole = uneven if precision == "fp32" else train(ShardedEngine(model(), parted, None), 0, 6, batch=3)
+        lora = [partly() for _ in range(3)]
+        learned = train(ShardedEngine(lora[0], recipe, None), 0, 6)
+        halfway = train(ShardedEngine(lora[1], recipe, None), 0, 3)
+        found[f"zero{zero} {precision} lora"] = {
+            "names": sorted(learned) == sorted(frozen_plain),
+            "to_plain": furthest(learned, frozen_plain),
+            "to_resumed": furthest(learned, train(ShardedEngine(lora[2], recipe, halfway), 3, 6)),
+            "moved": furthest(learned, halfway),
+        }
         found[f"zero{zero} {precision}"] = {
             "parts_to_whole": furthest(whole, train(ShardedEngine(model(), parted, None), 0, 6, batch=3, passes=2)),
             "kept": keeps,
@@ -113,6 +130,7 @@ open(f"{sys.argv[1]}{dist.get_rank()}", "w").write(json.dumps(found))
 dist.barrier()
 """
 
+FROZEN = [f"zero{zero} {precision} lora" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
 ENGINES = [f"zero{zero} {precision}" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
 Found = dict[str, dict[str, float]]
 
@@ -146,7 +164,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return outcome
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES + FROZEN)
 def test_a_resumed_engine_ends_in_the_same_bits(found: Found, engine: str) -> None:
     assert found[engine]["moved"] > 0
     assert found[engine]["to_resumed"] == 0
@@ -157,14 +175,15 @@ def test_blocks_that_keep_no_activations_end_in_the_same_bits(found: Found, engi
     assert found[engine]["to_sparing"] == 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES + FROZEN)
 def test_its_state_has_the_names_of_the_plain_engine(found: Found, engine: str) -> None:
     assert found[engine]["names"]
 
 
+@pytest.mark.parametrize("trained", ["", " lora"])
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_in_fp32_it_does_what_the_plain_engine_does(found: Found, zero: int) -> None:
-    assert found[f"zero{zero} fp32"]["to_plain"] < 1e-4
+def test_in_fp32_it_does_what_the_plain_engine_does(found: Found, zero: int, trained: str) -> None:
+    assert found[f"zero{zero} fp32{trained}"]["to_plain"] < 1e-4
 
 
 @pytest.mark.parametrize("engine", ["plain", *ENGINES])

@@ -74,19 +74,25 @@ def _config(recipe: FinetuneSpec, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
 class ShardedEngine:
-    """One worker's share of a model in training; `state` is what an earlier engine's `state()` returned."""
+    """One worker's share of a model in training; `state` is what an earlier engine's `state()` returned.
+
+    Parameters that are frozen are in no state, and have no EMA.
+    """
 
     def __init__(self, model: nn.Module, recipe: FinetuneSpec, state: Mapping[str, Tensor] | None) -> None:
-        names = [name for name, _ in model.named_parameters()]
+        trained = _trained(model)
         if state is not None:
-            model.load_state_dict({name: state[f"weights/{name}"] for name in names}, strict=False)
-        start = {name: value.detach().clone() for name, value in model.named_parameters()}
+            model.load_state_dict({name: state[f"weights/{name}"] for name in trained}, strict=False)
+        start = {name: value.detach().clone() for name, value in trained.items()}
         device = next(model.parameters()).device
         self.outline = outline(model, torch.device("meta"))  # before DeepSpeed takes the model apart
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0, fused=True
-        )
+        optimizer = torch.optim.AdamW(trained.values(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -97,7 +103,7 @@ class ShardedEngine:
             optimizer.register_step_pre_hook(self._clip)
         self.recipe = recipe
         self.dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        self.parameters = dict(self.engine.module.named_parameters())
+        self.parameters = _trained(self.engine.module)
         if state is None:
             # bf16 rounded the weights on their way in; the fp32 ones start from what was given.
             self._scatter(start)

@@ -6,16 +6,21 @@ batches, noise and timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
+from graftwork.models.lora import add_lora, merge_lora
+from graftwork.models.numerics.streams import initialising
 from graftwork.models.rootstocks import Rootstock
+from graftwork.models.surgery import scion_at
 from graftwork.specs.edits import Edit
+from graftwork.specs.training import FinetuneSpec, LoraSpec
 from graftwork.stages.artifacts.hybrids import with_distilled_scions, with_fresh_scions
 from graftwork.stages.artifacts.latents import read
+from graftwork.stages.artifacts.plan import read_plan
 from graftwork.stages.catalog.finetune import FinetuneParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet
@@ -31,6 +36,8 @@ def run(context: Context) -> None:
     weights, curve = final_weights(context.partial)
     model, edits = _start(context)
     model.load_state_dict(weights, strict=False)
+    if params.recipe.train == "lora":
+        merge_lora(model)
     checkpoints.save(model, edits, context.out)
     loss_curve(curve, "finetuning loss", context.out / "loss")
 
@@ -59,4 +66,22 @@ def finetune(context: Context, device: torch.device) -> None:
 def _start(context: Context) -> tuple[Rootstock, Sequence[Edit]]:
     params: FinetuneParams = context.params
     build = with_distilled_scions if params.scions == "distilled" else with_fresh_scions
-    return build(context, params.seed)
+    model, edits = build(context, params.seed)
+    freeze(model, read_plan(context.input("select")), params.recipe, params.seed)
+    return model, edits
+
+
+def freeze(model: Rootstock, plan: Iterable[Edit], recipe: FinetuneSpec, seed: int) -> None:
+    """Leave trainable what the recipe trains: all, the plan's scions, or these and LoRA on all else.
+
+    The scion of a pair is its two blocks. Raise ValueError with a line for LoRA on layers that are not there.
+    """
+    scions = [scion_at(model, edit.site) for edit in plan]
+    if recipe.train == "scions":
+        model.requires_grad_(False)
+        for scion in scions:
+            scion.requires_grad_()
+    elif recipe.train == "lora":
+        lora = recipe.lora or LoraSpec()
+        with initialising(seed, "finetune", "lora"):
+            add_lora(model, lora.rank, lora.alpha, lora.targets, apart=scions)
