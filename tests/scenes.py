@@ -65,7 +65,8 @@ weights: {kind: pretrain, steps: 20, batch: 16, lr: 1e-3, warmup: 5, ema: 0.9, w
 graft:
   - {target: mha, operator: {kind: hyena_x, kernel: 4}, layers: {kind: interleaved, ratio: 0.5}}
 distill: {samples: 32, heldout: 16, epochs: 4, batch: 16, lr: 1e-3}
-finetune: {fraction: 1.0, steps: 8, batch: 16, lr: 5e-4, warmup: 2, ema: 0.9, caption_dropout: 0.2, control: false}
+finetune: {fraction: 1.0, steps: 8, batch: 16, lr: 5e-4, warmup: 2, ema: 0.9, caption_dropout: 0.2,
+  control: false, train: lora, lora: {rank: 2}}
 evaluate:
   samples: 12
   batch: 6
