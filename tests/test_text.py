@@ -132,6 +132,7 @@ def test_texts_that_are_too_long_are_refused_and_counted_or_cut_where_asked_for(
         (lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"torn"), "cannot be read"),
         (lambda folder: _without(folder / "text_encoder/model.safetensors", "final_layer_norm"), "without the weights"),
         (lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text("{"), "whose tokenizer cannot be read"),
+        (lambda folder: _of_another_config(folder, num_layers=1), "has no place for, encoder.block.1"),
     ],
 )
 def test_an_encoder_that_is_none_or_not_whole_is_one_line(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
@@ -141,6 +142,23 @@ def test_an_encoder_that_is_none_or_not_whole_is_one_line(tmp_path: Path, spoil,
         TextEncoder(spec_of(tmp_path), TOKENS, CPU)(["a"])
     line = str(caught.value)
     assert line.startswith("text.path: got ") and said in line and "; accepted: " in line and "\n" not in line
+
+
+def _of_another_config(folder: Path, **changed: int) -> None:
+    file = folder / "text_encoder/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def test_an_encoder_without_a_tokenizer_is_refused_for_which_the_library_makes_one_up(encoder: Path) -> None:
+    with pytest.raises(UnfitText, match=r"text.path: got .*, without the files of a tokenizer; accepted: "):
+        Tokenizer(spec_of(encoder / "text_encoder"), TOKENS)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_has_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(spec_of(write_encoder(tmp_path, vocab_size=100)), TOKENS)
+    assert tokenizer(["0"])
+    with pytest.raises(UnfitText, match="a tokenizer with token 125, for an encoder of 100 tokens; accepted: "):
+        tokenizer(["0", "z"])
 
 
 def _without(file: Path, part: str) -> None:
@@ -173,6 +191,13 @@ def test_a_file_without_prompts_is_one_line(tmp_path: Path, content: bytes, said
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"evaluate.prompts: got .*{said}.*; accepted: "):
         read_prompts(str(tmp_path / "p.txt"))
+
+
+@pytest.mark.parametrize("line", ['{"tag": "colors"}', '{"prompt": " "}', '{"prompt": "half \\ud800"}', '["a"]', "a"])
+def test_a_line_of_jsonl_without_a_prompt_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"whose line 2 has no prompt: .*; accepted: "):
+        read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_prompts_are_lines(tmp_path: Path) -> None:
@@ -388,6 +413,18 @@ def test_packages_that_are_not_there_are_named(tmp_path: Path, encoder: Path, mo
     monkeypatch.setattr(text_encoder, "find_spec", lambda name: None if name == "ftfy" else object())
     (line,) = shortages(job_of(tmp_path, encoder))
     assert line.startswith("text.clean: got true, without ftfy; accepted: pip install 'graftwork[text]'")
+
+
+def test_the_same_bytes_are_other_prompts_in_a_file_of_another_format(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    keys = []
+    for name in ("p.txt", "p.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a ring"}\n')
+        document = job_of(tmp_path, encoder)
+        document["evaluate"]["prompts"] = str(tmp_path / name)
+        steps = make_plan(job_from(document, ()), Contents()).steps
+        keys.append(next(step.key for step in steps if step.name == "text"))
+    assert keys[0] != keys[1] == keys[2]
 
 
 def test_steps_that_run_a_model_need_its_texts_and_others_do_not(tmp_path: Path, encoder: Path) -> None:
