@@ -348,10 +348,15 @@ DIGITS = {"kind": "digits"}
         ({"text": None}, "text", "got nothing; accepted: {kind: t5, path: ..}, for a pixart, which is told texts"),
         ({"data": DIGITS}, "data.kind", "got 'digits'; accepted: captions, for a pixart"),
         ({"weights": {"kind": "pretrain", "label_dropout": 0.2}}, "weights.label_dropout", "caption_dropout"),
+        (
+            {"weights": {"kind": "pretrain", "label_std": 0.3}},
+            "weights.label_std",
+            "accepted: no label_std, for a pixart",
+        ),
         ({"finetune": {"label_dropout": 0.1}}, "finetune.label_dropout", "accepted: caption_dropout"),
         ({"finetune": {"caption_dropout": 0}}, "finetune.caption_dropout", "trains the empty text"),
         ({"weights": {"kind": "checkpoint", "path": "a.pth", "classes": "fresh"}}, "weights.classes", "no classes"),
-        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "the classifier learns classes"),
+        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "[geneval, fid]; the classifier"),
         ({"model": DIT}, "text", "accepted: no text, for a dit, which is told classes"),
         ({"model": DIT, "text": None}, "data.kind", "accepted: digits or image_folder, for a dit"),
         ({"model": DIT, "text": None, "data": DIGITS, "evaluate": {"prompts": "a"}}, "evaluate.prompts", "no prompts"),
@@ -395,6 +400,37 @@ def test_captions_and_prompts_are_looked_at_before_anything_runs(tmp_path: Path,
     document["evaluate"]["prompts"] = str(tmp_path / "p.txt")
     captions, prompts = shortages(document)
     assert captions.startswith("data.path: ") and prompts.startswith("evaluate.prompts: ")
+
+
+def judged(tmp_path: Path, encoder: Path, detector: dict[str, str], name: str, side: int = 16) -> dict[str, Any]:
+    """A job that GenEval's rules judge, of one prompt about an object."""
+    captioned(tmp_path / "data")
+    prompt = {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(prompt))
+    evaluate = {"samples": 4, "metrics": ["geneval"], "detector": detector, "prompts": str(tmp_path / "p.jsonl")}
+    document = job_of(tmp_path, encoder, evaluate=evaluate)
+    document["data"]["image_size"] = side
+    return document
+
+
+def test_scenes_of_another_size_are_not_for_the_detector_of_shapes(tmp_path: Path, encoder: Path) -> None:
+    assert shortages(judged(tmp_path, encoder, {"kind": "shapes"}, "ring")) == []
+    (line,) = shortages(judged(tmp_path, encoder, {"kind": "shapes"}, "ring", side=32))
+    assert line.startswith("evaluate.detector.kind: got 'shapes', for images of 32 pixels; accepted: mask2former, or ")
+
+
+def test_a_detector_of_another_kind_is_refused_before_anything_runs(tmp_path: Path, encoder: Path) -> None:
+    for name, kind in (("m", "mask2former"), ("c", "clip")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    good = {"kind": "mask2former", "path": str(tmp_path / "m"), "colours": str(tmp_path / "c")}
+    assert shortages(judged(tmp_path, encoder, good, "dog")) == []
+    swapped = good | {"path": good["colours"], "colours": str(tmp_path)}
+    first, second = shortages(judged(tmp_path, encoder, swapped, "dog"))
+    assert (
+        first.startswith("evaluate.detector.path: got ") and "says 'clip'; accepted: a folder or hub id of a" in first
+    )
+    assert second.startswith("evaluate.detector.colours: got ") and "without a config.json of a clip" in second
 
 
 def test_a_run_measures_its_texts_before_anything_starts(tmp_path: Path, encoder: Path) -> None:
