@@ -14,6 +14,7 @@ import torch
 from graftwork.models.condition import EMPTY_TEXT, Condition
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
 from graftwork.models.sampling import sample
+from graftwork.pipeline import api
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
@@ -461,6 +462,13 @@ def test_the_same_bytes_are_other_prompts_in_a_file_of_another_format(tmp_path: 
         steps = make_plan(job_from(document, ()), Contents()).steps
         keys.append(next(step.key for step in steps if step.name == "text"))
     assert keys[0] != keys[1] == keys[2]
+
+
+def test_a_card_names_the_text_encoder_without_its_folder(tmp_path: Path, encoder: Path) -> None:
+    job = job_from(job_of(tmp_path, encoder), ()).model_dump(mode="json")
+    recipe = api._recipe(job)
+    assert recipe["text"]["path"] == encoder.name and recipe["text"]["precision"] == "bf16"
+    assert "text" not in api._recipe(job | {"text": None})
 
 
 def test_steps_that_run_a_model_need_its_texts_and_others_do_not(tmp_path: Path, encoder: Path) -> None:
