@@ -217,10 +217,7 @@ def export(
     card = Card(
         title=run_record.run,
         rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
-        recipe={
-            section: _without_folders(job[section])
-            for section in ("seed", "data", "graft", "distill", "finetune", "evaluate")
-        },
+        recipe=_recipe(job),
         results=run_record.results,
         keys={one.name: one.key for one in run_record.steps},
     )
@@ -229,6 +226,12 @@ def export(
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return out
+
+
+def _recipe(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a job that a model card has; `text` where the model is told texts."""
+    sections = ("seed", "data", "text", "graft", "distill", "finetune", "evaluate")
+    return {name: _without_folders(job[name]) for name in sections if job.get(name) is not None}
 
 
 def _without_folders(value: Any) -> Any:

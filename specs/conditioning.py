@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from graftwork.specs.rootstock import CheckpointWeights
+from graftwork.specs.rootstock import CheckpointWeights, PretrainWeights
 from graftwork.specs.training import TrainingSpec
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def _of_texts(job: JobSpec) -> Iterator[Refusal]:
         yield ["data", "kind"], job.data.kind, f"captions, {why}"
     if isinstance(job.weights, CheckpointWeights) and job.weights.classes is not None:
         yield ["weights", "classes"], job.weights.classes, f"no classes, {why}"
+    if isinstance(job.weights, PretrainWeights) and "label_std" in job.weights.model_fields_set:
+        yield ["weights", "label_std"], job.weights.label_std, f"no label_std, {why}"
     for field, recipe in trainings(job).items():
         if "label_dropout" in recipe.model_fields_set:
             yield [*field, "label_dropout"], recipe.label_dropout, f"caption_dropout, {why}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from graftwork.specs.fields import Spec, Unkeyed, WeightsPath
 class Mask2FormerSpec(Spec):
     """Mask2Former on COCO, and CLIP for colours: the published detector's architecture, read by transformers."""
 
+    model_types: ClassVar[Mapping[str, str]] = {"path": "mask2former", "colours": "clip"}  # in their config.json
     kind: Literal["mask2former"] = "mask2former"
     # The content of both is in the key.
     path: Annotated[WeightsPath, Unkeyed()] = Field(
@@ -30,6 +31,7 @@ class Mask2FormerSpec(Spec):
 class ShapesSpec(Spec):
     """Rules that find squares, crosses, triangles and rings in four colours, of scenes as our testbed's."""
 
+    model_types: ClassVar[Mapping[str, str]] = {}
     kind: Literal["shapes"] = "shapes"
 
     def weights(self) -> Mapping[str, str]:

@@ -67,7 +67,7 @@ class ClassifierMetric(MetricSpec):
         if not isinstance(job.codec, PixelCodec):
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), "[fid]; the classifier reads pixels only")
         if job.model.told == "texts":
-            accepted = f"[fid]; the classifier learns classes, and a {job.model.kind} is told texts"
+            accepted = f"[geneval, fid]; the classifier learns classes, and a {job.model.kind} is told texts"
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 

@@ -60,6 +60,15 @@ def text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def is_text(value: str) -> bool:
+    """Return whether it can be written as UTF-8: an escape in JSON may stand for half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: object) -> str:
     """A value as an error line shows it: short, on one line."""
     from pydantic import BaseModel  # not to load it for those who have no spec to show

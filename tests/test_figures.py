@@ -21,6 +21,16 @@ STEP = StepRecord(name="base", key="0" * 64, state="done")
 SHOWN = ("8.091", "479,560", "41.4 MFLOP", "35.44 ms", "2.18 MB")
 
 
+def test_a_run_shows_the_figures_that_real_images_lack(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = {"params": 0, "flops": 0}
+    figures = {"rootstock": {"geneval": 0.5}, "stage2": {"geneval": 0.25, "gain": -0.25}}
+    results = {"heldout": costs} | {row: columns | costs for row, columns in figures.items()}
+    show_results(RunRecord(run="r", name="r", status="finished", started="", steps=[], results=results, job={}))
+    header, heldout, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["row", "geneval", "gain", "params", "flops"] and heldout == "heldout"
+    assert [row.split() for row in rows] == [["rootstock", "0.5"], ["stage2", "0.25", "-0.25"]]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [

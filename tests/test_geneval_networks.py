@@ -6,6 +6,7 @@ import json
 import string
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from graftwork.specs.detector import Mask2FormerSpec
 from graftwork.specs.problems import SpecError
 from graftwork.stages.evaluation.geneval.colours import ClipColourClassifier, object_crop
 from graftwork.stages.evaluation.geneval.detector import (
@@ -28,6 +30,7 @@ from graftwork.stages.evaluation.geneval.pretrained import model_name
 from graftwork.stages.evaluation.geneval.prompts import Prompt
 from graftwork.stages.evaluation.geneval.rules import DetectedObject, judge_image
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, GENEVAL_NAMES
+from graftwork.stages.evaluation.metrics.geneval import load_detector
 
 CPU = torch.device("cpu")
 COCO_NAMES = {name: own for own, name in list(GENEVAL_NAMES.items())[:3]}  # COCO's own, where they are others
@@ -291,6 +294,25 @@ def test_an_images_objects_are_those_of_the_networks_output(detector: Mask2Forme
 @pytest.mark.usefixtures("small_input")
 def test_a_random_detector_finds_nothing_above_genevals_score(mask2former: Path) -> None:
     assert Mask2FormerDetector(str(mask2former), CPU).detect(picture(40, 30)) == {}
+
+
+def test_a_job_reads_the_revision_of_a_hub_id_that_its_key_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers, asked for the id, would fetch a newer one."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    networks = {"detector.Mask2FormerDetector": MagicMock(), "colours.ClipColourClassifier": MagicMock()}
+    for name in ("m", "c"):
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").touch()
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    for name, network in networks.items():
+        monkeypatch.setattr(f"graftwork.stages.evaluation.geneval.{name}", network)
+    load_detector(Mask2FormerSpec(path="org/m", colours="org/c"), CPU)
+    places = [network.call_args.args[0] for network in networks.values()]
+    assert places == [str(tmp_path / f"models--org--{name}/snapshots/0123") for name in ("m", "c")]
 
 
 def test_a_detector_does_not_train(detector: Mask2FormerDetector) -> None:

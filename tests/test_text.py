@@ -14,6 +14,7 @@ import torch
 from graftwork.models.condition import EMPTY_TEXT, Condition
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
 from graftwork.models.sampling import sample
+from graftwork.pipeline import api
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
@@ -132,6 +133,7 @@ def test_texts_that_are_too_long_are_refused_and_counted_or_cut_where_asked_for(
         (lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"torn"), "cannot be read"),
         (lambda folder: _without(folder / "text_encoder/model.safetensors", "final_layer_norm"), "without the weights"),
         (lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text("{"), "whose tokenizer cannot be read"),
+        (lambda folder: _of_another_config(folder, num_layers=1), "has no place for, encoder.block.1"),
     ],
 )
 def test_an_encoder_that_is_none_or_not_whole_is_one_line(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
@@ -141,6 +143,23 @@ def test_an_encoder_that_is_none_or_not_whole_is_one_line(tmp_path: Path, spoil,
         TextEncoder(spec_of(tmp_path), TOKENS, CPU)(["a"])
     line = str(caught.value)
     assert line.startswith("text.path: got ") and said in line and "; accepted: " in line and "\n" not in line
+
+
+def _of_another_config(folder: Path, **changed: int) -> None:
+    file = folder / "text_encoder/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def test_an_encoder_without_a_tokenizer_is_refused_for_which_the_library_makes_one_up(encoder: Path) -> None:
+    with pytest.raises(UnfitText, match=r"text.path: got .*, without the files of a tokenizer; accepted: "):
+        Tokenizer(spec_of(encoder / "text_encoder"), TOKENS)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_has_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(spec_of(write_encoder(tmp_path, vocab_size=100)), TOKENS)
+    assert tokenizer(["0"])
+    with pytest.raises(UnfitText, match="a tokenizer with token 125, for an encoder of 100 tokens; accepted: "):
+        tokenizer(["0", "z"])
 
 
 def _without(file: Path, part: str) -> None:
@@ -173,6 +192,13 @@ def test_a_file_without_prompts_is_one_line(tmp_path: Path, content: bytes, said
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"evaluate.prompts: got .*{said}.*; accepted: "):
         read_prompts(str(tmp_path / "p.txt"))
+
+
+@pytest.mark.parametrize("line", ['{"tag": "colors"}', '{"prompt": " "}', '{"prompt": "half \\ud800"}', '["a"]', "a"])
+def test_a_line_of_jsonl_without_a_prompt_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"whose line 2 has no prompt: .*; accepted: "):
+        read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_prompts_are_lines(tmp_path: Path) -> None:
@@ -323,10 +349,15 @@ DIGITS = {"kind": "digits"}
         ({"text": None}, "text", "got nothing; accepted: {kind: t5, path: ..}, for a pixart, which is told texts"),
         ({"data": DIGITS}, "data.kind", "got 'digits'; accepted: captions, for a pixart"),
         ({"weights": {"kind": "pretrain", "label_dropout": 0.2}}, "weights.label_dropout", "caption_dropout"),
+        (
+            {"weights": {"kind": "pretrain", "label_std": 0.3}},
+            "weights.label_std",
+            "accepted: no label_std, for a pixart",
+        ),
         ({"finetune": {"label_dropout": 0.1}}, "finetune.label_dropout", "accepted: caption_dropout"),
         ({"finetune": {"caption_dropout": 0}}, "finetune.caption_dropout", "trains the empty text"),
         ({"weights": {"kind": "checkpoint", "path": "a.pth", "classes": "fresh"}}, "weights.classes", "no classes"),
-        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "the classifier learns classes"),
+        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "[geneval, fid]; the classifier"),
         ({"model": DIT}, "text", "accepted: no text, for a dit, which is told classes"),
         ({"model": DIT, "text": None}, "data.kind", "accepted: digits or image_folder, for a dit"),
         ({"model": DIT, "text": None, "data": DIGITS, "evaluate": {"prompts": "a"}}, "evaluate.prompts", "no prompts"),
@@ -372,6 +403,37 @@ def test_captions_and_prompts_are_looked_at_before_anything_runs(tmp_path: Path,
     assert captions.startswith("data.path: ") and prompts.startswith("evaluate.prompts: ")
 
 
+def judged(tmp_path: Path, encoder: Path, detector: dict[str, str], name: str, side: int = 16) -> dict[str, Any]:
+    """A job that GenEval's rules judge, of one prompt about an object."""
+    captioned(tmp_path / "data")
+    prompt = {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(prompt))
+    evaluate = {"samples": 4, "metrics": ["geneval"], "detector": detector, "prompts": str(tmp_path / "p.jsonl")}
+    document = job_of(tmp_path, encoder, evaluate=evaluate)
+    document["data"]["image_size"] = side
+    return document
+
+
+def test_scenes_of_another_size_are_not_for_the_detector_of_shapes(tmp_path: Path, encoder: Path) -> None:
+    assert shortages(judged(tmp_path, encoder, {"kind": "shapes"}, "ring")) == []
+    (line,) = shortages(judged(tmp_path, encoder, {"kind": "shapes"}, "ring", side=32))
+    assert line.startswith("evaluate.detector.kind: got 'shapes', for images of 32 pixels; accepted: mask2former, or ")
+
+
+def test_a_detector_of_another_kind_is_refused_before_anything_runs(tmp_path: Path, encoder: Path) -> None:
+    for name, kind in (("m", "mask2former"), ("c", "clip")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    good = {"kind": "mask2former", "path": str(tmp_path / "m"), "colours": str(tmp_path / "c")}
+    assert shortages(judged(tmp_path, encoder, good, "dog")) == []
+    swapped = good | {"path": good["colours"], "colours": str(tmp_path)}
+    first, second = shortages(judged(tmp_path, encoder, swapped, "dog"))
+    assert (
+        first.startswith("evaluate.detector.path: got ") and "says 'clip'; accepted: a folder or hub id of a" in first
+    )
+    assert second.startswith("evaluate.detector.colours: got ") and "without a config.json of a clip" in second
+
+
 def test_a_run_measures_its_texts_before_anything_starts(tmp_path: Path, encoder: Path) -> None:
     captioned(tmp_path / "data")
     document = job_of(tmp_path, encoder)
@@ -388,6 +450,25 @@ def test_packages_that_are_not_there_are_named(tmp_path: Path, encoder: Path, mo
     monkeypatch.setattr(text_encoder, "find_spec", lambda name: None if name == "ftfy" else object())
     (line,) = shortages(job_of(tmp_path, encoder))
     assert line.startswith("text.clean: got true, without ftfy; accepted: pip install 'graftwork[text]'")
+
+
+def test_the_same_bytes_are_other_prompts_in_a_file_of_another_format(tmp_path: Path, encoder: Path) -> None:
+    captioned(tmp_path / "data")
+    keys = []
+    for name in ("p.txt", "p.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a ring"}\n')
+        document = job_of(tmp_path, encoder)
+        document["evaluate"]["prompts"] = str(tmp_path / name)
+        steps = make_plan(job_from(document, ()), Contents()).steps
+        keys.append(next(step.key for step in steps if step.name == "text"))
+    assert keys[0] != keys[1] == keys[2]
+
+
+def test_a_card_names_the_text_encoder_without_its_folder(tmp_path: Path, encoder: Path) -> None:
+    job = job_from(job_of(tmp_path, encoder), ()).model_dump(mode="json")
+    recipe = api._recipe(job)
+    assert recipe["text"]["path"] == encoder.name and recipe["text"]["precision"] == "bf16"
+    assert "text" not in api._recipe(job | {"text": None})
 
 
 def test_steps_that_run_a_model_need_its_texts_and_others_do_not(tmp_path: Path, encoder: Path) -> None:

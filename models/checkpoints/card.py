@@ -15,7 +15,14 @@ from graftwork.specs.figures import figure
 from graftwork.specs.hub import is_hub_id
 
 TAGS = ("grafting", "diffusion-transformer")
-PLACES = ("path", "scions", "reference", "inception")  # fields of a job that hold a path or a hub id
+PLACES = (
+    "path",
+    "scions",
+    "reference",
+    "inception",
+    "prompts",
+    "colours",
+)  # fields of a job that hold a path or a hub id
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def show_run(run: RunRecord) -> None:
 def show_results(run: RunRecord) -> None:
     if not run.results:
         return
-    names = list(next(iter(run.results.values())))
+    # The last row has every figure; that of real images lacks those of metrics that judge samples alone.
+    names = list(dict.fromkeys(name for row in reversed(run.results.values()) for name in row))
     columns(
         [["row", *names]]
         + [[row, *(figure(name, run.results[row].get(name)) for name in names)] for row in run.results]

@@ -1,19 +1,21 @@
-"""What can be known to be wrong with a job's texts and their encoder before anything starts."""
+"""What can be known to be wrong with a job's texts, their encoder and their detector before anything starts."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
 from graftwork.specs.detector import ShapesSpec
-from graftwork.specs.hub import is_hub_id, whereabouts
+from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
 from graftwork.specs.job import JobSpec
-from graftwork.specs.problems import SpecError
+from graftwork.specs.problems import SpecError, shown
 from graftwork.specs.rootstock import TextModel
 from graftwork.stages.data.sources import class_names
 from graftwork.stages.evaluation.geneval import prompts as geneval
+from graftwork.stages.evaluation.geneval.shapes import SIDE
 from graftwork.stages.evaluation.geneval.shapes import VOCABULARY as SHAPES
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL
 from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
@@ -27,6 +29,7 @@ def text_shortages(job: JobSpec) -> Iterator[str]:
     if problem := missing_packages(job.text):
         yield problem
     yield from _prompt_shortages(job)
+    yield from _detector_shortages(job)
     if not _encoder_is_here(job.text.path):
         return
     try:
@@ -56,6 +59,35 @@ def _prompt_shortages(job: JobSpec) -> Iterator[str]:
         if "geneval" in evaluate.metrics and evaluate.samples % count:
             accepted = f"a multiple of {count:,}, the number of prompts; GenEval draws 4 for each, {4 * count:,}"
             yield f"evaluate.samples: got {evaluate.samples:,}; accepted: {accepted}"
+
+
+def _detector_shortages(job: JobSpec) -> Iterator[str]:
+    """Yield a line for what the detector, where it is on this machine, cannot find objects with."""
+    detector = job.evaluate.detector
+    if detector is None or "geneval" not in job.evaluate.metrics:
+        return
+    if isinstance(detector, ShapesSpec) and job.data.image_size != SIDE:
+        accepted = f"mask2former, or data.image_size {SIDE}: its shapes are of scenes of {SIDE} pixels a side"
+        yield f"evaluate.detector.kind: got 'shapes', for images of {job.data.image_size} pixels; accepted: {accepted}"
+    for name, path in detector.weights().items():
+        folder = local_snapshot(path) if is_hub_id(path) else Path(path)
+        if folder is None or not folder.exists():
+            continue  # `absent` says so
+        wanted, kind = detector.model_types[name], _model_type(folder)
+        if kind != wanted:
+            got = f"without a config.json of a {wanted}" if kind is None else f"whose config.json says {shown(kind)}"
+            accepted = f"a folder or hub id of a {wanted}, as transformers reads it"
+            yield f"evaluate.detector.{name}: got {path!r}, {got}; accepted: {accepted}"
+
+
+def _model_type(folder: Path) -> str | None:
+    """Return what the config.json of a model says that it is; None if there is none, or it does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from graftwork.specs.rootstock import TextModel
 from graftwork.specs.text import T5Text
 from graftwork.stages.catalog.inputs import IMAGES
 from graftwork.stages.stage import External, Stage, StepDraft
+from graftwork.stages.text.prompts import GENEVAL
 
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
@@ -26,11 +27,13 @@ class TextParams(Spec):
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     if job.text is None or not isinstance(job.model, TextModel):
         return
-    external = [External("encoder", job.text.path, "text.path")]
+    external, outside = [External("encoder", job.text.path, "text.path")], {}
     if job.evaluate.prompts is not None:
         external.append(External("prompts", job.evaluate.prompts, "evaluate.prompts"))
+        if job.evaluate.prompts.endswith(GENEVAL):  # the same bytes are other prompts in a file of another name
+            outside = {"prompts_format": "jsonl"}
     params = TextParams(text=job.text, tokens=job.model.text_tokens, prompts=job.evaluate.prompts)
-    yield StepDraft("text", params, IMAGES, external=tuple(external), precision=job.text.precision, spreads=True)
+    yield StepDraft("text", params, IMAGES, outside, tuple(external), precision=job.text.precision, spreads=True)
 
 
 STAGE = Stage(

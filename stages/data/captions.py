@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graftwork.specs.data import CaptionsData
-from graftwork.specs.problems import plain, shown, text
+from graftwork.specs.problems import is_text, plain, shown, text
 from graftwork.stages.data.images import IMAGE_SUFFIXES
 from graftwork.stages.data.listing import counted, listed, listed_once
 
@@ -163,7 +163,7 @@ class _Folder:
                 has = ", ".join(shown(str(one)) for one in list(row)[:8]) or "nothing"
                 what = f"no {name}" if value is None else f"a {name} that is no text, {shown(value)}"
                 raise self._bad_line(table, number, f"has {what}, but {has}")
-            if not _is_text(value):
+            if not is_text(value):
                 raise self._bad_line(table, number, f"has a {name} with half a character, {shown(value)}")
             values.append(value)
         return values[0], values[1]
@@ -219,15 +219,6 @@ def _suffix(name: str) -> str:
 
 def _beside(name: str) -> str:
     return f"{posixpath.splitext(name)[0]}.txt"
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: an escape in JSON may stand for half a character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _one_line(caption: str) -> str:

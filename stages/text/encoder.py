@@ -24,6 +24,7 @@ FAMILY = ("t5", "mt5", "umt5")  # `model_type` of encoders with these states
 CLEANING = {"ftfy": "ftfy", "bs4": "beautifulsoup4"}  # module -> package
 ACCEPTED = "a folder with a T5 encoder and its tokenizer, or of a pipeline that has them as text_encoder and tokenizer"
 MAX_NAMED = 3
+MIN_VOCABULARY = 2  # tokens beside those of special meaning; one that is made up has the blank alone
 
 
 class UnfitText(ValueError):
@@ -93,6 +94,9 @@ class Tokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever the library raises for what it finds there
             raise _unfit(folder, f"whose tokenizer cannot be read ({_first_line(error)})") from None
+        # Beside an encoder without a tokenizer the library makes one up, to which all words are unknown.
+        if len(self.tokenizer) - len(set(self.tokenizer.all_special_tokens)) < MIN_VOCABULARY:
+            raise _unfit(folder, "without the files of a tokenizer")
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, cleaned. Raise UnfitText for texts of too many, unless they may be cut."""
@@ -102,8 +106,16 @@ class Tokenizer:
         long = [place for place, one in enumerate(numbers) if len(one) > self.tokens]
         if long and not self.text.truncate:
             raise UnfitText(self._too_long([(texts[place], len(numbers[place])) for place in long]))
+        self._require_known(numbers)
         end = self.tokenizer.eos_token_id
         return [self._cut(one, end) for one in numbers]
+
+    def _require_known(self, numbers: Sequence[Sequence[int]]) -> None:
+        """Raise UnfitText for a token that the encoder has no embedding of: it belongs to another tokenizer."""
+        folders = Folders(self.text.path)
+        largest, vocabulary = max((max(one, default=0) for one in numbers), default=0), folders.config.get("vocab_size")
+        if isinstance(vocabulary, int) and largest >= vocabulary:
+            raise _unfit(folders.tokenizer, f"a tokenizer with token {largest}, for an encoder of {vocabulary} tokens")
 
     def _cut(self, numbers: list[int], end: int | None) -> list[int]:
         """Return the first tokens, the last of them the one that ends a text, as a tokenizer that truncates does."""
@@ -141,6 +153,9 @@ class TextEncoder:
             raise _unfit(folders.encoder, f"whose encoder cannot be read ({_first_line(error)})") from None
         if absent := sorted(loading["missing_keys"]):
             raise _unfit(folders.encoder, f"without the weights {first_few(absent, MAX_NAMED)}")
+        if more := sorted(name for name in loading["unexpected_keys"] if name.startswith("encoder.block.")):
+            problem = f"with weights that its config.json has no place for, {first_few(more, MAX_NAMED)}"
+            raise _unfit(folders.encoder, problem)
         return model.eval().to(self.device)
 
     def __call__(self, texts: Sequence[str]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from graftwork.specs.problems import shown
+from graftwork.specs.problems import is_text, shown
 
 MAX_BYTES = 2**28
 GENEVAL = ".jsonl"
@@ -35,7 +35,7 @@ def read_prompts(path: str, field: str = "evaluate.prompts") -> tuple[str, ...]:
         raise misfit("which is no text in UTF-8")
     lines = {number: line for number, part in enumerate(content.split("\n"), 1) if (line := part.strip())}
     prompts = (
-        tuple(lines.values()) if place.suffix != GENEVAL else tuple(_prompt_of(*one, misfit) for one in lines.items())
+        tuple(_prompt_of(*one, misfit) for one in lines.items()) if path.endswith(GENEVAL) else tuple(lines.values())
     )
     if not prompts:
         raise misfit("with no prompt in it")
@@ -48,6 +48,6 @@ def _prompt_of(number: int, line: str, misfit: Callable[[str], ValueError]) -> s
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise misfit(f"whose line {number} has no prompt: {shown(line)}")
     return prompt.strip()

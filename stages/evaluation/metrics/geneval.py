@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from graftwork.specs.detector import Detector, Mask2FormerSpec
+from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import GenevalMetric
 from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, read_texts
 from graftwork.stages.contract import Context
@@ -128,7 +129,9 @@ class _WithColours:
         from graftwork.stages.evaluation.geneval.colours import ClipColourClassifier
         from graftwork.stages.evaluation.geneval.detector import Mask2FormerDetector
 
-        detector, colours = Mask2FormerDetector(spec.path, device), ClipColourClassifier(spec.colours, device)
+        # Not by a hub id, for which transformers would fetch a newer revision than the one in the step's key.
+        path, colours_path = (str(local_path(path)) for path in (spec.path, spec.colours))
+        detector, colours = Mask2FormerDetector(path, device), ClipColourClassifier(colours_path, device)
         self.name, self.detect, self.classify = detector.name, detector.detect, colours.classify
 
 
