@@ -218,7 +218,7 @@ def test_a_sit_goes_through_the_whole_job_and_another_sampler_costs_its_samples_
     outcome = json.loads(done.stdout)
     assert {step for step, state in states(outcome).items() if state == "cached"} >= {"features", "classifier"}
     assert math.isfinite(outcome["results"]["stage2"]["distance"])
-    other = json.loads(graft("plan", str(TINY), "--json", *options[1]).stdout)
+    other = json.loads(graft("plan", str(TINY), "--json", *unipc).stdout)
     assert {step for step, state in states(other).items() if state != "cached"} == {"evaluate/stage2", "evaluate"}
     config = json.loads((tiny_copy.store / "artifacts" / keys(outcome)["base"] / "config.json").read_text())
     assert config["rootstock"]["kind"] == "sit"
