@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.fields import refuse
+from graftwork.specs.text import JSON_PROMPTS
 
 if TYPE_CHECKING:
     from graftwork.specs.evaluate import EvaluateSpec
@@ -104,7 +105,7 @@ class GenevalMetric(MetricSpec):
     def check_section(cls, evaluate: EvaluateSpec) -> None:
         if evaluate.detector is None:
             refuse(["detector"], None, DETECTOR)
-        if evaluate.prompts is None or not evaluate.prompts.endswith(".jsonl"):
+        if evaluate.prompts is None or not evaluate.prompts.endswith(JSON_PROMPTS):
             accepted = (
                 f"with metrics [geneval], evaluation_metadata.jsonl, of {GENEVAL_REPOSITORY}, or one in its format"
             )

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from graftwork.specs.fields import Spec, Unkeyed, WeightsPath
 
+JSON_PROMPTS = ".jsonl"  # how the name of a file of prompts ends that has a JSON object a line, as GenEval's
+
 
 class T5Text(Spec):
     """A T5 encoder with its tokenizer, as PixArt-Sigma's pipelines have them: a folder or a hub id, of such a pipeline

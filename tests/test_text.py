@@ -15,7 +15,7 @@ from graftwork.models.condition import EMPTY_TEXT, Condition
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
 from graftwork.models.sampling import sample
 from graftwork.pipeline import api
-from graftwork.pipeline.planning import preflight
+from graftwork.pipeline.planning import preflight, texts
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.planning.texts import check_texts
@@ -443,6 +443,16 @@ def test_a_run_measures_its_texts_before_anything_starts(tmp_path: Path, encoder
     assert list(check_texts(job_from(document, ()), ["base"])) == []
     document["text"]["truncate"] = True
     assert list(check_texts(job_from(document, ()), ["text"])) == []
+
+
+def test_a_run_measures_of_many_captions_those_that_may_be_too_long(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "MEASURED", 1)
+    monkeypatch.setattr(texts, "_captions", lambda _: ("first", "short", "x" * 38, "y" * 39, "z" * 40))
+    job = job_from(job_of(tmp_path, encoder), ())
+    assert texts._measured(job, spec_of(encoder), 40) == ["first", "y" * 39, "z" * 40]
+    assert texts._measured(job, spec_of(encoder, truncate=True), 40) == ["first"]
 
 
 def test_packages_that_are_not_there_are_named(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

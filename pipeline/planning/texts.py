@@ -13,6 +13,7 @@ from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError, shown
 from graftwork.specs.rootstock import TextModel
+from graftwork.specs.text import T5Text
 from graftwork.stages.data.sources import class_names
 from graftwork.stages.evaluation.geneval import prompts as geneval
 from graftwork.stages.evaluation.geneval.shapes import SIDE
@@ -20,6 +21,8 @@ from graftwork.stages.evaluation.geneval.shapes import VOCABULARY as SHAPES
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL
 from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
 from graftwork.stages.text.prompts import read_prompts
+
+MEASURED = 1000  # captions that a run counts the tokens of before it starts, however short they are
 
 
 def text_shortages(job: JobSpec) -> Iterator[str]:
@@ -91,17 +94,30 @@ def _model_type(folder: Path) -> str | None:
 
 
 def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
-    """Yield a line if the pending `text` step would refuse texts for their length, or the tokenizer."""
+    """Yield a line if the pending `text` step would refuse texts for their length, or the tokenizer.
+
+    Captions that are short for sure are not measured, but for the first of them: a million would take an hour.
+    """
     if job.text is None or "text" not in pending or not isinstance(job.model, TextModel):
         return
-    if not _encoder_is_here(job.text.path) or job.text.truncate:
+    if not _encoder_is_here(job.text.path):
         return
     if not num_gpus_here():
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, which comes with the tokenizers, warns else
     try:
-        Tokenizer(job.text, job.model.text_tokens)([*_captions(job), *_prompts(job)])
+        Tokenizer(job.text, job.model.text_tokens)([*_measured(job, job.text, job.model.text_tokens), *_prompts(job)])
     except UnfitText as error:
         yield str(error)
+
+
+def _measured(job: JobSpec, text: T5Text, tokens: int) -> list[str]:
+    """Return the first captions and, unless texts are cut, those that may be of more tokens.
+
+    A token is at least a byte, but for two: one that begins a text and one that ends it.
+    """
+    captions = _captions(job)
+    long = [] if text.truncate else [one for one in captions[MEASURED:] if len(one.encode()) + 2 > tokens]
+    return [*captions[:MEASURED], *long]
 
 
 def _captions(job: JobSpec) -> tuple[str, ...]:

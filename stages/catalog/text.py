@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed
 from graftwork.specs.rootstock import TextModel
-from graftwork.specs.text import T5Text
+from graftwork.specs.text import JSON_PROMPTS, T5Text
 from graftwork.stages.catalog.inputs import IMAGES
 from graftwork.stages.stage import External, Stage, StepDraft
-from graftwork.stages.text.prompts import GENEVAL
 
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
@@ -30,7 +29,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     external, outside = [External("encoder", job.text.path, "text.path")], {}
     if job.evaluate.prompts is not None:
         external.append(External("prompts", job.evaluate.prompts, "evaluate.prompts"))
-        if job.evaluate.prompts.endswith(GENEVAL):  # the same bytes are other prompts in a file of another name
+        if job.evaluate.prompts.endswith(JSON_PROMPTS):  # the same bytes are other prompts in a file of another name
             outside = {"prompts_format": "jsonl"}
     params = TextParams(text=job.text, tokens=job.model.text_tokens, prompts=job.evaluate.prompts)
     yield StepDraft("text", params, IMAGES, outside, tuple(external), precision=job.text.precision, spreads=True)

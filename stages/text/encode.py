@@ -16,14 +16,14 @@ import torch
 
 from graftwork.cluster.session.runtime import options, room_for, settle
 from graftwork.specs.resources import StepResources
-from graftwork.specs.text import T5Text
+from graftwork.specs.text import JSON_PROMPTS, T5Text
 from graftwork.stages.artifacts.latents import read_meta
 from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, META, TextsMeta, write_shard
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context
 from graftwork.stages.features.features import link
 from graftwork.stages.text.encoder import Folders, TextEncoder, UnfitText, missing_packages
-from graftwork.stages.text.prompts import GENEVAL, read_prompts
+from graftwork.stages.text.prompts import read_prompts
 
 SHARD = 256  # texts: of 300 tokens of 4096 channels at most 630 MB
 WORTH_A_STREAM = 2  # shards: fewer are encoded in the step itself, before Ray Data has begun
@@ -40,7 +40,7 @@ def run(context: Context) -> None:
         channels=Folders(params.text.path).channels, tokens=params.tokens, captions=len(captions), prompts=prompts
     )
     encode(context, [*captions, *prompts, ""])
-    if params.prompts is not None and params.prompts.endswith(GENEVAL):
+    if params.prompts is not None and params.prompts.endswith(JSON_PROMPTS):
         shutil.copyfile(params.prompts, context.out / GENEVAL_PROMPTS)
     (context.out / META).write_text(meta.model_dump_json(indent=1))
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from graftwork.specs.problems import is_text, shown
+from graftwork.specs.text import JSON_PROMPTS
 
 MAX_BYTES = 2**28
-GENEVAL = ".jsonl"
 ACCEPTED = "accepted: a file of prompts in UTF-8, a line each, or a .jsonl with `prompt` in each line"
 
 
@@ -35,7 +35,9 @@ def read_prompts(path: str, field: str = "evaluate.prompts") -> tuple[str, ...]:
         raise misfit("which is no text in UTF-8")
     lines = {number: line for number, part in enumerate(content.split("\n"), 1) if (line := part.strip())}
     prompts = (
-        tuple(_prompt_of(*one, misfit) for one in lines.items()) if path.endswith(GENEVAL) else tuple(lines.values())
+        tuple(_prompt_of(*one, misfit) for one in lines.items())
+        if path.endswith(JSON_PROMPTS)
+        else tuple(lines.values())
     )
     if not prompts:
         raise misfit("with no prompt in it")
