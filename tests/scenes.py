@@ -70,6 +70,7 @@ finetune: {fraction: 1.0, steps: 8, batch: 16, lr: 5e-4, warmup: 2, ema: 0.9, ca
 evaluate:
   samples: 12
   batch: 6
+  rows: [rootstock, stage2]
   metrics: [geneval]
   prompts: PROMPTS
   detector: {kind: shapes}

@@ -217,7 +217,7 @@ def test_a_job_whose_layers_gates_choose_finetunes_what_the_search_trained(tmp_p
     document["graft"][0]["layers"] |= {"finetune_from": "search", "search": search}
     document["distill"] |= {"epochs": 2, "milestones": []}
     document["finetune"] |= {"steps": 4, "control": False}
-    document["evaluate"] |= {"samples": 10, "batch": 10}
+    document["evaluate"] |= {"samples": 10, "batch": 10, "rows": ["stage2"]}
     (tmp_path / "learned.yaml").write_text(yaml.safe_dump(document))
     done = graft("run", "learned.yaml", "--json")
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,13 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 # Long enough to be stopped on its way, and without a checkpoint of its own accord.
-LONG = ("finetune.steps=200", "finetune.checkpoint_every=10000", "finetune.control=false", "evaluate.samples=20")
+LONG = (
+    "finetune.steps=200",
+    "finetune.checkpoint_every=10000",
+    "finetune.control=false",
+    "evaluate.samples=20",
+    "evaluate.rows=[stage2]",
+)
 JOB = [str(TINY), *(word for setting in LONG for word in ("--set", setting))]
 
 

@@ -20,7 +20,7 @@ def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Gra
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     artifacts = tmp_path / ".graftwork" / "artifacts"
-    for row in ("rootstock", "stage1", "stage2"):
+    for row in ("rootstock", "stage2"):
         folder, figures = artifacts / keys(outcome)[f"evaluate/{row}"], outcome["results"][row]
         results = read_results(folder / "geneval.jsonl")
         assert [result.place for result in results] == [(number, sample) for sample in (0, 1) for number in range(6)]
@@ -29,4 +29,4 @@ def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Gra
     assert "geneval:shapes" not in outcome["results"]["heldout"]
     planned = graft("plan", str(job), "--json", "--set", "evaluate.samples=6")
     pending = {step for step, state in states(json.loads(planned.stdout)).items() if state != "cached"}
-    assert pending == {"reference/heldout", "evaluate/rootstock", "evaluate/stage1", "evaluate/stage2", "evaluate"}
+    assert pending == {"reference/heldout", "evaluate/rootstock", "evaluate/stage2", "evaluate"}
