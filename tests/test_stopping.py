@@ -21,6 +21,9 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 # Long enough to be stopped on its way, and without a checkpoint of its own accord.
 LONG = (
+    *("finetune.steps=200", "finetune.checkpoint_every=10000", "finetune.control=false"),
+    *("evaluate.samples=20", "evaluate.rows=[stage2]"),
+)
     "finetune.steps=200",
     "finetune.checkpoint_every=10000",
     "finetune.control=false",
