@@ -24,12 +24,6 @@ LONG = (
     *("finetune.steps=200", "finetune.checkpoint_every=10000", "finetune.control=false"),
     *("evaluate.samples=20", "evaluate.rows=[stage2]"),
 )
-    "finetune.steps=200",
-    "finetune.checkpoint_every=10000",
-    "finetune.control=false",
-    "evaluate.samples=20",
-    "evaluate.rows=[stage2]",
-)
 JOB = [str(TINY), *(word for setting in LONG for word in ("--set", setting))]
 
 
