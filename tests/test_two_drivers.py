@@ -21,8 +21,8 @@ def steps_done(*logs: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_drivers_of_one_job_and_one_of_another_do_each_step_once(distilled: Path, tmp_path: Path) -> None:
-    job = ("run", str(TINY), "--set", "finetune.control=false")
-    job += ("--set", "finetune.steps=200")  # long enough to be paused on its way
+    long = ("--set", "finetune.steps=200")  # enough to be paused on its way
+    job = ("run", str(TINY), *long, "--set", "finetune.control=false")
     first = Driver(*job, cwd=tmp_path)
     first.wait_for(lambda: "] finetune: 2" in first.log.read_text(), "finetune")
     with first.paused():  # until the others have come
