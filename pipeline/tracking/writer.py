@@ -19,19 +19,17 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunStatus, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from graftwork.pipeline.runs.record import RunRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import RottenArtifact
-from graftwork.pipeline.tracking import mlflow_database, mlflow_server
+from graftwork.pipeline.tracking import mlflow_server
 from graftwork.pipeline.tracking.destination import Destination
 from graftwork.pipeline.tracking.entries import (
     MAX_METRICS,
@@ -45,14 +43,13 @@ from graftwork.pipeline.tracking.entries import (
     Tags,
     Values,
 )
-from graftwork.pipeline.tracking.mlflow_database import restoring
-from graftwork.pipeline.tracking.mlflow_server import find_experiment, one_line
+from graftwork.pipeline.tracking.mlflow_runs import MlflowExperiment, MlflowRuns
+from graftwork.pipeline.tracking.mlflow_server import one_line
 from graftwork.pipeline.tracking.outbox import Gone, Refused, Unanswered
 
 MAX_TAGS = 100  # and at most so many parameters, that MLflow takes at once
 MAX_LOST_FILES = 3  # one after another, before no more are tried
 LOST_SECONDS = 60.0  # that none is tried then
-ID = "graftwork.id"  # the tag by which a run is found whose creation was not answered
 T = TypeVar("T")
 
 
@@ -62,12 +59,16 @@ class MlflowWriter:
     def __init__(self, destination: Destination, record: RunRecord, store: Store) -> None:
         """Raises SpecError."""
         self.uri = destination.address  # said here, not entry by entry
-        self.destination, self.record, self.store = destination, record, store
-        self.ids: dict[str, str] = {}  # name -> MLflow run, seen to be there
+        self.destination, self.store = destination, store
+        self.experiment = MlflowExperiment(destination)
+        self.runs = MlflowRuns(self.experiment, record)
         self.curves: dict[str, dict[str, set[int]]] = {}  # name -> metric -> its points that stand
-        self.doubtful: set[str] = set()  # names under which an unanswered request may yet make another run
         self.lost_files = 0  # one after another, that could not be put where MLflow keeps files
         self.lost_at = 0.0  # when the last one was tried
+
+    @property
+    def client(self) -> MlflowClient:
+        return self.experiment.client
 
     def take(self, entry: AnyEntry) -> None:
         """Deliver an entry, for the first time or again; raises Unanswered, Refused or Gone."""
@@ -86,51 +87,39 @@ class MlflowWriter:
             case Readings():
                 self._readings(entry)
             case Values():
-                self._log_metrics(self._id(entry.run), self._unknown(entry))
+                self._log_metrics(self.runs.id(entry.run), self._unknown(entry))
             case Tags():
                 for some in _pieces([RunTag(name, value) for name, value in entry.tags.items()], MAX_TAGS):
-                    self._log_batch(self._id(entry.run), tags=some)
+                    self._log_batch(self.runs.id(entry.run), tags=some)
             case File():
-                self._file(self._id(entry.run), entry)
+                self._file(self.runs.id(entry.run), entry)
             case Json():
-                self._log_file(self._id(entry.run), entry.name, json.dumps(entry.content, indent=2).encode())
+                self._log_file(self.runs.id(entry.run), entry.name, json.dumps(entry.content, indent=2).encode())
             case End():
-                run = self._id(entry.run)
-                if entry.run in self.doubtful:
-                    self._delete_others(self._search(entry.run), run)
+                run = self.runs.id(entry.run)
+                self.runs.settle(entry.run)
                 self.client.set_terminated(run, entry.status, end_time=entry.at)
             case LateEnd():
-                found = self._find(entry.run)
+                found = self.runs.find(entry.run)
                 if found is not None and self.client.get_run(found).info.status != "FINISHED":
                     for last in entry.ending:
                         self._take(last)
 
     def _begin(self, entry: Begin) -> None:
         params: Mapping[str, str] = {}
-        if self._find(entry.run):
-            run = self.ids[entry.run]
+        run = self.runs.find(entry.run)
+        if run is not None:
             self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
             params = self.client.get_run(run).data.params
         else:
-            run = self._create(entry)
+            run = self.runs.create(entry)
+            self.curves[entry.run] = {}
         missing = [Param(name, value) for name, value in entry.params.items() if name not in params]
         metrics = self._unknown(entry.values) if entry.values else []
         for some in _pieces(missing, MAX_TAGS):
             self._log_batch(run, metrics=metrics, params=some)
             metrics = []
         self._log_metrics(run, metrics)
-
-    def _create(self, entry: Begin) -> str:
-        tags = entry.tags | {ID: self._tag(entry.run)}
-        if entry.parent is not None and (parent := self._find(entry.parent)):
-            tags["mlflow.parentRunId"] = parent
-        try:
-            made = self.client.create_run(self.experiment, start_time=entry.at, tags=tags, run_name=entry.run)
-        except Exception:
-            self.doubtful.add(entry.run)
-            raise
-        self.curves[entry.run] = {}
-        return self._note(entry.run, made.info.run_id)
 
     def _file(self, run: str, entry: File) -> None:
         # Each may take as long as a server that is away.
@@ -162,13 +151,13 @@ class MlflowWriter:
                 if reading.done not in curves.get(name, ())
             )
         for run, metrics in by_run.items():
-            self._log_metrics(self._id(run), metrics)
+            self._log_metrics(self.runs.id(run), metrics)
             for metric in metrics:
                 self.curves[run].setdefault(metric.key, set()).add(metric.step)
 
     def _unknown(self, entry: Values) -> list[Metric]:
         """Those of the figures that MLflow does not have."""
-        run, curves = self._id(entry.run), self.curves.get(entry.run)
+        run, curves = self.runs.id(entry.run), self.curves.get(entry.run)
         is_new = curves is not None and not curves.keys() & entry.values.keys()
         held = {} if is_new else self.client.get_run(run).data.metrics
         if curves is not None:
@@ -178,7 +167,7 @@ class MlflowWriter:
     def _curves(self, name: str) -> dict[str, set[int]]:
         """The points of each metric that stand in MLflow."""
         if name not in self.curves:
-            run = self._id(name)
+            run = self.runs.id(name)
             self.curves[name] = {
                 metric: {point.step for point in self.client.get_metric_history(run, metric)}
                 for metric in self.client.get_run(run).data.metrics
@@ -195,106 +184,7 @@ class MlflowWriter:
         """Whatever MLFLOW_ENABLE_ASYNC_LOGGING says: in the background an error would be told to nobody."""
         self.client.log_batch(run, metrics=metrics, params=params, tags=tags, synchronous=True)
 
-    # -- which MLflow run
-
-    def _id(self, name: str) -> str:
-        found = self._find(name)
-        if found is None:
-            raise Refused(f"has no run of {name}")
-        return found
-
-    def _find(self, name: str) -> str | None:
-        """The MLflow run of a name: noted in the record, or found by its tag; None where there is none."""
-        if name in self.ids:
-            return self.ids[name]
-        noted = self._noted(name)
-        if noted is not None and self._is_active(noted):
-            return self._note(name, noted)
-        left = self._search(name) if name in self.doubtful else self._left.get(name, [])
-        found = sorted(left, key=lambda run: (-len(run.data.metrics), run.info.run_id))
-        if not found:
-            return None
-        self._delete_others(found, found[0].info.run_id)
-        return self._note(name, found[0].info.run_id)
-
-    @cached_property
-    def _left(self) -> dict[str, list[Run]]:
-        """What earlier starts of the run left, by name: asked for once, as most runs of a job are new."""
-        prefix, token, found = self._tag(""), None, dict[str, list[Run]]()
-        while True:
-            page = self.client.search_runs([self.experiment], f"tags.`{ID}` LIKE '{prefix}%'", page_token=token)
-            for run in page:
-                if (tag := run.data.tags[ID]).startswith(prefix):  # LIKE has _ for any character
-                    found.setdefault(tag.removeprefix(prefix), []).append(run)
-            if not (token := page.token):
-                return found
-
-    def _search(self, name: str) -> list[Run]:
-        return list(self.client.search_runs([self.experiment], f"tags.`{ID}` = '{self._tag(name)}'"))
-
-    def _delete_others(self, runs: Sequence[Run], ours: str) -> None:
-        """An unanswered request to make a run may be carried out after all, beside the one that was repeated."""
-        for run in runs:
-            if run.info.run_id != ours:
-                self.client.delete_run(run.info.run_id)
-
-    def _tag(self, name: str) -> str:
-        """The same job in another store is another run."""
-        return f"{self.record.run}/{self.record.started}/{name}"
-
-    def _noted(self, name: str) -> str | None:
-        if name == self.record.run:
-            return self.record.mlflow_run
-        return next((step.mlflow_run for step in self.record.steps if step.name == name), None)
-
-    def _note(self, name: str, run: str) -> str:
-        self.ids[name] = run
-        if name == self.record.run:
-            self.record.mlflow_run = run
-        for step in self.record.steps:
-            if step.name == name:
-                step.mlflow_run = run
-        return run
-
-    def _is_active(self, run: str) -> bool:
-        try:
-            return bool(self.client.get_run(run).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-
-    # -- the server
-
-    @cached_property
-    def client(self) -> MlflowClient:
-        if self.destination.database is not None:
-            mlflow_database.make(self.destination.database)
-            mlflow_database.relocate(self.destination.database)
-        return MlflowClient(tracking_uri=self.uri)
-
-    @cached_property
-    def experiment(self) -> str:
-        """The experiment's id; made if there is none. Raises Unanswered if it is deleted."""
-        name, database = self.destination.experiment, self.destination.database
-        known = find_experiment(self.client, name)
-        if known is None:
-            place = mlflow_database.pictures_place(database) if database else None
-            try:
-                return str(self.client.create_experiment(name, artifact_location=place))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver was faster
-                    raise
-            known = find_experiment(self.client, name)
-        if known is None:
-            raise Unanswered(f"has lost the experiment {name!r}")
-        self._check_active(known)
-        return str(known.experiment_id)
-
-    def _check_active(self, known: Experiment) -> None:
-        if known.lifecycle_stage == "deleted":
-            remedy = restoring(self.destination.name, known.experiment_id)
-            raise Unanswered(f"has the experiment {known.name!r} as deleted; {remedy}")
+    # -- errors
 
     def _verdict(self, entry: AnyEntry, error: Exception) -> Unanswered | Refused:
         """Whether the server can take nothing now, or alone this entry."""
@@ -311,15 +201,13 @@ class MlflowWriter:
     def _trouble(self) -> Unanswered | None:
         """What keeps the server from taking anything; None if it answers to a small request."""
         try:
-            self._check_active(self.client.get_experiment(self.experiment))
+            self.experiment.check()
         except Unanswered as deleted:
             return deleted
         except Exception as error:
             fault = mlflow_server.fault(error, self.uri)
             if fault.is_ours:  # the experiment is gone: it is looked for again, and so are its runs
-                for found in ("experiment", "_left"):
-                    self.__dict__.pop(found, None)
-                self.ids.clear()
+                self.runs.forget()
             return Unanswered(fault.reason)
         return None
 
