@@ -74,9 +74,9 @@ def expected(class_logits: torch.Tensor, mask_logits: torch.Tensor, geometry: Ge
     """All candidates with a mask, the most probable first."""
     exponentials = np.exp(class_logits.double().numpy())
     probabilities = (exponentials / exponentials.sum(1, keepdims=True))[:, :-1]
-    height, width = geometry.scaled
-    padded = bilinear(mask_logits.double().numpy(), geometry.padded)
-    masks = bilinear(padded[:, :height, :width], geometry.original)
+    height, width = geometry.scaled_size
+    padded = bilinear(mask_logits.double().numpy(), geometry.padded_size)
+    masks = bilinear(padded[:, :height, :width], geometry.image_size)
     objects = []
     for index in np.argsort(-probabilities, axis=None)[:100]:
         query, label = divmod(int(index), probabilities.shape[1])
@@ -93,9 +93,9 @@ def expected(class_logits: torch.Tensor, mask_logits: torch.Tensor, geometry: Ge
 def require_same(got: list[Candidate], wanted: list[Expected]) -> None:
     assert [candidate.class_index for candidate in got] == [label for label, *_ in wanted]
     for candidate, (_, score, box, mask) in zip(got, wanted, strict=True):
-        assert candidate.detected.score == pytest.approx(score, rel=1e-5)
-        assert candidate.detected.box == box
-        assert candidate.detected.mask is not None and np.array_equal(candidate.detected.mask, mask)
+        assert candidate.instance.score == pytest.approx(score, rel=1e-5)
+        assert candidate.instance.box == box
+        assert candidate.instance.mask is not None and np.array_equal(candidate.instance.mask, mask)
 
 
 def logits(queries: int, classes: int, side: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,18 +127,18 @@ SMALL = Geometry((30, 40), (20, 27), (32, 32))
     "geometry", [SMALL, Geometry((30, 40), (45, 60), (64, 64)), Geometry((100, 90), (10, 9), (32, 32))]
 )
 def test_an_image_becomes_the_networks_input_as_in_mmdet(geometry: Geometry) -> None:
-    height, width = geometry.original
+    height, width = geometry.image_size
     image = picture(width, height)
-    scaled = bilinear(np.asarray(image).transpose(2, 0, 1).astype(np.float64), geometry.scaled)
+    scaled = bilinear(np.asarray(image).transpose(2, 0, 1).astype(np.float64), geometry.scaled_size)
     found = network_input(as_tensor(image), geometry)[0]
     levels = found.double() * torch.tensor([58.395, 57.12, 57.375])[:, None, None].double()
     levels += torch.tensor([123.675, 116.28, 103.53])[:, None, None].double()
-    inner = levels[:, : geometry.scaled[0], : geometry.scaled[1]]
-    assert found.shape == (3, *geometry.padded)
+    inner = levels[:, : geometry.scaled_size[0], : geometry.scaled_size[1]]
+    assert found.shape == (3, *geometry.padded_size)
     assert (inner - inner.round()).abs().max() < 1e-4
     assert np.abs(inner.numpy() - scaled).max() < 0.5001
     outer = levels.clone()
-    outer[:, : geometry.scaled[0], : geometry.scaled[1]] = 128
+    outer[:, : geometry.scaled_size[0], : geometry.scaled_size[1]] = 128
     torch.testing.assert_close(outer, torch.full_like(outer, 128), rtol=0, atol=1e-4)
 
 
@@ -173,14 +173,14 @@ def test_no_object_is_among_the_classes_of_the_softmax_and_of_no_object() -> Non
     class_logits = torch.tensor([[0.0, 0.0, np.log(2)], [-9.0, -9.0, 9.0]])
     got = list(candidates(class_logits, torch.full((2, 4, 4), 50.0), SMALL, 0.1))
     assert {candidate.class_index for candidate in got} == {0, 1}
-    assert [candidate.detected.score for candidate in got] == pytest.approx([0.25, 0.25])
+    assert [candidate.instance.score for candidate in got] == pytest.approx([0.25, 0.25])
 
 
 def test_a_query_without_a_pixel_is_no_object() -> None:
     class_logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
     mask_logits = torch.stack([torch.full((4, 4), -1.0), torch.full((4, 4), 1.0)])
     (got,) = candidates(class_logits, mask_logits, SMALL, 0)
-    assert got.detected.box == (0, 0, 40, 30)
+    assert got.instance.box == (0, 0, 40, 30)
 
 
 def test_a_logit_of_nothing_is_outside_the_mask() -> None:
@@ -190,10 +190,10 @@ def test_a_logit_of_nothing_is_outside_the_mask() -> None:
 def test_objects_at_or_below_the_least_score_are_left_out() -> None:
     class_logits, mask_logits = logits(7, 3, 8)
     everything = list(candidates(class_logits, mask_logits, SMALL, 0))
-    limit = sorted(candidate.detected.score for candidate in everything)[10]
+    limit = sorted(candidate.instance.score for candidate in everything)[10]
     kept = list(candidates(class_logits, mask_logits, SMALL, limit))
     assert len(kept) == 10
-    assert [one.detected.box for one in kept] == [one.detected.box for one in everything if one.detected.score > limit]
+    assert [one.instance.box for one in kept] == [one.instance.box for one in everything if one.instance.score > limit]
 
 
 # -- classes
@@ -283,7 +283,7 @@ def test_an_images_objects_are_those_of_the_networks_output(detector: Mask2Forme
         output = detector.model(network_input(as_tensor(image), geometry))
     wanted: dict[str, list[DetectedObject]] = {}
     for candidate in candidates(output.class_queries_logits[0], output.masks_queries_logits[0], geometry, 0):
-        wanted.setdefault(GENEVAL.classes[79 - candidate.class_index], []).append(candidate.detected)
+        wanted.setdefault(GENEVAL.classes[79 - candidate.class_index], []).append(candidate.instance)
     objects = detector.detect(image)
     assert wanted and list(objects) == [name for name in GENEVAL.classes if name in wanted]
     for name, found in objects.items():
@@ -465,10 +465,10 @@ def masked(width: int, height: int, box: tuple[int, int, int, int]) -> DetectedO
 
 
 def test_an_object_is_cut_to_its_box_on_grey() -> None:
-    image, detected = picture(40, 30), masked(40, 30, (5, 8, 25, 20))
-    crop = np.asarray(object_crop(image, detected))
-    assert detected.mask is not None
-    inside, original = detected.mask[8:20, 5:25], np.asarray(image)[8:20, 5:25]
+    image, instance = picture(40, 30), masked(40, 30, (5, 8, 25, 20))
+    crop = np.asarray(object_crop(image, instance))
+    assert instance.mask is not None
+    inside, original = instance.mask[8:20, 5:25], np.asarray(image)[8:20, 5:25]
     assert inside.any() and not inside.all()
     assert np.array_equal(crop[inside], original[inside]) and (crop[~inside] == 0x99).all()
 
@@ -484,7 +484,7 @@ def test_a_colour_is_the_one_whose_text_is_nearest(classifier: ClipColourClassif
     boxes = [(0, 0, 20, 20), (5, 5, 59, 25), (30, 2, 40, 48), (10, 20, 50, 50), (20, 0, 60, 30), (0, 30, 16, 46)]
     objects = [masked(60, 50, box) for box in boxes]
     texts = classifier.text_features("cup").numpy()
-    nearness = [texts @ image_vector(classifier, object_crop(image, detected)) for detected in objects]
+    nearness = [texts @ image_vector(classifier, object_crop(image, instance)) for instance in objects]
     wanted = [COLOURS[int(near.argmax())] for near in nearness]
     assert len(set(wanted)) > 1
     assert classifier.classify(image, "cup", objects) == wanted

@@ -34,7 +34,7 @@ REQUIREMENTS = {
     "ray": "2.60", "torch": "2.6", "torchvision": "", "deepspeed": "0.19.8", "mlflow": "3.0", "pydantic": "2.8",
     "pytorch-fid": "0.3", "scipy": "1.11", "scikit-learn": "", "safetensors": "0.8", "fsspec": "", "tenacity": "",
     "typer": "", "rich": "", "matplotlib": "", "PyYAML": "", "pillow": "11.3", "psutil": "", "diffusers": "0.42",
-    "huggingface_hub": "", "peft": "0.21",
+    "huggingface_hub": "", "peft": "0.21", "transformers": "5.23",
 }  # fmt: skip
 OTHERS = ("numpy", "triton", "s3fs", "mamba-ssm", "causal-conv1d", "flash-attn")  # whose versions matter where they are
 

@@ -48,7 +48,7 @@ class ClipColourClassifier:
     @torch.no_grad()
     def classify(self, image: Image.Image, class_name: str, objects: Sequence[DetectedObject]) -> list[str]:
         """Return the colour of each object of a class in an RGB image: the one whose text is nearest to its crop."""
-        crops = [object_crop(image, detected) for detected in objects]
+        crops = [object_crop(image, instance) for instance in objects]
         pixels = self.processor(images=crops, return_tensors="pt")["pixel_values"].to(self.device)
         features = F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         nearest = (features @ self.text_features(class_name).T).argmax(-1)
@@ -77,11 +77,11 @@ def _require_whole_tokenizer(num_tokens: int, num_embeddings: int, path: str) ->
         raise SpecError([f"{path}: got a tokenizer of {num_tokens:,} tokens; accepted: {accepted}"])
 
 
-def object_crop(image: Image.Image, detected: DetectedObject) -> Image.Image:
+def object_crop(image: Image.Image, instance: DetectedObject) -> Image.Image:
     """Return an object cut to its box, on grey if it has a mask."""
     from PIL import Image
 
-    if detected.mask is not None:
+    if instance.mask is not None:
         background = Image.new("RGB", image.size, BACKGROUND_COLOUR)
-        image = Image.composite(image, background, Image.fromarray(detected.mask))
-    return image.crop(detected.box)
+        image = Image.composite(image, background, Image.fromarray(instance.mask))
+    return image.crop(instance.box)

@@ -40,15 +40,15 @@ Size = tuple[int, int]  # height and width in pixels
 class Geometry:
     """The sizes of an image: its own, scaled for the network, and filled up to a multiple of 32."""
 
-    original: Size
-    scaled: Size
-    padded: Size
+    image_size: Size
+    scaled_size: Size
+    padded_size: Size
 
     @classmethod
-    def of(cls, original: Size) -> Geometry:
-        scale = min(LONGEST_EDGE / max(original), SHORTEST_EDGE / min(original))
-        height, width = (int(length * scale + 0.5) for length in original)
-        return cls(original, (height, width), (_filled_up(height), _filled_up(width)))
+    def of(cls, image_size: Size) -> Geometry:
+        scale = min(LONGEST_EDGE / max(image_size), SHORTEST_EDGE / min(image_size))
+        height, width = (int(length * scale + 0.5) for length in image_size)
+        return cls(image_size, (height, width), (_round_up(height), _round_up(width)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Candidate:
     """A query's object with one of its classes, by the index in the network's output."""
 
     class_index: int
-    detected: DetectedObject
+    instance: DetectedObject
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Mask2FormerDetector:
         class_logits, mask_logits = output.class_queries_logits[0], output.masks_queries_logits[0]
         objects: dict[str, list[DetectedObject]] = {name: [] for name in self.vocabulary.classes}
         for candidate in candidates(class_logits, mask_logits, geometry, self.min_score):
-            objects[self.classes[candidate.class_index]].append(candidate.detected)
-        return {name: detected for name, detected in objects.items() if detected}
+            objects[self.classes[candidate.class_index]].append(candidate.instance)
+        return {name: instances for name, instances in objects.items() if instances}
 
 
 def class_names(labels: Mapping[int, str], path: str, vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -121,8 +121,10 @@ def network_input(pixels: Tensor, geometry: Geometry) -> Tensor:
     It is scaled as OpenCV does in mmdet, bilinearly between the nearest pixels and without smoothing, which tells in
     images that become smaller; then rounded, filled up, and normalised.
     """
-    scaled = F.interpolate(pixels[None].float(), size=geometry.scaled, mode="bilinear", align_corners=False).round()
-    below, right = (whole - part for whole, part in zip(geometry.padded, geometry.scaled, strict=True))
+    scaled = F.interpolate(
+        pixels[None].float(), size=geometry.scaled_size, mode="bilinear", align_corners=False
+    ).round()
+    below, right = (whole - part for whole, part in zip(geometry.padded_size, geometry.scaled_size, strict=True))
     padded = F.pad(scaled, (0, right, 0, below), value=PADDING_LEVEL)
     mean, deviation = (padded.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (padded - mean) / deviation
@@ -158,10 +160,10 @@ def _query_mask(logits: Tensor, geometry: Geometry) -> QueryMask:
 
 def _at_original_size(logits: Tensor, geometry: Geometry) -> Tensor:
     """Return logits (h,w) of a padded image as (H,W) of the original: scaled up, cut, and scaled to it, as in mmdet."""
-    height, width = geometry.scaled
-    padded = F.interpolate(logits[None, None], size=geometry.padded, mode="bilinear", align_corners=False)
+    height, width = geometry.scaled_size
+    padded = F.interpolate(logits[None, None], size=geometry.padded_size, mode="bilinear", align_corners=False)
     cut = padded[:, :, :height, :width]
-    return F.interpolate(cut, size=geometry.original, mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(cut, size=geometry.image_size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def _box(inside: Tensor) -> Box:
@@ -172,5 +174,5 @@ def _box(inside: Tensor) -> Box:
     return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
-def _filled_up(length: int) -> int:
+def _round_up(length: int) -> int:
     return -(-length // SIZE_DIVISOR) * SIZE_DIVISOR

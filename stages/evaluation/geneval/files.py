@@ -31,7 +31,7 @@ def read_jsonl(file: Path, model: type[M], vocabulary: Vocabulary | None = None)
     problems: list[str] = []
     for number, line in _lines(file):
         try:
-            values.append(_parsed(line, model, vocabulary))
+            values.append(_parse(line, model, vocabulary))
         except SpecError as error:
             problems += [f"{file}:{number}: {problem}" for problem in error.lines]
     if problems:
@@ -76,7 +76,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def _parsed(line: str, model: type[M], vocabulary: Vocabulary | None) -> M:
+def _parse(line: str, model: type[M], vocabulary: Vocabulary | None) -> M:
     """Return the object of a line; raise SpecError with a line for each problem: field: got X; accepted: Y."""
     try:
         document = json.loads(line)
@@ -88,10 +88,10 @@ def _parsed(line: str, model: type[M], vocabulary: Vocabulary | None) -> M:
         problems = error.errors()
         # pydantic counts a list's valid items only, so a bad item makes the list too short as well: say it once.
         blamed = {problem["loc"][:end] for problem in problems for end in range(len(problem["loc"]))}
-        raise SpecError([_described(problem) for problem in problems if problem["loc"] not in blamed]) from None
+        raise SpecError([_describe(problem) for problem in problems if problem["loc"] not in blamed]) from None
 
 
-def _described(problem: ErrorDetails) -> str:
+def _describe(problem: ErrorDetails) -> str:
     field = ".".join(map(named, problem["loc"])) or "line"
     value = None if problem["type"] == "missing" else problem["input"]
     return f"{field}: got {shown(value)}; accepted: {_accepted(problem)}"

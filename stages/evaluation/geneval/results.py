@@ -74,7 +74,10 @@ class Result(Spec):
     @classmethod
     def of_judgement(cls, file: Path, prompt: Prompt, judgement: Judgement) -> Result:
         """Return the result for an image file."""
-        boxes = {name: [(*found.box, found.score) for found in objects] for name, objects in judgement.objects.items()}
+        boxes = {
+            name: [(*instance.box, instance.score) for instance in objects]
+            for name, objects in judgement.objects.items()
+        }
         return cls(
             filename=str(file),
             tag=prompt.tag,
@@ -177,7 +180,7 @@ def paired_difference(
     prompts and samples.
     """
     _require_same_images(first, second)
-    draws = [_resampled(tag, generator, num_draws) for tag in _gains_by_tag(first, second)]
+    draws = [_resample(tag, generator, num_draws) for tag in _gains_by_tag(first, second)]
     low, high = np.percentile(np.mean(draws, axis=0), INTERVAL_PERCENT)
     return PairedDifference(score(second).overall - score(first).overall, float(low), float(high))
 
@@ -212,7 +215,7 @@ def _gains_by_tag(first: Sequence[Result], second: Sequence[Result]) -> list[Pro
     return [PromptGains(*map(np.asarray, pair)) for pair in counts]
 
 
-def _resampled(tag: PromptGains, generator: np.random.Generator, num_draws: int) -> NDArray[np.float64]:
+def _resample(tag: PromptGains, generator: np.random.Generator, num_draws: int) -> NDArray[np.float64]:
     """Return the difference of a tag's shares in each draw of its prompts (num_draws,)."""
     drawn = generator.integers(len(tag.gains), size=(num_draws, len(tag.gains)))
     return np.asarray(tag.gains[drawn].sum(1) / tag.images[drawn].sum(1))

@@ -81,7 +81,7 @@ def judge_image(
         )
         matched.append([] if problem else best)
         reasons += [problem] if problem else []
-    reasons += [problem for excluded in prompt.exclude if (problem := _excess(excluded, objects))]
+    reasons += [problem for exclusion in prompt.exclude if (problem := _excess(exclusion, objects))]
     return Judgement(tuple(reasons), objects)
 
 
@@ -91,9 +91,9 @@ def confident_objects(detections: Detections, tag: Tag) -> dict[str, list[Detect
     Of equal scores the later object comes first, as in the scorer's reversed ascending order.
     """
     min_score = MIN_COUNTING_SCORE if tag == "counting" else MIN_SCORE
-    ordered = {name: sorted(objects, key=lambda found: found.score)[::-1] for name, objects in detections.items()}
+    ordered = {name: sorted(objects, key=lambda instance: instance.score)[::-1] for name, objects in detections.items()}
     confident = {
-        name: [found for found in objects if _is_above(found.score, min_score)][:MAX_OBJECTS]
+        name: [instance for instance in objects if _is_above(instance.score, min_score)][:MAX_OBJECTS]
         for name, objects in ordered.items()
     }
     return {name: objects for name, objects in confident.items() if objects}
@@ -126,44 +126,44 @@ def _is_above(score: float, min_score: float) -> bool:
     return bool(np.float32(score) > np.float32(min_score))
 
 
-def _count_problem(wanted: ObjectCount, best: Sequence[DetectedObject]) -> str | None:
-    if len(best) < wanted.count:
-        return f"expected {wanted.class_name}>={wanted.count}, found {len(best)}"
+def _count_problem(requirement: ObjectCount, best: Sequence[DetectedObject]) -> str | None:
+    if len(best) < requirement.count:
+        return f"expected {requirement.class_name}>={requirement.count}, found {len(best)}"
     return None
 
 
 def _colour_problem(
-    wanted: Requirement, best: Sequence[DetectedObject], classify: ColourClassifier, order: Sequence[str]
+    requirement: Requirement, best: Sequence[DetectedObject], classify: ColourClassifier, order: Sequence[str]
 ) -> str | None:
-    if wanted.colour is None:
+    if requirement.colour is None:
         return None
-    colours = list(classify(wanted.class_name, best))
-    right = colours.count(wanted.colour)
-    if right >= wanted.count:
+    colours = list(classify(requirement.class_name, best))
+    right = colours.count(requirement.colour)
+    if right >= requirement.count:
         return None
     by_colour = ", ".join(f"{colours.count(colour)} {colour}" for colour in order if colour in colours)
-    objects = f"{wanted.colour} {wanted.class_name}>={wanted.count}"
-    return f"expected {objects}, found {right} {wanted.colour}; and {by_colour}"
+    objects = f"{requirement.colour} {requirement.class_name}>={requirement.count}"
+    return f"expected {objects}, found {right} {requirement.colour}; and {by_colour}"
 
 
 def _position_problem(
-    wanted: Requirement, best: Sequence[DetectedObject], matched: Sequence[Sequence[DetectedObject]]
+    requirement: Requirement, best: Sequence[DetectedObject], matched: Sequence[Sequence[DetectedObject]]
 ) -> str | None:
     """Return what is wrong with the first pair of an object and a reference that is not in the relation."""
-    if wanted.position is None:
+    if requirement.position is None:
         return None
-    relation, index = wanted.position
+    relation, index = requirement.position
     if not matched[index]:
-        return f"no target for {wanted.class_name} to be {relation}"
-    for found, reference in product(best, matched[index]):
-        relations = relative_positions(found.box, reference.box)
+        return f"no target for {requirement.class_name} to be {relation}"
+    for instance, reference in product(best, matched[index]):
+        relations = relative_positions(instance.box, reference.box)
         if relation not in relations:
-            return f"expected {wanted.class_name} {relation} target, found {' and '.join(relations)} target"
+            return f"expected {requirement.class_name} {relation} target, found {' and '.join(relations)} target"
     return None
 
 
-def _excess(excluded: ObjectCount, objects: Detections) -> str | None:
-    num_found = len(objects.get(excluded.class_name, ()))
-    if num_found >= excluded.count:
-        return f"expected {excluded.class_name}<{excluded.count}, found {num_found}"
+def _excess(exclusion: ObjectCount, objects: Detections) -> str | None:
+    num_found = len(objects.get(exclusion.class_name, ()))
+    if num_found >= exclusion.count:
+        return f"expected {exclusion.class_name}<{exclusion.count}, found {num_found}"
     return None
