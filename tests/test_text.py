@@ -222,6 +222,18 @@ def test_labels_are_captions_then_prompts_and_the_last_text_is_empty(table: Text
         assert not text[row, length:].any()
 
 
+def test_a_text_that_cleaning_empties_is_told(context: Context) -> None:
+    (context.inputs["features"].path() / "meta.json").write_text(
+        LatentsMeta(
+            codec="pixel", shape=(3, 8, 8), classes=("a", "https://www.example.com/x"), num_training=2, num_heldout=0
+        ).model_dump_json(exclude_none=True)
+    )
+    params = context.params.model_copy(update={"prompts": None})
+    encode.run(Context(**{**vars(context), "params": params}))
+    (line,) = json.loads((context.out / "notes.json").read_text())
+    assert line == "1 text with nothing left once cleaned, so the empty text: 'https://www.example.com/x'"
+
+
 @pytest.mark.parametrize("label", [5, 99, -2])
 def test_a_label_of_no_text_is_an_error(table: TextTable, label: int) -> None:
     with pytest.raises(IndexError):

@@ -267,6 +267,8 @@ def notes(job: JobSpec) -> list[str]:
         lines = [line] if (line := listing.left_out_line()) else []
     if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
         lines += _without_heldout(job.data)
+    if isinstance(job.data, CaptionsData) and job.data.flip:
+        lines.append("data.flip: a mirror image keeps its caption: one that says left or right is then wrong")
     classes, samples = num_classes(job.data) or 0, job.evaluate.samples
     if samples < classes and job.model.told == "classes":
         lines.append(

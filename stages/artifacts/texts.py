@@ -68,6 +68,11 @@ class TextTable:
             places += [(number, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         return places
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text, the empty one's last."""
+        return [end - begin for _, begin, end in self.places]
+
     def states(self, label: int) -> Tensor:
         """Return the states (T,E) of a text. Raise IndexError for a label of none."""
         if not EMPTY_TEXT <= label < len(self.places) - 1:

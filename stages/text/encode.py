@@ -15,12 +15,14 @@ import ray.data
 import torch
 
 from graftwork.cluster.session.runtime import options, room_for, settle
+from graftwork.specs.figures import counted
 from graftwork.specs.resources import StepResources
 from graftwork.specs.text import JSON_PROMPTS, T5Text
 from graftwork.stages.artifacts.latents import read_meta
-from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, META, TextsMeta, write_shard
+from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, META, TextsMeta, TextTable, write_shard
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context
+from graftwork.stages.data.listing import listed
 from graftwork.stages.features.features import link
 from graftwork.stages.text.encoder import Folders, TextEncoder, UnfitText, missing_packages
 from graftwork.stages.text.prompts import read_prompts
@@ -43,6 +45,11 @@ def run(context: Context) -> None:
     if params.prompts is not None and params.prompts.endswith(JSON_PROMPTS):
         shutil.copyfile(params.prompts, context.out / GENEVAL_PROMPTS)
     (context.out / META).write_text(meta.model_dump_json(indent=1))
+    *lengths, least = TextTable(context.out).lengths
+    empty = [text for text, length in zip([*captions, *prompts], lengths, strict=True) if length <= least]
+    if empty:
+        problem = f"{counted(len(empty), 'text')} with nothing left once cleaned, so the empty text"
+        context.note(f"{problem}: {listed(empty)}")
 
 
 def encode(context: Context, texts: Sequence[str]) -> None:
