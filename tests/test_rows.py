@@ -274,10 +274,10 @@ def test_fewer_samples_than_classes_are_drawn_of_classes_all_over(context: Conte
 
 
 def test_the_picture_shows_classes_all_over_where_it_has_no_room_for_all() -> None:
-    assert rows.shown_of(50_000, 1000, 40) == list(range(0, 1000, 25))
-    assert rows.shown_of(50_000, 10, 40) == list(range(40))
-    assert rows.shown_of(7, 1000, 40) == list(range(7))
-    assert rows.shown_of(60, 1000, 40)[-1] == 58
+    assert rows.picture_samples_of(50_000, 1000, 40) == list(range(0, 1000, 25))
+    assert rows.picture_samples_of(50_000, 10, 40) == list(range(40))
+    assert rows.picture_samples_of(7, 1000, 40) == list(range(7))
+    assert rows.picture_samples_of(60, 1000, 40)[-1] == 58
 
 
 def test_samples_of_the_picture_are_taken_from_whichever_batch_has_them(context: Context) -> None:

@@ -79,7 +79,9 @@ def _ray_of_our_own(demands: Sequence[StepResources], min_parallel: int, warm: S
             if not room_for(demand):
                 has = ray.cluster_resources()
                 here = _amounts({name: has.get(name, 0.0) for name, amount in node_amounts(demand).items() if amount})
-                raise NotEnough(f"resources: got {shown(demand)}; accepted: at most what this machine has, {here}")
+                raise NotEnough(
+                    f"resources: got {amounts_line(demand)}; accepted: at most what this machine has, {here}"
+                )
         yield
 
 
@@ -141,7 +143,7 @@ def node_amounts(resources: StepResources) -> dict[str, float]:
     return {"CPU": resources.cpu, "GPU": resources.gpu, **memory, **resources.custom}
 
 
-def shown(resources: StepResources) -> str:
+def amounts_line(resources: StepResources) -> str:
     """The same for people: `1 CPU, 0.5 GPU`."""
     return _amounts({name: amount for name, amount in node_amounts(resources).items() if amount})
 

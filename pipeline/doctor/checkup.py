@@ -231,7 +231,7 @@ def own_resources(gpus: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> Iterator[Check]:
     """Compare the resources that each kind of task takes with those of the nodes, as Ray does."""
-    from graftwork.cluster.session.runtime import node_amounts, room_in, shown
+    from graftwork.cluster.session.runtime import amounts_line, node_amounts, room_in
 
     misfit = False
     for step in {(step.stage, str(step.resources)): step for step in plan.steps}.values():
@@ -241,7 +241,7 @@ def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> I
         if room >= workers:
             continue
         misfit = True
-        wanted = f"{step.stage}: " + (f"{workers} workers of " if workers > 1 else "") + shown(step.resources)
+        wanted = f"{step.stage}: " + (f"{workers} workers of " if workers > 1 else "") + amounts_line(step.resources)
         has = "; ".join(_amounts(node) for node in nodes) or "no node"
         finding = f"{wanted}; there is room for {room} on {has}"
         advice = f"resources.{step.stage} of what there is" + (
@@ -261,8 +261,8 @@ def _least_workers(plan: Plan, step: Step, workers: int) -> int:
 
 def _amounts(node: Mapping[str, float]) -> str:
     """Return what a node has, as people read it; CPUs of which there are as many as wanted are not told."""
-    shown = [f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if node.get(name) != ANY_CPUS]
-    return ", ".join([*shown, amount(node.get("memory", 0.0)) + " of memory"])
+    amounts = [f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if node.get(name) != ANY_CPUS]
+    return ", ".join([*amounts, amount(node.get("memory", 0.0)) + " of memory"])
 
 
 def _memory(job: JobSpec, plan: Plan, gpu_bytes: float | None, own: bool) -> Iterator[Check]:

@@ -72,7 +72,7 @@ class ShortageWatch:
         for step in steps:
             if step.name in self.reported:
                 continue
-            wanted = runtime.shown(step.resources)
+            wanted = runtime.amounts_line(step.resources)
             if wanted not in there_is_room:
                 there_is_room[wanted] = runtime.room_for(step.resources) > 0
             if there_is_room[wanted]:

@@ -61,14 +61,14 @@ class Destination:
     def check(self) -> None:
         """Raise SpecError if a run could not be recorded there, as far as can be known before."""
         if mlflow_database.is_sqlite(self.address):
-            found = "which keeps nothing" if self.database is None else self._database_problem(self.database)
+            unfit = "which keeps nothing" if self.database is None else self._database_problem(self.database)
         else:
             from graftwork.pipeline.tracking.mlflow_server import problem  # MLflow takes seconds to import
 
-            found = problem(self.address, self.experiment)
-        if found is not None:
-            accepted = "" if "accepted: " in found else f"; {ACCEPTED}"
-            raise SpecError([f"{self.field}: got {shown_uri(self.name)}, {found}{accepted}"])
+            unfit = problem(self.address, self.experiment)
+        if unfit is not None:
+            accepted = "" if "accepted: " in unfit else f"; {ACCEPTED}"
+            raise SpecError([f"{self.field}: got {shown_uri(self.name)}, {unfit}{accepted}"])
 
     def _database_problem(self, database: Path) -> str | None:
         is_new_store = (
@@ -86,16 +86,16 @@ def destination(spec: TrackingSpec, store: Store, past: RunRecord | None) -> Des
     notes: list[str] = []
     named, variable, before = spec.uri, os.environ.get(URI), past.mlflow_uri if past else None
     if named is not None:
-        uri, kept, field = named, named, "tracking.uri"
+        uri, recorded_uri, field = named, named, "tracking.uri"
         if variable and variable != named:
             notes.append(f"{URI} is not used: the spec has tracking.uri {masked(named)}")
     elif variable:
-        uri, kept, field = variable, masked(variable), URI
+        uri, recorded_uri, field = variable, masked(variable), URI
         if secret_in(variable):
             uri = f"${{{URI}}}"
-        notes.append(f"figures go to MLflow at {kept}, by {URI}")
+        notes.append(f"figures go to MLflow at {recorded_uri}, by {URI}")
     elif before is not None and before != OWN:
-        uri, kept, field = before, before, "tracking.uri"
+        uri, recorded_uri, field = before, before, "tracking.uri"
         if secret_in(before.replace("***", "secret")):
             raise SpecError([f"{URI}: got nothing; accepted: the URI that this run's figures went to, {before}"])
     elif store.local:
@@ -103,14 +103,14 @@ def destination(spec: TrackingSpec, store: Store, past: RunRecord | None) -> Des
             raise SpecError(
                 [f"store: got {shown(str(store.root))}; accepted: a path without ?, or tracking.uri as well"]
             )
-        uri, kept, field = f"sqlite:///{store.root}/{OWN}", OWN, "tracking.uri"
+        uri, recorded_uri, field = f"sqlite:///{store.root}/{OWN}", OWN, "tracking.uri"
     else:
         accepted = f"an MLflow server, here or in {URI}, needed when the store is not a folder"
         raise SpecError([f"tracking.uri: got nothing; accepted: {accepted}"])
     if store.local and mlflow_database.database_file(uri) == Path(store.root) / OWN:
-        kept = OWN
+        recorded_uri = OWN
     experiment, said = _experiment(spec.experiment, past)
-    return Destination(uri, kept, experiment, field, (*notes, *said))
+    return Destination(uri, recorded_uri, experiment, field, (*notes, *said))
 
 
 def _experiment(named: str | None, past: RunRecord | None) -> tuple[str, list[str]]:

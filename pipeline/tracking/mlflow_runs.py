@@ -83,10 +83,10 @@ class MlflowRuns:
 
     def id(self, name: str) -> str:
         """The MLflow run of a name; raises Refused where there is none."""
-        found = self.find(name)
-        if found is None:
+        run = self.find(name)
+        if run is None:
             raise Refused(f"has no run of {name}")
-        return found
+        return run
 
     def find(self, name: str) -> str | None:
         """The MLflow run of a name: noted in the record, or found by its tag; None where there is none."""
@@ -96,11 +96,11 @@ class MlflowRuns:
         if noted is not None and self._is_active(noted):
             return self._note(name, noted)
         left = self._search(name) if name in self.doubtful else self._left.get(name, [])
-        found = sorted(left, key=lambda run: (-len(run.data.metrics), run.info.run_id))
-        if not found:
+        candidates = sorted(left, key=lambda run: (-len(run.data.metrics), run.info.run_id))
+        if not candidates:
             return None
-        self._delete_others(found, found[0].info.run_id)
-        return self._note(name, found[0].info.run_id)
+        self._delete_others(candidates, candidates[0].info.run_id)
+        return self._note(name, candidates[0].info.run_id)
 
     def create(self, entry: Begin) -> str:
         """Make the run that the entry begins."""
@@ -128,14 +128,14 @@ class MlflowRuns:
     @cached_property
     def _left(self) -> dict[str, list[Run]]:
         """What earlier starts of the run left, by name: asked for once, as most runs of a job are new."""
-        prefix, token, found = self._tag(""), None, dict[str, list[Run]]()
+        prefix, token, by_name = self._tag(""), None, dict[str, list[Run]]()
         while True:
             page = self.client.search_runs([self.experiment.id], f"tags.`{ID}` LIKE '{prefix}%'", page_token=token)
             for run in page:
                 if (tag := run.data.tags[ID]).startswith(prefix):  # LIKE has _ for any character
-                    found.setdefault(tag.removeprefix(prefix), []).append(run)
+                    by_name.setdefault(tag.removeprefix(prefix), []).append(run)
             if not (token := page.token):
-                return found
+                return by_name
 
     def _search(self, name: str) -> list[Run]:
         return list(self.client.search_runs([self.experiment.id], f"tags.`{ID}` = '{self._tag(name)}'"))

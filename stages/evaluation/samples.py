@@ -90,7 +90,7 @@ def sample_row(context: Context) -> None:
 
     params: SampleParams = context.params
     told = subjects(context)
-    picture_samples = shown_of(params.samples, len(told.names), CELLS)
+    picture_samples = picture_samples_of(params.samples, len(told.names), CELLS)
     batches = batches_of(params, picture_samples)
     progress = _resumed(context, batches)
     saved = time.monotonic()
@@ -143,7 +143,7 @@ def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
     return [Batch(part, tuple(index - part.start for index in in_picture if index in part)) for part in samples]
 
 
-def shown_of(samples: int, num_classes: int, cells: int) -> list[int]:
+def picture_samples_of(samples: int, num_classes: int, cells: int) -> list[int]:
     """Return the picture's samples: the first ones, or those of evenly spaced classes if there are too few cells."""
     turn = min(samples, num_classes)
     return [cell * turn // cells for cell in range(cells)] if turn > cells else list(range(min(samples, cells)))

@@ -211,13 +211,13 @@ def misfits(codec: Codec, data: Data | None = None) -> list[str]:
     if config.kind != "AutoencoderKL":
         return [f"codec.path: got {codec.path!r}, a {config.kind}; accepted: {ACCEPTED}"]
     lines = [
-        f"codec.{name}: got {given}; accepted: {own}, as the VAE in {codec.path} has it"
-        for name, given, own in (
+        f"codec.{name}: got {asked}; accepted: {own}, as the VAE in {codec.path} has it"
+        for name, asked, own in (
             ("factor", codec.factor, config.factor),
             ("channels", codec.channels, config.latent_channels),
             ("scale", codec.scale, config.scaling_factor),
         )
-        if given is not None and given != own
+        if asked is not None and asked != own
     ]
     if data is not None and data.channels != config.in_channels:
         wanted = f"a VAE of images with {data.channels}, as the data has"
