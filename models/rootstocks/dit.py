@@ -30,7 +30,7 @@ from graftwork.models.rootstocks.layers import (
     unpatchified,
     waves_of_positions,
 )
-from graftwork.models.rootstocks.square import SquareConfig, shape_of, square
+from graftwork.models.rootstocks.square import SquareConfig, asked_shape, shape_of
 from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import SIZES, DitModel
@@ -69,17 +69,7 @@ class DiTConfig(SquareConfig):
     @classmethod
     def of(cls, model: DitModel, shape: Sequence[int], num_classes: int) -> Self:
         """Return the config of what a spec says, for latents (C,S,S). Raise ValueError if they are not square."""
-        channels, side = square(shape)
-        return cls(
-            input_size=side,
-            in_channels=channels,
-            patch=model.patch,
-            depth=model.depth,
-            width=model.width,
-            heads=model.heads,
-            num_classes=num_classes,
-            learn_sigma=model.learn_sigma,
-        )
+        return cls(**asked_shape(model, shape), num_classes=num_classes)
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:

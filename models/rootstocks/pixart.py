@@ -36,7 +36,7 @@ from graftwork.models.rootstocks.layers import (
     unpatchified,
     waves_of_positions,
 )
-from graftwork.models.rootstocks.square import SquareConfig, shape_of, square
+from graftwork.models.rootstocks.square import SquareConfig, asked_shape, shape_of
 from graftwork.specs.costs import ORIGINALS, Formulas
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import PIXART_SIZES, PixartModel
@@ -78,17 +78,7 @@ class PixArtConfig(SquareConfig):
     @classmethod
     def of(cls, model: PixartModel, shape: Sequence[int], num_classes: int) -> Self:
         """Return the config of what a spec says, for latents (C,S,S). Raise ValueError if they are not square."""
-        channels, side = square(shape)
-        return cls(
-            input_size=side,
-            in_channels=channels,
-            patch=model.patch,
-            depth=model.depth,
-            width=model.width,
-            heads=model.heads,
-            learn_sigma=model.learn_sigma,
-            caption_channels=model.caption_channels,
-        )
+        return cls(**asked_shape(model, shape), caption_channels=model.caption_channels)
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, Sequence[int]], heads: int | None) -> Self:

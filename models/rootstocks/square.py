@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.rootstocks.layers import OUTPUT, PATCHES, POSITIONS
@@ -91,6 +91,20 @@ def square(shape: Sequence[int]) -> tuple[int, int]:
     if len(sides) != 2 or sides[0] != sides[1]:
         raise ValueError(f"latents: got the shape {tuple(shape)}; accepted: (channels, side, side)")
     return channels, sides[0]
+
+
+def asked_shape(model: Any, shape: Sequence[int]) -> Shape:
+    """Return what a spec says of a model for latents (C,S,S). Raise ValueError if they are not square."""
+    channels, side = square(shape)
+    return Shape(
+        input_size=side,
+        in_channels=channels,
+        patch=model.patch,
+        depth=model.depth,
+        width=model.width,
+        heads=model.heads,
+        learn_sigma=model.learn_sigma,
+    )
 
 
 def shape_of(shapes: Mapping[str, Sequence[int]], heads: int | None, sizes: Sizes) -> Shape:
