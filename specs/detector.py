@@ -32,6 +32,7 @@ class ShapesSpec(Spec):
     """Rules that find squares, crosses, triangles and rings in four colours, of scenes as our testbed's."""
 
     model_types: ClassVar[Mapping[str, str]] = {}
+    side: ClassVar[int] = 16  # pixels of a scene
     kind: Literal["shapes"] = "shapes"
 
     def weights(self) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
-from graftwork.specs.detector import ShapesSpec
+from graftwork.specs.detector import Detector, ShapesSpec
 from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError, shown
@@ -16,9 +16,7 @@ from graftwork.specs.rootstock import TextModel
 from graftwork.specs.text import T5Text
 from graftwork.stages.data.sources import class_names
 from graftwork.stages.evaluation.geneval import prompts as geneval
-from graftwork.stages.evaluation.geneval.shapes import SIDE
-from graftwork.stages.evaluation.geneval.shapes import VOCABULARY as SHAPES
-from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL
+from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, Vocabulary
 from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
 from graftwork.stages.text.prompts import read_prompts
 
@@ -53,7 +51,7 @@ def _prompt_shortages(job: JobSpec) -> Iterator[str]:
     try:
         count = len(read_prompts(path))
         if "geneval" in evaluate.metrics:
-            geneval.read_prompts(Path(path), SHAPES if isinstance(evaluate.detector, ShapesSpec) else GENEVAL)
+            geneval.read_prompts(Path(path), _vocabulary(evaluate.detector))
     except SpecError as error:
         yield from (f"evaluate.prompts: {line}" for line in error.lines)
     except ValueError as error:
@@ -69,8 +67,8 @@ def _detector_shortages(job: JobSpec) -> Iterator[str]:
     detector = job.evaluate.detector
     if detector is None or "geneval" not in job.evaluate.metrics:
         return
-    if isinstance(detector, ShapesSpec) and job.data.image_size != SIDE:
-        accepted = f"mask2former, or data.image_size {SIDE}: its shapes are of scenes of {SIDE} pixels a side"
+    if isinstance(detector, ShapesSpec) and job.data.image_size != detector.side:
+        accepted = f"mask2former, or data.image_size {detector.side}: its shapes are of scenes of so many pixels a side"
         yield f"evaluate.detector.kind: got 'shapes', for images of {job.data.image_size} pixels; accepted: {accepted}"
     for name, path in detector.weights().items():
         folder = local_snapshot(path) if is_hub_id(path) else Path(path)
@@ -91,6 +89,15 @@ def _model_type(folder: Path) -> str | None:
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else None
+
+
+def _vocabulary(detector: Detector | None) -> Vocabulary:
+    """Return the classes and colours that a detector knows."""
+    if not isinstance(detector, ShapesSpec):
+        return GENEVAL
+    from graftwork.stages.evaluation.geneval.shapes import VOCABULARY  # NumPy, which other plans do not need
+
+    return VOCABULARY
 
 
 def check_texts(job: JobSpec, pending: Collection[str]) -> Iterator[str]:

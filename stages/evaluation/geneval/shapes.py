@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graftwork.specs.detector import ShapesSpec
 from graftwork.stages.evaluation.geneval.rules import DetectedObject
 from graftwork.stages.evaluation.geneval.vocabulary import Vocabulary
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-SIDE = 16  # S
+SIDE = ShapesSpec.side  # S
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 50)}
 BACKGROUND = (128, 128, 128)
 SHAPES = {
