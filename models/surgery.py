@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,35 +83,48 @@ def observe(
 ) -> dict[Site, Observation]:
     """Run the model up to the last site's block, and return each site's inputs, output and gate."""
     sites = tuple(sites)
-    operators = [site for site in sites if site.target != "pair"]
+    found = dict(observing(model, sites, x, t, condition))
+    return {site: found[site] for site in sites}
+
+
+@torch.no_grad()
+def observing(
+    model: Rootstock, sites: Iterable[Site], x: Tensor, t: Tensor, condition: Condition | Tensor
+) -> Iterator[tuple[Site, Observation]]:
+    """Run the model up to the last site's block; yield what each site saw and put out once its block is passed.
+
+    What was yielded is not kept. Who asks for the next may learn from it in between: that is outside of `no_grad`.
+    """
+    leaving: dict[int, list[Site]] = {}  # by the block behind which they are known
+    for site in sites:
+        leaving.setdefault(site.block + (site.target == "pair"), []).append(site)
+    boundaries = {site.block for sites in leaving.values() for site in sites if site.target == "pair"}
     calls: dict[Site, tuple[Tensor, Tensor]] = {}
     hooks = [
         scion_at(model, site).register_forward_hook(
             lambda _, args, output, site=site: calls.__setitem__(site, (args[0], output))
         )
-        for site in operators
+        for sites in leaving.values()
+        for site in sites
+        if site.target != "pair"
     ]
-    pairs = [site for site in sites if site.target == "pair"]
-    boundaries = {site.block + offset for site in pairs for offset in (0, 2)}
-    last = max(site.block + (site.target == "pair") for site in sites)
     streams: dict[int, Stream] = {}  # before the block of that number
     try:
         stream = model.start(x, t, condition)
-        for index in range(1 + last):
+        for index in range(1 + max(leaving)):
             if index in boundaries:
                 streams[index] = stream
             stream = model.through(index, stream)
-        streams[1 + last] = stream
+            for site in leaving.get(index, ()):
+                if site.target == "pair":
+                    yield site, _of_pair(streams.pop(site.block), stream)
+                else:
+                    (inputs, output), gate = calls.pop(site), model.slot(site).gate
+                    yield site, Observation((inputs,), output, None if gate is None else gate(stream))
     finally:
         for hook in hooks:
             hook.remove()
-    observations = {}
-    for site in sites:
-        if site.target == "pair":
-            before, after = streams[site.block], streams[site.block + 2]
-            observations[site] = Observation((before.tokens, *before.conditioning), after.tokens - before.tokens, None)
-        else:
-            inputs, output = calls[site]
-            gate = model.slot(site).gate
-            observations[site] = Observation((inputs,), output, None if gate is None else gate(stream))
-    return observations
+
+
+def _of_pair(before: Stream, after: Stream) -> Observation:
+    return Observation((before.tokens, *before.conditioning), after.tokens - before.tokens, None)

@@ -150,13 +150,31 @@ class DistillSpec(Spec):
     """Stage 1 (arXiv 2506.05340): regress each scion on the operator that it replaces."""
 
     samples: int = Field(8_000, ge=1, description="training samples, of each class its share")
-    heldout: int | None = Field(None, ge=1, description="held-out samples; as many as `samples`, or all there are")
+    heldout: int | None = Field(
+        None,
+        ge=1,
+        description="held-out samples; as many as `samples`, or an eighth of them with `passes`, or all there are",
+    )
     draws: int = Field(1, ge=1, description="timesteps drawn a sample")
     epochs: int = Field(200, ge=1)
+    passes: Annotated[int | None, KeyedIfSet()] = Field(
+        None,
+        ge=1,
+        description="in place of epochs, for models whose activations fit nowhere: passes of the rootstock over the "
+        "samples, each with noise of its own, from which all sites of a task learn at once and nothing is kept; the "
+        "published budget is about 2 at 16,384 tokens",
+    )
     batch: int = Field(64, ge=1)
+    micro_batch: Annotated[int | None, Unkeyed()] = Field(
+        None,
+        ge=1,
+        description="with passes: samples that pass the rootstock at once, at most; gradients are summed, and sums "
+        "differ in their last bits. Left out: on a GPU by its memory; on a CPU the whole batch",
+    )
     lr: float = Field(5e-4, gt=0, description="AdamW, no weight decay")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (50, 100, 150), description="epochs at whose start the learning rate halves"
+        (50, 100, 150),
+        description="epochs at whose start the learning rate halves; with passes the same shares of all steps",
     )
     clip: float = Field(10.0, gt=0, description="largest norm of the gradient")
     precision: Precision = Field("fp32", description=PRECISION)
@@ -174,4 +192,21 @@ class DistillSpec(Spec):
         description="bytes of activations that a task holds at once, also as in 40GiB: what does not fit is computed "
         "again; by default half of the memory that is free",
     )
-    checkpoint_every: Annotated[int, Unkeyed()] = Field(10, ge=1, description="epochs")
+    checkpoint_every: Annotated[int, Unkeyed()] = Field(
+        10, ge=1, description="epochs; with passes it is every 10 minutes, and after each pass"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> Self:
+        if self.passes is not None and "epochs" in self.model_fields_set:
+            refuse(["epochs"], self.epochs, "either epochs, of activations that are kept, or passes")
+        if self.passes is not None and self.draws > 1:
+            refuse(["draws"], self.draws, "1 with passes, each of which draws timesteps anew")
+        if self.passes is None and self.micro_batch is not None:
+            refuse(["micro_batch"], self.micro_batch, "with passes only; other distillations have batch")
+        return self
+
+    @property
+    def num_heldout(self) -> int:
+        """The held-out samples that are asked for."""
+        return self.heldout or (self.samples if self.passes is None else max(1, self.samples // 8))

@@ -69,6 +69,7 @@ class TaskScope:
     """What the steps that run in one task share."""
 
     next: Sequence[Any] = ()  # the parameters of those that the same task does after it
+    partials: Sequence[Partial] = ()  # the checkpoints of those
     state: dict[str, Any] = field(default_factory=dict)  # what a step leaves for them, by name
     recorded: Callable[[], Sequence[Any]] | None = None  # fetches what tasks before left for it: one a part, or None
 

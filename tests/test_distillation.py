@@ -29,12 +29,9 @@ from graftwork.models.surgery import answer, graft, new_scion, observe, scion_at
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.operators import HyenaY, Mha, Mlp
-from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts import hybrids as hybrid
-from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
-from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Noised, noised, read, read_meta, write_meta
-from graftwork.stages.catalog.distill import DistillParams
+from graftwork.stages.artifacts.latents import Latents, Noised, noised, read, read_meta
 from graftwork.stages.contract import Context, Portion, Stopped, TaskScope
 from graftwork.stages.distillation import activations, distill, sources
 from graftwork.stages.distillation import loss as losses
@@ -44,13 +41,22 @@ from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
 from tests.small import block_of, noting
+from tests.tiny_distillation import (
+    MHA_EDIT,
+    MHA_SITE,
+    MLP_EDIT,
+    MLP_SITE,
+    keep_profile,
+    make_context,
+    run_distill,
+    write_inputs,
+)
 from tests.tiny_training import (
     CPU,
     TINY,
     Killed,
     Reports,
     assert_same_bits,
-    latents_of,
     lively,
     run_training,
 )
@@ -75,25 +81,6 @@ def test_each_draw_of_a_sample_has_a_timestep_and_noise_of_its_own(data: Trainin
 
 
 # -- distillation
-
-
-MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
-MHA_EDIT = Edit(site=MHA_SITE, operator=HyenaY())
-
-
-def make_context(store: Store, key: str, out: Path, report: Reports | None = None, **changes: Any) -> Context:
-    edit, within = changes.pop("edit", MHA_EDIT), changes.pop("within", ())
-    recipe = {"samples": 24, "epochs": 7, "batch": 10, "lr": 0.01, "milestones": (3,), "checkpoint_every": 2}
-    return Context(
-        step=f"distill/{edit.site}",
-        params=DistillParams(seed=0, edit=edit, within=within, recipe=DistillSpec(**{**recipe, **changes})),
-        inputs={},
-        out=out,
-        partial=store.partial(key),
-        report=report or Reports(),
-        resources=StepResources(),
-        device=CPU,
-    )
 
 
 @pytest.fixture
@@ -214,15 +201,6 @@ def test_auto_goes_by_the_tails_of_what_the_operator_puts_out(
     assert losses.loss_for(DistillSpec(loss=loss), site, context) == (kind, because)
 
 
-def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
-    """A profile in which only the outputs' kurtosis says something."""
-    rest: dict[str, Any] = {"mean": 0, "std": 1, "largest": 5, "largest_magnitudes": (5,), "quantiles": {}}
-    outputs = {str(site): Outputs(excess_kurtosis=value, **rest) for site, value in kurtosis.items()}
-    nothing: dict[str, Any] = {"tokens": {}, "patches": {}}
-    curves = LocalityCurves(**nothing, by_quarter=QuarterCurves(**nothing))
-    write_profile(folder, Profile(outputs=outputs, locality=curves))
-
-
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "l1": torch.abs,
     "l2": torch.square,
@@ -320,30 +298,7 @@ def test_a_mimic_that_puts_out_the_mean_has_a_relative_error_of_one(source: InMe
 
 @pytest.fixture
 def inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folder]:
-    features, base = tmp_path / "features", tmp_path / "base"
-    features.mkdir()
-    base.mkdir()
-    for name, part in (("training", slice(0, 24)), ("heldout", slice(24, 30))):
-        np.save(features / f"{name}_latents.npy", latents_of(data)[part].numpy())
-        np.save(features / f"{name}_labels.npy", data.condition.require("labels")[part].numpy())
-    meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=24, num_heldout=6)
-    write_meta(features, meta)
-    checkpoints.save(rootstock, (), base)
-    (tmp_path / "profile").mkdir()
-    keep_profile(tmp_path / "profile", {MHA_SITE: 30.0, MLP_SITE: 12.0})
-    return {
-        "features": Folder("f", features),
-        "base": Folder("b", base),
-        "profile": Folder("p", tmp_path / "profile"),
-    }
-
-
-def run_distill(
-    store: Store, key: str, inputs: dict[str, Folder], out: Path, report: Reports | None = None, **changes: Any
-) -> None:
-    out.mkdir(exist_ok=True)
-    task_scope = changes.pop("task_scope", TaskScope())
-    distill.run(replace(make_context(store, key, out, report, **changes), inputs=inputs, task_scope=task_scope))
+    return write_inputs(tmp_path, rootstock, data)
 
 
 def test_a_distill_step_leaves_the_best_scion_and_its_figures(
@@ -400,7 +355,6 @@ def test_a_pair_is_distilled_with_the_scions_of_its_blocks_against_the_rootstock
 # -- sites that share a task
 
 
-MLP_EDIT = Edit(site=MLP_SITE, operator=Mlp(ratio=2))
 A_SITE = (24 + 6) * 2 * 16 * 16 * 4  # bytes: samples, what goes in and out, tokens, width, fp32
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from graftwork.pipeline.estimates.packing import Item
+from graftwork.pipeline.estimates.packing import MOST, Item
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.stages.registry import STAGES
 
@@ -19,6 +19,11 @@ def site_items(plan: Plan, names: Iterable[str]) -> tuple[list[Item], float]:
         items.append(Item(name, work.own, work.activations, work.block))
         shared = max(shared, work.shared)
     return items, shared
+
+
+def most_in_a_pack(sites: Sequence[Step]) -> int:
+    """Return how many of these steps one task may do: where nothing of the pass is kept, as many as there are."""
+    return len(sites) if all(site.work is not None and not site.work.activations for site in sites) else MOST
 
 
 def num_recording_tasks(sites: Sequence[Step], slots: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from graftwork.cluster.machine import num_cpus
 from graftwork.pipeline.estimates.packing import Item, duration, pack
-from graftwork.pipeline.estimates.sharing import num_recording_tasks
+from graftwork.pipeline.estimates.sharing import most_in_a_pack, num_recording_tasks
 from graftwork.pipeline.planning.plan import Plan, Step
 from graftwork.specs.problems import SpecError
 from graftwork.stages.registry import STAGES
@@ -139,7 +139,7 @@ def _packed(sites: Sequence[Step], times: Mapping[str, StepTime], machine: Machi
     num_tasks = num_recording_tasks(sites, slots)
     before, within = (shared / num_tasks, 0.0) if num_tasks else (0.0, shared)
     tasks = []
-    for number, one in enumerate(pack(items, slots, within)):
+    for number, one in enumerate(pack(items, slots, within, most=most_in_a_pack(sites))):
         waited = before if number < slots else 0.0  # by those that begin first
         tasks.append(_Task(tuple(item.name for item in one), waited + duration(one, within), pool, amount))
     return tasks

@@ -20,7 +20,7 @@ import ray
 from graftwork.cluster.board import Board, News, Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.estimates.packing import pack
-from graftwork.pipeline.estimates.sharing import num_recording_tasks, site_items
+from graftwork.pipeline.estimates.sharing import most_in_a_pack, num_recording_tasks, site_items
 from graftwork.pipeline.execution import shared_pass
 from graftwork.pipeline.execution.progress import Every, ShortageWatch, StepProgress, Task
 from graftwork.pipeline.execution.shared_pass import Recordings
@@ -162,7 +162,8 @@ class Execution:
         num_tasks = num_recording_tasks(sites, slots)
         if num_tasks and not shared_pass.fits(items, num_tasks, resources):
             num_tasks = 0
-        packs = [[self.plan[item.name] for item in one] for one in pack(items, slots, 0.0 if num_tasks else shared)]
+        packed = pack(items, slots, 0.0 if num_tasks else shared, most=most_in_a_pack(sites))
+        packs = [[self.plan[item.name] for item in one] for one in packed]
         waited, recorded = list[Any](), dict[str, Recordings]()
         if num_tasks:
             asked = shared_pass.Pass(sites, self._keys(sites[0]), self.store, StopSignal(self.board))

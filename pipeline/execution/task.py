@@ -89,6 +89,7 @@ def _do_steps(works: Sequence[Work], *before: Sequence[StepResult]) -> list[Step
     for number, work in enumerate(works):
         task_scope = contract.TaskScope(
             next=[other.step.params for other in works[number + 1 :]],
+            partials=[other.store.partial(other.step.key) for other in works[number + 1 :]],
             state=state,
             recorded=partial(shared_pass.fetch, work.recorded) if work.recorded else None,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -252,6 +252,31 @@ class Noised:
 
     def to(self, device: torch.device) -> Noised:
         return Noised(self.z.to(device), self.t.to(device), self.condition.to(device))
+
+
+@dataclass(frozen=True)
+class NoisedAnew:
+    """The same, made when it is asked for: of many large latents nothing is held."""
+
+    latents: Latents
+    objective: Objective
+    seed: int
+    stream: tuple[str | int, ...]  # that each sample's draws come from, beside its place
+
+    def __len__(self) -> int:
+        return len(self.latents.x)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Noised:
+        places = torch.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
+        sources = [generator(self.seed, *self.stream, place) for place in places.tolist()]
+        x = self.latents.x[places]
+        t = torch.cat([self.objective.draw_t(1, source) for source in sources])
+        noise = torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources])
+        return Noised(self.objective.noised(x, t, noise), t, self.latents.condition[places])
+
+    def again(self, number: int) -> NoisedAnew:
+        """Return the same latents with the noise of another pass over them."""
+        return replace(self, stream=(*self.stream, number))
 
 
 def noised(latents: Latents, objective: Objective, draws: int, seed: int, stream: str) -> Noised:

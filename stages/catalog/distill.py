@@ -31,7 +31,7 @@ class DistillParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     recipe, edits, flops = job.distill, job.edits(), RootstockFlops.of(job)
-    outside = few_samples(job, recipe.samples, recipe.heldout or recipe.samples) | stream(recipe.precision)
+    outside = few_samples(job, recipe.samples, recipe.num_heldout) | stream(recipe.precision)
     for edit in edits:
         within = _within(edit, edits)
         yield StepDraft(
@@ -55,18 +55,19 @@ def _within(edit: Edit, edits: Sequence[Edit]) -> tuple[Edit, ...]:
 
 def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
     """Section 4 of the method: the pass up to the site's block, then epochs over what it left."""
-    training, heldout = recipe.samples * recipe.draws, recipe.heldout or recipe.samples
+    training, heldout = recipe.samples * recipe.draws, recipe.num_heldout
     scion, last = scion_cost(edit, rootstock.place).flops, edit.site.block
     if isinstance(edit.operator, Parallel):  # both blocks learn, and a projection that merges them
         scion += 2 * block_cost(rootstock.place, rootstock.model).flops
         last += 1
     # A scion that comes from another graft is only measured.
-    passes = heldout if edit.scions else recipe.epochs * (TRAINING * training + heldout)
-    values = 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
+    epochs = recipe.passes or recipe.epochs
+    learned = heldout if edit.scions else epochs * (TRAINING * training + heldout)
+    kept = 0 if recipe.passes else 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
     return Work(
-        own=float(scion * passes),
-        shared=float(rootstock.up_to(last) * (training + heldout)),
-        activations=values * (2 if recipe.precision == "bf16" else 4),
+        own=float(scion * learned),
+        shared=float(rootstock.up_to(last) * (training + heldout) * (recipe.passes or 1)),
+        activations=kept * (2 if recipe.precision == "bf16" else 4),
         block=edit.site.block,
     )
 
@@ -75,10 +76,10 @@ def recording_tasks(params: Sequence[DistillParams], resources: StepResources, s
     """Return the number of tasks that record activations before distillation starts.
 
     0 if every distillation task runs the rootstock itself: on GPUs, with `distill.activations` set, for one site, for
-    too few samples, or if all sites are in one task.
+    too few samples, if all sites are in one task, or if nothing is kept.
     """
     recipe = params[0].recipe
-    if resources.gpu or recipe.activations is not None or len(params) < 2:
+    if resources.gpu or recipe.activations is not None or recipe.passes is not None or len(params) < 2:
         return 0
     tasks = min(slots, recipe.samples * recipe.draws // MIN_RECORDING_SAMPLES)
     return tasks if tasks > 1 else 0
@@ -89,5 +90,5 @@ STAGE = Stage(
     steps=steps,
     module="graftwork.stages.distillation.distill",
     shares=recording_tasks,
-    memory="distill.activations, distill.batch, distill.samples or distill.draws",
+    memory="distill.activations, distill.batch, distill.samples or distill.draws, or distill.micro_batch with passes",
 )

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from graftwork.models.numerics.precision import computing
 from graftwork.models.rootstocks import Rootstock
-from graftwork.models.surgery import Observation, observe
+from graftwork.models.surgery import Observation, observe, observing
 from graftwork.specs.edits import Edit, Site, overlapping
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.hybrids import load_model
-from graftwork.stages.artifacts.latents import Noised, noised, read, require_enough
+from graftwork.stages.artifacts.latents import Noised, NoisedAnew, noised, read, require_enough
 from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Input, Portion, Stopped, never
 
@@ -78,8 +78,8 @@ class Teacher:
 
     model: Rootstock
     carried: tuple[Edit, ...]
-    train: Noised  # to train scions on
-    heldout: Noised
+    train: Noised | NoisedAnew  # to train scions on
+    heldout: Noised | NoisedAnew
     recipe: DistillSpec
     device: torch.device
     stopping: Callable[[], bool] = never
@@ -99,7 +99,7 @@ class Teacher:
         place = self.model.config.place
         return 2 * place.num_tokens * place.width * stored_type(site, self.recipe).itemsize
 
-    def capture(self, sites: Sequence[Site], latents: Noised, place: torch.device) -> dict[Site, Pairs]:
+    def capture(self, sites: Sequence[Site], latents: Noised | NoisedAnew, place: torch.device) -> dict[Site, Pairs]:
         """Return what each site saw and put out in one pass, no further than the last site's block. Raises Stopped.
 
         place: the device, or the host, that holds the pairs.
@@ -113,7 +113,7 @@ class Teacher:
                 noisy = latents[part].to(self.device)
                 observations = observe(self.model, sites, noisy.z, noisy.t, noisy.condition)
             for site, observation in observations.items():
-                batch = self._pairs(site, observation)
+                batch = self.pairs(site, observation)
                 if site not in pairs:
                     pairs[site] = batch.of([_empty(len(latents), value, place) for value in batch.tensors()])
                 for whole, value in zip(pairs[site].tensors(), batch.tensors(), strict=True):
@@ -122,7 +122,20 @@ class Teacher:
             torch.cuda.synchronize()
         return pairs
 
-    def _pairs(self, site: Site, observation: Observation) -> Pairs:
+    def streamed(self, sites: Sequence[Site], noisy: Noised) -> Iterator[tuple[Site, Pairs]]:
+        """Yield what each site saw and put out as a pass of these samples leaves its block; none of it is kept."""
+        here = noisy.to(self.device)
+        observations = observing(self.model, sites, here.z, here.t, here.condition)
+        while True:
+            # Entered anew for each: who learns in between has an autocast of its own, see `distill.mimic_of`.
+            with computing(self.recipe.precision, self.device):
+                found = next(observations, None)
+            if found is None:
+                return
+            yield found[0], self.pairs(*found)
+
+    def pairs(self, site: Site, observation: Observation) -> Pairs:
+        """Return what is learned from an observation."""
         dtype, gate = stored_type(site, self.recipe), observation.gate
         weights = gate.abs()[:, None] if self.recipe.gate_weighted and gate is not None else None
         return Pairs(tuple(value.to(dtype) for value in observation.inputs), observation.output.to(dtype), weights)
@@ -138,15 +151,16 @@ def read_teacher(
     training, heldout = read(features, "training"), read(features, "heldout")
     require_enough("distill.samples", recipe.samples, len(training.x), "training")
     require_enough("distill.heldout", recipe.heldout or 0, len(heldout.x), "held-out")
-    return Teacher(
-        model.to(device),
-        tuple(carried),
-        noised(training.stratified(recipe.samples), objective, recipe.draws, params.seed, "distill"),
-        noised(heldout.stratified(recipe.heldout or recipe.samples), objective, 1, params.seed, "distill/heldout"),
-        recipe,
-        device,
-        stopping,
-    )
+    train, unseen = training.stratified(recipe.samples), heldout.stratified(recipe.num_heldout)
+    learned: Noised | NoisedAnew
+    measured: Noised | NoisedAnew
+    if recipe.passes is None:
+        learned = noised(train, objective, recipe.draws, params.seed, "distill")
+        measured = noised(unseen, objective, 1, params.seed, "distill/heldout")
+    else:
+        learned = NoisedAnew(train, objective, params.seed, ("distill/passes",))
+        measured = NoisedAnew(unseen, objective, params.seed, ("distill/heldout",))
+    return Teacher(model.to(device), tuple(carried), learned, measured, recipe, device, stopping)
 
 
 # Of a site: the pairs of some samples to train on, and of some held-out ones; None where a part has none of them.
@@ -159,7 +173,7 @@ def capture(portion: Portion) -> list[Capture]:
     teacher = read_teacher(steps[0], portion.inputs, portion.device, portion.stopping)
     sites = [step.edit.site for step in steps]
 
-    def pairs_of(latents: Noised) -> dict[Site, Pairs]:
+    def pairs_of(latents: Noised | NoisedAnew) -> dict[Site, Pairs]:
         share = latents[_share_of(len(latents), portion.share, portion.num_shares)]
         return teacher.capture(sites, share, portion.device)
 

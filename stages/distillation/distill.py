@@ -27,7 +27,8 @@ from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context, Portion, Stopped
 from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, capture
 from graftwork.stages.distillation.loss import LOSSES, LossFunction, Mimic, error, error_on, loss_for, relative_error
-from graftwork.stages.distillation.sources import Source, choose_source, task_state
+from graftwork.stages.distillation.sources import Source, TaskState, choose_source, recomputed, task_state
+from graftwork.stages.distillation.streaming import stream
 from graftwork.stages.pictures.pictures import loss_curve
 from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import save_tensors
@@ -52,34 +53,56 @@ def _distil(context: Context, params: DistillParams) -> None:
     task = task_state(context)
     teacher = task.teacher
     teacher.require_free(edit)
-    train, heldout = choose_source(task, context)
     loss, because = loss_for(recipe, edit.site, context)
-    scion = _new_scion(teacher, context).to(device)
-    if edit.scions is None:
-        history = fit(scion, train, heldout, loss, context)
-        loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
-        best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
+    if recipe.passes is not None and edit.scions is None:
+        learned = stream(task, context, lambda other: _streamed(teacher, other, context))
+        scion, best_epoch, best = learned.scion, learned.best_pass, learned.history[learned.best_pass - 1]
+        heldout_error, relative = best.heldout, best.relative
+        history = [(float(number), one.training, one.heldout) for number, one in enumerate(learned.history, start=1)]
     else:
-        take(scion, edit, edit.scions, teacher.model.config)
-        best_epoch, heldout_error = 0, error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
+        train, heldout = _sources(task, context)
+        scion = _new_scion(teacher, params, context).to(device)
+        if edit.scions is None:
+            history = fit(scion, train, heldout, loss, context)
+            best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
+        else:
+            take(scion, edit, edit.scions, teacher.model.config)
+            history, best_epoch = [], 0
+            heldout_error = error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
+        relative = relative_error(mimic_of(scion, recipe, device), heldout)
+    if history:
+        loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
         loss=loss,
         loss_because=because,
         heldout_error=heldout_error,
-        relative_error=relative_error(mimic_of(scion, recipe, device), heldout),
+        relative_error=relative,
         best_epoch=int(best_epoch),
     )
     write_distilled(context.out, summary)
 
 
-def _new_scion(teacher: Teacher, context: Context) -> nn.Module:
+def _sources(task: TaskState, context: Context) -> tuple[Source, Source]:
+    """Return the pairs to train on and the held-out ones; where passes are asked for, none of them is kept."""
+    teacher = task.teacher
+    if teacher.recipe.passes is None:
+        return choose_source(task, context)
+    return recomputed(task, context, teacher.train), recomputed(task, context, teacher.heldout)
+
+
+def _new_scion(teacher: Teacher, params: DistillParams, context: Context) -> nn.Module:
     """As it is before it learns; a pair is made of copies of the rootstock's blocks, with the scions in them."""
-    params: DistillParams = context.params
     model = teacher.model
     if params.edit.site.target == "pair":
         model = with_scions(copy.deepcopy(model), params.within, context, params.seed)
     return new_scion(model, params.edit, params.seed)
+
+
+def _streamed(teacher: Teacher, params: DistillParams, context: Context) -> tuple[nn.Module, Mimic, str]:
+    """Return what a site learns with where nothing is kept: its scion, the function that is distilled, and its loss."""
+    scion = _new_scion(teacher, params, context).to(context.device)
+    return scion, mimic_of(scion, params.recipe, context.device), loss_for(params.recipe, params.edit.site, context)[0]
 
 
 def take(scion: nn.Module, edit: Edit, source: str, rootstock: RootstockConfig) -> None:

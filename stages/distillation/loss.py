@@ -62,19 +62,34 @@ def error_on(mimic: Mimic, source: Source, loss_of: LossFunction) -> float:
     return torch.stack(errors).sum().item() / len(source)
 
 
+class RelativeError:
+    """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
+
+    def __init__(self) -> None:
+        self.wrong = self.total = self.squares = torch.zeros((), dtype=torch.float64)
+        self.count = 0  # of tokens
+
+    def add(self, answers: Tensor, outputs: Tensor) -> None:
+        """Add what a mimic answers, and what the operator put out (B,N,D)."""
+        for given, put_out in in_parts(answers, outputs):
+            predicted, wanted = given.double(), put_out.double()
+            self.wrong = self.wrong.to(wanted.device) + (predicted - wanted).square().sum()
+            self.total = self.total.to(wanted.device) + wanted.sum((0, 1))
+            self.squares = self.squares.to(wanted.device) + wanted.square().sum()
+            self.count += wanted.shape[0] * wanted.shape[1]
+
+    def item(self) -> float:
+        """Return the error of all that was added; this waits for the device."""
+        return (self.wrong / (self.squares - self.total.square().sum() / self.count)).item()
+
+
 @torch.no_grad()
 def relative_error(mimic: Mimic, source: Source) -> float:
-    """Squared error over the outputs' variance: 0 is a perfect mimic, 1 no better than their mean."""
-    wrong = total = squares = torch.zeros((), dtype=torch.float64)
-    count = 0
+    """Return the relative error over all pairs."""
+    sums = RelativeError()
     for pairs in source.batches(PASS_BATCH):
-        for given, outputs in in_parts(mimic(*pairs.inputs), pairs.outputs):
-            predicted, wanted = given.double(), outputs.double()
-            wrong = wrong.to(wanted.device) + (predicted - wanted).square().sum()
-            total = total.to(wanted.device) + wanted.sum((0, 1))
-            squares = squares.to(wanted.device) + wanted.square().sum()
-            count += wanted.shape[0] * wanted.shape[1]
-    return (wrong / (squares - total.square().sum() / count)).item()
+        sums.add(mimic(*pairs.inputs), pairs.outputs)
+    return sums.item()
 
 
 def loss_for(recipe: DistillSpec, site: Site, context: Context) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftwork.cluster.machine import available_memory, num_cpus, num_gpus
 from graftwork.specs.edits import Site
-from graftwork.stages.artifacts.latents import Noised
+from graftwork.stages.artifacts.latents import Noised, NoisedAnew
 from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context
 from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, joined, read_teacher
@@ -68,7 +68,7 @@ class Recomputed:
 
     teacher: Teacher
     site: Site
-    latents: Noised
+    latents: Noised | NoisedAnew
     chunk: int  # samples whose activations are held at once
 
     def __len__(self) -> int:
@@ -126,9 +126,16 @@ def choose_source(task: TaskState, context: Context) -> tuple[Source, Source]:
         task.pairs |= _captured_now(teacher, _sites_ahead(context), room, place)
         return task.pairs.pop(site)
 
+    return recomputed(task, context, teacher.train), recomputed(task, context, teacher.heldout)
+
+
+def recomputed(task: TaskState, context: Context, latents: Noised | NoisedAnew) -> Recomputed:
+    """Return the pairs of the step's site, computed anew whenever they are asked for."""
+    params: DistillParams = context.params
+    site, teacher = params.edit.site, task.teacher
     # A chunk lives until the last batch of it is used, and by then the next one is being captured.
     chunk = max(memory_budget(context, teacher.device) // (2 * teacher.bytes_a_sample(site)), 1)
-    return Recomputed(teacher, site, teacher.train, chunk), Recomputed(teacher, site, teacher.heldout, chunk)
+    return Recomputed(teacher, site, latents, chunk)
 
 
 def memory_budget(context: Context, place: torch.device) -> int:

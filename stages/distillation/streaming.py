@@ -1,0 +1,255 @@
+"""Streaming: sites learn beside each other while the rootstock runs, and nothing of its pass is kept.
+
+It is for models whose activations fit nowhere: at 16,384 tokens those of one site take 75 MB a sample. A batch passes
+the rootstock once. As it leaves the block of a site, the site's scion learns from what went in and came out, and both
+go. The memory is that of the rootstock, of the scions with their optimizers, and of one site's part of a batch,
+however many sites and samples there are.
+
+The sites of one task share the passes. Each keeps a checkpoint of its own, and sees the same samples with the same
+noise in the same order whoever learns beside it: its bits do not depend on that. A site whose checkpoint is further
+than others' joins when they have come as far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from graftwork.models.numerics.streams import generator
+from graftwork.specs.edits import overlapping
+from graftwork.stages.artifacts.latents import Noised, NoisedAnew
+from graftwork.stages.catalog.distill import DistillParams
+from graftwork.stages.contract import Context, Partial, Stopped
+from graftwork.stages.distillation.activations import PASS_BATCH, Pairs
+from graftwork.stages.distillation.loss import LOSSES, Mimic, RelativeError, error
+from graftwork.stages.distillation.sources import TaskState, memory_budget
+from graftwork.stages.training.batches import DrawnAhead
+from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.loop import save_tensors
+
+CHECKPOINT = "streamed.safetensors"
+CHECKPOINT_SECONDS = 600.0
+POINTS = 100  # at which a step says how far it is
+# Bytes of a site's pair over which a micro-batch needs: what the scion keeps for its backward pass, in fp32, and what
+# the rootstock's block needs beside it.
+COPIES = 16
+PROBLEMS = "streaming problems"  # the name under which a task keeps what became of sites that learned beside others
+
+
+@dataclass(frozen=True)
+class PassErrors:
+    """The mean errors of one pass: to train on, held-out, and held-out over the outputs' variance."""
+
+    training: float
+    heldout: float
+    relative: float
+
+
+@dataclass
+class Learner:
+    """A scion in training, and all that changes in it."""
+
+    params: DistillParams
+    partial: Partial
+    scion: nn.Module
+    mimic: Mimic
+    engine: PlainEngine
+    loss: str
+    done: int = 0  # batches
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))  # error of this pass's samples so far
+    history: list[PassErrors] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def best_pass(self) -> int:
+        """The pass, from 1, that left the weights with the least held-out error."""
+        return 1 + min(range(len(self.history)), key=lambda number: self.history[number].heldout)
+
+    def learn(self, pairs: Pairs, share: float, lr: float | None) -> None:
+        """Take in a part of a batch, `share` of its samples; lr: of the step, which the last part makes."""
+        value = error(self.mimic, pairs, LOSSES[self.loss]) * share
+        if lr is None:
+            self.engine.accumulate(value)
+        else:
+            self.engine.step(value, lr)
+        self.total += value.detach() * (len(pairs) / share)
+
+    def end_pass(self, samples: int, heldout: float, relative: float) -> None:
+        """Note what a pass came to; the weights stay if they are the best so far."""
+        self.history.append(PassErrors(self.total.item() / samples, heldout, relative))
+        self.total.zero_()
+        if not math.isfinite(heldout):
+            where = f"in pass {len(self.history)}"
+            self.problem = f"the held-out error is {heldout} {where}; a lower lr may help"
+        elif self.best_pass == len(self.history):
+            self.best = {name: value.detach().clone() for name, value in self.scion.state_dict().items()}
+
+    def save(self) -> None:
+        """Publish a checkpoint."""
+        rows = [(one.training, one.heldout, one.relative) for one in self.history]
+        kept = {f"best/{name}": value.cpu() for name, value in self.best.items()}
+        kept["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+        kept["done"], kept["total"] = torch.tensor(self.done), self.total.cpu()
+        save_tensors(self.partial, CHECKPOINT, self.engine.state() | kept)
+
+
+Maker = Callable[[DistillParams], tuple[nn.Module, Mimic, str]]  # a fresh scion on its device, called how, and its loss
+
+
+def new_learner(params: DistillParams, partial: Partial, make: Maker, device: torch.device) -> Learner:
+    """Return a learner as its last checkpoint has it, if there is one."""
+    scion, mimic, loss = make(params)
+    path: Path | None = partial.load(CHECKPOINT)
+    state = None if path is None else load_file(path)
+    engine = PlainEngine(scion, clip=params.recipe.clip, state=state)
+    learner = Learner(params, partial, scion, mimic, engine, loss, total=torch.zeros((), device=device))
+    if state is not None:
+        learner.done = int(state["done"])
+        learner.total.copy_(state["total"])
+        learner.history = [PassErrors(*row) for row in state["history"].tolist()]
+        kept = {name.removeprefix("best/"): value for name, value in state.items() if name.startswith("best/")}
+        learner.best = {name: value.to(device) for name, value in kept.items()}
+    return learner
+
+
+def stream(task: TaskState, context: Context, make: Maker) -> Learner:
+    """Train the step's scion to the last pass, and beside it those of the steps that follow in its task.
+
+    Return the step's own, with the best weights in its scion. What the others came to is in their checkpoints. Raise
+    Stopped, and FloatingPointError for an error that is no finite number.
+    """
+    params: DistillParams = context.params
+    problems: dict[str, str] = context.task_scope.state.setdefault(PROBLEMS, {})
+    if (name := str(params.edit.site)) in problems:
+        raise FloatingPointError(problems[name])
+    own = new_learner(params, context.partial, make, context.device)
+    together = Together(task, context, own)
+    if own.done < together.num_batches:
+        together.learners += [
+            new_learner(other, partial, make, context.device)
+            for other, partial in zip(context.task_scope.next, context.task_scope.partials, strict=False)
+            if _streams_beside(task, params, other) and str(other.edit.site) not in problems
+        ]
+    together.run()
+    problems |= {str(one.params.edit.site): one.problem for one in together.learners if one.problem}
+    if own.problem:
+        raise FloatingPointError(own.problem)
+    own.scion.load_state_dict(own.best)
+    return own
+
+
+def _streams_beside(task: TaskState, params: DistillParams, other: DistillParams) -> bool:
+    """Whether another site of the task sees the same samples, and needs nothing but the rootstock to begin."""
+    alike = (other.seed, other.recipe) == (params.seed, params.recipe)
+    free = not overlapping(task.teacher.carried, [other.edit])
+    return alike and free and other.edit.scions is None and other.edit.site.target != "pair"
+
+
+class Together:
+    """The learners of one task, and the passes that they share."""
+
+    def __init__(self, task: TaskState, context: Context, own: Learner) -> None:
+        self.teacher, self.context, self.own, self.learners = task.teacher, context, own, [own]
+        self.recipe, self.seed = own.params.recipe, own.params.seed
+        self.size = len(task.teacher.train)
+        self.a_pass = math.ceil(self.size / self.recipe.batch)  # batches
+        self.num_batches = self.a_pass * (self.recipe.passes or 1)
+        self.at_once = self._micro_batch()
+        self.saved = time.monotonic()
+
+    def run(self) -> None:
+        """Make all passes that are left for any. Raise Stopped where that is asked for; all is saved then."""
+        begin = min(one.done for one in self.learners)
+        self.context.report(self.own.done, self.num_batches)
+        with DrawnAhead(self._drawn, range(begin, self.num_batches)) as batches:
+            for number, batch in batches:
+                self._batch(number, batch)
+                if (number + 1) % self.a_pass == 0:
+                    self._end_pass()
+                last = number + 1 == self.num_batches
+                stopping = not last and self.context.stopping()
+                if stopping or (number + 1) % self.a_pass == 0 or self._is_due():
+                    self._save()
+                if stopping:
+                    raise Stopped(f"after batch {number + 1}")
+
+    def active(self, number: int) -> list[Learner]:
+        """Return those that have not taken in the batch of that number, and all before it."""
+        return [one for one in self.learners if one.done == number and one.problem is None]
+
+    def _batch(self, number: int, batch: Noised) -> None:
+        learners = {one.params.edit.site: one for one in self.active(number)}
+        if not learners:
+            return
+        parts = torch.arange(len(batch)).split(self.at_once)
+        lr = self._lr(number)
+        for place, part in enumerate(parts):
+            share, is_last = len(part) / len(batch), place + 1 == len(parts)
+            for site, pairs in self.teacher.streamed(list(learners), batch[part]):
+                learners[site].learn(pairs, share, lr if is_last else None)
+        for one in learners.values():
+            one.done += 1
+        if self.own.done == number + 1 and (number + 1) % max(1, self.num_batches // POINTS) == 0:
+            samples = (number % self.a_pass + 1) * self.recipe.batch
+            mean = self.own.total.item() / min(samples, self.size)
+            self.context.report(number + 1, self.num_batches, {"training_error": mean, "lr": lr})
+
+    @torch.no_grad()
+    def _end_pass(self) -> None:
+        """Measure, in one pass of the held-out samples, all that have come to the end of a pass."""
+        learners = {one.params.edit.site: one for one in self.learners if self._has_passed(one)}
+        sums = {site: torch.zeros((), dtype=torch.float64, device=self.teacher.device) for site in learners}
+        relative = {site: RelativeError() for site in learners}
+        heldout = self.teacher.heldout
+        for part in torch.arange(len(heldout)).split(min(self.at_once, PASS_BATCH)) if learners else ():
+            for site, pairs in self.teacher.streamed(list(learners), heldout[part]):
+                one = learners[site]
+                sums[site] += error(one.mimic, pairs, LOSSES[one.loss]).double() * len(pairs)
+                relative[site].add(one.mimic(*pairs.inputs), pairs.outputs)
+        for site, one in learners.items():
+            one.end_pass(self.size, sums[site].item() / len(heldout), relative[site].item())
+        if self.own in learners.values():
+            last = self.own.history[-1]
+            figures = {"training_error": last.training, "heldout_error": last.heldout}
+            self.context.report(self.own.done, self.num_batches, figures)
+
+    def _has_passed(self, one: Learner) -> bool:
+        """Whether a learner is at the end of a pass that was not measured yet."""
+        return one.problem is None and one.done == self.a_pass * (len(one.history) + 1)
+
+    def _drawn(self, number: int) -> Noised:
+        """Return the batch of that number: of a pass over the samples in an order of its own."""
+        which, place = divmod(number, self.a_pass)
+        order = torch.randperm(self.size, generator=generator(self.seed, "distill/passes", "order", which))
+        train = self.teacher.train
+        assert isinstance(train, NoisedAnew)
+        return train.again(which)[order[place * self.recipe.batch : (place + 1) * self.recipe.batch]]
+
+    def _lr(self, number: int) -> float:
+        """The learning rate halves where it would among the recipe's epochs."""
+        along = number / self.num_batches * self.recipe.epochs
+        return self.recipe.lr * 0.5 ** sum(along >= milestone for milestone in self.recipe.milestones)
+
+    def _micro_batch(self) -> int:
+        recipe, device = self.recipe, self.teacher.device
+        if recipe.micro_batch is not None or device.type == "cpu":
+            return min(recipe.micro_batch or recipe.batch, recipe.batch)
+        room = memory_budget(self.context, device) // (COPIES * self.teacher.bytes_a_sample(self.own.params.edit.site))
+        return max(1, min(room, recipe.batch))
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+
+    def _save(self) -> None:
+        for one in self.learners:
+            if one.problem is None:
+                one.save()
+        self.saved = time.monotonic()
