@@ -64,7 +64,7 @@ text: {kind: t5, path: ENCODER, precision: fp32}
 weights: {kind: pretrain, steps: 20, batch: 16, lr: 1e-3, warmup: 5, ema: 0.9, workers: 2}
 graft:
   - {target: mha, operator: {kind: hyena_x, kernel: 4}, layers: {kind: interleaved, ratio: 0.5}}
-distill: {samples: 32, heldout: 16, epochs: 4, batch: 16, lr: 1e-3}
+distill: {samples: 32, heldout: 16, passes: 4, batch: 16, lr: 1e-3}
 finetune: {fraction: 1.0, steps: 8, batch: 16, lr: 5e-4, warmup: 2, ema: 0.9, caption_dropout: 0.2,
   control: false, train: lora, lora: {rank: 2}}
 evaluate:

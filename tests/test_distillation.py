@@ -600,14 +600,15 @@ def make_bare(inputs: dict[str, Folder]) -> Context:
     return Context("", nothing, inputs, nothing, nothing, nothing, nothing, CPU)
 
 
+@pytest.mark.parametrize("changes", [{}, {"passes": 2}], ids=["epochs", "passes"])
 def test_scions_of_another_graft_are_taken_as_they_are(
-    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, changes: dict[str, int]
 ) -> None:
     donor = lively(graft(DiT(TINY), [MHA_EDIT], 0), seed=5)
     (tmp_path / "donor").mkdir()
     checkpoints.save(donor, (MHA_EDIT,), tmp_path / "donor")
     edit = MHA_EDIT.model_copy(update={"scions": str(tmp_path / "donor")})
-    run_distill(store, "a", inputs, tmp_path / "out", edit=edit)
+    run_distill(store, "a", inputs, tmp_path / "out", edit=edit, **changes)
     assert_same_bits(load_file(tmp_path / "out" / "scion.safetensors"), scion_at(donor, MHA_SITE).state_dict())
     summary = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert summary["best_epoch"] == 0 and summary["heldout_error"] > 0

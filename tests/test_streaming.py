@@ -227,7 +227,7 @@ def test_a_site_whose_error_is_no_number_fails_by_itself(
 
 def test_of_a_pass_one_sites_activations_live_at_a_time(rootstock: DiT, data: TrainingSet) -> None:
     latents = torch.randn(4, 1, 8, 8)
-    sites = [Site(block=block, target=target) for block in range(TINY.depth) for target in ("mha", "mlp")]  # type: ignore[arg-type]
+    sites = [Site(block=block, target=target) for block in range(TINY.depth) for target in ("mha", "mlp")]
     alive: list[weakref.ref[Tensor]] = []
     for _, seen in observing(rootstock, sites, latents, torch.arange(4), torch.tensor([0, 1, 2, 0])):
         alive.append(weakref.ref(seen.inputs[0]))

@@ -56,21 +56,20 @@ def _distil(context: Context, params: DistillParams) -> None:
     loss, because = loss_for(recipe, edit.site, context)
     if recipe.passes is not None and edit.scions is None:
         learned = stream(task, context, lambda other: _streamed(teacher, other, context))
-        scion, best_epoch, best = learned.scion, learned.best_pass, learned.history[learned.best_pass - 1]
-        heldout_error, relative = best.heldout, best.relative
+        scion, relative = learned.scion, learned.history[learned.best_pass - 1].relative
         history = [(float(number), one.training, one.heldout) for number, one in enumerate(learned.history, start=1)]
     else:
         train, heldout = _sources(task, context)
         scion = _new_scion(teacher, params, context).to(device)
         if edit.scions is None:
             history = fit(scion, train, heldout, loss, context)
-            best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
         else:
             take(scion, edit, edit.scions, teacher.model.config)
-            history, best_epoch = [], 0
-            heldout_error = error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
+            history = []
+            best_epoch, heldout_error = 0.0, error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
         relative = relative_error(mimic_of(scion, recipe, device), heldout)
     if history:
+        best_epoch, _, heldout_error = min(history, key=lambda point: point[2])
         loss_curve(history, f"distilling {edit.site}", context.out / "loss", ("training", "heldout"))
     save_file({name: value.cpu() for name, value in scion.state_dict().items()}, context.out / "scion.safetensors")
     summary = Distilled(
