@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from graftwork.specs.data import TEXT_DATA, SyntheticData
 from graftwork.specs.rootstock import CheckpointWeights, PretrainWeights
 from graftwork.specs.training import TrainingSpec
 
@@ -38,8 +39,11 @@ def _of_texts(job: JobSpec) -> Iterator[Refusal]:
     why = f"for a {job.model.kind}, which is told texts"
     if job.text is None:
         yield ["text"], None, f"{{kind: t5, path: ..}}, {why}"
-    if job.data.kind != "captions":
-        yield ["data", "kind"], job.data.kind, f"captions, {why}"
+    if not isinstance(job.data, TEXT_DATA):
+        yield ["data", "kind"], job.data.kind, f"captions or synthetic, {why}"
+    if isinstance(job.data, SyntheticData) and not isinstance(job.weights, CheckpointWeights):
+        accepted = "checkpoint with data.kind synthetic: the rootstock draws the samples before any training"
+        yield ["weights", "kind"], job.weights.kind, accepted
     if isinstance(job.weights, CheckpointWeights) and job.weights.classes is not None:
         yield ["weights", "classes"], job.weights.classes, f"no classes, {why}"
     if isinstance(job.weights, PretrainWeights) and "label_std" in job.weights.model_fields_set:
@@ -53,7 +57,7 @@ def _of_classes(job: JobSpec) -> Iterator[Refusal]:
     why = f"for a {job.model.kind}, which is told classes"
     if job.text is not None:
         yield ["text"], job.text.path, f"no text, {why}"
-    if job.data.kind == "captions":
+    if isinstance(job.data, TEXT_DATA):
         yield ["data", "kind"], job.data.kind, f"digits or image_folder, {why}"
     if job.evaluate.prompts is not None:
         yield ["evaluate", "prompts"], job.evaluate.prompts, f"no prompts, {why}"

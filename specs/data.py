@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
 from graftwork.specs.fields import Line, LocalPath, Spec, Unkeyed, is_integer, refuse
+from graftwork.specs.sampler import Sampler
+from graftwork.specs.training import PRECISION, Precision
 
 PER_CLASS = "training images kept of each class, the first by a hash of their names; left out: all of them"
 _LOCAL_PATH = TypeAdapter(LocalPath)
@@ -93,5 +95,35 @@ class CaptionsData(ImageFiles):
     kind: Literal["captions"] = "captions"
 
 
+class SyntheticData(Spec):
+    """Samples that the rootstock draws of prompts, for models that are told texts: nothing else is trained on, and no
+    image is read. Sample i is of prompt i, in turns, and has noise of its own."""
+
+    channels: ClassVar[int] = 3
+    classes: ClassVar[None] = None
+    per_class: ClassVar[None] = None
+    flip: ClassVar[bool] = False
+    background: ClassVar[str] = COLOURS["white"]
+    skip_broken: ClassVar[bool] = False
+    kind: Literal["synthetic"] = "synthetic"
+    prompts: Annotated[LocalPath, Unkeyed()] = Field(  # its content is in the key
+        description="a file of prompts, a line each, or as GenEval's with a JSON object a line if its name ends in "
+        ".jsonl"
+    )
+    samples: int = Field(12_000, ge=2, description="to train on and held out")
+    image_size: int = Field(256, ge=8, le=8192, description="pixels a side")
+    heldout: float = Field(0.1, gt=0, lt=1, description="share of the samples kept from training")
+    sampler: Sampler | None = Field(None, description="by default that of the model's family")
+    batch: int = Field(16, ge=1, description="samples drawn at once; sums differ in their last bits with it")
+    precision: Precision = Field("fp32", description=PRECISION)
+    seed: int = Field(0, ge=0, lt=2**31, description="of the noise; evaluate draws other noise")
+
+    def listing(self) -> SyntheticData:
+        """Return these data with the defaults for all that says how samples are drawn, not which there are."""
+        drawing = ("sampler", "batch", "precision", "seed")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in drawing})
+
+
 DataFiles = ImageFolderData | CaptionsData
-Data = Annotated[DigitsData | ImageFolderData | CaptionsData, Field(discriminator="kind")]
+TEXT_DATA = (CaptionsData, SyntheticData)  # whose labels are those of texts
+Data = Annotated[DigitsData | ImageFolderData | CaptionsData | SyntheticData, Field(discriminator="kind")]

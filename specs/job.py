@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
 from graftwork.specs.conditioning import conditioning_misfit, dropout_field, trainings
 from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
-from graftwork.specs.data import Data, DigitsData
+from graftwork.specs.data import Data, DigitsData, SyntheticData
 from graftwork.specs.edits import Edit, EditSpec, OperatorEdits, ParallelEdits
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import Line, Location, Spec, refuse
@@ -19,7 +19,7 @@ from graftwork.specs.metrics import METRICS
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import Model, PretrainWeights, Weights
-from graftwork.specs.sampler import PREDICTED, SAMPLERS, SchedulerSampler
+from graftwork.specs.sampler import PREDICTED, SAMPLERS, AnySampler, SchedulerSampler
 from graftwork.specs.store import DEFAULT_STORE
 from graftwork.specs.text import T5Text
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec
@@ -109,13 +109,15 @@ class JobSpec(Spec):
 
     def _check_sampler(self) -> None:
         """Refuse a sampler for models that predict another thing."""
-        sampler, prediction = self.evaluate.sampler, self.model.prediction
-        if prediction not in sampler.serves:
-            kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in SAMPLERS if prediction in one.serves]
-            accepted = f"{', '.join(kinds)}: a {self.model.kind} predicts {PREDICTED[prediction]}"
-            refuse(["evaluate", "sampler", "kind"], sampler.kind, accepted)
-        if isinstance(sampler, SchedulerSampler) and (accepted_names := sampler.misfit(prediction)):
-            refuse(["evaluate", "sampler", "name"], sampler.name, accepted_names)
+        prediction = self.model.prediction
+        for section, sampler in self.samplers().items():
+            if prediction not in sampler.serves:
+                fitting = [one for one in SAMPLERS if prediction in one.serves]
+                kinds = [get_args(one.model_fields["kind"].annotation)[0] for one in fitting]
+                accepted = f"{', '.join(kinds)}: a {self.model.kind} predicts {PREDICTED[prediction]}"
+                refuse([section, "sampler", "kind"], sampler.kind, accepted)
+            if isinstance(sampler, SchedulerSampler) and (accepted_names := sampler.misfit(prediction)):
+                refuse([section, "sampler", "name"], sampler.name, accepted_names)
 
     def _check_guidance(self) -> None:
         """That every training of a sampled model teaches the null condition, which guidance samples from."""
@@ -205,6 +207,13 @@ class JobSpec(Spec):
                         accepted = f"a strategy that knows its blocks beforehand, since block {block} is in a pair"
                         refuse(["graft", number, "layers", "kind"], spec.layers.kind, accepted)
 
+    def samplers(self) -> dict[str, AnySampler]:
+        """Return what samples are drawn with, by the section that says so."""
+        samplers: dict[str, AnySampler] = {"evaluate": self.evaluate.sampler}
+        if isinstance(self.data, SyntheticData):
+            samplers["data"] = self.data.sampler or self.model.default_sampler
+        return samplers
+
     def rows(self) -> tuple[Row, ...]:
         """Return the models of the table: those that were chosen, or all that the job makes."""
         made = tuple(row for row in get_args(Row) if row != "random_init" or self.finetune.control)
@@ -224,6 +233,8 @@ class JobSpec(Spec):
             )
         if isinstance(self.weights, PretrainWeights):
             by_field["weights.precision"] = self.weights.precision, gpus("base")
+        if isinstance(self.data, SyntheticData):
+            by_field["data.precision"] = self.data.precision, gpus("synthesis")
         by_field["profile.precision"] = self.profile.precision, gpus("profile")
         by_field["distill.precision"] = self.distill.precision, gpus("distill")
         for number, layers in self.learned().items():

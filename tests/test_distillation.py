@@ -602,7 +602,7 @@ def make_bare(inputs: dict[str, Folder]) -> Context:
 
 @pytest.mark.parametrize("changes", [{}, {"passes": 2}], ids=["epochs", "passes"])
 def test_scions_of_another_graft_are_taken_as_they_are(
-    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, changes: dict[str, int]
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, changes: dict[str, Any]
 ) -> None:
     donor = lively(graft(DiT(TINY), [MHA_EDIT], 0), seed=5)
     (tmp_path / "donor").mkdir()

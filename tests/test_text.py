@@ -29,10 +29,10 @@ from graftwork.stages.artifacts.latents import Latents, LatentsMeta, write_meta
 from graftwork.stages.artifacts.texts import TextTable
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context, Stopped
+from graftwork.stages.data.prompts import read_prompts
 from graftwork.stages.text import encode
 from graftwork.stages.text import encoder as text_encoder
 from graftwork.stages.text.encoder import TextEncoder, Tokenizer, UnfitText, cleaned
-from graftwork.stages.text.prompts import read_prompts
 from graftwork.stages.training.batches import TrainingSet, draw_batch
 from tests.scenes import CHANNELS, captioned, write_encoder
 from tests.small import lively, noting

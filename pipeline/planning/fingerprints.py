@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.store.manifest import canonical, digest
-from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData
+from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData, SyntheticData
 from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
 from graftwork.specs.problems import plain
 from graftwork.stages.data.hashes import ImageHashes
@@ -59,6 +59,7 @@ def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], Im
     otherwise; and what each image holds, as far as that was read."""
     if isinstance(data, DigitsData):
         return {"digits": digest(digits_file())}, None
+    assert not isinstance(data, SyntheticData)  # a step that reads prompts names their file
     if not Path(data.path).is_dir():
         return {"images": ABSENT}, None
     if data.trust == "times":

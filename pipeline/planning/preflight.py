@@ -13,7 +13,7 @@ from graftwork.pipeline.planning.texts import check_texts, text_shortages
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.errors import StoreError
 from graftwork.specs.codec import PixelCodec, VaeCodec
-from graftwork.specs.data import CaptionsData, ImageFiles, ImageFolderData
+from graftwork.specs.data import CaptionsData, ImageFiles, ImageFolderData, SyntheticData
 from graftwork.specs.edits import OperatorEdits, overlapping
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
@@ -27,9 +27,11 @@ from graftwork.stages.data.captions import UnfitCaptions, read_captions
 from graftwork.stages.data.listing import Listing, counted, list_images, listed
 from graftwork.stages.data.sources import (
     MIN_HELDOUT,
+    are_here,
     class_folders,
     class_names,
     class_sizes,
+    different_prompts,
     heldout_of,
     num_classes,
     scarce,
@@ -105,7 +107,7 @@ def check_files(job: JobSpec, pending: Collection[str], max_headers: int | None 
         except UnfitCheckpoint as error:
             lines.append(refusal(field, error, ACCEPTED_CHECKPOINT))
     lines += _check_vae(job, pending)
-    lines += _check_scheduler(job, pending)
+    lines += _check_schedulers(job, pending)
     if max_headers is None:  # a plan need not load tokenizers
         lines += check_texts(job, pending)
     try:
@@ -136,7 +138,7 @@ def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
     shape = (job.codec.latent_channels(job.data), job.latent_side(), job.latent_side())
     config = config_of(job.model, shape, count or 0)
     labels = None
-    if field == "weights.path" and isinstance(job.weights, CheckpointWeights) and _data_are_here(job):
+    if field == "weights.path" and isinstance(job.weights, CheckpointWeights) and are_here(job.data):
         names = class_names(job.data)
         if (rows := job.weights.rows(names)) is not None:
             labels = checkpoints.Labels(names, rows, job.seed)
@@ -146,25 +148,22 @@ def _check_checkpoint(job: JobSpec, field: str, source: str) -> Iterator[str]:
     yield from checkpoints.check(source, config, labels=labels, any_classes=any_classes)
 
 
-def _check_scheduler(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
-    """Yield a line for a scheduler that cannot sample the job's models, if a pending step samples."""
-    sampler = job.evaluate.sampler
-    if not isinstance(sampler, SchedulerSampler) or not any(step.startswith("evaluate") for step in pending):
-        return
-    from graftwork.models.sampling.scheduled import UnfitScheduler, rehearse  # torch and diffusers load with it
+def _check_schedulers(job: JobSpec, pending: Collection[str]) -> Iterator[str]:
+    """Yield a line for a scheduler that cannot sample the job's models, if a pending step samples with it."""
+    steps = {"evaluate": "evaluate", "data": "synthesis"}
+    for section, sampler in job.samplers().items():
+        if not isinstance(sampler, SchedulerSampler) or not any(step.startswith(steps[section]) for step in pending):
+            continue
+        from graftwork.models.sampling.scheduled import UnfitScheduler, rehearse  # torch and diffusers load with it
 
-    try:
-        rehearse(sampler, job.model.prediction, isinstance(job.codec, PixelCodec))
-    except UnfitScheduler as error:
-        yield f"evaluate.{error}"
+        try:
+            rehearse(sampler, job.model.prediction, isinstance(job.codec, PixelCodec))
+        except UnfitScheduler as error:
+            yield f"{section}.{error}"
 
 
 def _has_own_classes(job: JobSpec) -> bool:
     return isinstance(job.weights, CheckpointWeights) and job.weights.classes is not None
-
-
-def _data_are_here(job: JobSpec) -> bool:
-    return not isinstance(job.data, ImageFiles) or Path(job.data.path).is_dir()
 
 
 def _labels_line(rows: Sequence[int | None]) -> str:
@@ -218,6 +217,8 @@ def absent(job: JobSpec) -> list[str]:
         lines += _absent_data(job.data)
     if isinstance(job.data, CaptionsData) and not Path(job.data.path).is_dir():
         lines.append(f"data.path: got {job.data.path!r}, no such folder; accepted: {ACCEPTED_CAPTIONS}")
+    if isinstance(job.data, SyntheticData) and not Path(job.data.prompts).exists():
+        lines.append(f"data.prompts: got {job.data.prompts!r}, which does not exist; accepted: a file of prompts")
     lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
     for name, path in _evaluated_with(job):
         if not Path(path).exists():
@@ -324,6 +325,8 @@ def paths(job: JobSpec) -> Iterator[tuple[str, str]]:
     """Yield the field and path of all files and folders that the job reads; a hub id is not one."""
     if isinstance(job.data, ImageFiles):
         yield "data.path", job.data.path
+    if isinstance(job.data, SyntheticData):
+        yield "data.prompts", job.data.prompts
     if isinstance(job.data, ImageFolderData) and isinstance(job.data.classes, str):
         yield "data.classes", job.data.classes
     yield from ((field, path) for field, path in _weights(job) if not is_hub_id(path))
@@ -378,7 +381,7 @@ def _label_shortages(job: JobSpec) -> list[str]:
     """Return a line if `weights.classes` names what is not a class of the job."""
     if not isinstance(job.weights, CheckpointWeights) or not isinstance(job.weights.classes, dict):
         return []
-    names = class_names(job.data) if _data_are_here(job) else ()
+    names = class_names(job.data) if are_here(job.data) else ()
     unknown = [name for name in job.weights.classes if name not in names]
     if not names or not unknown:
         return []
@@ -388,15 +391,19 @@ def _label_shortages(job: JobSpec) -> list[str]:
 def _data_shortages(job: JobSpec) -> list[str]:
     if isinstance(job.data, CaptionsData):
         return _caption_shortages(job, job.data)
-    if not isinstance(job.data, ImageFolderData):
-        return _sizes(job)
+    if isinstance(job.data, SyntheticData):
+        return _prompt_shortages(job, job.data)
+    return _folder_shortages(job, job.data) if isinstance(job.data, ImageFolderData) else _sizes(job)
+
+
+def _folder_shortages(job: JobSpec, data: ImageFolderData) -> list[str]:
     try:
-        listing = list_images(job.data)
+        listing = list_images(data)
     except OSError:
         return []  # `absent` says so
     except ValueError as misfit:
         return [str(misfit)]
-    line = listing.nested() or _empty_classes(job, listing) or _other_classes(job.data, len(listing.folders))
+    line = listing.nested() or _empty_classes(job, listing) or _other_classes(data, len(listing.folders))
     if not listing.num_images and not listing.nested():
         return []  # `absent` says so
     return [line] if line else _sizes(job)
@@ -412,6 +419,16 @@ def _caption_shortages(job: JobSpec, data: CaptionsData) -> list[str]:
     except OSError as error:
         problem = f"which cannot be read ({error.strerror}: {error.filename})"
         return [f"data.path: got {data.path!r}, {problem}; accepted: {ACCEPTED_CAPTIONS}"]
+    return _sizes(job)
+
+
+def _prompt_shortages(job: JobSpec, data: SyntheticData) -> list[str]:
+    if not are_here(data) and not Path(data.prompts).is_dir():
+        return []  # `absent` says so
+    try:
+        different_prompts(data)
+    except ValueError as misfit:
+        return [str(misfit)]
     return _sizes(job)
 
 

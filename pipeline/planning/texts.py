@@ -8,17 +8,18 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
+from graftwork.specs.data import TEXT_DATA
 from graftwork.specs.detector import Detector, ShapesSpec
 from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError, shown
 from graftwork.specs.rootstock import TextModel
 from graftwork.specs.text import T5Text
-from graftwork.stages.data.sources import class_names
+from graftwork.stages.data.prompts import read_prompts
+from graftwork.stages.data.sources import are_here, class_names
 from graftwork.stages.evaluation.geneval import prompts as geneval
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, Vocabulary
 from graftwork.stages.text.encoder import Folders, Tokenizer, UnfitText, missing_packages
-from graftwork.stages.text.prompts import read_prompts
 
 MEASURED = 1000  # captions that a run counts the tokens of before it starts, however short they are
 
@@ -128,7 +129,7 @@ def _measured(job: JobSpec, text: T5Text, tokens: int) -> list[str]:
 
 
 def _captions(job: JobSpec) -> tuple[str, ...]:
-    return class_names(job.data) if Path(getattr(job.data, "path", "")).is_dir() else ()
+    return class_names(job.data) if isinstance(job.data, TEXT_DATA) and are_here(job.data) else ()
 
 
 def _prompts(job: JobSpec) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from graftwork.models.rootstocks import RootstockConfig, config_of
 from graftwork.specs.rootstock import Model
 
 SPLITS = ("training", "heldout")
+NUMBERS = "numbers.npy"  # of samples that the rootstock draws: of each split, which of all they are
 
 
 class LatentsMeta(BaseModel):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from graftwork.specs.fields import Spec
 from graftwork.specs.metrics import METRICS
-from graftwork.stages.catalog.inputs import IMAGES
+from graftwork.stages.catalog.inputs import images
 from graftwork.stages.stage import Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class ClassifierParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     if any("classifier" in METRICS[metric].steps for metric in job.evaluate.metrics):
-        yield StepDraft("classifier", ClassifierParams(seed=job.seed), IMAGES)
+        yield StepDraft("classifier", ClassifierParams(seed=job.seed), images(job))
 
 
 STAGE = Stage(version=1, steps=steps, module="graftwork.stages.evaluation.classifier")

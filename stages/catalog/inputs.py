@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graftwork.specs.data import DigitsData
-from graftwork.stages.data.sources import num_classes, split_sizes
+from graftwork.specs.data import SyntheticData
+from graftwork.specs.text import JSON_PROMPTS
+from graftwork.stages.data.sources import are_here, num_classes, split_sizes
 from graftwork.stages.stage import Needs
 
 if TYPE_CHECKING:
@@ -16,13 +16,27 @@ if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
     from graftwork.specs.training import Precision
 
-IMAGES: Needs = {"features": "features"}
 RULES = ("last_turn", "few_samples", "stream")  # among what lies outside: how a step does what it did otherwise before
+
+
+def images(job: JobSpec) -> Needs:
+    """Return the needs of who takes latents: of images, or those that the rootstock drew."""
+    return {"features": "synthesis" if isinstance(job.data, SyntheticData) else "features"}
+
+
+def labels(_: JobSpec) -> Needs:
+    """Return the needs of who takes no latents, only what they are and what classes or texts they are of."""
+    return {"features": "features"}
+
+
+def texts(job: JobSpec) -> Needs:
+    """Return the needs of who is told texts, if the job has any."""
+    return {"text": "text"} if job.text else {}
 
 
 def features(job: JobSpec) -> Needs:
     """Return the needs of who takes latents with what a network is told of them."""
-    return IMAGES | ({"text": "text"} if job.text else {})
+    return images(job) | texts(job)
 
 
 def rootstock(job: JobSpec) -> Needs:
@@ -57,7 +71,11 @@ def few_samples(job: JobSpec, *counts: float) -> dict[str, str]:
     return {"few_samples": "spread"} if classes and min(counts) < classes else {}
 
 
+def prompts_format(path: str) -> dict[str, str]:
+    """Say, in the keys of who reads a file of prompts, what its name says: the same bytes may be other prompts."""
+    return {"prompts_format": "jsonl"} if path.endswith(JSON_PROMPTS) else {}
+
+
 def num_training_images(job: JobSpec, fraction: float) -> float:
     """Return how many a share of the training images is; infinity if they are elsewhere."""
-    here = isinstance(job.data, DigitsData) or Path(job.data.path).is_dir()
-    return max(1, round(split_sizes(job.data)[0] * fraction)) if here else math.inf
+    return max(1, round(split_sizes(job.data)[0] * fraction)) if are_here(job.data) else math.inf

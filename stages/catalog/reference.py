@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from graftwork.specs.codec import Codec
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.metrics import METRICS, Metric
-from graftwork.stages.catalog.inputs import IMAGES, last_turn
+from graftwork.stages.catalog.inputs import images, last_turn
 from graftwork.stages.stage import External, Needs, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     params = HeldoutParams(
         codec=job.codec, samples=job.evaluate.samples, metrics=metrics, inception=job.evaluate.inception
     )
-    needs = IMAGES | judges(metrics)
+    needs = images(job) | judges(metrics)
     yield StepDraft("reference/heldout", params, needs, last_turn(job), networks(job.evaluate, metrics))
 
 
 def _training(job: JobSpec, metric: Metric) -> StepDraft:
     params = TrainingStatisticsParams(codec=job.codec, metric=metric)
-    return StepDraft(f"reference/{metric}", params, IMAGES | judges([metric]))
+    return StepDraft(f"reference/{metric}", params, images(job) | judges([metric]))
 
 
 def _given(job: JobSpec, metric: Metric) -> StepDraft:

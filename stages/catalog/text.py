@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed
 from graftwork.specs.rootstock import TextModel
-from graftwork.specs.text import JSON_PROMPTS, T5Text
-from graftwork.stages.catalog.inputs import IMAGES
+from graftwork.specs.text import T5Text
+from graftwork.stages.catalog.inputs import labels, prompts_format
 from graftwork.stages.stage import External, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -26,13 +26,12 @@ class TextParams(Spec):
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     if job.text is None or not isinstance(job.model, TextModel):
         return
-    external, outside = [External("encoder", job.text.path, "text.path")], {}
+    external, outside = [External("encoder", job.text.path, "text.path")], dict[str, str]()
     if job.evaluate.prompts is not None:
         external.append(External("prompts", job.evaluate.prompts, "evaluate.prompts"))
-        if job.evaluate.prompts.endswith(JSON_PROMPTS):  # the same bytes are other prompts in a file of another name
-            outside = {"prompts_format": "jsonl"}
+        outside = prompts_format(job.evaluate.prompts)
     params = TextParams(text=job.text, tokens=job.model.text_tokens, prompts=job.evaluate.prompts)
-    yield StepDraft("text", params, IMAGES, outside, tuple(external), precision=job.text.precision, spreads=True)
+    yield StepDraft("text", params, labels(job), outside, tuple(external), precision=job.text.precision, spreads=True)
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftwork.specs.data import Data, DigitsData
+from graftwork.specs.data import Data, DigitsData, ImageFiles
 from graftwork.specs.problems import first_few, plain, text
 from graftwork.stages.data.pixels import scaled_levels
 
@@ -94,6 +94,7 @@ def read_pixels(data: Data, name: str) -> NDArray[Any]:
         digit = Image.fromarray(digits()[0][int(name)].astype(np.float32) / 8 - 1)
         return np.asarray(digit.resize((side, side), Image.Resampling.BILINEAR))[None]
 
+    assert isinstance(data, ImageFiles)
     path = Path(data.path) / name
     picture = read_rgb(path, data.background)
     width, height = (max(side, round(length * side / min(picture.size))) for length in picture.size)

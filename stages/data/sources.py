@@ -12,11 +12,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData, ImageFolderData
+from graftwork.specs.data import (
+    TEXT_DATA,
+    CaptionsData,
+    Data,
+    DataFiles,
+    DigitsData,
+    ImageFolderData,
+    SyntheticData,
+)
 from graftwork.specs.problems import plain, text
 from graftwork.stages.data.captions import read_captions
 from graftwork.stages.data.images import digits
 from graftwork.stages.data.listing import list_images, order_lines
+from graftwork.stages.data.prompts import read_prompts
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
@@ -44,6 +53,8 @@ def class_sizes(data: Data) -> tuple[int, ...]:
         return DIGITS_PER_CLASS
     if isinstance(data, CaptionsData):
         return (len(read_captions(data).by_image),)
+    if isinstance(data, SyntheticData):
+        return (data.samples,)
     return tuple(len(names) for names in class_folders(data).values())
 
 
@@ -53,16 +64,21 @@ def class_names(data: Data) -> tuple[str, ...]:
         return tuple(map(str, range(data.classes)))
     if isinstance(data, CaptionsData):
         return read_captions(data).different()
+    if isinstance(data, SyntheticData):
+        return different_prompts(data)
     return tuple(map(text, class_folders(data)))
 
 
 def labels_line(data: Data) -> str | None:
     """Return a line with the label of each class folder, or of the first and the last; one that counts captions; None
     if the data are elsewhere."""
-    if isinstance(data, DigitsData) or not Path(data.path).is_dir():
+    if isinstance(data, DigitsData) or not are_here(data):
         return None
     if isinstance(data, CaptionsData):
         return read_captions(data).line()
+    if isinstance(data, SyntheticData):
+        prompts = len(different_prompts(data))
+        return f"{data.samples:,} samples of {min(prompts, data.samples):,} prompts, drawn by the rootstock"
     named = [f"{label} {plain(name)}" for label, name in enumerate(class_names(data))]
     numbers = all(name.isascii() and name.isdigit() for name in class_folders(data))
     order = f"as {plain(data.classes)} says" if isinstance(data.classes, str) else "by number" if numbers else "by name"
@@ -76,7 +92,19 @@ def num_classes(data: Data) -> int | None:
         return data.classes
     if isinstance(data.classes, str) and Path(data.classes).is_file():
         return len(order_lines(data.classes))
-    return len(class_names(data)) if Path(data.path).is_dir() else None
+    return len(class_names(data)) if are_here(data) else None
+
+
+def are_here(data: Data) -> bool:
+    """Whether the data's files are on this machine."""
+    if isinstance(data, SyntheticData):
+        return Path(data.prompts).is_file()
+    return isinstance(data, DigitsData) or Path(data.path).is_dir()
+
+
+def different_prompts(data: SyntheticData) -> tuple[str, ...]:
+    """Return the prompts that samples are drawn of, each once, in the order of the file. Raise ValueError."""
+    return tuple(dict.fromkeys(read_prompts(data.prompts, "data.prompts")))[: data.samples]
 
 
 def split_sizes(data: Data) -> tuple[int, int]:
@@ -121,6 +149,9 @@ def items(data: Data) -> list[Item]:
         captions = read_captions(data)
         labels = {caption: label for label, caption in enumerate(captions.different())}
         return [Item(name, labels[caption]) for name, caption in captions.by_image.items()]
+    if isinstance(data, SyntheticData):
+        count = len(different_prompts(data))
+        return [Item(f"{number:08d}", number % count) for number in range(data.samples)]
     folders = class_folders(data).items()
     return [Item(f"{folder}/{name}", label) for label, (folder, names) in enumerate(folders) for name in sorted(names)]
 
@@ -137,7 +168,7 @@ def split(data: Data, without: Collection[str] = ()) -> tuple[list[Item], list[I
     by_class: dict[int, list[Item]] = {}
     for item in items(data):
         if item.name not in without:
-            by_class.setdefault(0 if isinstance(data, CaptionsData) else item.label, []).append(item)
+            by_class.setdefault(0 if isinstance(data, TEXT_DATA) else item.label, []).append(item)
     for members in by_class.values():
         members.sort(key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
         cut = heldout_of(len(members), data.heldout)

@@ -178,7 +178,7 @@ def draw(
     network: Network,
     model: Rootstock,
     meta: LatentsMeta,
-    indices: range,
+    indices: Sequence[int],
     condition: Condition,
     sampler: Sampler,
     seed: int,

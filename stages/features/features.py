@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from graftwork.cluster.session.runtime import options, room_for, settle
 from graftwork.specs.codec import PixelCodec, VaeCodec
-from graftwork.specs.data import CaptionsData, Data, ImageFiles
+from graftwork.specs.data import TEXT_DATA, Data, ImageFiles, SyntheticData
 from graftwork.specs.problems import plain, text
 from graftwork.specs.resources import StepResources
-from graftwork.stages.artifacts.latents import SPLITS, LatentsMeta, ShardWriter, write_meta
+from graftwork.stages.artifacts.latents import NUMBERS, SPLITS, LatentsMeta, ShardWriter, write_meta
 from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
 from graftwork.stages.data.hashes import IMAGES, ChangedImage, ImageHashes, require_content, write_hashes
@@ -79,8 +79,11 @@ def run(context: Context) -> None:
         classes = class_names(data)
         if context.images is not None:
             _require_same(context.images, data, splits)
-    encode(context, shards(splits, data.flip))
+    if not isinstance(data, SyntheticData):
+        encode(context, shards(splits, data.flip))
     for name, members in splits.items():
+        if isinstance(data, SyntheticData):
+            np.save(context.out / f"{name}_{NUMBERS}", np.array([int(item.name) for item in members], dtype=np.int64))
         np.save(context.out / f"{name}_labels.npy", np.array([item.label for item in members], dtype=np.int64))
     own = vae_config(codec) if isinstance(codec, VaeCodec) else None
     meta = LatentsMeta(
@@ -146,7 +149,7 @@ def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
 def _require_every_class(data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
     """Where images were left out: that each class still has some, and as many to train on as the spec wants."""
     training, heldout = (Counter(item.label for item in splits[name]) for name in SPLITS)
-    for label, name in enumerate(() if isinstance(data, CaptionsData) else class_names(data)):
+    for label, name in enumerate(() if isinstance(data, TEXT_DATA) else class_names(data)):
         if not training[label] + heldout[label]:
             raise ValueError(
                 f"data.path: no image of the class {plain(name)} can be read; accepted: classes with images"

@@ -23,9 +23,9 @@ from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, META, TextsMeta, T
 from graftwork.stages.catalog.text import TextParams
 from graftwork.stages.contract import Context
 from graftwork.stages.data.listing import listed
+from graftwork.stages.data.prompts import read_prompts
 from graftwork.stages.features.features import link
 from graftwork.stages.text.encoder import Folders, TextEncoder, UnfitText, missing_packages
-from graftwork.stages.text.prompts import read_prompts
 
 SHARD = 256  # texts: of 300 tokens of 4096 channels at most 630 MB
 WORTH_A_STREAM = 2  # shards: fewer are encoded in the step itself, before Ray Data has begun
