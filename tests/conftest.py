@@ -225,6 +225,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def warm_ray() -> Iterator[None]:
+    """Ray on this machine, whose workers fork from a process that has imported what encoding images needs: that is
+    most of what each of them would take."""
+    from graftwork.cluster.session import runtime
+
+    vae = "diffusers.models.autoencoders.autoencoder_kl"  # which diffusers itself imports where it is used
+    with runtime.session([], min_parallel=2, warm=("torch", "graftwork.stages.features.codec", vae)):
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an S3 server on loopback, a process of its own."""

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -514,13 +513,6 @@ def test_asking_whether_a_vae_fits_loads_no_torch() -> None:
 # -- features, and samples
 
 
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def encode_photos(
     photos: Path, codec: Codec, out: Path, cpu: float = 1, hashed: ImageHashes | None = None, **settings: Any
 ) -> Path:
@@ -543,7 +535,7 @@ def encode_photos(
 
 
 @pytest.fixture(scope="module")
-def encoded(photos: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory, two_cpus: None) -> Path:
+def encoded(photos: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory, warm_ray: None) -> Path:
     """The photographs' features, made by one worker that takes every CPU there is."""
     return encode_photos(photos, spec(folder), tmp_path_factory.mktemp("features") / "one", cpu=2)
 
@@ -584,7 +576,7 @@ def test_two_workers_other_tasks_and_mirror_images_beside_them_make_the_same_bit
     assert torch.equal(mirrored[: len(names)].tensor(), vae.encode(pictures, [f"{name}/mirrored" for name in names]))
 
 
-@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.usefixtures("warm_ray")
 def test_weights_that_a_worker_cannot_read_are_one_line(photos: Path, tmp_path: Path) -> None:
     wrong_weights("truncated", tmp_path / "vae")
     with pytest.raises(UnfitCodec) as caught:
@@ -593,7 +585,7 @@ def test_weights_that_a_worker_cannot_read_are_one_line(photos: Path, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_photograph_that_changed_since_it_was_hashed_is_one_line_of_a_worker(
     photos: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -606,7 +598,7 @@ def test_a_photograph_that_changed_since_it_was_hashed_is_one_line_of_a_worker(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_photograph_that_a_worker_cannot_read_is_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "photos" / "class-0" / "0.png"
     broken.parent.mkdir(parents=True)

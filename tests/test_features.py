@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -277,13 +276,6 @@ def test_fewer_held_out_images_than_were_asked_for_are_an_error_where_broken_one
 # -- the stage, on one worker
 
 
-@pytest.fixture(scope="module")
-def a_cpu() -> Iterator[None]:
-    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(autouse=True)
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images, too, go through Ray Data."""
@@ -341,7 +333,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "BATCH", 8)
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_the_artifact_tells_what_each_image_held_and_which_label_each_class_has(photos: Path, tmp_path: Path) -> None:
     for label in (2, 10):
         (photos / f"class-{label % 5 // 2}").rename(photos / str(label))
@@ -353,7 +345,7 @@ def test_the_artifact_tells_what_each_image_held_and_which_label_each_class_has(
     assert (out / "images.sha256").read_text().splitlines() == told
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 @pytest.mark.parametrize("change", ["replaced", "gone", "new"])
 def test_an_image_that_changes_between_hashing_and_reading_is_found_and_nothing_of_it_is_kept(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -378,7 +370,7 @@ def test_an_image_that_changes_between_hashing_and_reading_is_found_and_nothing_
         assert kept == []
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_shard_that_is_whole_is_not_encoded_again(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
@@ -420,7 +412,7 @@ def test_a_shard_that_is_whole_is_not_encoded_again(
     assert contents(encode(store, data)) == straight
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_both_views_are_encoded_and_the_first_is_that_without_the_other(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,7 +426,7 @@ def test_both_views_are_encoded_and_the_first_is_that_without_the_other(
     assert torch.equal(training.mirrored[every], training.x[every].flip(-1))
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_few_images_are_read_in_the_step_itself_with_the_same_result(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,7 +440,7 @@ def test_few_images_are_read_in_the_step_itself_with_the_same_result(
         encode(Store(str(tmp_path / "one more")), data_of(photos))
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_what_is_kept_becomes_the_artifact_without_a_copy(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,7 +452,7 @@ def test_what_is_kept_becomes_the_artifact_without_a_copy(
     assert kept is not None and kept.samefile(out / name)
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_only_the_images_that_are_kept_are_read(photos: Path, tmp_path: Path) -> None:
     data = data_of(photos, per_class=5)
     training, heldout = split(data)
@@ -472,7 +464,7 @@ def test_only_the_images_that_are_kept_are_read(photos: Path, tmp_path: Path) ->
     assert len(needed) == 30 and (read_meta(out).num_training, read_meta(out).num_heldout) == (10, 20)
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_the_next_of_its_class_takes_a_broken_images_place_until_there_is_none(photos: Path, tmp_path: Path) -> None:
     data = data_of(photos, per_class=5, skip_broken=True)
     broken = [item.name for item in split(data)[0] if item.label == 0][:2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ from graftwork.models.sampling import flow
 from graftwork.models.sampling.flow import UnstableField, dopri5, euler, euler_maruyama, heun
 from graftwork.specs.job import JobSpec
 from graftwork.specs.sampler import AncestralSampler, OdeSampler, SdeSampler
-from tests.conftest import TINY, Finished, Graft, keys, states
+from tests.conftest import TINY
 
 CONDITION = Condition(labels=torch.tensor([0, 1, 2]))
 CPU = torch.device("cpu")
@@ -202,28 +201,3 @@ def test_a_job_that_names_no_sampler_has_the_one_of_its_models_kind(evaluate: An
     assert sit.evaluate.samples == (evaluate or {"samples": 50_000})["samples"]
     if not named:
         assert JobSpec.model_validate(document).evaluate.sampler == AncestralSampler()
-
-
-def test_a_sit_goes_through_the_whole_job_and_another_sampler_costs_its_samples_alone(
-    tiny_copy: Finished, graft: Graft
-) -> None:
-    model = "model={kind: sit, depth: 4, width: 32, heads: 2, patch: 2}"
-    wishes = [model, "evaluate.rows=[stage2]", "finetune.control=false"]
-    heun, unipc = (
-        [part for wish in (*wishes, f"evaluate.sampler={{kind: {kind}, steps: 4}}") for part in ("--set", wish)]
-        for kind in ("ode, method: heun", "scheduler, name: unipc")
-    )
-    done = graft("run", str(TINY), "--json", *heun)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    assert {step for step, state in states(outcome).items() if state == "cached"} >= {"features", "classifier"}
-    assert math.isfinite(outcome["results"]["stage2"]["distance"])
-    other = json.loads(graft("plan", str(TINY), "--json", *unipc).stdout)
-    assert {step for step, state in states(other).items() if state != "cached"} == {"evaluate/stage2", "evaluate"}
-    config = json.loads((tiny_copy.store / "artifacts" / keys(outcome)["base"] / "config.json").read_text())
-    assert config["rootstock"]["kind"] == "sit"
-    refused = graft("run", str(TINY), "--set", model)
-    assert refused.returncode == 2
-    assert (
-        "evaluate.sampler.kind: got 'ddim'; accepted: ode, sde, scheduler: a sit predicts a velocity" in refused.stderr
-    )

@@ -8,7 +8,7 @@ import os
 import struct
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -715,13 +715,6 @@ def test_what_is_shown_is_short_and_plain() -> None:
 # -- folders of images, read by workers
 
 
-@pytest.fixture(scope="module")
-def a_cpu() -> Iterator[None]:
-    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def encode(home: Path, out: Path, **settings: Any) -> Path:
     out.mkdir()
     data = ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings)
@@ -741,7 +734,7 @@ def encode(home: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_so(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=20)
     broken = break_images(home / "class-1")
@@ -770,7 +763,7 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
         assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=2)
     for path in (home / "class-1").iterdir():

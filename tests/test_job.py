@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def test_a_failed_site_leaves_the_others_done_and_names_the_way_on(tiny_copy: Fi
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("graft: ")]
-    advice = "out of memory; lower distill.activations, distill.batch, distill.samples or distill.draws"
+    advice = (
+        "out of memory; lower distill.activations, distill.batch, distill.micro_batch, distill.samples or distill.draws"
+    )
     assert told[0] == f"graft: step distill/00.mha failed: {advice}"
     outcome = json.loads(done.stdout)
     assert told[1:] == [f"graft: resume with: graft resume {outcome['run']}"]
@@ -185,15 +188,16 @@ EVERY_EDIT = """
 
 
 @pytest.mark.slow
-def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
-    """All operators in different blocks, at both targets, and pairs that take some of them in."""
+def test_every_edit_goes_through_one_job_of_a_sit(tmp_path: Path, graft: Graft) -> None:
+    """All operators in different blocks, at both targets, and pairs that take some of them in; velocities instead of
+    noise, and another sampler costs its samples alone."""
     document = yaml.safe_load(TINY.read_text())
-    document["model"]["depth"] = 6
+    document["model"] |= {"kind": "sit", "depth": 6}
     document["weights"] |= {"steps": 4, "workers": 1}
     document["graft"] = yaml.safe_load(EVERY_EDIT)
     document["distill"] |= {"epochs": 2, "milestones": []}
     document["finetune"] |= {"steps": 4, "control": False}
-    document["evaluate"] |= {"samples": 10, "batch": 10}
+    document["evaluate"] |= {"samples": 10, "batch": 10, "sampler": {"kind": "ode", "method": "heun", "steps": 4}}
     (tmp_path / "every.yaml").write_text(yaml.safe_dump(document))
     planned = json.loads(graft("plan", "every.yaml", "--json").stdout)["costs"]
     done = graft("run", "every.yaml", "--json")
@@ -206,6 +210,16 @@ def test_every_edit_goes_through_one_job(tmp_path: Path, graft: Graft) -> None:
     for row, cost in (("rootstock", planned["rootstock"]), ("stage1", planned["graft"]), ("stage2", planned["graft"])):
         assert {name: results[row][name] for name in ("params", "flops")} == cost
     assert results["stage2"]["peak_memory"] > 4 * results["stage2"]["params"]
+    assert math.isfinite(results["stage2"]["distance"])
+    config = json.loads((tmp_path / ".graftwork" / "artifacts" / keys(outcome)["base"] / "config.json").read_text())
+    assert config["rootstock"]["kind"] == "sit"
+    unipc = ("--set", "evaluate.sampler={kind: scheduler, name: unipc, steps: 4}")
+    other = states(json.loads(graft("plan", "every.yaml", "--json", *unipc).stdout))
+    sampled = {"evaluate", *(f"evaluate/{row}" for row in ("rootstock", "stage1", "stage2"))}
+    assert {step for step, state in other.items() if state != "cached"} == sampled
+    refused = graft("run", "every.yaml", "--set", "evaluate.sampler={kind: ddim, steps: 4}")
+    told = "evaluate.sampler.kind: got 'ddim'; accepted: ode, sde, scheduler: a sit predicts a velocity"
+    assert refused.returncode == 2 and told in refused.stderr
 
 
 @pytest.mark.slow

@@ -1076,9 +1076,7 @@ def search_planted(
     return search.outcome(gated, params, skipped=0)
 
 
-@pytest.mark.parametrize(
-    ("seed", "harmless"), [(0, (2, 3, 4, 5)), (1, (1, 2, 6, 7)), (2, (1, 3, 5, 6)), (3, (2, 3, 4, 7))]
-)
+@pytest.mark.parametrize(("seed", "harmless"), [(1, (1, 2, 6, 7)), (2, (1, 3, 5, 6))])
 def test_the_gates_find_the_sites_that_can_be_replaced(
     rootstock: dict[str, Tensor], store: Store, seed: int, harmless: tuple[int, ...]
 ) -> None:
@@ -1099,7 +1097,7 @@ PLANTED_CHOICES = tuple(
 
 @pytest.mark.parametrize(
     ("seed", "harmless"),
-    [(0, {1: 0, 2: 1, 4: 1, 5: 0}), (1, {0: 1, 3: 1, 6: 1, 7: 1}), (2, {2: 0, 3: 0, 5: 1, 7: 0}), (3, {1: 1, 6: 0})],
+    [(2, {2: 0, 3: 0, 5: 1, 7: 0}), (3, {1: 1, 6: 0})],
     ids=str,
 )
 def test_under_a_budget_the_gates_find_which_operator_each_site_can_take(

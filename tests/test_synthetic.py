@@ -78,6 +78,7 @@ def test_samples_take_turns_at_the_different_prompts_and_some_are_held_out(tmp_p
     assert labels_line(data_of(tmp_path, samples=2)) == "2 samples of 2 prompts, drawn by the rootstock"
 
 
+DIT = {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2}
 JOB = """
 name: synthetic
 data: {kind: synthetic, prompts: prompts.txt, samples: 20, image_size: 8, heldout: 0.25}
@@ -120,7 +121,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data__sampler": {"kind": "scheduler", "name": "FlowMatchX"}}, r"data\.sampler\.(name|scheduler\.name): got"),
         ({"data__samples": 1}, r"data\.(synthetic\.)?samples: got 1"),
         ({"data__flip": True}, r"data\.(synthetic\.)?flip"),
-        ({"model": {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2}, "text": None}, r"data\.kind: got 'synthetic'"),
+        ({"model": DIT, "text": None}, r"data\.kind: got 'synthetic'"),
     ],
     ids=str,
 )

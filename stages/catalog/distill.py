@@ -90,5 +90,5 @@ STAGE = Stage(
     steps=steps,
     module="graftwork.stages.distillation.distill",
     shares=recording_tasks,
-    memory="distill.activations, distill.batch, distill.samples or distill.draws, or distill.micro_batch with passes",
+    memory="distill.activations, distill.batch, distill.micro_batch, distill.samples or distill.draws",
 )
