@@ -1,13 +1,28 @@
-"""LoRA adapters around linear layers, added and merged."""
+"""LoRA adapters around linear layers: added, merged, and taken out again."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ACCEPTED = "accepted: such as attn.qkv, attn.proj, mlp.fc1, mlp.fc2"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Updates of linear layers: of each, by its name, `down` (R,I) and `up` (O,R).
+
+    A layer's weight (O,I) is updated by alpha / rank * up @ down.
+    """
+
+    rank: int
+    alpha: float
+    factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def add_lora(
@@ -52,3 +67,24 @@ def merge_lora(model: nn.Module) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     del model.peft_config
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """Return the adapters that `add_lora` added to a model, and training changed."""
+    from peft.tuners.lora import LoraLayer
+
+    (config,) = cast(Any, model).peft_config.values()
+    factors = {
+        name: (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    return Adapters(config.r, config.lora_alpha, factors)
+
+
+def take_out_lora(model: nn.Module, adapters: Adapters) -> None:
+    """Subtract from the weights, in place, the updates that `merge_lora` added: to the last bits, as sums round."""
+    with torch.no_grad():
+        for name, (down, up) in adapters.factors.items():
+            weight = model.get_submodule(name).get_parameter("weight")
+            weight.sub_((up @ down * (adapters.alpha / adapters.rank)).to(weight))

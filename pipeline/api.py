@@ -24,7 +24,7 @@ from graftwork.pipeline.store.errors import StoreError
 from graftwork.pipeline.store.manifest import Manifest
 from graftwork.pipeline.tracking.destination import destination
 from graftwork.specs.costs import GraftCost
-from graftwork.specs.export import Layout
+from graftwork.specs.export import Adapters, Layout
 from graftwork.specs.figures import amount
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
@@ -188,11 +188,17 @@ def table(runs: Sequence[str], store: str = DEFAULT_STORE) -> DataFrame:
 
 
 def export(
-    name: str, out: str | Path, layout: Layout = "graftwork", store: str = DEFAULT_STORE, vae: str | None = None
+    name: str,
+    out: str | Path,
+    layout: Layout = "graftwork",
+    store: str = DEFAULT_STORE,
+    vae: str | None = None,
+    adapters: Adapters | None = None,
 ) -> Path:
     """Write a model of a run for other tools, with a model card. Raise SpecError if it cannot be exported.
 
     name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
+    adapters: of a finetune by LoRA, write them for peft `beside` the model without them, or `alone`.
     """
     from graftwork.models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
 
@@ -222,7 +228,7 @@ def export(
         keys={one.name: one.key for one in run_record.steps},
     )
     try:
-        export(place.artifact(artifact.key).path(), out, layout, card=card, vae=vae)
+        export(place.artifact(artifact.key).path(), out, layout, card=card, vae=vae, adapters=adapters)
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return out

@@ -87,8 +87,9 @@ class ImageFolderData(ImageFiles):
 
 
 class CaptionsData(ImageFiles):
-    """A folder of images with captions, for models that are told texts: with `metadata.jsonl` or `metadata.csv` in it
-    (`file_name`, `text`), or a .txt beside each image."""
+    """Images with captions, for models that are told texts: a folder of them with `metadata.jsonl` or `metadata.csv` in
+    it (`file_name`, `text`), or with a .txt beside each image; or webdataset's tars, as a .tar, a folder of them or a
+    glob."""
 
     classes: ClassVar[None] = None
     per_class: ClassVar[None] = None

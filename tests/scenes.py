@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,23 @@ def write_shapes_job(folder: Path) -> Path:
     job = SHAPES_JOB.replace("DATA", "data").replace("ENCODER", "encoder").replace("PROMPTS", "prompts.jsonl")
     (folder / "job.yaml").write_text(job)
     return folder / "job.yaml"
+
+
+def write_shard(file: Path, members: Mapping[str, bytes | str]) -> Path:
+    """Write a tar of files with that content by their names; return it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members.items():
+            member, data = tarfile.TarInfo(name), content.encode() if isinstance(content, str) else content
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return file
+
+
+def samples_of(folder: Path, count: int = 24) -> dict[str, bytes | str]:
+    """Return what a tar of captioned pictures holds, as webdataset has them; they are written to a folder first."""
+    captions = write_pictures(folder, count)
+    members: dict[str, bytes | str] = {}
+    for name, caption in captions.items():
+        members |= {name: (folder / name).read_bytes(), f"{Path(name).stem}.txt": caption}
+    return members

@@ -19,7 +19,8 @@ from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts import latents
 from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
-from graftwork.stages.data.captions import Captions, UnfitCaptions, read_captions
+from graftwork.stages.data.caption_files import UnfitCaptions
+from graftwork.stages.data.captions import Captions, read_captions
 from graftwork.stages.data.sources import class_names, labels_line, num_classes, split, split_sizes
 from graftwork.stages.features import features
 from tests.scenes import captioned, write_pictures, write_table

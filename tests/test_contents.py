@@ -316,7 +316,7 @@ def test_an_image_that_is_gone_is_another_key_and_no_error(photos: Path, store: 
 
 def test_a_file_that_is_written_while_it_is_read_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
-    monkeypatch.setattr(contents, "_packed", lambda _: contents.STAT.pack(10, 0, 0, next(ticks)))
+    monkeypatch.setattr(contents, "_packed", lambda *_: contents.STAT.pack(10, 0, 0, next(ticks)))
     with pytest.raises(SpecError, match=r"^data.path: got .*\.png, which is being written; accepted: "):
         make_plan(job(photos))
 

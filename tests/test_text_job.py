@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 
+from graftwork.models import checkpoints
+from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
+from graftwork.models.condition import Condition
 from graftwork.stages.evaluation.geneval.results import read_results, score
 from tests.conftest import Graft, keys, states
 from tests.scenes import write_shapes_job
@@ -27,6 +32,19 @@ def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Gra
         assert figures["geneval:shapes"] == pytest.approx(score(results).overall)
         assert 0 <= figures["counting:shapes"] <= 1 and ("gain:geneval" in figures) == (row != "rootstock")
     assert "geneval:shapes" not in outcome["results"]["heldout"]
+    run = outcome["run"]
+    done = graft("export", run, "adapted", "--as", "diffusers", "--adapters", "beside")
+    assert done.returncode == 0, done.stderr
+    transformer = GraftPixArtTransformer2DModel.from_pretrained(tmp_path / "adapted")
+    PeftModel.from_pretrained(transformer, tmp_path / "adapted" / "adapters")
+    merged = checkpoints.load(artifacts / keys(outcome)["finetune"])[0].eval()
+    condition = Condition(text=torch.randn(2, 5, 32), mask=torch.ones(2, 5))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+    with torch.no_grad():
+        adapted = transformer(x, condition.text, t, encoder_attention_mask=condition.mask).sample
+        torch.testing.assert_close(adapted, merged(x, t, condition), rtol=1e-5, atol=1e-5)
+    refused = graft("export", run, "alone", "--as", "diffusers", "--adapters", "alone")
+    assert refused.returncode == 2 and "scions were trained with them (01.mha, 03.mha)" in refused.stderr
     planned = graft("plan", str(job), "--json", "--set", "evaluate.samples=6")
     pending = {step for step, state in states(json.loads(planned.stdout)).items() if state != "cached"}
     assert pending == {"reference/heldout", "evaluate/rootstock", "evaluate/stage2", "evaluate"}

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from graftwork.models.checkpoints.adapters import kept_adapters, prefixed, write_peft
 from graftwork.models.checkpoints.card import Card, write_card
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.layouts import diffusers, diffusers_pixart, native, published
 from graftwork.models.checkpoints.reading import located, read
 from graftwork.models.checkpoints.vae import read_vae
-from graftwork.specs.export import Layout
+from graftwork.models.lora import Adapters as Lora
+from graftwork.models.lora import take_out_lora
+from graftwork.models.rootstocks import Rootstock
+from graftwork.specs.edits import Edit
+from graftwork.specs.export import Adapters, Layout
+from graftwork.specs.problems import first_few
 from graftwork.specs.vae import VaeConfig, vae_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+MAX_SITES = 5  # that an error names
 
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
@@ -65,6 +75,7 @@ def export(
     card: Card | None = None,
     heads: int | None = None,
     vae: str | Path | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write the checkpoint `source` to the folder `out`, new or empty.
 
@@ -73,41 +84,112 @@ def export(
     the grafts' sampling scripts read it.
     vae: the folder or hub id of an AutoencoderKL, with which `diffusers` writes a whole DiTPipeline.
     heads: see `read`.
+    adapters: of a graft finetuned by LoRA, leave them out of the weights, and write them as peft loads them: `beside`
+    the model, in `adapters`; or `alone`, if no scion was trained with them.
     """
+    _require_sensible(out, layout, vae, adapters)
+    autoencoder = None if vae is None else _read_vae(vae)
+    kept = None if adapters is None else _kept(source, adapters)
+    model, edits = read(source, heads=heads)
+    if kept is not None:
+        take_out_lora(model, kept)
+    _require_layout(source, model, edits, layout, vae)
+    out.mkdir(parents=True, exist_ok=True)
+    written = _write(model, edits, None if adapters == "alone" else out, layout, autoencoder)
+    usage = USAGE[written.loads].format(folder=out.name, use=model.config.files.use)
+    if kept is not None:
+        folder = out if adapters == "alone" else out / "adapters"
+        write_peft(written.named(kept), folder)
+        usage = _usage_of_adapters(usage, written.loads, str(folder.relative_to(out.parent)), adapters == "alone")
+    if card is not None:
+        write_card(out, card, edits, usage, written.note, model.config.files.task)
+
+
+def _require_sensible(out: Path, layout: Layout, vae: str | Path | None, adapters: Adapters | None) -> None:
+    """Raise ExportRefused for what no model can be exported as, or where."""
     if layout not in get_args(Layout):
         raise ExportRefused(f"{layout}: no such layout; accepted: {', '.join(get_args(Layout))}")
     if vae is not None and layout != "diffusers":
         raise ExportRefused(f"vae: got {str(vae)!r} with layout {layout}; accepted: with layout diffusers only")
+    if adapters is not None and adapters not in get_args(Adapters):
+        raise ExportRefused(f"adapters: got {adapters!r}; accepted: {', '.join(get_args(Adapters))}")
+    if adapters is not None and layout == "published":
+        accepted = "accepted: with layout graftwork or diffusers"
+        raise ExportRefused(
+            f"adapters: got {adapters!r} with layout published, which has no names for them; {accepted}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportRefused(f"{out}: is there already; accepted: a new or empty folder")
-    autoencoder = None if vae is None else _read_vae(vae)
-    model, edits = read(source, heads=heads)
-    theirs = next((one for one in (diffusers, diffusers_pixart) if one.takes(model)), None)
-    if vae is not None and theirs is not diffusers:
-        accepted = f"accepted: with a DiT only; a {model.config.kind} goes into a pipeline by itself"
-        raise ExportRefused(f"vae: got {str(vae)!r} with a {model.config.kind}; {accepted}")
+
+
+def _require_layout(
+    source: str | Path, model: Rootstock, edits: Sequence[Edit], layout: Layout, vae: str | Path | None
+) -> None:
+    """Raise ExportRefused for a layout that the model does not have."""
+    kind, layouts = model.config.kind, model.config.files.layouts
+    if vae is not None and not diffusers.takes(model):
+        accepted = f"accepted: with a DiT only; a {kind} goes into a pipeline by itself"
+        raise ExportRefused(f"vae: got {str(vae)!r} with a {kind}; {accepted}")
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
-    kind, layouts = model.config.kind, model.config.files.layouts
     if layout == "diffusers" and layout not in layouts:
         raise ExportRefused(f"{source}: is a {kind}, for which diffusers has no class")
     if layout not in layouts:
         raise ExportRefused(f"{source}: is a {kind}, which has the layout {' and '.join(layouts)} only, not {layout}")
-    out.mkdir(parents=True, exist_ok=True)
-    loads, note = str(layout), ""
-    if layout == "graftwork":
-        native.save(model, edits, out)
-    elif layout == "diffusers":
-        assert theirs is not None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model in a layout: a key of USAGE, what to know of it, and what names adapters by its layers."""
+
+    loads: str
+    note: str = ""
+    named: Callable[[Lora], Lora] = lambda adapters: adapters
+
+
+def _write(
+    model: Rootstock, edits: Sequence[Edit], out: Path | None, layout: Layout, autoencoder: AutoencoderKL | None
+) -> Written:
+    """Write the model to a folder, or to none if its adapters are written alone."""
+    if layout == "diffusers":
+        from graftwork.models.checkpoints.layouts.graft_model import GraftModel  # diffusers loads with it
+
+        theirs = next(one for one in (diffusers, diffusers_pixart) if one.takes(model))
         transformer = theirs.wrapped(model, edits)
-        diffusers.write(transformer, out, autoencoder)
-        name = type(transformer).__name__
-        loads, note = name if autoencoder is None else "DiTPipeline", NOTES.get(name, "")
-    else:
+        if out is not None:
+            diffusers.write(transformer, out, autoencoder)
+        name, depth = type(transformer).__name__, model.config.depth
+        ours = isinstance(transformer, GraftModel)
+        named = prefixed(f"{transformer.attribute}.") if ours else theirs.rootstock_adapters(depth)
+        return Written(name if autoencoder is None else "DiTPipeline", NOTES.get(name, ""), named)
+    if layout == "graftwork" and out is not None:
+        native.save(model, edits, out)
+    elif layout == "published":
+        assert out is not None
         published.write(model, edits, out)
-    if card is not None:
-        files = model.config.files
-        write_card(out, card, edits, USAGE[loads].format(folder=out.name, use=files.use), note, files.task)
+    return Written(layout)
+
+
+def _kept(source: str | Path, place: Adapters) -> Lora:
+    """Return the adapters that are in the weights of a model's folder; raise ExportRefused if none can be written."""
+    found = kept_adapters(located(source))
+    if found is None:
+        accepted = "accepted: a graft that was finetuned with train: lora, since adapters are kept"
+        raise ExportRefused(f"adapters: got {place!r}, and {source} has none; {accepted}")
+    if place == "alone" and found.scions:
+        some = first_few(found.scions, MAX_SITES)
+        accepted = "accepted: beside, with the model that they were trained with"
+        raise ExportRefused(f"adapters: got 'alone', and scions were trained with them ({some}); {accepted}")
+    return found.adapters
+
+
+def _usage_of_adapters(usage: str, loads: str, folder: str, alone: bool) -> str:
+    """Return Python that loads the adapters into the model, which `usage` loads unless it is the user's rootstock."""
+    model = "model.transformer" if loads == "DiTPipeline" else "model"
+    loading = f'from peft import PeftModel\n\nPeftModel.from_pretrained({model}, "{folder}")  # in place'
+    if alone:
+        return f"{loading}; model: the rootstock, {'of graftwork.load' if loads == 'graftwork' else f'a {loads}'}"
+    return f"{usage}\n\n{loading}"
 
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:

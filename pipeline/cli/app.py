@@ -35,7 +35,7 @@ from graftwork.pipeline.cli.tables import (
     show_run,
     show_submissions,
 )
-from graftwork.specs.export import Layout
+from graftwork.specs.export import Adapters, Layout
 from graftwork.specs.figures import amount, figure
 from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
@@ -344,6 +344,10 @@ def export(
     out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
     layout: Annotated[Layout, typer.Option("--as", help="for whom")] = "graftwork",
     vae: Annotated[str | None, typer.Option("--vae", help="for diffusers: write a whole DiTPipeline, with it")] = None,
+    adapters: Annotated[
+        Adapters | None,
+        typer.Option("--adapters", help="of a finetune by LoRA: for peft, beside the model without them, or alone"),
+    ] = None,
     store: StoreUrl = DEFAULT_STORE,
     debug: Debug = False,
 ) -> None:
@@ -351,7 +355,7 @@ def export(
     from graftwork.pipeline import api
 
     with problems(debug):
-        print(api.export(name, out, layout, store, vae))
+        print(api.export(name, out, layout, store, vae, adapters))
 
 
 @app.command()

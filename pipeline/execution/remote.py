@@ -27,6 +27,7 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.masking import masked, secret_in
 from graftwork.specs.reading.load import SpecError, load
 from graftwork.specs.secrets import PLACEHOLDER_HINT
+from graftwork.stages.data.sources import are_here
 
 if TYPE_CHECKING:
     from graftwork.cluster.jobs import Answer, Cluster, Submission
@@ -134,7 +135,7 @@ def needed_there(job: JobSpec) -> list[str]:
     return [
         f"{field}: {path!r} is a path of this machine; the cluster's nodes must have it, too"
         for field, path in preflight.paths(job)
-        if Path(path).exists()
+        if Path(path).exists() or (field == "data.path" and are_here(job.data))
     ]
 
 

@@ -2,10 +2,11 @@
 
     contents/<hash of the place>    of each file there: its name, size, times and inode, and the SHA-256 of its content
 
-A file whose size, times and inode are those that are remembered is not read again. That is safe where a change shows in
-them: a file that had been written within the last seconds before it was read is read again the next time, since another
-change may leave the same times (git calls such files racy). A memory that is torn, or is not there, costs reading.
-Whoever writes it last wins, whole; what the other had read is read again.
+A file whose size, times and inode are those that are remembered is not read again; an image in a tar has the tar's
+times, and a number of its own. That is safe where a change shows in them: a file that had been written within the last
+seconds before it was read is read again the next time, since another change may leave the same times (git calls such
+files racy). A memory that is torn, or is not there, costs reading. Whoever writes it last wins, whole; what the other
+had read is read again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 
 from graftwork.pipeline.store.artifacts import Store
@@ -31,10 +33,12 @@ from graftwork.specs.problems import plain, text
 from graftwork.specs.reading.load import SpecError
 from graftwork.stages.data.hashes import DIGEST_BYTES, ImageHashes, cut
 from graftwork.stages.data.sources import identity, items, split, split_sizes
+from graftwork.stages.data.tars import Span
 
 FOLDER = "contents"  # of a store
 VERSION = 1
 STAT = struct.Struct("<qqqQ")  # size, mtime and ctime in ns, inode
+INODE_BYTES = 8
 NOTHING = bytes(STAT.size)  # of a file that is not remembered
 MISSING = bytes(DIGEST_BYTES)  # the digest of what is no file, or cannot be read: whoever reads it says why
 GRANULARITY_NS = 2 * 10**9  # the coarsest that a file system tells times: FAT's
@@ -46,6 +50,46 @@ TRIES = 3  # of reading a file that changes meanwhile
 SAMPLE = 1000  # files by whose sizes that of a folder is estimated
 
 Report = Callable[[int, int], object]  # bytes read, of so many
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of a place by their names below it, or images in tars there."""
+
+    base: str
+    names: tuple[str, ...]
+    spans: Mapping[str, Span] = field(default_factory=dict)  # of those in tars
+
+    def stat(self, number: int) -> bytes:
+        """Return the stat of a file, packed; NOTHING of a link to nothing."""
+        path, span = self._place(number)
+        try:
+            return _packed(os.stat(path), span)  # noqa: PTH116
+        except OSError:
+            return NOTHING
+
+    def hashed(self, number: int) -> tuple[bytes, bytes]:
+        """Return a file's digest and its stat, as `_hashed` does."""
+        path, span = self._place(number)
+        return _hashed(path) if span is None else _hashed(path, span)
+
+    def in_order(self, numbers: Iterable[int]) -> list[int]:
+        """Return files as they are best read: those of a tar from its beginning on."""
+        if not self.spans:
+            return list(numbers)
+        spans = {number: self.spans[self.names[number]] for number in numbers}
+        return sorted(spans, key=lambda number: (spans[number].file, spans[number].offset))
+
+    def estimated(self, number: int) -> int:
+        """Return the bytes of so many of the files, by the sizes of some."""
+        some = range(0, len(self.names), max(1, len(self.names) // SAMPLE))
+        sizes = [STAT.unpack(self.stat(one))[0] for one in some]
+        return round(number * sum(sizes) / max(1, len(sizes)))
+
+    def _place(self, number: int) -> tuple[str, Span | None]:
+        name = self.names[number]
+        span = self.spans.get(name)
+        return (span.file if span else f"{self.base}/{name}" if name else self.base), span
 
 
 @dataclass(frozen=True)
@@ -117,22 +161,25 @@ class Contents:
     def images(self, data: DataFiles) -> ImageHashes | None:
         """Return what the images hold that the job reads; None if they have to be read first."""
         settings = [data.heldout, data.per_class, data.skip_broken]
-        known_as, every = identity(data), [item.name for item in items(data)]
-        choice = _choice(settings, known_as, every)
+        every = items(data)
+        known_as, listed = identity(data), [item.name for item in every]
+        spans = {item.name: item.span for item in every if item.span is not None}
+        choice = _choice(settings, known_as, listed)
         place = f"{data.path}\0{canonical(settings)}"
         known = self._known(place)
         sizes = split_sizes(data)
         if known is None and self.most == 0:
             number = len(every) if data.skip_broken else sum(sizes)
-            self._leave("data.path", data.path, number, _estimated(data.path, every, number))
+            size = _Files(data.path, tuple(listed), spans).estimated(number)
+            self._leave("data.path", data.path, number, size)
             return None
         if known is not None and known.choice == choice:
             names = known.names
         elif data.skip_broken:  # which of them are read shows when they are
-            names = tuple(every)
+            names = tuple(listed)
         else:
             names = tuple(item.name for part in split(data) for item in part)
-        digests = self._digests("data.path", place, data.path, names, choice, known)
+        digests = self._digests("data.path", place, _Files(data.path, names, spans), choice, known)
         if digests is None:
             return None
         return ImageHashes(known_as, 0 if data.skip_broken else sizes[0], names, digests)
@@ -140,11 +187,11 @@ class Contents:
     def files(self, field: str, place: Path, names: Sequence[str]) -> list[str] | None:
         """Return the SHA-256 of files by their names below a place ("": the place itself); None if they have to be
         read first. Raise SpecError for one that cannot be read."""
-        known = self._known(str(place))
+        known, files = self._known(str(place)), _Files(str(place), tuple(names))
         if known is None and self.most == 0:
-            self._leave(field, str(place), len(names), _estimated(str(place), names, len(names)))
+            self._leave(field, str(place), len(names), files.estimated(len(names)))
             return None
-        digests = self._digests(field, str(place), str(place), tuple(names), "", known)
+        digests = self._digests(field, str(place), files, "", known)
         if digests is None:
             return None
         for name, digest in zip(names, cut(digests), strict=True):
@@ -164,24 +211,22 @@ class Contents:
 
     # -- reading
 
-    def _digests(
-        self, field: str, place: str, base: str, names: tuple[str, ...], choice: str, known: Snapshot | None
-    ) -> bytes | None:
-        """Return the digests of files below `base`, one after another; None if too much has to be read for them."""
-        stats = [_stat(_path(base, name)) for name in names]
+    def _digests(self, field: str, place: str, files: _Files, choice: str, known: Snapshot | None) -> bytes | None:
+        """Return the digests of files, one after another; None if too much has to be read for them."""
+        names, stats = files.names, [files.stat(number) for number in range(len(files.names))]
         joined = b"".join(stats)
         if known is not None and known.names == names and known.stats == joined and NOTHING not in stats:
             return known.digests
         others = list(self._others(place)) if known is None else []
         digests = _remembered(names, stats, known) if known is not None else _moved(stats, others)
-        missing = [number for number, digest in enumerate(digests) if digest is None]
+        missing = files.in_order(number for number, digest in enumerate(digests) if digest is None)
         size = sum(STAT.unpack(stats[number])[0] for number in missing)
         if self.most is not None and size > self.most:
-            self._leave(field, base, len(missing), size)
+            self._leave(field, files.base, len(missing), size)
             return None
         if self.most is not None:
             self.most -= size
-        reading = _Reading(base, names, stats, digests, missing, size)
+        reading = _Reading(files, stats, digests, missing, size)
         try:
             reading.go(self.report)
         except Changing as changing:
@@ -228,17 +273,9 @@ class _Reading:
     """Files that are being read; `digests` and `stats` fill up as they are."""
 
     def __init__(
-        self,
-        base: str,
-        names: tuple[str, ...],
-        stats: list[bytes],
-        digests: list[bytes | None],
-        missing: list[int],
-        size: int,
+        self, files: _Files, stats: list[bytes], digests: list[bytes | None], missing: list[int], size: int
     ) -> None:
-        self.base, self.names, self.stats, self.digests, self.missing, self.size = (
-            base, names, stats, digests, missing, size,
-        )  # fmt: skip
+        self.files, self.stats, self.digests, self.missing, self.size = files, stats, digests, missing, size
         self.done = 0
 
     def go(self, report: Report) -> None:
@@ -263,7 +300,7 @@ class _Reading:
         stats = b"".join(
             NOTHING if digest is None else one for one, digest in zip(self.stats, self.digests, strict=True)
         )
-        return Snapshot(place, choice, self.names, stats, b"".join(digest or MISSING for digest in self.digests))
+        return Snapshot(place, choice, self.files.names, stats, b"".join(digest or MISSING for digest in self.digests))
 
     def _collect(self, running: set[Future[int]], report: Report) -> set[Future[int]]:
         done, left = wait(running, return_when=FIRST_COMPLETED)
@@ -288,16 +325,13 @@ class _Reading:
         size = 0
         for number in chunk:
             size += STAT.unpack(self.stats[number])[0]
-            self.digests[number], self.stats[number] = _hashed(_path(self.base, self.names[number]))
+            self.digests[number], self.stats[number] = self.files.hashed(number)
         return size
 
 
-def _path(base: str, name: str) -> str:
-    return f"{base}/{name}" if name else base
-
-
-def _hashed(path: str) -> tuple[bytes, bytes]:
-    """Return a file's digest and its stat, or NOTHING if the stat cannot be trusted to tell of a change."""
+def _hashed(path: str, span: Span | None = None) -> tuple[bytes, bytes]:
+    """Return the digest of a file, or of a span of it, and its stat, or NOTHING if the stat cannot be trusted to tell
+    of a change."""
     for _ in range(TRIES):
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end  # noqa: PTH116
@@ -306,14 +340,23 @@ def _hashed(path: str) -> tuple[bytes, bytes]:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 before = os.fstat(file.fileno())
                 digest = hashlib.sha256()
-                while piece := file.read(PIECE_BYTES):
+                for piece in _pieces(file, span):
                     digest.update(piece)
                 after = os.fstat(file.fileno())
         except OSError:
             return MISSING, NOTHING
         if _packed(after) == _packed(before):
-            return digest.digest(), NOTHING if is_racy(before, began, time.time_ns()) else _packed(before)
+            return digest.digest(), NOTHING if is_racy(before, began, time.time_ns()) else _packed(before, span)
     raise Changing(path)
+
+
+def _pieces(file: FileIO, span: Span | None) -> Iterator[bytes]:
+    """Yield what a file holds, or a span of it, piece by piece."""
+    file.seek(span.offset if span else 0)
+    left = span.size if span else None
+    while piece := file.read(PIECE_BYTES if left is None else min(left, PIECE_BYTES)):
+        yield piece
+        left = left and left - len(piece)
 
 
 def is_racy(stat: os.stat_result, began: int, ended: int) -> bool:
@@ -326,15 +369,12 @@ def is_racy(stat: os.stat_result, began: int, ended: int) -> bool:
     return stat.st_ctime_ns >= recent or recent <= stat.st_mtime_ns <= ended + GRANULARITY_NS
 
 
-def _stat(path: str) -> bytes:
-    try:
-        return _packed(os.stat(path))  # noqa: PTH116
-    except OSError:  # a link to nothing
-        return NOTHING
-
-
-def _packed(stat: os.stat_result) -> bytes:
-    return STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+def _packed(stat: os.stat_result, span: Span | None = None) -> bytes:
+    """Return what shows a change. The number of a span is of its own: two of one size in a tar are not one file."""
+    if span is None:
+        return STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    own = hashlib.sha256(b"span %d %d" % (stat.st_ino, span.offset)).digest()[:INODE_BYTES]
+    return STAT.pack(span.size, stat.st_mtime_ns, stat.st_ctime_ns, int.from_bytes(own))
 
 
 def _remembered(names: Sequence[str], stats: Sequence[bytes], known: Snapshot | None) -> list[bytes | None]:
@@ -358,13 +398,6 @@ def _choice(settings: Sequence[object], known_as: Sequence[str], names: Sequence
 
 def _document(place: str) -> str:
     return f"{FOLDER}/{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}"
-
-
-def _estimated(base: str, names: Sequence[str], number: int) -> int:
-    """Return the bytes of so many of the files, by the sizes of some."""
-    some = names[:: max(1, len(names) // SAMPLE)]
-    sizes = [STAT.unpack(_stat(_path(base, name)))[0] for name in some]
-    return round(number * sum(sizes) / max(1, len(sizes)))
 
 
 def _moved(stats: Sequence[bytes], others: Sequence[Snapshot]) -> list[bytes | None]:

@@ -13,7 +13,7 @@ from graftwork.specs.data import CaptionsData, Data, DataFiles, DigitsData, Synt
 from graftwork.specs.hub import is_hub_id, local_snapshot, parts_of
 from graftwork.specs.problems import plain
 from graftwork.stages.data.hashes import ImageHashes
-from graftwork.stages.data.sources import identity, items, split
+from graftwork.stages.data.sources import are_here, identity, items, split
 from graftwork.stages.stage import External
 
 ABSENT = "absent"  # stands for what is not on this machine: a plan can be made, its keys are not those of a run
@@ -60,7 +60,7 @@ def data_fingerprint(data: Data, contents: Contents) -> tuple[dict[str, str], Im
     if isinstance(data, DigitsData):
         return {"digits": digest(digits_file())}, None
     assert not isinstance(data, SyntheticData)  # a step that reads prompts names their file
-    if not Path(data.path).is_dir():
+    if not are_here(data):
         return {"images": ABSENT}, None
     if data.trust == "times":
         return _times(data), None
@@ -74,6 +74,10 @@ def _times(data: DataFiles) -> dict[str, str]:
     listing: list[list[object]] = [list(identity(data))] if isinstance(data, CaptionsData) else []
     for item in chosen:
         try:
+            if item.span is not None:
+                found = Path(item.span.file).stat()
+                listing.append([item.name, item.label, item.span.offset, item.span.size, found.st_mtime_ns])
+                continue
             found = (Path(data.path) / item.name).stat()
             listing.append([item.name, item.label, found.st_size, found.st_mtime_ns])
         except OSError:  # a link to nothing

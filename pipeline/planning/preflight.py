@@ -22,8 +22,9 @@ from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.sampler import SchedulerSampler
-from graftwork.stages.data.captions import ACCEPTED as ACCEPTED_CAPTIONS
-from graftwork.stages.data.captions import UnfitCaptions, read_captions
+from graftwork.stages.data.caption_files import ACCEPTED as ACCEPTED_CAPTIONS
+from graftwork.stages.data.caption_files import UnfitCaptions
+from graftwork.stages.data.captions import read_captions
 from graftwork.stages.data.listing import Listing, counted, list_images, listed
 from graftwork.stages.data.sources import (
     MIN_HELDOUT,
@@ -215,8 +216,8 @@ def absent(job: JobSpec) -> list[str]:
     lines = []
     if isinstance(job.data, ImageFolderData):
         lines += _absent_data(job.data)
-    if isinstance(job.data, CaptionsData) and not Path(job.data.path).is_dir():
-        lines.append(f"data.path: got {job.data.path!r}, no such folder; accepted: {ACCEPTED_CAPTIONS}")
+    if isinstance(job.data, CaptionsData) and not are_here(job.data):
+        lines.append(f"data.path: got {job.data.path!r}, no such folder or tar; accepted: {ACCEPTED_CAPTIONS}")
     if isinstance(job.data, SyntheticData) and not Path(job.data.prompts).exists():
         lines.append(f"data.prompts: got {job.data.prompts!r}, which does not exist; accepted: a file of prompts")
     lines += [line for field, path in _weights(job) if (line := _absent_weights(field, path))]
@@ -263,7 +264,7 @@ def notes(job: JobSpec) -> list[str]:
     """Return lines on what a plan and a run do that the job does not say: files left out, classes without samples, work
     that nothing measures, GPUs that compute without their tensor cores."""
     lines = []
-    if isinstance(job.data, ImageFiles) and Path(job.data.path).is_dir():
+    if isinstance(job.data, ImageFiles) and are_here(job.data):
         listing = read_captions(job.data) if isinstance(job.data, CaptionsData) else list_images(job.data)
         lines = [line] if (line := listing.left_out_line()) else []
     if isinstance(job.data, ImageFolderData) and Path(job.data.path).is_dir():
@@ -410,7 +411,7 @@ def _folder_shortages(job: JobSpec, data: ImageFolderData) -> list[str]:
 
 
 def _caption_shortages(job: JobSpec, data: CaptionsData) -> list[str]:
-    if not Path(data.path).is_dir():
+    if not are_here(data):
         return []  # `absent` says so
     try:
         read_captions(data)

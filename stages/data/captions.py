@@ -2,7 +2,8 @@
 
     metadata.jsonl    a JSON object a line, with `file_name` (the path below the folder) and `text`; or
     metadata.csv      the same two columns; or
-    cat.txt           beside cat.jpg, in the folder or in folders below it
+    cat.txt           beside cat.jpg, in the folder or in folders below it; or
+    00000.tar         webdataset's, with cat.jpg and cat.txt or cat.json in it, see `stages.data.webdataset`
 
 Nothing that is hidden counts. Names are as the file system has them, see `specs.problems.text`. White space in a
 caption counts as one blank.
@@ -13,27 +14,31 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from graftwork.specs.data import CaptionsData
 from graftwork.specs.problems import is_text, plain, shown, text
+from graftwork.stages.data.caption_files import (
+    ACCEPTED,
+    UnfitCaptions,
+    decode_text,
+    files_below,
+    misfit,
+    one_line,
+)
 from graftwork.stages.data.images import IMAGE_SUFFIXES
 from graftwork.stages.data.listing import counted, listed, listed_once
+from graftwork.stages.data.shards import is_shard, shards_at
+from graftwork.stages.data.tars import Span
+from graftwork.stages.data.webdataset import MAX_CAPTION_BYTES, read_samples
 
 TABLES = ("metadata.jsonl", "metadata.csv")
-ACCEPTED = "a folder of images with metadata.jsonl or metadata.csv (file_name, text), or with a .txt beside each image"
 MAX_TABLE_BYTES = 2**31
-MAX_CAPTION_BYTES = 2**20  # of a .txt beside an image
 MAX_FIELD = 2**20  # characters of a field of a .csv
-
-
-class UnfitCaptions(ValueError):
-    """Captions that cannot be read, or that are not those of the images; the message is the whole line."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Captions:
 
     by_image: Mapping[str, str]
     left_out: Mapping[str, int] = field(default_factory=dict)  # suffix -> files that are neither image nor caption
+    spans: Mapping[str, Span] = field(default_factory=dict)  # of each image in a tar, by its name
 
     def different(self) -> tuple[str, ...]:
         """Return the captions, each once, in their own order: an image's label is the number of its caption there."""
@@ -57,8 +63,46 @@ class Captions:
 
 
 def read_captions(data: CaptionsData) -> Captions:
-    """Return the captions of the images below `data.path`; raise OSError, and UnfitCaptions with a line."""
-    return listed_once(f"captions\0{data.path}", lambda: _Folder(data.path).captions())
+    """Return the captions of the images of `data.path`; raise OSError, and UnfitCaptions with a line."""
+    return listed_once(f"captions\0{data.path}", lambda: _read(data.path))
+
+
+def _read(path: str) -> Captions:
+    if not Path(path).is_dir():
+        return _in_tars(path, shards_at(path), Counter())
+    folder = _Folder(path)
+    if not folder.images and not folder.tables and (tars := [name for name in folder.files if is_shard(name)]):
+        return _in_tars(path, tars, Counter(_suffix(name) for name in folder.files if not is_shard(name)))
+    return folder.captions()
+
+
+def _in_tars(path: str, tars: Sequence[str], beside: Counter[str]) -> Captions:
+    """Return the captions of images in tars; raise UnfitCaptions.
+
+    beside: suffix -> other files of the folder.
+    """
+    samples = read_samples(path, tars)
+    if samples.alone and samples.captions:
+        some = f"{len(samples.alone):,} captions without an image: {listed(samples.alone)}"
+        raise misfit(path, f"with {some}", "an image for each caption")
+    _require_captions(path, list(samples.spans), samples.captions, beside + samples.left_out)
+    return Captions(dict(sorted(samples.captions.items())), beside + samples.left_out, samples.spans)
+
+
+def _require_captions(
+    path: str, images: Collection[str], by_image: Mapping[str, str], others: Mapping[str, int]
+) -> None:
+    """Raise UnfitCaptions if there are no images, or an image without a caption.
+
+    others: suffix -> files that are neither.
+    """
+    if not images and not by_image:
+        raise misfit(path, f"without images{f', but {counted(others)}' if others else ''}")
+    if bare := [name for name in images if name not in by_image]:
+        some = f"{len(bare):,} of {len(images):,} images without a caption: {listed(bare)}"
+        raise misfit(path, f"with {some}", ACCEPTED if len(bare) == len(images) else "a caption for each image")
+    if empty := [name for name, caption in by_image.items() if not caption]:
+        raise misfit(path, f"with {len(empty)} empty captions, of {listed(empty)}", "a caption for each image")
 
 
 class _Folder:
@@ -66,42 +110,31 @@ class _Folder:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.files = sorted(_files(path))
+        self.files = sorted(files_below(path))
         self.images = [name for name in self.files if _suffix(name) in IMAGE_SUFFIXES]
+        self.tables = [name for name in TABLES if name in self.files]
 
     def captions(self) -> Captions:
-        tables = [name for name in TABLES if name in self.files]
-        if len(tables) > 1:
-            raise self.misfit(f"with both {' and '.join(tables)}")
-        by_image = self._of_table(tables[0]) if tables else self._beside_images()
-        self._require_matching(by_image)
-        empty = [name for name, caption in by_image.items() if not caption]
-        if empty:
-            raise self.misfit(f"with {len(empty)} empty captions, of {listed(empty)}", "a caption for each image")
-        used = {*by_image, *tables, *(() if tables else map(_beside, by_image))}
+        if len(self.tables) > 1:
+            raise self.misfit(f"with both {' and '.join(self.tables)}")
+        by_image = self._of_table(self.tables[0]) if self.tables else self._beside_images()
+        self._require_images(by_image)
+        _require_captions(self.path, self.images, by_image, Counter(map(_suffix, self.files)))
+        used = {*by_image, *self.tables, *(() if self.tables else map(_beside, by_image))}
         left_out = Counter(_suffix(name) for name in self.files if name not in used)
         return Captions(dict(sorted(by_image.items())), left_out)
 
     def misfit(self, problem: str, accepted: str = ACCEPTED) -> UnfitCaptions:
-        return UnfitCaptions(f"data.path: got {text(self.path)!r}, {problem}; accepted: {accepted}")
+        return misfit(self.path, problem, accepted)
 
-    def _require_matching(self, by_image: Mapping[str, str]) -> None:
-        """Raise UnfitCaptions for captions without an image, and for images without a caption."""
-        if not self.images and not by_image:
-            raise self.misfit(f"without images{self._instead()}")
+    def _require_images(self, by_image: Mapping[str, str]) -> None:
+        """Raise UnfitCaptions for captions without an image."""
         here = set(self.images)
         if absent := [name for name in by_image if name not in here]:
             files = set(self.files)
             what = "which are no images by their suffix" if files.issuperset(absent) else "which are not there"
             some = f"{len(absent):,} captions of files {what}: {listed(absent)}"
             raise self.misfit(f"with {some}", "images that are there")
-        if bare := [name for name in self.images if name not in by_image]:
-            some = f"{len(bare):,} of {len(here):,} images without a caption: {listed(bare)}"
-            raise self.misfit(f"with {some}", ACCEPTED if len(bare) == len(here) else "a caption for each image")
-
-    def _instead(self) -> str:
-        kinds = Counter(_suffix(name) for name in self.files)
-        return f", but {counted(kinds)}" if kinds else ""
 
     # -- a text beside each image
 
@@ -112,7 +145,7 @@ class _Folder:
             raise self.misfit(f"with images of one name for one text: {listed(twice)}", "a name for each image")
         for name in self.images:
             if (beside := _beside(name)) in texts:
-                found[name] = _one_line(self._read(beside, MAX_CAPTION_BYTES))
+                found[name] = one_line(self._read(beside, MAX_CAPTION_BYTES))
         alone = sorted(texts - set(stems))
         if alone and found:
             some = f"{len(alone):,} captions without an image: {listed(alone)}"
@@ -131,7 +164,7 @@ class _Folder:
             if name in found:
                 problem = f"names {shown(text(name))} in the lines {lines[name]} and {number}"
                 raise self.misfit(f"whose {table} {problem}", "each image once")
-            found[name], lines[name] = _one_line(caption), number
+            found[name], lines[name] = one_line(caption), number
         return found
 
     def _json_rows(self, table: str, content: str) -> Iterator[tuple[int, str, str]]:
@@ -183,34 +216,11 @@ class _Folder:
         try:
             if place.stat().st_size > most:
                 raise self.misfit(f"whose {plain(text(name))} is larger than {most:,} bytes", "captions")
-            content = place.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = place.read_bytes()[: error.start].count(b"\n") + 1
-            raise self.misfit(f"whose {plain(text(name))} in line {line} is no UTF-8", "captions in UTF-8") from None
+            content = place.read_bytes()
         except OSError as error:
             problem = f"whose {plain(text(name))} cannot be read ({error.strerror})"
             raise self.misfit(problem, "captions that can be read") from None
-        if "\0" in content:
-            raise self.misfit(f"whose {plain(text(name))} is no text", "captions in UTF-8")
-        return content
-
-
-def _files(path: str) -> Iterator[str]:
-    """Yield the files below a folder by their paths; links to folders are followed no further than to the first."""
-    seen = set()
-    for folder, below, names in os.walk(path, followlinks=True, onerror=_raise):
-        place = os.path.realpath(folder)
-        if place in seen:
-            below.clear()
-            continue
-        seen.add(place)
-        below[:] = [name for name in below if not name.startswith(".")]
-        inner = os.path.relpath(folder, path)
-        yield from (name if inner == "." else f"{inner}/{name}" for name in names if not name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
+        return decode_text(self.path, name, content)
 
 
 def _suffix(name: str) -> str:
@@ -219,7 +229,3 @@ def _suffix(name: str) -> str:
 
 def _beside(name: str) -> str:
     return f"{posixpath.splitext(name)[0]}.txt"
-
-
-def _one_line(caption: str) -> str:
-    return " ".join(caption.split())

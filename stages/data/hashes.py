@@ -1,11 +1,12 @@
 """What the images of a job hold: the list that its keys are made of, and which `features` holds what it reads against.
 
-It stays in the artifact as `images.sha256`, which `sha256sum -c` understands.
+It stays in the artifact as `images.sha256`, which `sha256sum -c` understands, but for images in tars.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from graftwork.specs.problems import plain, text
+from graftwork.stages.data.tars import Span
 
 IMAGES = "images.sha256"
 DIGEST_BYTES = 32
@@ -58,9 +60,9 @@ class ImageHashes:
             raise ChangedImage(f"data.path: images came or went since the job began ({one}); {AGAIN}")
 
 
-def require_content(home: Path, name: str, digest: str) -> None:
-    """Raise ChangedImage if a file does not have that SHA-256."""
-    with (home / name).open("rb") as file:
+def require_content(home: Path, name: str, digest: str, span: Span | None = None) -> None:
+    """Raise ChangedImage if a file, or a span of a tar, does not have that SHA-256."""
+    with (home / name).open("rb") if span is None else io.BytesIO(span.read()) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise ChangedImage(f"data.path: {plain(text(name))} holds something else than when the job began; {AGAIN}")
 

@@ -6,6 +6,7 @@ is read before a job starts, so it is light: Pillow and NumPy load with the firs
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import warnings
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from graftwork.specs.data import Data, DigitsData, ImageFiles
 from graftwork.specs.problems import first_few, plain, text
 from graftwork.stages.data.pixels import scaled_levels
+from graftwork.stages.data.shards import home_of
+from graftwork.stages.data.tars import Span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,9 +77,9 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(data: Data, name: str) -> NDArray[Any]:
+def read_image(data: Data, name: str, span: Span | None = None) -> NDArray[Any]:
     """Return an image (C,S,S) as float32 in [-1, 1]; raise BrokenImage."""
-    return scaled(read_pixels(data, name))
+    return scaled(read_pixels(data, name, span))
 
 
 def scaled(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -84,8 +87,11 @@ def scaled(pixels: NDArray[Any]) -> NDArray[Any]:
     return scaled_levels(pixels.astype("float32")) if pixels.dtype == "uint8" else pixels
 
 
-def read_pixels(data: Data, name: str) -> NDArray[Any]:
-    """Return an image (C,S,S), cheap to send: uint8, 0 .. 255, or (digits) float32 in [-1, 1]; raise BrokenImage."""
+def read_pixels(data: Data, name: str, span: Span | None = None) -> NDArray[Any]:
+    """Return an image (C,S,S), cheap to send: uint8, 0 .. 255, or (digits) float32 in [-1, 1]; raise BrokenImage.
+
+    span: where it lies in a tar, if it does.
+    """
     import numpy as np
     from PIL import Image
 
@@ -95,8 +101,8 @@ def read_pixels(data: Data, name: str) -> NDArray[Any]:
         return np.asarray(digit.resize((side, side), Image.Resampling.BILINEAR))[None]
 
     assert isinstance(data, ImageFiles)
-    path = Path(data.path) / name
-    picture = read_rgb(path, data.background)
+    path = Path(data.path if span is None else home_of(data.path)) / name
+    picture = read_rgb(path, data.background, span)
     width, height = (max(side, round(length * side / min(picture.size))) for length in picture.size)
     if width * height > MAX_PIXELS:
         raise _broken(path, f"{picture.width} x {picture.height} pixels, too long for an image")
@@ -105,10 +111,13 @@ def read_pixels(data: Data, name: str) -> NDArray[Any]:
     return np.asarray(picture.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
-def read_rgb(path: Path, background: str) -> Image.Image:
-    """Return an image's first frame in RGB: upright, over the colour `background`; raise BrokenImage."""
+def read_rgb(path: Path, background: str, span: Span | None = None) -> Image.Image:
+    """Return an image's first frame in RGB: upright, over the colour `background`; raise BrokenImage.
+
+    span: where it lies in a tar; the path only names it then.
+    """
     try:
-        with _opened(path) as picture:
+        with _opened(path, span) as picture:
             return _flattened(picture, background)
     except Exception as error:  # torn files make the library raise whatever their bytes happen to stand for
         raise _broken(path, error) from None
@@ -126,15 +135,15 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile]:
+def _opened(path: Path, span: Span | None = None) -> Iterator[ImageFile]:
     """Open an image, of which only the header is read; raise ValueError where it is too large or of no format."""
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():  # a pipe would never end
+    if span is None and not path.is_file():  # a pipe would never end
         raise ValueError("no file")
     _silence_pillow()
     # Given the path, Pillow would map uncompressed pixels, and a TIFF's that lie on their side in the wrong shape.
-    with path.open("rb") as file:
+    with path.open("rb") if span is None else io.BytesIO(span.read()) as file:
         try:
             picture = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -246,12 +255,15 @@ def _broken(path: Path, reason: Exception | str) -> BrokenImage:
     return BrokenImage(f"{plain(text(str(path)))}: cannot be read as an image: {said}")
 
 
-def broken_images(data: Data, names: Iterable[str]) -> dict[str, str]:
-    """Return the problem of each of these images that cannot be read, by name."""
+def broken_images(data: Data, places: Iterable[tuple[str, Span | None]]) -> dict[str, str]:
+    """Return the problem of each of these images that cannot be read, by name.
+
+    places: names, with where they lie in a tar.
+    """
     problems = {}
-    for name in names:
+    for name, span in places:
         try:
-            read_image(data, name)
+            read_image(data, name, span)
         except BrokenImage as error:
             problems[name] = str(error)
     return problems

@@ -26,6 +26,8 @@ from graftwork.stages.data.captions import read_captions
 from graftwork.stages.data.images import digits
 from graftwork.stages.data.listing import list_images, order_lines
 from graftwork.stages.data.prompts import read_prompts
+from graftwork.stages.data.shards import shards_at
+from graftwork.stages.data.tars import Span
 
 # Known without reading them, so that a plan needs no scikit-learn; a test compares with the file.
 DIGITS_PER_CLASS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
@@ -36,10 +38,11 @@ MAX_LABELS = 12  # classes that a line shows
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its name within the source, and the number of its class, or of its caption."""
+    """One image: its name within the source, the number of its class or of its caption, and its place in a tar."""
 
     name: str
     label: int
+    span: Span | None = None  # of an image in a file of its own
 
 
 def class_folders(data: ImageFolderData) -> dict[str, list[str]]:
@@ -99,7 +102,9 @@ def are_here(data: Data) -> bool:
     """Whether the data's files are on this machine."""
     if isinstance(data, SyntheticData):
         return Path(data.prompts).is_file()
-    return isinstance(data, DigitsData) or Path(data.path).is_dir()
+    if isinstance(data, DigitsData) or Path(data.path).is_dir():
+        return True
+    return isinstance(data, CaptionsData) and bool(shards_at(data.path))
 
 
 def different_prompts(data: SyntheticData) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ def items(data: Data) -> list[Item]:
     if isinstance(data, CaptionsData):
         captions = read_captions(data)
         labels = {caption: label for label, caption in enumerate(captions.different())}
-        return [Item(name, labels[caption]) for name, caption in captions.by_image.items()]
+        return [Item(name, labels[caption], captions.spans.get(name)) for name, caption in captions.by_image.items()]
     if isinstance(data, SyntheticData):
         count = len(different_prompts(data))
         return [Item(f"{number:08d}", number % count) for number in range(data.samples)]

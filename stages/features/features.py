@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from graftwork.stages.data.hashes import IMAGES, ChangedImage, ImageHashes, requ
 from graftwork.stages.data.images import BrokenImage, broken_images, broken_line, read_pixels, scaled
 from graftwork.stages.data.listing import listing_once
 from graftwork.stages.data.sources import MIN_HELDOUT, Item, class_names, identity, items, split
+from graftwork.stages.data.tars import Span
 from graftwork.stages.features.codec import (
     BATCH,
     GPU_BYTES,
@@ -118,11 +119,11 @@ def _chosen(data: Data) -> tuple[dict[str, list[Item]], dict[str, str]]:
     sound: set[str] = set()
     while True:
         splits = dict(zip(SPLITS, split(data, without=broken), strict=True))
-        names = [item.name for members in splits.values() for item in members if item.name not in sound]
-        if not data.skip_broken or not names:
+        members = [item for members in splits.values() for item in members if item.name not in sound]
+        if not data.skip_broken or not members:
             return splits, broken
-        broken |= _survey(data, names)
-        sound.update(names)
+        broken |= _survey(data, members)
+        sound.update(item.name for item in members)
 
 
 def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence[Item]]) -> None:
@@ -132,15 +133,15 @@ def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence
     images.require_same(identity(data), [item.name for item in listed])
 
 
-def _survey(data: Data, names: Sequence[str]) -> dict[str, str]:
+def _survey(data: Data, members: Sequence[Item]) -> dict[str, str]:
     """Read all images, on every CPU, and return by name the problem of each that cannot be read."""
 
     def survey(row: Row) -> Row:
-        problems = broken_images(data, map(os.fsdecode, row["names"]))
+        problems = broken_images(data, _places(row))
         return {"names": [os.fsencode(name) for name in problems], "problems": list(problems.values())}
 
     count = BATCHES_A_TASK * BATCH
-    rows = [{"names": _sent(names[start : start + count])} for start in range(0, len(names), count)]
+    rows = [_sent(members[start : start + count]) for start in range(0, len(members), count)]
     surveys = _rows(rows).map(survey, num_cpus=1).iter_rows()
     pairs = (zip(row["names"], row["problems"], strict=True) for row in surveys)
     return {os.fsdecode(name): problem for problems in pairs for name, problem in problems}
@@ -195,8 +196,9 @@ def encode(context: Context, wanted: Sequence[Shard]) -> None:
             context.report(total - left, total)
             context.stop_if_asked()
     except BrokenImage:
-        names = [item.name for shard in wanted for item in shard.items]
-        raise ValueError(f"data.path: {broken_line(_survey(params.data, names).values(), total)}; {ACCEPTED}") from None
+        members = [item for shard in wanted for item in shard.items]
+        problems = _survey(params.data, members).values()
+        raise ValueError(f"data.path: {broken_line(problems, total)}; {ACCEPTED}") from None
 
 
 class Draft:
@@ -246,11 +248,11 @@ def _encoded(
     """
 
     def read(row: Row) -> Row:  # in here, so that a worker that only reads need not load torch with this module
-        names = list(map(os.fsdecode, row["names"]))
-        images = np.stack([read_pixels(data, name) for name in names])
+        places = _places(row)
+        images = np.stack([read_pixels(data, name, span) for name, span in places])
         if isinstance(data, ImageFiles) and "digests" in row:
-            for name, digest in zip(names, row["digests"], strict=True):
-                require_content(Path(data.path), name, digest)
+            for (name, span), digest in zip(places, row["digests"], strict=True):
+                require_content(Path(data.path), name, digest, span)
         return {**row, "images": images}
 
     def as_latents(row: Row) -> Row:
@@ -289,13 +291,19 @@ def _pieces(missing: Sequence[Shard], count: int, hashes: ImageHashes | None) ->
 
 def _piece(number: int, shard: Shard, start: int, part: Sequence[Item], hashes: ImageHashes | None) -> Row:
     digests = {"digests": [hashes.by_name[item.name].hex() for item in part]} if hashes is not None else {}
-    names = _sent(item.name for item in part)
-    return {"shard": number, "start": start, "views": len(shard.views), "names": names, **digests}
+    return {"shard": number, "start": start, "views": len(shard.views), **_sent(part), **digests}
 
 
-def _sent(names: Iterable[str]) -> list[bytes]:
-    """Names as they go to workers: they need not be text."""
-    return [os.fsencode(name) for name in names]
+def _sent(members: Sequence[Item]) -> Row:
+    """Return images as they go to workers: their names, which need not be text, and their places in tars, if any."""
+    spans = [item.span.encode() for item in members if item.span is not None]
+    return {"names": [os.fsencode(item.name) for item in members]} | ({"spans": spans} if spans else {})
+
+
+def _places(row: Row) -> list[tuple[str, Span | None]]:
+    """Return the names of a row's images, each with its place in a tar, if there are tars."""
+    names = list(map(os.fsdecode, row["names"]))
+    return list(zip(names, map(Span.decode, row["spans"]) if "spans" in row else [None] * len(names), strict=True))
 
 
 def _rows(rows: list[Row]) -> ray.data.Dataset:

@@ -1,5 +1,7 @@
 """`finetune`: stage 2, the whole graft on a small share of the data, on DeepSpeed's engine. Leaves a model folder.
 
+By LoRA it leaves the adapters, too, beside the weights that hold them.
+
 The same recipe starts from distilled scions or, as the control, from freshly initialised ones; both see the same
 batches, noise and timesteps.
 """
@@ -12,7 +14,8 @@ import torch
 
 from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
-from graftwork.models.lora import add_lora, merge_lora
+from graftwork.models.checkpoints.adapters import keep_adapters
+from graftwork.models.lora import adapters_of, add_lora, merge_lora
 from graftwork.models.numerics.streams import initialising
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import scion_at
@@ -37,6 +40,8 @@ def run(context: Context) -> None:
     model, edits = _start(context)
     model.load_state_dict(weights, strict=False)
     if params.recipe.train == "lora":
+        plan = read_plan(context.input("select"))
+        keep_adapters(adapters_of(model), [edit.site for edit in plan], context.out)
         merge_lora(model)
     checkpoints.save(model, edits, context.out)
     loss_curve(curve, "finetuning loss", context.out / "loss")

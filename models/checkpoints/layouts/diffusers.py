@@ -14,19 +14,22 @@ every block. What it computes differs from DiT in two things, and in no other (t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwork.models.checkpoints import statements
+from graftwork.models.checkpoints.adapters import layers_by_tensors, renamed
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Made, Tensors, read_index, read_tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
 from graftwork.models.checkpoints.layouts.translation import split, translated
 from graftwork.models.checkpoints.recognition import Found, parse_description
 from graftwork.models.checkpoints.wrappers import DIFFUSERS, unwrapped
+from graftwork.models.lora import Adapters
 from graftwork.models.objectives.gaussian import STEPS
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.dit import DiT
@@ -201,6 +204,22 @@ def wrapped(model: Rootstock, edits: Sequence[Edit]) -> DiTTransformer2DModel | 
     from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel
 
     return GraftTransformer2DModel.around(model, edits)
+
+
+def rootstock_adapters(depth: int) -> Callable[[Adapters], Adapters]:
+    """Return what names adapters by the layers of diffusers' model, of whose embedders each block has its own."""
+
+    def named(adapters: Adapters) -> Adapters:
+        theirs = renamed(adapters, layers_by_tensors(parts(depth)))
+        copies = {
+            embedder(block, ours).removesuffix(".weight"): theirs.factors[first]
+            for ours in EMBEDDERS
+            for block in range(1, depth)
+            if (first := embedder(0, ours).removesuffix(".weight")) in theirs.factors
+        }
+        return replace(theirs, factors={**theirs.factors, **copies})
+
+    return named
 
 
 def rootstock_transformer(model: DiT) -> DiTTransformer2DModel:

@@ -7,13 +7,14 @@ among them: `sample_size` and `interpolation_scale` of config.json say what it i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftwork.models.checkpoints.adapters import layers_by_tensors, renamed
 from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.files import Made, Tensors
 from graftwork.models.checkpoints.fit import Uninitialised, shapes_of, weightless
@@ -26,6 +27,7 @@ from graftwork.models.checkpoints.layouts.diffusers import (
 )
 from graftwork.models.checkpoints.layouts.translation import split, translated
 from graftwork.models.checkpoints.recognition import Found, rootstock_of
+from graftwork.models.lora import Adapters
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.layers import waves_of_positions
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
@@ -164,6 +166,11 @@ def wrapped(model: Rootstock, edits: Sequence[Edit]) -> PixArtTransformer2DModel
     from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 
     return GraftPixArtTransformer2DModel.around(model, edits)
+
+
+def rootstock_adapters(depth: int) -> Callable[[Adapters], Adapters]:
+    """Return what names adapters by the layers of diffusers' model."""
+    return lambda adapters: renamed(adapters, layers_by_tensors(names_of(depth)))
 
 
 def rootstock_transformer(model: PixArt) -> PixArtTransformer2DModel:
