@@ -1,4 +1,6 @@
-"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`, `export`. The command line is a thin layer on it.
+"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`, `export` and others.
+
+The command line is a thin layer on it.
 
 Nothing heavy is imported until a step has to run: a run whose steps are all cached starts neither Ray nor torch.
 """
@@ -33,6 +35,7 @@ from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.reading.overrides import expanded
 from graftwork.specs.store import DEFAULT_STORE
+from graftwork.specs.text import JSON_PROMPTS
 from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.data.listing import listing_once
 from graftwork.stages.data.sources import num_classes
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 WORTH_TELLING = 2**28  # bytes that are read
+ROW = "evaluate/"  # how the name of a step begins that samples a row
 
 
 def plan(
@@ -226,6 +230,51 @@ def export(
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return out
+
+
+def images(name: str, out: str | Path, store: str = DEFAULT_STORE) -> Path:
+    """Write the samples of a row of a run in GenEval's folders, for its own scorer; return the folder.
+
+    name: RUN, for `stage2`, or RUN/ROW for another row. out: a new or empty folder. Raise SpecError if the run kept no
+    samples, or drew them for other prompts than GenEval's.
+    """
+    out = Path(expanded(str(out), "images"))
+    run_name, _, row = name.partition("/")
+    place = Store(store)
+    run_record = record.find(place, run_name)
+    steps = {step.name.removeprefix(ROW): step for step in run_record.steps if step.name.startswith(ROW)}
+    if (row or "stage2") not in steps:
+        accepted = ", ".join(f"{run_record.run}/{one}" for one in steps) or "a run that samples a row"
+        raise SpecError([f"images: got {shown(name)}; accepted: {accepted}"])
+    _require_kept_samples(run_record)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError([f"images: {out}: is there already; accepted: a new or empty folder"])
+    from graftwork.stages.artifacts.samples import read_samples
+    from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS
+    from graftwork.stages.evaluation.geneval.files import parse_jsonl
+    from graftwork.stages.evaluation.geneval.layout import write_samples
+    from graftwork.stages.evaluation.geneval.prompts import Prompt
+
+    samples, texts = steps[row or "stage2"], run_record.step("text")
+    for step in (samples, texts):
+        if place.manifest(step.key) is None:
+            problem = f"{run_record.run}/{step.name} is not in the store"
+            raise SpecError([f"images: {problem}; go on with: {run_record.resume_command()}"])
+    prompts = parse_jsonl("evaluate.prompts", place.artifact(texts.key).read(GENEVAL_PROMPTS), Prompt)
+    write_samples(out, prompts, read_samples(place.artifact(samples.key).path()))
+    return out
+
+
+def _require_kept_samples(run: RunRecord) -> None:
+    """Raise SpecError where a run has no samples of GenEval's prompts, with the field that asks for them."""
+    evaluate = run.job["evaluate"]
+    if not (evaluate.get("prompts") or "").endswith(JSON_PROMPTS):
+        accepted = "a run whose samples are of GenEval's evaluation_metadata.jsonl"
+        got = shown(evaluate.get("prompts"))
+        raise SpecError([f"images: got {run.run}, with evaluate.prompts {got}; accepted: {accepted}"])
+    if not evaluate["keep_samples"]:
+        accepted = "a run that kept its samples, by --set evaluate.keep_samples=true"
+        raise SpecError([f"images: got {run.run}, with evaluate.keep_samples false; accepted: {accepted}"])
 
 
 def _recipe(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -355,6 +355,20 @@ def export(
 
 
 @app.command()
+def images(
+    name: Annotated[str, typer.Argument(metavar="RUN[/ROW]", help="a run's stage2, or another row of its table")],
+    out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
+    store: StoreUrl = DEFAULT_STORE,
+    debug: Debug = False,
+) -> None:
+    """Write a row's samples in GenEval's folders, for its own scorer. The run needs evaluate.keep_samples."""
+    from graftwork.pipeline import api
+
+    with problems(debug):
+        print(api.images(name, out, store))
+
+
+@app.command()
 def verify(
     store: StoreUrl = DEFAULT_STORE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,

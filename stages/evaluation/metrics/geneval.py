@@ -23,6 +23,7 @@ from torch import Tensor
 from graftwork.specs.detector import Detector, Mask2FormerSpec
 from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import GenevalMetric
+from graftwork.stages.artifacts.samples import as_picture
 from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, read_texts
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.geneval.prompts import Prompt, read_prompts
@@ -61,7 +62,7 @@ class GenevalJudge(Judge):
         counts, records = Counter[str](), []
         for pixels, label in zip(images, labels.tolist(), strict=True):
             number = label - self.first
-            result = self._judged(_picture(pixels), number, self.prompts[number])
+            result = self._judged(as_picture(pixels), number, self.prompts[number])
             counts[self._counted(result.tag, "images")] += 1
             counts[self._counted(result.tag, "correct")] += result.correct
             records.append(result.line())
@@ -133,11 +134,6 @@ class _WithColours:
         path, colours_path = (str(local_path(path)) for path in (spec.path, spec.colours))
         detector, colours = Mask2FormerDetector(path, device), ClipColourClassifier(colours_path, device)
         self.name, self.detect, self.classify = detector.name, detector.detect, colours.classify
-
-
-def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return an image of (C,H,W)."""
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
 
 
 def _name(detector: str) -> str:
