@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +275,45 @@ def _require_kept_samples(run: RunRecord) -> None:
     if not evaluate["keep_samples"]:
         accepted = "a run that kept its samples, by --set evaluate.keep_samples=true"
         raise SpecError([f"images: got {run.run}, with evaluate.keep_samples false; accepted: {accepted}"])
+
+
+@dataclass(frozen=True)
+class ScoredFiles:
+    """What files of GenEval's results come to: for `results` and `beside` their figures, and lines on what is odd."""
+
+    figures: dict[str, dict[str, float]]
+    notes: tuple[str, ...]
+
+
+def geneval(results: str | Path, beside: str | Path | None = None, detector: str | None = None) -> ScoredFiles:
+    """Return the figures of a `results.jsonl` of GenEval's own scorer: each tag's share, their mean, and the gain.
+
+    beside: the results of the rootstock, of the same prompts and samples, over which the gain is, with the bounds of
+    its 95% interval. detector: what found the objects, to stand in the figures' names. Raise SpecError for other files.
+    """
+    from graftwork.stages.evaluation.geneval.results import (
+        column_word,
+        gain_figures,
+        read_results,
+        score,
+        score_figures,
+    )
+
+    given = {"results": results} | ({"beside": beside} if beside is not None else {})
+    read = {role: read_results(Path(expanded(str(path), role))) for role, path in given.items()}
+    figures: dict[str, dict[str, float]] = {}
+    notes = []
+    name = column_word(detector) if detector else None
+    for role, lines in read.items():
+        scored = score(lines)
+        shares = {tag: of_tag.share for tag, of_tag in scored.tags.items()}
+        figures[role] = {"images": len(lines)} | score_figures(shares, name)
+        if scored.absent:
+            others = "geneval is the mean of the other tags, and compares to no published one"
+            notes.append(f"{given[role]}: no images of {', '.join(scored.absent)}: {others}")
+    if "beside" in read:
+        figures["results"] |= gain_figures(read["beside"], read["results"])
+    return ScoredFiles(figures, tuple(notes))
 
 
 def _recipe(job: Mapping[str, Any]) -> dict[str, Any]:

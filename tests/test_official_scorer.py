@@ -1,4 +1,4 @@
-"""What goes to GenEval's own scorer and comes back: a row's images in its folders."""
+"""What goes to GenEval's own scorer, and what comes back: images in its folders, and its results."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from graftwork.pipeline.runs.record import RunRecord, StepRecord
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import load
+from graftwork.stages.evaluation.metrics.geneval import GenevalJudge
 from graftwork.stages.evaluation.samples import labels_of
 from tests.conftest import Graft
 from tests.scenes import PROMPTS, write_shapes_job
@@ -121,3 +122,86 @@ def test_prompts_that_say_nothing_of_objects_are_refused(tmp_path: Path) -> None
     line = refusal(store, RUN, tmp_path / "images")
     assert line == "evaluate.prompts:1: include: got nothing; accepted: a value"
     assert not (tmp_path / "images").exists()
+
+
+# -- what comes back
+
+PROMPTS_OF = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+# Images of 4 a prompt that are correct, in the order of the tags: arXiv 2506.05340, its table of PixArt-Sigma.
+ROOTSTOCK, GRAFTED = (260, 244, 148, 290, 43, 86), (256, 226, 154, 266, 45, 78)
+
+
+def write_results(file: Path, correct: tuple[int, ...], images: str, tags: int = 6) -> Path:
+    """Write results as the published scorer does by pandas, / escaped, the images of a tag that are correct first."""
+    lines: list[str] = []
+    prompt = 0
+    for (tag, count), right in list(zip(PROMPTS_OF.items(), correct, strict=True))[:tags]:
+        for number in range(4 * count):
+            index, text = prompt + number // 4, f"prompt {prompt + number // 4}"
+            asked = {"tag": tag, "include": [{"class": "cat", "count": 1}], "prompt": text}
+            judged: dict[str, Any] = {
+                "filename": f"{images}/{index:05d}/samples/{number % 4:04d}.png",
+                "tag": tag,
+                "prompt": text,
+            }
+            judged |= {"correct": number < right, "reason": "", "metadata": json.dumps(asked), "details": "{}"}
+            lines.append(json.dumps(judged, separators=(",", ":")).replace("/", "\\/"))
+        prompt += count
+    file.write_text("\n".join(reversed(lines)) + "\n")  # the scorer takes folders in any order
+    return file
+
+
+def test_published_scores_come_out_of_the_published_scorers_files(graft: Graft, tmp_path: Path) -> None:
+    rootstock = write_results(tmp_path / "rootstock.jsonl", ROOTSTOCK, "here")
+    grafted = write_results(tmp_path / "graft.jsonl", GRAFTED, "/there/images")
+    scored = api.geneval(grafted, rootstock, "mask2former/mmdet")
+    figures, beside = scored.figures["results"], scored.figures["beside"]
+    assert figures["images"] == beside["images"] == 2212 and scored.notes == ()
+    names = ["geneval", *PROMPTS_OF]
+    assert list(beside) == ["images", *(f"{name}:mask2former-mmdet" for name in names)]
+    shares = [count / (4 * of) for count, of in zip(ROOTSTOCK, PROMPTS_OF.values(), strict=True)]
+    assert [beside[f"{tag}:mask2former-mmdet"] for tag in PROMPTS_OF] == pytest.approx(shares)
+    assert (round(100 * beside["geneval:mask2former-mmdet"], 2), shares[0]) == (49.75, 0.8125)
+    assert round(100 * figures["geneval:mask2former-mmdet"], 2) == 47.78
+    assert round(100 * figures["gain:geneval"], 2) == -1.97
+    assert figures["gain_low:geneval"] < figures["gain:geneval"] < figures["gain_high:geneval"] < 0
+    shown = graft("geneval", str(grafted), "--beside", "rootstock.jsonl", cwd=tmp_path)
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[:3] == [["figure", "results", "beside"], ["images", "2,212", "2,212"], ["geneval", "0.4778", "0.4975"]]
+    assert lines[-3][:1] == ["gain:geneval"] and len(lines) == 12 and shown.stderr == ""
+
+
+def test_the_gain_is_the_one_that_a_jobs_table_has(tmp_path: Path) -> None:
+    folders = [tmp_path / "rootstock", tmp_path / "graft"]
+    for folder, correct in zip(folders, (ROOTSTOCK, GRAFTED), strict=True):
+        folder.mkdir()
+        write_results(folder / "geneval.jsonl", correct, "images")
+    theirs = GenevalJudge.beside(folders[1], folders[0])
+    ours = api.geneval(folders[1] / "geneval.jsonl", folders[0] / "geneval.jsonl").figures["results"]
+    assert len(theirs) == 3 and theirs == {name: value for name, value in ours.items() if name.startswith("gain")}
+
+
+def test_results_without_a_tag_are_said_to_compare_to_no_published_ones(graft: Graft, tmp_path: Path) -> None:
+    file = write_results(tmp_path / "few.jsonl", GRAFTED, "images", tags=4)
+    shown = graft("geneval", str(file), "--json", cwd=tmp_path)
+    expected = f"graft: {file}: no images of position, color_attr: geneval is the mean of the other tags, and compares"
+    assert shown.stderr == f"{expected} to no published one\n"
+    figures = json.loads(shown.stdout)["results"]
+    assert figures["geneval"] == pytest.approx(sum(figures[tag] for tag in list(PROMPTS_OF)[:4]) / 4)
+
+
+def test_results_of_other_samples_are_refused_in_one_line(graft: Graft, tmp_path: Path) -> None:
+    grafted = write_results(tmp_path / "graft.jsonl", GRAFTED, "images")
+    write_results(tmp_path / "few.jsonl", ROOTSTOCK, "images", tags=5)
+    shown = graft("geneval", str(grafted), "--beside", "few.jsonl", cwd=tmp_path)
+    assert shown.returncode == 2 and shown.stdout == ""
+    got = "400 images in one set only, first 00453/samples/0000.png"
+    assert shown.stderr == f"graft: paired difference: got {got}; accepted: the same prompts and samples in both sets\n"
+
+
+def test_what_is_no_file_of_results_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        api.geneval(tmp_path / "none.jsonl")
+    assert caught.value.lines == [
+        f"{tmp_path}/none.jsonl: got No such file or directory; accepted: a file of one JSON object a line"
+    ]
