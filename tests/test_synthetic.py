@@ -120,7 +120,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data__sampler": {"kind": "scheduler", "name": "FlowMatchX"}}, r"data\.sampler\.(name|scheduler\.name): got"),
         ({"data__samples": 1}, r"data\.(synthetic\.)?samples: got 1"),
         ({"data__flip": True}, r"data\.(synthetic\.)?flip"),
-        ({"model": {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2}, "text": None}, r"data\.kind: got 'synthetic'"),
+        (
+            {"model": {"kind": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2}, "text": None},
+            r"data\.kind: got 'synthetic'",
+        ),
     ],
     ids=str,
 )
