@@ -1,4 +1,6 @@
-"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`, `export`. The command line is a thin layer on it.
+"""Graftwork from Python: `plan`, `run`, `resume`, `stop`, `compare`, `export` and others.
+
+The command line is a thin layer on it.
 
 Nothing heavy is imported until a step has to run: a run whose steps are all cached starts neither Ray nor torch.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.reading.overrides import expanded
 from graftwork.specs.store import DEFAULT_STORE
+from graftwork.specs.text import JSON_PROMPTS
 from graftwork.specs.vae import VaeConfig, vae_folder
 from graftwork.stages.data.listing import listing_once
 from graftwork.stages.data.sources import num_classes
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 WORTH_TELLING = 2**28  # bytes that are read
+ROW = "evaluate/"  # how the name of a step begins that samples a row
 
 
 def plan(
@@ -232,6 +236,90 @@ def export(
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return out
+
+
+def images(name: str, out: str | Path, store: str = DEFAULT_STORE) -> Path:
+    """Write the samples of a row of a run in GenEval's folders, for its own scorer; return the folder.
+
+    name: RUN, for `stage2`, or RUN/ROW for another row. out: a new or empty folder. Raise SpecError if the run kept no
+    samples, or drew them for other prompts than GenEval's.
+    """
+    out = Path(expanded(str(out), "images"))
+    run_name, _, row = name.partition("/")
+    place = Store(store)
+    run_record = record.find(place, run_name)
+    steps = {step.name.removeprefix(ROW): step for step in run_record.steps if step.name.startswith(ROW)}
+    if (row or "stage2") not in steps:
+        accepted = ", ".join(f"{run_record.run}/{one}" for one in steps) or "a run that samples a row"
+        raise SpecError([f"images: got {shown(name)}; accepted: {accepted}"])
+    _require_kept_samples(run_record)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError([f"images: {out}: is there already; accepted: a new or empty folder"])
+    from graftwork.stages.artifacts.samples import read_samples
+    from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS
+    from graftwork.stages.evaluation.geneval.files import parse_jsonl
+    from graftwork.stages.evaluation.geneval.layout import write_samples
+    from graftwork.stages.evaluation.geneval.prompts import Prompt
+
+    samples, texts = steps[row or "stage2"], run_record.step("text")
+    for step in (samples, texts):
+        if place.manifest(step.key) is None:
+            problem = f"{run_record.run}/{step.name} is not in the store"
+            raise SpecError([f"images: {problem}; go on with: {run_record.resume_command()}"])
+    prompts = parse_jsonl("evaluate.prompts", place.artifact(texts.key).read(GENEVAL_PROMPTS), Prompt)
+    write_samples(out, prompts, read_samples(place.artifact(samples.key).path()))
+    return out
+
+
+def _require_kept_samples(run: RunRecord) -> None:
+    """Raise SpecError where a run has no samples of GenEval's prompts, with the field that asks for them."""
+    evaluate = run.job["evaluate"]
+    if not (evaluate.get("prompts") or "").endswith(JSON_PROMPTS):
+        accepted = "a run whose samples are of GenEval's evaluation_metadata.jsonl"
+        got = shown(evaluate.get("prompts"))
+        raise SpecError([f"images: got {run.run}, with evaluate.prompts {got}; accepted: {accepted}"])
+    if not evaluate["keep_samples"]:
+        accepted = "a run that kept its samples, by --set evaluate.keep_samples=true"
+        raise SpecError([f"images: got {run.run}, with evaluate.keep_samples false; accepted: {accepted}"])
+
+
+@dataclass(frozen=True)
+class ScoredFiles:
+    """What files of GenEval's results come to: for `results` and `beside` their figures, and lines on what is odd."""
+
+    figures: dict[str, dict[str, float]]
+    notes: tuple[str, ...]
+
+
+def geneval(results: str | Path, beside: str | Path | None = None, detector: str | None = None) -> ScoredFiles:
+    """Return the figures of a `results.jsonl` of GenEval's own scorer: each tag's share, their mean, and the gain.
+
+    beside: the results of the rootstock, of the same prompts and samples, over which the gain is, with the bounds of
+    its 95% interval. detector: what found the objects, to stand in the figures' names. Raise SpecError for other files.
+    """
+    from graftwork.stages.evaluation.geneval.results import (
+        column_word,
+        gain_figures,
+        read_results,
+        score,
+        score_figures,
+    )
+
+    given = {"results": results} | ({"beside": beside} if beside is not None else {})
+    read = {role: read_results(Path(expanded(str(path), role))) for role, path in given.items()}
+    figures: dict[str, dict[str, float]] = {}
+    notes = []
+    name = column_word(detector) if detector else None
+    for role, lines in read.items():
+        scored = score(lines)
+        shares = {tag: of_tag.share for tag, of_tag in scored.tags.items()}
+        figures[role] = {"images": len(lines)} | score_figures(shares, name)
+        if scored.absent:
+            others = "geneval is the mean of the other tags, and compares to no published one"
+            notes.append(f"{given[role]}: no images of {', '.join(scored.absent)}: {others}")
+    if "beside" in read:
+        figures["results"] |= gain_figures(read["beside"], read["results"])
+    return ScoredFiles(figures, tuple(notes))
 
 
 def _recipe(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -359,6 +359,46 @@ def export(
 
 
 @app.command()
+def images(
+    name: Annotated[str, typer.Argument(metavar="RUN[/ROW]", help="a run's stage2, or another row of its table")],
+    out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
+    store: StoreUrl = DEFAULT_STORE,
+    debug: Debug = False,
+) -> None:
+    """Write a row's samples in GenEval's folders, for its own scorer. The run needs evaluate.keep_samples."""
+    from graftwork.pipeline import api
+
+    with problems(debug):
+        print(api.images(name, out, store))
+
+
+@app.command()
+def geneval(
+    results: Annotated[str, typer.Argument(metavar="RESULTS.jsonl", help="what GenEval's scorer wrote of a graft")],
+    beside: Annotated[
+        str | None, typer.Option("--beside", metavar="RESULTS.jsonl", help="of the rootstock: show the gain over it")
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option("--detector", metavar="NAME", help="what found the objects, for the figures' names")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the figures of GenEval's own scorer: each tag's share, their mean, and the gain with its interval."""
+    from graftwork.pipeline import api
+
+    with problems(debug):
+        scored = api.geneval(results, beside, detector)
+        _print_lines(list(scored.notes))
+        if as_json:
+            document(scored.figures)
+            return
+        names = list(scored.figures["results"])
+        rows = [[name, *(figure(name, of.get(name)) for of in scored.figures.values())] for name in names]
+        columns([["figure", *scored.figures], *rows])
+
+
+@app.command()
 def verify(
     store: StoreUrl = DEFAULT_STORE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,

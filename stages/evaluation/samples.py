@@ -5,7 +5,7 @@ memory does not grow with the samples, and neither the number of workers nor a k
 loses SAVE_SECONDS of work and the batches that are under way.
 
 Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; and with `evaluate.keep_samples`
-`samples.npy` (n,C,S,S) uint8, decoded by the codec, and `labels.npy` (n,).
+what `stages.artifacts.samples` reads.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from graftwork.models.sampling import sample
 from graftwork.specs.sampler import Sampler
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
+from graftwork.stages.artifacts.samples import LABELS, SAMPLES
 from graftwork.stages.artifacts.texts import read_texts
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
@@ -111,7 +112,7 @@ def sample_row(context: Context) -> None:
     turns = labels_of(range(params.samples), params.samples, len(told.names))
     if params.keep_samples:
         _gather(context, batches)
-        np.save(context.out / "labels.npy", turns.numpy())
+        np.save(context.out / LABELS, turns.numpy())
     assert progress.in_picture is not None
     sample_grid(
         progress.in_picture,
@@ -261,7 +262,7 @@ def _gather(context: Context, batches: Sequence[Batch]) -> None:
         images = np.load(path)
         if gathered is None:
             shape = (batches[-1].samples.stop, *images.shape[1:])
-            gathered = np.lib.format.open_memmap(context.out / "samples.npy", "w+", np.uint8, shape)
+            gathered = np.lib.format.open_memmap(context.out / SAMPLES, "w+", np.uint8, shape)
         gathered[batch.samples.start : batch.samples.stop] = images
     assert gathered is not None
     gathered.flush()

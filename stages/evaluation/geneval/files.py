@@ -27,9 +27,18 @@ def read_jsonl(file: Path, model: type[M], vocabulary: Vocabulary | None = None)
     vocabulary: the classes and colours that the model's validators accept; None accepts any. Raise SpecError with a
     line for each problem: FILE:LINE: field: got X; accepted: Y.
     """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SpecError([f"{file}: got {error.strerror}; accepted: a file of one JSON object a line"]) from None
+    return parse_jsonl(str(file), content, model, vocabulary)
+
+
+def parse_jsonl(file: str, content: bytes, model: type[M], vocabulary: Vocabulary | None = None) -> list[M]:
+    """Return what `read_jsonl` does of a file's content. file: its name, for errors."""
     values: list[M] = []
     problems: list[str] = []
-    for number, line in _lines(file):
+    for number, line in _lines(file, content):
         try:
             values.append(_parse(line, model, vocabulary))
         except SpecError as error:
@@ -62,16 +71,13 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers from 1; raise SpecError if the file is not text."""
+def _lines(file: str, content: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers from 1; raise SpecError if the content is not text."""
     try:
-        content = file.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content[: error.start].count(b"\n") + 1
         raise SpecError([f"{file}:{number}: got bytes that are not UTF-8; accepted: text in UTF-8"]) from None
-    except OSError as error:
-        raise SpecError([f"{file}: got {error.strerror}; accepted: a file of one JSON object a line"]) from None
     # Not splitlines(), which also splits at characters that JSON allows within a string.
     yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 

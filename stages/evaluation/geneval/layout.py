@@ -6,7 +6,8 @@ A file is there whole or not at all, so that a run that was interrupted goes on 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -93,6 +94,14 @@ class ImageFolder:
             yield f"{folder}: got a folder of another prompt; accepted: 00000 to {len(self.prompts) - 1:05d}"
         elif (folder / METADATA).exists() or any((folder / "samples").glob("*.png")):
             yield from _differences(folder / METADATA, self.prompts[index])
+
+
+def write_samples(root: Path, prompts: Sequence[Prompt], samples: Iterable[tuple[int, Image.Image]]) -> None:
+    """Write samples, each with the index of its prompt; those of a prompt are numbered in their order."""
+    seen = Counter[int]()
+    for prompt, image in samples:
+        ImageFolder(root, prompts, seen[prompt] + 1).write(prompt, seen[prompt], image)
+        seen[prompt] += 1
 
 
 def _differences(file: Path, expected: Prompt) -> Iterator[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUM_BOOTSTRAP_DRAWS = 10_000
+BOOTSTRAP_SEED = 0
 INTERVAL_PERCENT = (2.5, 97.5)
 SAMPLE_PATH = re.compile(r"(?:.*[/\\])?(\d+)[/\\]samples[/\\](\d+)\.png")
 
@@ -165,6 +166,25 @@ def score(results: Iterable[Result]) -> GenEvalScore:
         images[result.tag] += 1
         correct[result.tag] += result.correct
     return GenEvalScore({tag: TagScore(correct[tag], images[tag]) for tag in PROMPT_TAGS if tag in images})
+
+
+def score_figures(shares: Mapping[Tag, float], detector: str | None) -> dict[str, float]:
+    """Return the columns of the tags' shares and of their mean, named after the detector if one is given."""
+    suffix = "" if detector is None else f":{detector}"
+    overall = sum(shares.values()) / len(shares)
+    return {f"geneval{suffix}": overall} | {f"{tag}{suffix}": share for tag, share in shares.items()}
+
+
+def gain_figures(rootstock: Sequence[Result], graft: Sequence[Result]) -> dict[str, float]:
+    """Return the columns of how much higher a graft scores than its rootstock; see `paired_difference`."""
+    difference = paired_difference(rootstock, graft, np.random.default_rng(BOOTSTRAP_SEED))
+    values = {"gain": difference.difference, "gain_low": difference.low, "gain_high": difference.high}
+    return {f"{name}:geneval": value for name, value in values.items()}
+
+
+def column_word(detector: str) -> str:
+    """Return a detector's name as columns and MLflow take it."""
+    return re.sub(r"[^\w -]", "-", detector)
 
 
 def paired_difference(

@@ -7,7 +7,6 @@ Its figures carry the detector's name, since another detector gives another numb
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -23,16 +22,16 @@ from torch import Tensor
 from graftwork.specs.detector import Detector, Mask2FormerSpec
 from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import GenevalMetric
+from graftwork.stages.artifacts.samples import as_picture
 from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, read_texts
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.geneval.prompts import Prompt, read_prompts
-from graftwork.stages.evaluation.geneval.results import Result, paired_difference, read_results
+from graftwork.stages.evaluation.geneval.results import Result, column_word, gain_figures, read_results, score_figures
 from graftwork.stages.evaluation.geneval.rules import DetectedObject, judge_image
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, PROMPT_TAGS, Vocabulary
 from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, register
 
 RESULTS = "geneval.jsonl"  # of a row: a line an image, as the published scorer writes them
-BOOTSTRAP_SEED = 0
 
 
 class ObjectDetector(Protocol):
@@ -61,7 +60,7 @@ class GenevalJudge(Judge):
         counts, records = Counter[str](), []
         for pixels, label in zip(images, labels.tolist(), strict=True):
             number = label - self.first
-            result = self._judged(_picture(pixels), number, self.prompts[number])
+            result = self._judged(as_picture(pixels), number, self.prompts[number])
             counts[self._counted(result.tag, "images")] += 1
             counts[self._counted(result.tag, "correct")] += result.correct
             records.append(result.line())
@@ -73,21 +72,20 @@ class GenevalJudge(Judge):
         return Result.of_judgement(Path(f"{number:05d}/samples/0000.png"), prompt, judgement)
 
     def _counted(self, tag: str, what: str) -> str:
-        return f"geneval:{_name(self.detector.name)}/{tag}/{what}"
+        return f"geneval:{column_word(self.detector.name)}/{tag}/{what}"
 
     @staticmethod
     def figures(row: Summary, reference: Summary) -> dict[str, float]:
         counted = {tuple(name.split("/")): share for name, share in row.shares.items() if name.startswith("geneval:")}
         names = {name for name, _, _ in counted}
-        columns = {}
+        columns: dict[str, float] = {}
         for name in names:
             shares = {
                 tag: counted[name, tag, "correct"] / counted[name, tag, "images"]
                 for tag in PROMPT_TAGS
                 if (name, tag, "images") in counted
             }
-            columns[name] = sum(shares.values()) / len(shares)
-            columns |= {f"{tag}:{name.partition(':')[2]}": share for tag, share in shares.items()}
+            columns |= score_figures(shares, name.partition(":")[2])
         return columns
 
     @staticmethod
@@ -105,10 +103,7 @@ class GenevalJudge(Judge):
     @staticmethod
     def beside(row: Path, rootstock: Path) -> dict[str, float]:
         """Return the difference to the rootstock, with the bounds of its 95% interval, over prompts and paired."""
-        first, second = (read_results(folder / RESULTS) for folder in (rootstock, row))
-        difference = paired_difference(first, second, np.random.default_rng(BOOTSTRAP_SEED))
-        values = {"gain": difference.difference, "gain_low": difference.low, "gain_high": difference.high}
-        return {f"{name}:geneval": value for name, value in values.items()}
+        return gain_figures(read_results(rootstock / RESULTS), read_results(row / RESULTS))
 
 
 def load_detector(spec: Detector, device: torch.device) -> ObjectDetector:
@@ -133,13 +128,3 @@ class _WithColours:
         path, colours_path = (str(local_path(path)) for path in (spec.path, spec.colours))
         detector, colours = Mask2FormerDetector(path, device), ClipColourClassifier(colours_path, device)
         self.name, self.detect, self.classify = detector.name, detector.detect, colours.classify
-
-
-def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return an image of (C,H,W)."""
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
-
-
-def _name(detector: str) -> str:
-    """Return a name as columns and MLflow take it."""
-    return re.sub(r"[^\w -]", "-", detector)
