@@ -359,7 +359,7 @@ DIGITS = {"kind": "digits"}
     "changed, field, said",
     [
         ({"text": None}, "text", "got nothing; accepted: {kind: t5, path: ..}, for a pixart, which is told texts"),
-        ({"data": DIGITS}, "data.kind", "got 'digits'; accepted: captions, for a pixart"),
+        ({"data": DIGITS}, "data.kind", "got 'digits'; accepted: captions or synthetic, for a pixart"),
         ({"weights": {"kind": "pretrain", "label_dropout": 0.2}}, "weights.label_dropout", "caption_dropout"),
         (
             {"weights": {"kind": "pretrain", "label_std": 0.3}},
