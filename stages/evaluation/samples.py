@@ -220,7 +220,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
     params: SampleParams = context.params
     # The key of the features stands for the VAE's content.
     keys = (context.inputs[role].key for role in sorted(context.inputs))
-    identity = (params.row, params.metrics, params.detector, params.inception, params.compile, *keys)
+    identity = (params.row, params.metrics, params.detector, params.clip, params.inception, params.compile, *keys)
     if identity not in _LOADED:
         if len(_LOADED) == KEPT_MODELS:
             _LOADED.clear()
