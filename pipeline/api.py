@@ -27,7 +27,7 @@ from graftwork.pipeline.store.manifest import Manifest
 from graftwork.pipeline.tracking.destination import destination
 from graftwork.specs.costs import GraftCost
 from graftwork.specs.export import Adapters, Layout
-from graftwork.specs.figures import amount
+from graftwork.specs.figures import amount, column_word
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
 from graftwork.specs.paths import expand_weights, settle_home
@@ -298,7 +298,6 @@ def geneval(results: str | Path, beside: str | Path | None = None, detector: str
     its 95% interval. detector: what found the objects, to stand in the figures' names. Raise SpecError for other files.
     """
     from graftwork.stages.evaluation.geneval.results import (
-        column_word,
         gain_figures,
         read_results,
         score,

@@ -5,6 +5,7 @@ The names of the figures are MLflow's: `params`, `flops`, `ms_per_sample`, `late
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 BYTES = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -27,6 +28,11 @@ def figure(name: str, value: object) -> str:
         case "peak_memory":
             return amount(value)
     return number(value)
+
+
+def column_word(name: str) -> str:
+    """Return the name of a network, as it stands in the names of its figures: as columns and MLflow take it."""
+    return re.sub(r"[^\w -]", "-", name)
 
 
 def counted(count: int, thing: str) -> str:

@@ -68,7 +68,7 @@ class ClassifierMetric(MetricSpec):
         if not isinstance(job.codec, PixelCodec):
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), "[fid]; the classifier reads pixels only")
         if job.model.told == "texts":
-            accepted = f"[geneval, fid]; the classifier learns classes, and a {job.model.kind} is told texts"
+            accepted = f"[geneval, clip_score, fid]; the classifier learns classes, a {job.model.kind} is told texts"
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 
@@ -113,9 +113,7 @@ class GenevalMetric(MetricSpec):
 
     @classmethod
     def check_job(cls, job: JobSpec) -> None:
-        if job.model.told == "classes":
-            accepted = f"classifier or fid; a {job.model.kind} is told classes, no prompts"
-            refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
+        _require_texts(job)
 
     @classmethod
     def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
@@ -123,7 +121,38 @@ class GenevalMetric(MetricSpec):
         return {f"detector.{field}": Path(path) for field, path in files.items()}
 
 
-METRICS: dict[str, type[MetricSpec]] = {metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric)}
+class ClipScoreMetric(MetricSpec):
+    """CLIPScore (arXiv 2104.08718): how near samples are to their texts, as a CLIP sees both."""
+
+    name = "clip_score"
+    figures = ("clip_score",)
+    reference = "none"
+
+    @classmethod
+    def check_section(cls, evaluate: EvaluateSpec) -> None:
+        if evaluate.clip is None:
+            refuse(["clip"], None, "with metrics [clip_score], a CLIP, as {kind: clip, path: ..}")
+
+    @classmethod
+    def check_job(cls, job: JobSpec) -> None:
+        _require_texts(job)
+
+    @classmethod
+    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
+        files = evaluate.clip.weights() if evaluate.clip is not None else {}
+        return {f"clip.{field}": Path(path) for field, path in files.items()}
+
+
+def _require_texts(job: JobSpec) -> None:
+    """Raise from the job's validator if its samples are not of texts."""
+    if job.model.told == "classes":
+        accepted = f"classifier or fid; a {job.model.kind} is told classes, no prompts"
+        refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
+
+
+METRICS: dict[str, type[MetricSpec]] = {
+    metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric, ClipScoreMetric)
+}
 _FIGURES = [figure for metric in METRICS.values() for figure in metric.figures]
 assert len({*_FIGURES}) == len(_FIGURES), f"two metrics have a figure of one name: {_FIGURES}"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import string
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -26,11 +24,12 @@ from graftwork.stages.evaluation.geneval.detector import (
     class_names,
     network_input,
 )
-from graftwork.stages.evaluation.geneval.pretrained import model_name
 from graftwork.stages.evaluation.geneval.prompts import Prompt
 from graftwork.stages.evaluation.geneval.rules import DetectedObject, judge_image
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, GENEVAL_NAMES
 from graftwork.stages.evaluation.metrics.geneval import load_detector
+from graftwork.stages.evaluation.pretrained import model_name
+from tests.clips import prepared, unit, write_clip
 
 CPU = torch.device("cpu")
 COCO_NAMES = {name: own for own, name in list(GENEVAL_NAMES.items())[:3]}  # COCO's own, where they are others
@@ -370,44 +369,11 @@ def test_weights_of_another_network_are_refused(clip: Path) -> None:
 # -- colours
 
 COLOURS = ("red", "green", "blue", "teal", "plum")
-SIDE = 16
-CLIP_MEAN, CLIP_DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-# As published with openai/clip-vit-large-patch14, but for the side.
-PREPROCESSOR = {
-    "crop_size": SIDE,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_DEVIATION,
-    "resample": 3,
-    "size": SIDE,
-}
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with a tokenizer of letters, in the files that openai/clip-vit-large-patch14 has."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("models") / "clip-tiny"
-    folder.mkdir()
-    letters = [*string.ascii_lowercase, "-"]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokens += ["re", "red</w>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    end = vocabulary["<|endoftext|>"]
-    text = {**sizes, "vocab_size": len(vocabulary), "eos_token_id": end, "initializer_factor": 20.0}
-    vision = {**sizes, "image_size": SIDE, "patch_size": 8, "initializer_factor": 20.0}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=20.0)
-    CLIPModel(config).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("models") / "clip-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -422,19 +388,9 @@ def text_vector(classifier: ClipColourClassifier, text: str) -> NDArray[np.float
 
 
 def image_vector(classifier: ClipColourClassifier, crop: Image.Image) -> NDArray[np.float64]:
-    """As open_clip prepares an image: the shorter side scaled by Pillow's bicubic, the centre cut out, normalised."""
-    scale = SIDE / min(crop.size)
-    width, height = (max(SIDE, int(length * scale)) for length in crop.size)
-    scaled = np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64) / 255
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
-    cut = scaled[top : top + SIDE, left : left + SIDE]
-    values = torch.from_numpy(((cut - CLIP_MEAN) / CLIP_DEVIATION).transpose(2, 0, 1)).float()[None]
     with torch.no_grad():
-        return unit(classifier.model.get_image_features(pixel_values=values).pooler_output[0].double().numpy())
-
-
-def unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(vector / np.linalg.norm(vector))
+        output = classifier.model.get_image_features(pixel_values=prepared(crop))
+    return unit(output.pooler_output[0].double().numpy())
 
 
 def test_a_colours_text_is_the_mean_of_three_templates(classifier: ClipColourClassifier) -> None:
@@ -492,9 +448,9 @@ def test_a_colour_is_the_one_whose_text_is_nearest(classifier: ClipColourClassif
 
 def test_images_are_prepared_as_open_clip_does(classifier: ClipColourClassifier) -> None:
     crop = picture(50, 37, seed=1)
-    prepared = classifier.processor(images=[crop], return_tensors="pt")["pixel_values"]
+    pixels = classifier.processor(images=[crop], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        found = classifier.model.get_image_features(pixel_values=prepared).pooler_output[0].numpy()
+        found = classifier.model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
     np.testing.assert_allclose(unit(found), image_vector(classifier, crop), atol=1e-4)
 
 

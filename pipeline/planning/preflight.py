@@ -355,6 +355,8 @@ def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
             yield f"graft.{number}.scions", edit.scions
     if job.evaluate.detector is not None:
         yield from ((f"evaluate.detector.{name}", path) for name, path in job.evaluate.detector.weights().items())
+    if job.evaluate.clip is not None:
+        yield from ((f"evaluate.clip.{name}", path) for name, path in job.evaluate.clip.weights().items())
 
 
 def _absent_weights(field: str, path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a job's texts, their encoder and their detector before anything starts."""
+"""What can be known to be wrong with a job's texts, and the networks that read or judge them, before a run starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
+from graftwork.specs.clip import ClipSpec
 from graftwork.specs.data import TEXT_DATA
 from graftwork.specs.detector import Detector, ShapesSpec
 from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
@@ -32,6 +33,7 @@ def text_shortages(job: JobSpec) -> Iterator[str]:
         yield problem
     yield from _prompt_shortages(job)
     yield from _detector_shortages(job)
+    yield from _clip_shortages(job)
     if not _encoder_is_here(job.text.path):
         return
     try:
@@ -71,15 +73,26 @@ def _detector_shortages(job: JobSpec) -> Iterator[str]:
     if isinstance(detector, ShapesSpec) and job.data.image_size != detector.side:
         accepted = f"mask2former, or data.image_size {detector.side}: its shapes are of scenes of so many pixels a side"
         yield f"evaluate.detector.kind: got 'shapes', for images of {job.data.image_size} pixels; accepted: {accepted}"
-    for name, path in detector.weights().items():
+    yield from _network_shortages("evaluate.detector", detector)
+
+
+def _clip_shortages(job: JobSpec) -> Iterator[str]:
+    """Yield a line if the CLIP that samples are scored with is here, and is not one."""
+    if job.evaluate.clip is not None and "clip_score" in job.evaluate.metrics:
+        yield from _network_shortages("evaluate.clip", job.evaluate.clip)
+
+
+def _network_shortages(section: str, networks: Detector | ClipSpec) -> Iterator[str]:
+    """Yield a line for each folder of a section, where it is on this machine, that has another network."""
+    for name, path in networks.weights().items():
         folder = local_snapshot(path) if is_hub_id(path) else Path(path)
         if folder is None or not folder.exists():
             continue  # `absent` says so
-        wanted, kind = detector.model_types[name], _model_type(folder)
+        wanted, kind = networks.model_types[name], _model_type(folder)
         if kind != wanted:
             got = f"without a config.json of a {wanted}" if kind is None else f"whose config.json says {shown(kind)}"
             accepted = f"a folder or hub id of a {wanted}, as transformers reads it"
-            yield f"evaluate.detector.{name}: got {path!r}, {got}; accepted: {accepted}"
+            yield f"{section}.{name}: got {path!r}, {got}; accepted: {accepted}"
 
 
 def _model_type(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
+from graftwork.specs.clip import ClipSpec
 from graftwork.specs.codec import Codec
 from graftwork.specs.detector import Detector
 from graftwork.specs.evaluate import EvaluateSpec, Row
@@ -31,6 +32,7 @@ class SampleParams(Spec):
     batch: int
     metrics: tuple[Metric, ...]
     detector: Annotated[Detector | None, KeyedIfSet()] = None
+    clip: Annotated[ClipSpec | None, KeyedIfSet()] = None
     sampler: Sampler
     precision: Precision = "fp32"
     keep_samples: bool = False
@@ -77,6 +79,7 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         batch=spec.batch,
         metrics=metrics,
         detector=spec.detector,
+        clip=spec.clip,
         sampler=spec.sampler,
         precision=spec.precision,
         keep_samples=spec.keep_samples,

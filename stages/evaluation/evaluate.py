@@ -36,7 +36,8 @@ from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics import JUDGES, Summary
-from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row, subjects
+from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row
+from graftwork.stages.evaluation.subjects import subjects
 from graftwork.stages.pictures.pictures import quality_against_cost
 
 TIMED_SAMPLES, TIMED_RUNS = 16, 3

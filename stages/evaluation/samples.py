@@ -34,10 +34,10 @@ from graftwork.specs.sampler import Sampler
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
 from graftwork.stages.artifacts.samples import LABELS, SAMPLES
-from graftwork.stages.artifacts.texts import read_texts
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores, Verdict
+from graftwork.stages.evaluation.subjects import subjects
 from graftwork.stages.features.codec import Coder, load_codec
 
 SAVE_SECONDS = 10.0  # between two checkpoints
@@ -120,22 +120,6 @@ def sample_row(context: Context) -> None:
         params.row,
         context.out / "grid",
     )
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """What samples are drawn of, in turn: the classes, or prompts or captions."""
-
-    names: tuple[str, ...]
-    first: int  # the label of the first one; the others follow
-
-
-def subjects(context: Context) -> Subjects:
-    """Return what a job's samples are drawn of."""
-    texts = read_texts(context.inputs)
-    if texts is not None and texts.meta.prompts:
-        return Subjects(texts.meta.prompts, texts.meta.captions)
-    return Subjects(read_meta(context.input("features")).classes, 0)
 
 
 def batches_of(params: SampleParams, in_picture: Sequence[int]) -> list[Batch]:
@@ -236,7 +220,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
     params: SampleParams = context.params
     # The key of the features stands for the VAE's content.
     keys = (context.inputs[role].key for role in sorted(context.inputs))
-    identity = (params.row, params.metrics, params.inception, params.compile, *keys)
+    identity = (params.row, params.metrics, params.detector, params.clip, params.inception, params.compile, *keys)
     if identity not in _LOADED:
         if len(_LOADED) == KEPT_MODELS:
             _LOADED.clear()

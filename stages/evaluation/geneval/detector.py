@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.specs.problems import SpecError, first_few
-from graftwork.stages.evaluation.geneval.pretrained import load_model, model_name
 from graftwork.stages.evaluation.geneval.rules import MIN_SCORE, Box, DetectedObject
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, GENEVAL_NAMES, Vocabulary
+from graftwork.stages.evaluation.pretrained import load_model, model_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

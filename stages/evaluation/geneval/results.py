@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from graftwork.specs.fields import Spec, refuse
 from graftwork.specs.problems import SpecError
+from graftwork.stages.evaluation.bootstrap import BOOTSTRAP_SEED, NUM_BOOTSTRAP_DRAWS, interval, resampled_means
 from graftwork.stages.evaluation.geneval.files import read_jsonl, write_whole
 from graftwork.stages.evaluation.geneval.prompts import Prompt
 from graftwork.stages.evaluation.geneval.rules import Judgement
@@ -24,9 +25,6 @@ from graftwork.stages.evaluation.geneval.vocabulary import PROMPT_TAGS, Tag
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NUM_BOOTSTRAP_DRAWS = 10_000
-BOOTSTRAP_SEED = 0
-INTERVAL_PERCENT = (2.5, 97.5)
 SAMPLE_PATH = re.compile(r"(?:.*[/\\])?(\d+)[/\\]samples[/\\](\d+)\.png")
 
 ScoredBox = tuple[float, float, float, float, float]  # left, top, right and bottom in pixels, and the score
@@ -182,11 +180,6 @@ def gain_figures(rootstock: Sequence[Result], graft: Sequence[Result]) -> dict[s
     return {f"{name}:geneval": value for name, value in values.items()}
 
 
-def column_word(detector: str) -> str:
-    """Return a detector's name as columns and MLflow take it."""
-    return re.sub(r"[^\w -]", "-", detector)
-
-
 def paired_difference(
     first: Sequence[Result],
     second: Sequence[Result],
@@ -200,9 +193,10 @@ def paired_difference(
     prompts and samples.
     """
     _require_same_images(first, second)
-    draws = [_resample(tag, generator, num_draws) for tag in _gains_by_tag(first, second)]
-    low, high = np.percentile(np.mean(draws, axis=0), INTERVAL_PERCENT)
-    return PairedDifference(score(second).overall - score(first).overall, float(low), float(high))
+    by_tag = _gains_by_tag(first, second)
+    draws = [resampled_means(tag.gains, tag.images, generator, num_draws) for tag in by_tag]
+    low, high = interval(np.mean(draws, axis=0))
+    return PairedDifference(score(second).overall - score(first).overall, low, high)
 
 
 def _require_same_images(first: Sequence[Result], second: Sequence[Result]) -> None:
@@ -233,9 +227,3 @@ def _gains_by_tag(first: Sequence[Result], second: Sequence[Result]) -> list[Pro
     by_tag = [[prompt for prompt in sorted(images) if tags[prompt] == tag] for tag in PROMPT_TAGS]
     counts = ([[of[prompt] for prompt in prompts] for of in (gains, images)] for prompts in by_tag if prompts)
     return [PromptGains(*map(np.asarray, pair)) for pair in counts]
-
-
-def _resample(tag: PromptGains, generator: np.random.Generator, num_draws: int) -> NDArray[np.float64]:
-    """Return the difference of a tag's shares in each draw of its prompts (num_draws,)."""
-    drawn = generator.integers(len(tag.gains), size=(num_draws, len(tag.gains)))
-    return np.asarray(tag.gains[drawn].sum(1) / tag.images[drawn].sum(1))

@@ -6,12 +6,11 @@ Its figures carry the detector's name, since another detector gives another numb
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,16 +19,18 @@ from PIL import Image
 from torch import Tensor
 
 from graftwork.specs.detector import Detector, Mask2FormerSpec
+from graftwork.specs.figures import column_word
 from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import GenevalMetric
 from graftwork.stages.artifacts.samples import as_picture
 from graftwork.stages.artifacts.texts import GENEVAL_PROMPTS, read_texts
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.geneval.prompts import Prompt, read_prompts
-from graftwork.stages.evaluation.geneval.results import Result, column_word, gain_figures, read_results, score_figures
+from graftwork.stages.evaluation.geneval.results import Result, gain_figures, read_results, score_figures
 from graftwork.stages.evaluation.geneval.rules import DetectedObject, judge_image
 from graftwork.stages.evaluation.geneval.vocabulary import GENEVAL, PROMPT_TAGS, Vocabulary
 from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, register
+from graftwork.stages.evaluation.records import place_of, write_records
 
 RESULTS = "geneval.jsonl"  # of a row: a line an image, as the published scorer writes them
 
@@ -69,7 +70,7 @@ class GenevalJudge(Judge):
     def _judged(self, image: Image.Image, number: int, prompt: Prompt) -> Result:
         colours = partial(self.detector.classify, image)
         judgement = judge_image(prompt, self.detector.detect(image), colours, self.detector.vocabulary.colours)
-        return Result.of_judgement(Path(f"{number:05d}/samples/0000.png"), prompt, judgement)
+        return Result.of_judgement(Path(place_of(number)), prompt, judgement)
 
     def _counted(self, tag: str, what: str) -> str:
         return f"geneval:{column_word(self.detector.name)}/{tag}/{what}"
@@ -91,14 +92,7 @@ class GenevalJudge(Judge):
     @staticmethod
     def write_records(records: Sequence[str], folder: Path) -> None:
         """Leave the published scorer's lines, with the number of each image among those of its prompt."""
-        seen = Counter[str]()
-        with (folder / RESULTS).open("w", encoding="utf-8") as file:
-            for record in records:
-                line: dict[str, Any] = json.loads(record)
-                prompt = line["filename"].partition("/")[0]
-                line["filename"] = f"{prompt}/samples/{seen[prompt]:04d}.png"
-                seen[prompt] += 1
-                file.write(f"{json.dumps(line)}\n")
+        write_records(records, folder / RESULTS)
 
     @staticmethod
     def beside(row: Path, rootstock: Path) -> dict[str, float]:
