@@ -346,9 +346,11 @@ def test_all_parts_of_a_checkpoint_are_in_the_key(tmp_path: Path) -> None:
 def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
     stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked = job("graft.0.layers={kind: learned}")  # has a step of every stage but that for texts
-    if stage == "text":
-        asked = load(write_shapes_job(tmp_path))
+    asked = job("graft.0.layers={kind: learned}")  # has a step of every stage but those for texts
+    if stage in ("text", "synthesis"):
+        data = f"{{kind: synthetic, prompts: {tmp_path}/prompts.jsonl, samples: 64, image_size: 16, heldout: 0.25}}"
+        weights = f"weights={{kind: checkpoint, path: {tmp_path}}}"
+        asked = load(write_shapes_job(tmp_path), [f"data={data}", weights])
     before = make_plan(asked)
     monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], version=STAGES[stage].version + 1))
     mine = [step.name for step in before.steps if step.stage == stage]
