@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.artifacts import Folder
+from graftwork.models.rootstocks import config_of, new_rootstock
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.surgery import new_scion, observe, observing
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
+from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew, read
@@ -30,6 +32,7 @@ from graftwork.stages.distillation.activations import Pairs, Teacher
 from graftwork.stages.distillation.streaming import Learner
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
+from tests.conftest import TINY as TINY_JOB
 from tests.small import noting
 from tests.tiny_distillation import MHA_EDIT, MHA_SITE, MLP_EDIT, MLP_SITE, make_context, run_distill, write_inputs
 from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively
@@ -307,6 +310,26 @@ def test_passes_keep_nothing_that_a_pack_or_another_task_would_hold() -> None:
     params = [DistillParams(seed=0, edit=edit, recipe=DistillSpec(passes=2)) for edit in (MHA_EDIT, MLP_EDIT)]
     assert recording_tasks(params, StepResources(), 2) == 0
     assert DistillSpec(samples=80, passes=1).num_heldout == 10
+
+
+def test_a_plan_tells_the_memory_of_passes_which_no_number_of_samples_changes(tmp_path: Path) -> None:
+    from graftwork.pipeline.planning import preflight
+    from graftwork.stages.catalog.distill import SCION_COPIES, streaming_memory
+
+    def told(samples: int) -> tuple[int, int, int] | None:
+        return streaming_memory(load(TINY_JOB, ["distill={passes: 2, samples: " + str(samples) + "}"]))
+
+    few = told(64)
+    assert few is not None and few == told(800) and streaming_memory(load(TINY_JOB, [])) is None
+    job = load(TINY_JOB, ["distill={passes: 2, samples: 64}"])
+    shape = (job.codec.latent_channels(job.data), job.latent_side(), job.latent_side())
+    model = new_rootstock(config_of(job.model, shape, 10))
+    parameters = sum(value.numel() for name, value in model.named_parameters() if "y_embedder" not in name)
+    assert few[0] == pytest.approx(4 * parameters, rel=0.01)
+    scions = [new_scion(model, edit, 0) for edit in job.edits()]
+    assert few[1] == 4 * SCION_COPIES * sum(value.numel() for scion in scions for value in scion.parameters())
+    (line,) = [line for line in preflight.notes(job) if line.startswith("distill.passes: a task of all 2 sites holds")]
+    assert line.endswith("a sample that passes at once")
 
 
 def test_with_a_memory_of_a_gpu_a_batch_is_cut_to_what_fits(

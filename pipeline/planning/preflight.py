@@ -15,6 +15,8 @@ from graftwork.pipeline.store.errors import StoreError
 from graftwork.specs.codec import PixelCodec, VaeCodec
 from graftwork.specs.data import CaptionsData, ImageFiles, ImageFolderData, SyntheticData
 from graftwork.specs.edits import OperatorEdits, overlapping
+from graftwork.specs.figures import amount
+from graftwork.specs.figures import counted as number_of
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
 from graftwork.specs.metrics import METRICS, Metric
@@ -22,6 +24,7 @@ from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.sampler import SchedulerSampler
+from graftwork.stages.catalog.distill import streaming_memory
 from graftwork.stages.data.caption_files import ACCEPTED as ACCEPTED_CAPTIONS
 from graftwork.stages.data.caption_files import UnfitCaptions
 from graftwork.stages.data.captions import read_captions
@@ -278,7 +281,18 @@ def notes(job: JobSpec) -> list[str]:
         )
     if job.finetune.control and "random_init" not in job.rows():
         lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
-    return [*lines, *_without_tensor_cores(job)]
+    return [*lines, *_streaming_memory(job), *_without_tensor_cores(job)]
+
+
+def _streaming_memory(job: JobSpec) -> Iterator[str]:
+    """Yield a line on the memory of a first stage that streams."""
+    if (parts := streaming_memory(job)) is not None:
+        rootstock, scions, sample = parts
+        sites = number_of(len(job.edits()), "site")
+        of_all = (
+            f"a task of all {sites} holds about {amount(rootstock + scions)} (rootstock {amount(rootstock)}, scions"
+        )
+        yield f"distill.passes: {of_all} in training {amount(scions)}) and {amount(sample)} a sample that passes at once"
 
 
 def _without_tensor_cores(job: JobSpec) -> list[str]:

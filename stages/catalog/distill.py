@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from graftwork.specs.costs import block_cost, scion_cost
+from graftwork.specs.costs import block_cost, rootstock_cost, scion_cost
 from graftwork.specs.edits import Edit, Parallel
 from graftwork.specs.fields import Spec
 from graftwork.specs.resources import StepResources
@@ -17,6 +17,10 @@ from graftwork.stages.stage import External, Stage, StepDraft, Work
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
 
+# Bytes that a sample takes while a site learns from it as it passes, over those of what goes in and out there: what the
+# scion keeps for its backward pass, in fp32, and what the rootstock's block needs beside it. An estimate.
+COPIES = 16
+SCION_COPIES = 4  # of a scion in training, in fp32: weights, gradient, and two moments
 MIN_RECORDING_SAMPLES = 256  # of a site's pass, for a task of its own that records activations
 
 
@@ -70,6 +74,21 @@ def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
         activations=kept * (2 if recipe.precision == "bf16" else 4),
         block=edit.site.block,
     )
+
+
+def streaming_memory(job: JobSpec) -> tuple[int, int, int] | None:
+    """Return the bytes that a task of all sites holds where nothing of the passes is kept, about: the rootstock, all
+    scions in training, and each sample that passes at once. None where activations are kept.
+
+    The number of samples in all is none of it.
+    """
+    if job.distill.passes is None:
+        return None
+    place, channels = job.place(), job.codec.latent_channels(job.data)
+    rootstock = 4 * rootstock_cost(job.model, place, channels, num_classes=1).params
+    scions = sum(scion_cost(edit, place).params for edit in job.edits() if not edit.scions)
+    pair = 2 * place.num_tokens * place.width * (2 if job.distill.precision == "bf16" else 4)
+    return rootstock, 4 * SCION_COPIES * scions, COPIES * pair
 
 
 def recording_tasks(params: Sequence[DistillParams], resources: StepResources, slots: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graftwork.models.numerics.streams import generator
 from graftwork.specs.edits import overlapping
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew
-from graftwork.stages.catalog.distill import DistillParams
+from graftwork.stages.catalog.distill import COPIES, DistillParams
 from graftwork.stages.contract import Context, Partial, Stopped
 from graftwork.stages.distillation.activations import PASS_BATCH, Pairs
 from graftwork.stages.distillation.loss import LOSSES, Mimic, RelativeError, error
@@ -37,9 +37,6 @@ from graftwork.stages.training.loop import save_tensors
 CHECKPOINT = "streamed.safetensors"
 CHECKPOINT_SECONDS = 600.0
 POINTS = 100  # at which a step says how far it is
-# Bytes of a site's pair over which a micro-batch needs: what the scion keeps for its backward pass, in fp32, and what
-# the rootstock's block needs beside it.
-COPIES = 16
 PROBLEMS = "streaming problems"  # the name under which a task keeps what became of sites that learned beside others
 
 
