@@ -25,7 +25,7 @@ from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew, read
-from graftwork.stages.catalog.distill import DistillParams, recording_tasks
+from graftwork.stages.catalog.distill import COPIES, DistillParams, recording_tasks
 from graftwork.stages.contract import Context, Stopped, TaskScope
 from graftwork.stages.distillation import streaming
 from graftwork.stages.distillation.activations import Pairs, Teacher
@@ -336,7 +336,7 @@ def test_with_a_memory_of_a_gpu_a_batch_is_cut_to_what_fits(
     store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT
 ) -> None:
     bytes_a_sample = 2 * 16 * 16 * 4
-    context = make_context(store, "a", tmp_path, **_recipe({"activations": 3 * streaming.COPIES * bytes_a_sample}))
+    context = make_context(store, "a", tmp_path, **_recipe({"activations": 3 * COPIES * bytes_a_sample}))
     latents = NoisedAnew(read(inputs["features"].place, "training"), TINY.objective, 0, ("a",))
     teacher = Teacher(rootstock, (), latents, latents, context.params.recipe, torch.device("meta"))
     task: Any = type("Task", (), {"teacher": teacher})()

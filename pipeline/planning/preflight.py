@@ -287,12 +287,10 @@ def notes(job: JobSpec) -> list[str]:
 def _streaming_memory(job: JobSpec) -> Iterator[str]:
     """Yield a line on the memory of a first stage that streams."""
     if (parts := streaming_memory(job)) is not None:
-        rootstock, scions, sample = parts
+        rootstock, scions, sample = map(amount, parts)
         sites = number_of(len(job.edits()), "site")
-        of_all = (
-            f"a task of all {sites} holds about {amount(rootstock + scions)} (rootstock {amount(rootstock)}, scions"
-        )
-        yield f"distill.passes: {of_all} in training {amount(scions)}) and {amount(sample)} a sample that passes at once"
+        held = f"rootstock {rootstock}, scions in training {scions}, and {sample} a sample that passes at once"
+        yield f"distill.passes: a task of all {sites} holds about this: {held}"
 
 
 def _without_tensor_cores(job: JobSpec) -> list[str]:
