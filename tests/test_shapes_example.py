@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from graftwork.models import checkpoints
-from graftwork.models.condition import Condition
+from graftwork.models.condition import Condition, TextConditioner
 from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.sampling import sample
 from graftwork.specs.reading.load import load
@@ -74,7 +74,7 @@ def test_the_rootstock_draws_what_it_is_told() -> None:
     for row, one in enumerate(states):
         texts[row, : len(one)], mask[row, : len(one)] = one, 1
     model.eval()
-    conditioner = type(model.conditioner)(64, Condition(text=texts[-1:], mask=mask[-1:]))
+    conditioner = TextConditioner(64, Condition(text=texts[-1:], mask=mask[-1:]))
     with torch.no_grad():
         latents = sample(
             model,
