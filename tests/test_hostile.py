@@ -112,7 +112,7 @@ def test_yaml_that_would_do_harm_is_one_line_in_no_time(tmp_path: Path, how: str
     (tmp_path / "job.yaml").write_text(text)
     began = time.perf_counter()
     line = refusal(lambda: load("job.yaml"))
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30  # and not for ever
     assert line.startswith("job.yaml") and told in line and "accepted: a YAML file with a job" in line
     assert not (tmp_path / "me").exists()
 

@@ -16,7 +16,7 @@ from graftwork.pipeline.planning.plan import make_plan
 from graftwork.pipeline.runs import record
 from graftwork.pipeline.runs.record import RunRecord, StepRecord
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.specs.problems import SpecError
+from graftwork.specs.problems import SpecError, shown
 from graftwork.specs.reading.load import load
 from graftwork.stages.evaluation.metrics.geneval import GenevalJudge
 from graftwork.stages.evaluation.samples import labels_of
@@ -107,9 +107,8 @@ def test_a_run_of_other_prompts_is_refused(tmp_path: Path, prompts: str) -> None
     overrides = [f"evaluate.prompts={given}", "evaluate.metrics=[fid]", f"evaluate.reference={tmp_path}/some.npz"]
     (tmp_path / "some.npz").touch()
     line = refusal(finished(tmp_path, *overrides), RUN, tmp_path / "images")
-    assert line.startswith(
-        f"images: got {RUN}, with evaluate.prompts {'nothing' if prompts == 'null' else repr(given)}"
-    )
+    told = "nothing" if prompts == "null" else shown(given)  # which shortens a long path
+    assert line.startswith(f"images: got {RUN}, with evaluate.prompts {told}")
     assert line.endswith("; accepted: a run whose samples are of GenEval's evaluation_metadata.jsonl")
 
 

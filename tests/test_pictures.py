@@ -213,6 +213,22 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["a photo of a ring", "a photo of two rings"], ["a ring", "two rings"]),
+        (["a photo of", "a photo of a ring"], ["a photo of", "a photo of a ring"]),
+        (["great white shark", "great white heron"], ["great white shark", "great white heron"]),
+        (["a photo of a ring"] * 2, ["ring", "ring"]),
+        (["", "a"], ["", "a"]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_words_that_all_labels_begin_with_are_left_out(labels: list[str], shown: list[str]) -> None:
+    assert pictures.without_shared_words(labels) == shown
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_no_title_and_no_label_is_cut_at_the_edges(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []

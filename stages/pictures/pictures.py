@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS, LINES = 10, 4  # of a sample grid
 CELLS = COLUMNS * LINES
+SHARED_WORDS = 3  # with which all labels of a picture begin, and which then say nothing: "a photo of"
 
 
 def loss_curve(curve: Sequence[tuple[float, ...]], title: str, path: Path, names: Sequence[str] = ("loss",)) -> None:
@@ -36,8 +37,18 @@ def loss_curve(curve: Sequence[tuple[float, ...]], title: str, path: Path, names
     draw(path, (6, 3.5), paint)
 
 
+def without_shared_words(labels: Sequence[str]) -> list[str]:
+    """Return labels without the words that all of them begin with, as prompts do, if those are SHARED_WORDS or more."""
+    words = [name.split() for name in labels]
+    shared = 0
+    while words and all(len(one) > shared + 1 and one[shared] == words[0][shared] for one in words):
+        shared += 1
+    return [" ".join(one[shared:]) for one in words] if shared >= SHARED_WORDS else list(labels)
+
+
 def sample_grid(images: NDArray[np.uint8], labels: Sequence[str], title: str, path: Path) -> None:
-    """Write `path`.png: up to CELLS images (n,C,S,S), each under its label."""
+    """Write `path`.png: up to CELLS images (n,C,S,S), each under its label, or under what is its own in that."""
+    labels = without_shared_words(labels)
     count = min(len(images), CELLS)
     lines = -(-count // COLUMNS)
 
