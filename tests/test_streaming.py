@@ -205,6 +205,22 @@ def test_parts_of_a_batch_make_the_step_of_the_whole_batch(
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_the_training_error_is_the_mean_over_the_samples_of_the_pass(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, micro_batch: int | None
+) -> None:
+    report = Reports()
+    changes = {"passes": 1, "lr": 1e-12, "micro_batch": micro_batch, "report": report}
+    streamed(store, inputs, tmp_path / "out", MHA_EDIT, **changes)
+    training = read(inputs["features"].place, "training")
+    noisy = NoisedAnew(training, TINY.objective, 0, ("distill/passes",)).again(0)[:]
+    seen = observe(rootstock, [MHA_SITE], noisy.z, noisy.t, noisy.condition)[MHA_SITE]
+    with torch.no_grad():
+        wrong = new_scion(rootstock, MHA_EDIT, 0)(*seen.inputs) - seen.output
+    (told,) = [metrics["training_error"] for _, _, metrics in report.seen if "heldout_error" in metrics]
+    assert told == pytest.approx(wrong.abs().mean().item(), rel=1e-4)
+
+
 def test_a_pair_streams_by_itself_with_other_sites_behind_it(
     store: Store, inputs: dict[str, Folder], tmp_path: Path, passes: list[tuple[Site, ...]]
 ) -> None:

@@ -306,14 +306,19 @@ def test_shards_that_are_whole_are_not_drawn_again(
 
 
 def test_another_seed_draws_other_samples_and_so_do_the_rows_of_the_table(context: Context) -> None:
-    from graftwork.models.numerics.streams import SampleNoise, seed_of
+    from graftwork.models.condition import Condition
+    from graftwork.stages.artifacts.hybrids import load_model
+    from graftwork.stages.evaluation.samples import draw
 
     batch = synthesis.shards(context.input("features"), "training", 4)[0].batches[0]
     first = synthesis.draw_batch(context, batch, CPU)
     other = replace(context, params=context.params.model_copy(update={"seed": 1}))
     assert not np.allclose(synthesis.draw_batch(other, batch, CPU), first)
-    ours, rows = (SampleNoise(seed, batch.numbers, (3, 8, 8), CPU)() for seed in (seed_of(0, "synthesis"), 0))
-    assert not torch.allclose(ours, rows)
+    model, _ = load_model(context.inputs, "base")
+    condition, params = Condition(labels=torch.tensor(batch.labels)), context.params
+    meta = read_meta(context.input("features"))
+    as_rows = draw(model, model, meta, batch.numbers, condition, params.sampler, params.seed, CPU)
+    assert not np.allclose(as_rows.numpy(), first)
 
 
 def test_samples_that_are_no_numbers_are_an_error(context: Context, parts: dict[str, Folder], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ The encoder learns first, by itself, which colour and shape each slot of a scene
 and the transformer learns to draw. Three things differ from the published recipe, each because a run this short needs
 it: cross-attention does not start at zero, most timesteps are drawn where a picture's content is decided, and the error
 counts there nearly as if it were the picture's (by 1 / SNR, bounded). The schedule, the objective and the architecture
-are PixArt-Sigma's. It takes about 45 minutes of one core.
+are PixArt-Sigma's. It takes about half an hour of one core.
 
 Shapes: B samples, L tokens of a prompt, E channels of the encoder, S pixels a side.
 """
