@@ -244,6 +244,29 @@ def test_a_site_whose_error_is_no_number_fails_by_itself(
     assert_same_files(tmp_path / "together", tmp_path / "alone", MHA_EDIT)
 
 
+def test_a_site_that_fails_ends_its_step_at_once_and_the_next_one_goes_on_where_it_stood(
+    store: Store,
+    inputs: dict[str, Folder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: list[tuple[Site, ...]],
+) -> None:
+    def spoil(learner: Learner, pairs: Pairs, share: float, lr: float | None) -> None:
+        if learner.params.edit == MLP_EDIT:
+            with torch.no_grad():
+                next(learner.scion.parameters()).fill_(torch.nan)
+
+    streamed(store, inputs, tmp_path / "alone", MHA_EDIT)
+    monkeypatch.setattr(Learner, "learn", noting(spoil, Learner.learn))
+    passes.clear()
+    with pytest.raises(FloatingPointError, match="in pass 1"):
+        streamed(store, inputs, tmp_path / "after", MLP_EDIT, MHA_EDIT)
+    assert passes == [(MLP_SITE, MHA_SITE)] * (3 + 1)  # one pass of three
+    streamed(store, inputs, tmp_path / "after", MHA_EDIT)
+    assert len(passes) == 4 + 2 * (3 + 1)
+    assert_same_files(tmp_path / "after", tmp_path / "alone", MHA_EDIT)
+
+
 def test_of_a_pass_one_sites_activations_live_at_a_time(rootstock: DiT, data: TrainingSet) -> None:
     latents = torch.randn(4, 1, 8, 8)
     sites = [Site(block=block, target=target) for block in range(TINY.depth) for target in ("mha", "mlp")]

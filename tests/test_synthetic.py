@@ -285,9 +285,13 @@ def test_shards_that_are_whole_are_not_drawn_again(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synthesis.run(context)
-    asked = iter([False, True])
     store = Store(str(tmp_path / "stopped"))
-    stopped = replace(context, out=_folder(tmp_path / "c"), partial=store.partial("c"), stopping=lambda: next(asked))
+    partial = store.partial("c")
+
+    def two_are_whole() -> bool:
+        return partial.load("training_latents-00001.npy") is not None
+
+    stopped = replace(context, out=_folder(tmp_path / "c"), partial=partial, stopping=two_are_whole)
     with pytest.raises(Stopped):
         synthesis.run(stopped)
     drawn: list[int] = []
@@ -303,6 +307,22 @@ def test_shards_that_are_whole_are_not_drawn_again(
     assert sum(drawn) == 3 + 5  # of 15 and 5, two shards of six were there
     for name, latents in _drawn(context.out).items():
         assert torch.equal(_drawn(resumed.out)[name], latents)
+
+
+def test_what_is_asked_to_stop_does_not_wait_for_the_end_of_a_shard(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    real = synthesis.draw_batch
+
+    def counted(shared: Context, batch: synthesis.Batch, device: torch.device) -> NDArray[np.float32]:
+        numbers.extend(batch.numbers)
+        return real(shared, batch, device)
+
+    monkeypatch.setattr(synthesis, "draw_batch", counted)
+    with pytest.raises(Stopped):
+        synthesis.run(replace(context, stopping=lambda: True))
+    assert len(numbers) == 4  # a batch, of a shard of six
 
 
 def test_another_seed_draws_other_samples_and_so_do_the_rows_of_the_table(context: Context) -> None:

@@ -49,7 +49,7 @@ def record(portion: Portion) -> list[Capture]:
 
 def _distil(context: Context, params: DistillParams) -> None:
     recipe, edit, device = params.recipe, params.edit, context.device
-    context.report(0, recipe.epochs)
+    context.report(0, 0 if recipe.passes else recipe.epochs)  # of passes, the batches are counted
     task = task_state(context)
     teacher = task.teacher
     teacher.require_free(edit)

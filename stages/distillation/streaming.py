@@ -92,10 +92,10 @@ class Learner:
     def save(self) -> None:
         """Publish a checkpoint."""
         rows = [(one.training, one.heldout, one.relative) for one in self.history]
-        kept = {f"best/{name}": value.cpu() for name, value in self.best.items()}
-        kept["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-        kept["done"], kept["total"] = torch.tensor(self.done), self.total.cpu()
-        save_tensors(self.partial, CHECKPOINT, self.engine.state() | kept)
+        progress = {f"best/{name}": value.cpu() for name, value in self.best.items()}
+        progress["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+        progress["done"], progress["total"] = torch.tensor(self.done), self.total.cpu()
+        save_tensors(self.partial, CHECKPOINT, self.engine.state() | progress)
 
 
 Maker = Callable[[DistillParams], tuple[nn.Module, Mimic, str]]  # a fresh scion on its device, called how, and its loss
@@ -163,7 +163,8 @@ class Together:
         self.saved = time.monotonic()
 
     def run(self) -> None:
-        """Make all passes that are left for any. Raise Stopped where that is asked for; all is saved then."""
+        """Make all passes that are left for any, or until the step's own site fails. Raise Stopped where that is asked
+        for; all is saved then."""
         begin = min(one.done for one in self.learners)
         self.context.report(self.own.done, self.num_batches)
         with DrawnAhead(self._drawn, range(begin, self.num_batches)) as batches:
@@ -177,6 +178,8 @@ class Together:
                     self._save()
                 if stopping:
                     raise Stopped(f"after batch {number + 1}")
+                if self.own.problem is not None:
+                    return
 
     def active(self, number: int) -> list[Learner]:
         """Return those that have not taken in the batch of that number, and all before it."""

@@ -70,13 +70,13 @@ def run(context: Context) -> None:
 def shards(features: Path, split: str, batch: int) -> list[Shard]:
     """Return the shards of a split; at least one, so that an empty split has a file as well."""
     numbers, labels = (np.load(features / f"{split}_{name}").tolist() for name in (NUMBERS, "labels.npy"))
-    found = []
+    in_order = []
     for number, start in enumerate(range(0, max(1, len(numbers)), SHARD)):
         stop = min(start + SHARD, len(numbers))
         parts = [slice(first, min(first + batch, stop)) for first in range(start, stop, batch)]
         batches = tuple(Batch(tuple(numbers[part]), tuple(labels[part])) for part in parts)
-        found.append(Shard(f"{split}_latents-{number:05d}.npy", batches))
-    return found
+        in_order.append(Shard(f"{split}_latents-{number:05d}.npy", batches))
+    return in_order
 
 
 def draw_shards(context: Context, wanted: Sequence[Shard], shape: Sequence[int]) -> None:
@@ -94,16 +94,18 @@ def draw_shards(context: Context, wanted: Sequence[Shard], shape: Sequence[int])
             start += len(latents)
             left -= len(latents)
             context.report(total - left, total)
+            if start < shard.size:  # a shard takes minutes; one that is whole is kept first
+                context.stop_if_asked()
         context.partial.save(shard.file, partial(link, place))
         context.stop_if_asked()
 
 
 def _take(file: str, context: Context) -> bool:
     """Have a shard that was kept in the step's folder; False where it has to be drawn."""
-    kept = context.partial.load(file)
-    if kept is not None:
-        link(kept, context.out / file)
-    return kept is not None
+    if (path := context.partial.load(file)) is None:
+        return False
+    link(path, context.out / file)
+    return True
 
 
 def draw_batch(context: Context, batch: Batch, device: torch.device) -> NDArray[np.float32]:
