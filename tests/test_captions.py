@@ -8,21 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.fingerprints import data_fingerprint
-from graftwork.pipeline.store.artifacts import Store
-from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import CaptionsData
-from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts import latents
-from graftwork.stages.catalog.features import FeaturesParams
-from graftwork.stages.contract import Context
 from graftwork.stages.data.caption_files import UnfitCaptions
 from graftwork.stages.data.captions import Captions, read_captions
 from graftwork.stages.data.sources import class_names, labels_line, num_classes, split, split_sizes
-from graftwork.stages.features import features
+from tests.encoding import encode
 from tests.scenes import captioned, write_pictures, write_table
 
 Spoil = Callable[[Path], object]
@@ -185,23 +179,9 @@ def test_another_caption_is_another_key_and_another_place_is_not(tmp_path: Path)
     assert root(tmp_path / "moved") != first and root(tmp_path / "moved", trust="times") != by_times
 
 
-def test_features_say_of_each_latent_which_caption_it_has(tmp_path: Path, store: Store) -> None:
+def test_features_say_of_each_latent_which_caption_it_has(tmp_path: Path) -> None:
     data = data_of(captioned(tmp_path / "in"))
-    out = tmp_path / "out"
-    out.mkdir()
-    features.run(
-        Context(
-            step="features",
-            params=FeaturesParams(data=data, codec=PixelCodec()),
-            inputs={},
-            out=out,
-            partial=store.partial("a"),
-            report=lambda done, total, metrics=None: None,
-            resources=StepResources(),
-            device=torch.device("cpu"),
-            images=Contents().images(data),
-        )
-    )
+    out = encode(data, tmp_path / "out")
     meta, training = latents.read_meta(out), latents.read(out, "training")
     assert meta.classes == class_names(data) and meta.shape == (3, 16, 16)
     for x, label in zip(training.tensor(), training.labels.tolist(), strict=True):

@@ -40,7 +40,6 @@ from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.stages.artifacts.latents import Shards, read, read_meta
 from graftwork.stages.catalog.evaluate import SampleParams
-from graftwork.stages.catalog.features import FeaturesParams
 from graftwork.stages.contract import Context
 from graftwork.stages.data.hashes import ChangedImage, ImageHashes
 from graftwork.stages.data.images import read_image, scaled
@@ -48,6 +47,7 @@ from graftwork.stages.data.sources import split
 from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.features import codec, features
 from graftwork.stages.features.codec import UnfitCodec, load_codec, misfits
+from tests.encoding import encode
 from tests.products import Products
 from tests.small import Payload
 from tests.stores import commit
@@ -516,22 +516,8 @@ def test_asking_whether_a_vae_fits_loads_no_torch() -> None:
 def encode_photos(
     photos: Path, codec: Codec, out: Path, cpu: float = 1, hashed: ImageHashes | None = None, **settings: Any
 ) -> Path:
-    out.mkdir()
     data = ImageFolderData(path=str(photos), image_size=SIDE, heldout=0.25, **settings)
-    features.run(
-        Context(
-            step="features",
-            params=FeaturesParams(data=data, codec=codec),
-            inputs={},
-            out=out,
-            partial=Store(f"{out}-store").partial("features"),
-            report=lambda done, total, metrics=None: None,
-            resources=StepResources(cpu=cpu),
-            device=CPU,
-            images=hashed or Contents().images(data),
-        )
-    )
-    return out
+    return encode(data, out, codec=codec, cpu=cpu, images=hashed)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ from graftwork.pipeline.planning.fingerprints import data_fingerprint
 from graftwork.pipeline.runs import record
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.manifest import Origin
-from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import ImageFolderData
 from graftwork.specs.masking import masked
 from graftwork.specs.problems import plain, shown
@@ -43,13 +42,11 @@ from graftwork.specs.reading.load import SpecError, job_from, load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import filled, redacted
 from graftwork.stages.artifacts.latents import read, read_meta
-from graftwork.stages.catalog.features import FeaturesParams
-from graftwork.stages.contract import Context
 from graftwork.stages.data.images import BrokenImage, read_image
 from graftwork.stages.data.sources import class_sizes, split
 from graftwork.stages.evaluation.inception import read_statistics
-from graftwork.stages.features import features
 from tests.conftest import TINY
+from tests.encoding import encode
 from tests.small import lively
 
 CPU = torch.device("cpu")
@@ -715,23 +712,8 @@ def test_what_is_shown_is_short_and_plain() -> None:
 # -- folders of images, read by workers
 
 
-def encode(home: Path, out: Path, **settings: Any) -> Path:
-    out.mkdir()
-    data = ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings)
-    features.run(
-        Context(
-            step="features",
-            params=FeaturesParams(data=data, codec=PixelCodec()),
-            inputs={},
-            out=out,
-            partial=Store(f"{out}-store").partial("features"),
-            report=lambda done, total, metrics=None: None,
-            resources=StepResources(),
-            device=CPU,
-            images=Contents().images(data),
-        )
-    )
-    return out
+def encode_folder(home: Path, out: Path, **settings: Any) -> Path:
+    return encode(ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings), out)
 
 
 @pytest.mark.usefixtures("warm_ray")
@@ -742,13 +724,13 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
     for name in odd:
         picture(7).save(home / "class-0" / name)
     with pytest.raises(ValueError) as caught:
-        encode(home, tmp_path / "refused")
+        encode_folder(home, tmp_path / "refused")
     line = str(caught.value)
     assert line.startswith(f"data.path: {len(broken)} of 55 images are broken: {home}/class-1/bomb.png: ")
     assert line.count("cannot be read as an image") == 10 and f"; and {len(broken) - 10} more; " in line
     assert line.isprintable() and "data.skip_broken: true" in line
 
-    out = encode(home, tmp_path / "skipped", skip_broken=True)
+    out = encode_folder(home, tmp_path / "skipped", skip_broken=True)
     meta, told = read_meta(out), json.loads((out / "broken.json").read_text())
     assert told == {"count": 13, "of": 55, "broken": sorted(f"class-1/{name}" for name in broken)}
     assert (meta.num_training, meta.num_heldout) == (31, 11)
@@ -758,7 +740,7 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
     for name in broken:
         path = home / "class-1" / name
         path.rmdir() if path.is_dir() else path.unlink()
-    clean = encode(home, tmp_path / "clean")
+    clean = encode_folder(home, tmp_path / "clean")
     for name in ("training_latents-00000.npy", "training_labels.npy", "heldout_latents-00000.npy"):
         assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
 
@@ -769,4 +751,4 @@ def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None
     for path in (home / "class-1").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"^data.path: no image of the class class-1 can be read; accepted: "):
-        encode(home, tmp_path / "out", skip_broken=True)
+        encode_folder(home, tmp_path / "out", skip_broken=True)

@@ -14,6 +14,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.rootstocks.pixart import PixArt, PixArtConfig
 from graftwork.pipeline.planning import preflight
@@ -52,17 +53,6 @@ def data_of(folder: Path, **changed: Any) -> SyntheticData:
         prompts.write_text(PROMPTS)
     settings = {"prompts": str(prompts), "samples": SAMPLES, "image_size": 8, "heldout": 0.25}
     return SyntheticData.model_validate({**settings, **changed})
-
-
-class Folder:
-    """An artifact in a folder."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        folder.mkdir(exist_ok=True)
-        self.folder, self.key = folder, key
-
-    def path(self) -> Path:
-        return self.folder
 
 
 # -- which samples there are
@@ -199,20 +189,20 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
     """The artifacts that `synthesis` needs."""
     place = tmp_path_factory.mktemp("parts")
     data, codec = data_of(place), PixelCodec()
-    found = {role: Folder(place / role, role) for role in ("features", "text", "base")}
+    artifacts = {role: Folder(role, _folder(place / role)) for role in ("features", "text", "base")}
 
     def context(role: str, params: Any, **inputs: Folder) -> Context:
         partial = Store(str(place / "store")).partial(role)
-        return Context(role, params, inputs, found[role].folder, partial, _silent, StepResources(), CPU)
+        return Context(role, params, inputs, artifacts[role].place, partial, _silent, StepResources(), CPU)
 
     features.run(context("features", FeaturesParams(data=data.listing(), codec=codec)))
     text = T5Text(path=str(write_encoder(place / "encoder")), precision="fp32")
-    encode.run(context("text", TextParams(text=text, tokens=40), features=found["features"]))
+    encode.run(context("text", TextParams(text=text, tokens=40), features=artifacts["features"]))
     config = PixArtConfig(
         input_size=8, in_channels=3, patch=2, depth=2, width=16, heads=2, caption_channels=CHANNELS, learn_sigma=True
     )
-    checkpoints.save(lively(PixArt(config)), (), found["base"].folder)
-    return found
+    checkpoints.save(lively(PixArt(config)), (), artifacts["base"].place)
+    return artifacts
 
 
 def _silent(done: int, total: int, metrics: Any = None) -> None: ...
@@ -342,10 +332,10 @@ def test_another_seed_draws_other_samples_and_so_do_the_rows_of_the_table(contex
 
 
 def test_samples_that_are_no_numbers_are_an_error(context: Context, parts: dict[str, Folder], tmp_path: Path) -> None:
-    model, edits = checkpoints.load(parts["base"].folder)
+    model, edits = checkpoints.load(parts["base"].place)
     with torch.no_grad():
         next(model.parameters()).fill_(1e38)  # a checkpoint with NaN would not be read
-    broken = Folder(tmp_path / "broken", "broken")
-    checkpoints.save(model, edits, broken.folder)
+    broken = Folder("broken", _folder(tmp_path / "broken"))
+    checkpoints.save(model, edits, broken.place)
     with pytest.raises(FloatingPointError, match="samples of 4 prompts are no finite numbers"):
         synthesis.run(replace(context, inputs={**parts, "base": broken}))

@@ -5,31 +5,25 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-import ray
-import torch
 
 from graftwork.pipeline.execution import remote
 from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.contents import Contents
 from graftwork.pipeline.planning.fingerprints import data_fingerprint
 from graftwork.pipeline.store.artifacts import Store
-from graftwork.specs.codec import PixelCodec
 from graftwork.specs.data import CaptionsData
 from graftwork.specs.job import JobSpec
 from graftwork.specs.reading.load import load
-from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts import latents
-from graftwork.stages.catalog.features import FeaturesParams
-from graftwork.stages.contract import Context
 from graftwork.stages.data.caption_files import UnfitCaptions
 from graftwork.stages.data.captions import Captions, read_captions
 from graftwork.stages.data.hashes import ChangedImage
 from graftwork.stages.data.sources import are_here, class_names, split
-from graftwork.stages.features import features
+from tests.encoding import encode
 from tests.scenes import PROMPTS, SHAPES_JOB, captioned, samples_of, write_shard
 
 Members = Mapping[str, bytes | str]
@@ -283,34 +277,8 @@ def test_another_caption_or_image_in_a_tar_is_another_key(shards: Path, tmp_path
     assert root(shards) != key
 
 
-@pytest.fixture(scope="module")
-def a_cpu() -> Iterator[None]:
-    """Ray with one worker, which reads images again to say which are broken."""
-    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def encoded(path: Path | str, out: Path, store: Store, **changed: object) -> Path:
-    data = data_of(path, **changed)
-    context = Context(
-        step="features",
-        params=FeaturesParams(data=data, codec=PixelCodec()),
-        inputs={},
-        out=out,
-        partial=store.partial("a"),
-        report=lambda done, total, metrics=None: None,
-        resources=StepResources(),
-        device=torch.device("cpu"),
-        images=Contents().images(data),
-    )
-    out.mkdir(exist_ok=True)
-    features.run(context)
-    return out
-
-
 def test_features_say_of_each_latent_of_a_tar_which_caption_it_has(shards: Path, tmp_path: Path, store: Store) -> None:
-    out = encoded(shards / "*.tar", tmp_path / "out", store)
+    out = encode(data_of(shards / "*.tar"), tmp_path / "out")
     meta, training = latents.read_meta(out), latents.read(out, "training")
     assert meta.classes == class_names(data_of(shards)) and meta.shape == (3, 16, 16)
     for x, label in zip(training.tensor(), training.labels.tolist(), strict=True):
@@ -320,19 +288,19 @@ def test_features_say_of_each_latent_of_a_tar_which_caption_it_has(shards: Path,
     assert "  00000.tar/000.png" in (out / "images.sha256").read_text()
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_broken_image_in_a_tar_is_named_by_its_place(shards: Path, tmp_path: Path, store: Store) -> None:
     members = samples_of(tmp_path / "pictures", 12)
     write_shard(shards / "00000.tar", members | {"003.png": b"no image"})
     with pytest.raises(ValueError, match=f"1 of 24 images are broken: {shards}/00000.tar/003.png: cannot be read"):
-        encoded(shards / "*.tar", tmp_path / "out", store)
+        encode(data_of(shards / "*.tar"), tmp_path / "out")
 
 
-@pytest.mark.usefixtures("a_cpu")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_broken_image_in_a_tar_is_left_out_if_the_spec_says_so(shards: Path, tmp_path: Path, store: Store) -> None:
     members = samples_of(tmp_path / "pictures", 12)
     write_shard(shards / "00000.tar", members | {"003.png": b"no image"})
-    out = encoded(shards, tmp_path / "out", store, skip_broken=True)
+    out = encode(data_of(shards, skip_broken=True), tmp_path / "out")
     assert json.loads((out / "broken.json").read_text())["broken"] == ["00000.tar/003.png"]
 
 
@@ -341,19 +309,8 @@ def test_an_image_that_another_takes_the_place_of_is_found(shards: Path, tmp_pat
     hashes = Contents().images(data)
     members = samples_of(tmp_path / "pictures", 12)
     write_shard(shards / "00000.tar", {**members, "000.png": members["001.png"]})
-    context = Context(
-        step="features",
-        params=FeaturesParams(data=data, codec=PixelCodec()),
-        inputs={},
-        out=tmp_path,
-        partial=store.partial("a"),
-        report=lambda done, total, metrics=None: None,
-        resources=StepResources(),
-        device=torch.device("cpu"),
-        images=hashes,
-    )
     with pytest.raises(ChangedImage, match=r"00000.tar/000.png holds something else than when the job began"):
-        features.run(context)
+        encode(data, tmp_path / "out", images=hashes)
 
 
 def test_what_was_read_of_a_tar_is_not_read_again(shards: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

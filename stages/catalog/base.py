@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from graftwork.specs.fields import Spec
 from graftwork.specs.rootstock import CheckpointWeights, Model, PretrainWeights, Weights
 from graftwork.stages.catalog.flops import RootstockFlops, training
-from graftwork.stages.catalog.inputs import features, labels, texts
+from graftwork.stages.catalog.inputs import LABELS, features, texts
 from graftwork.stages.stage import External, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         return
     assert isinstance(weights, CheckpointWeights)
     # Not the latents: they may be the rootstock's own.
-    needs, checkpoint = labels(job) | texts(job), External("checkpoint", weights.path, "weights.path")
+    needs, checkpoint = LABELS | texts(job), External("checkpoint", weights.path, "weights.path")
     yield StepDraft("base", params, needs, external=(checkpoint,))
 
 

@@ -66,12 +66,12 @@ def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
         last += 1
     # A scion that comes from another graft is only measured.
     epochs = recipe.passes or recipe.epochs
-    learned = heldout if edit.scions else epochs * (TRAINING * training + heldout)
-    kept = 0 if recipe.passes else 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
+    samples = heldout if edit.scions else epochs * (TRAINING * training + heldout)
+    values = 0 if recipe.passes else 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
     return Work(
-        own=float(scion * learned),
+        own=float(scion * samples),
         shared=float(rootstock.up_to(last) * (training + heldout) * (recipe.passes or 1)),
-        activations=kept * (2 if recipe.precision == "bf16" else 4),
+        activations=values * (2 if recipe.precision == "bf16" else 4),
         block=edit.site.block,
     )
 

@@ -13,10 +13,10 @@ from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.metrics import Metric
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
-from graftwork.stages.catalog.flops import RootstockFlops, graft_flops
+from graftwork.stages.catalog.flops import RootstockFlops, graft_flops, sampling
 from graftwork.stages.catalog.inputs import features, hybrid, last_turn, rootstock, stream
 from graftwork.stages.catalog.reference import chosen_metrics, held_against, judges, networks
-from graftwork.stages.stage import Needs, Stage, StepDraft, Work
+from graftwork.stages.stage import Needs, Stage, StepDraft
 
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
@@ -86,7 +86,6 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         inception=spec.inception,
         compile=spec.compile,
     )
-    passes = spec.sampler.evaluations() * (1 if spec.sampler.guidance == 1 else 2)
     flops = RootstockFlops.of(job).whole() if row == "rootstock" else graft_flops(job)
     return StepDraft(
         f"evaluate/{row}",
@@ -94,7 +93,7 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         needs,
         last_turn(job) | stream(spec.precision),
         networks(spec, metrics),
-        work=Work(float(flops * passes * spec.samples)),
+        work=sampling(spec.sampler, flops, spec.samples),
         precision=spec.precision,
         spreads=True,
     )

@@ -13,6 +13,7 @@ from graftwork.stages.stage import Work
 if TYPE_CHECKING:
     from graftwork.specs.edits import Edit
     from graftwork.specs.job import JobSpec
+    from graftwork.specs.sampler import AnySampler
     from graftwork.specs.training import TrainingSpec
 
 TRAINING = 3  # passes that a training step comes to: backward is two of forward
@@ -47,6 +48,12 @@ class RootstockFlops:
 def training(recipe: TrainingSpec, flops: int) -> Work:
     """Return the work of a training. flops: of a pass of one sample."""
     return Work(float(TRAINING * flops * recipe.steps * recipe.batch))
+
+
+def sampling(sampler: AnySampler, flops: int, samples: int) -> Work:
+    """Return the work of drawing samples. flops: of a pass of one sample, of which guidance takes two."""
+    passes = sampler.evaluations() * (1 if sampler.guidance == 1 else 2)
+    return Work(float(flops * passes * samples))
 
 
 def graft_flops(job: JobSpec) -> int:

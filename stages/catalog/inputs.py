@@ -16,17 +16,13 @@ if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
     from graftwork.specs.training import Precision
 
+LABELS: Needs = {"features": "features"}  # of who takes no latents, only what they are and the classes or texts
 RULES = ("last_turn", "few_samples", "stream")  # among what lies outside: how a step does what it did otherwise before
 
 
 def images(job: JobSpec) -> Needs:
     """Return the needs of who takes latents: of images, or those that the rootstock drew."""
     return {"features": "synthesis" if isinstance(job.data, SyntheticData) else "features"}
-
-
-def labels(_: JobSpec) -> Needs:
-    """Return the needs of who takes no latents, only what they are and what classes or texts they are of."""
-    return {"features": "features"}
 
 
 def texts(job: JobSpec) -> Needs:

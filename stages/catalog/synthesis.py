@@ -10,9 +10,9 @@ from graftwork.specs.data import SyntheticData
 from graftwork.specs.fields import Spec, Unkeyed
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
-from graftwork.stages.catalog.flops import RootstockFlops
-from graftwork.stages.catalog.inputs import labels, stream, texts
-from graftwork.stages.stage import Stage, StepDraft, Work
+from graftwork.stages.catalog.flops import RootstockFlops, sampling
+from graftwork.stages.catalog.inputs import LABELS, stream, texts
+from graftwork.stages.stage import Stage, StepDraft
 
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
@@ -36,13 +36,12 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     params = SynthesisParams(
         seed=data.seed, sampler=sampler, batch=data.batch, precision=data.precision, codec=job.codec
     )
-    passes = sampler.evaluations() * (1 if sampler.guidance == 1 else 2)
     yield StepDraft(
         "synthesis",
         params,
-        labels(job) | texts(job) | {"base": "base"},
+        LABELS | texts(job) | {"base": "base"},
         stream(data.precision),
-        work=Work(float(RootstockFlops.of(job).whole() * passes * data.samples)),
+        work=sampling(sampler, RootstockFlops.of(job).whole(), data.samples),
         precision=data.precision,
         spreads=True,
     )

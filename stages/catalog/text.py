@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from graftwork.specs.fields import LocalPath, Spec, Unkeyed
 from graftwork.specs.rootstock import TextModel
 from graftwork.specs.text import T5Text
-from graftwork.stages.catalog.inputs import labels, prompts_format
+from graftwork.stages.catalog.inputs import LABELS, prompts_format
 from graftwork.stages.stage import External, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         external.append(External("prompts", job.evaluate.prompts, "evaluate.prompts"))
         outside = prompts_format(job.evaluate.prompts)
     params = TextParams(text=job.text, tokens=job.model.text_tokens, prompts=job.evaluate.prompts)
-    yield StepDraft("text", params, labels(job), outside, tuple(external), precision=job.text.precision, spreads=True)
+    yield StepDraft("text", params, LABELS, outside, tuple(external), precision=job.text.precision, spreads=True)
 
 
 STAGE = Stage(
