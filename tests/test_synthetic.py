@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,13 +129,16 @@ def test_what_does_not_go_with_synthetic_data_is_one_line(place: Path, changed: 
         (b"a\n\xff\n", "whose line 2 is no UTF-8"),
         (b"a\0b", "which is no text in UTF-8"),
         (None, "which is a folder"),
+        ("a pipe", "which is no file"),
     ],
 )
-def test_a_file_of_prompts_that_cannot_be_read_is_one_line(place: Path, content: bytes | None, said: str) -> None:
+def test_a_file_of_prompts_that_cannot_be_read_is_one_line(place: Path, content: bytes | str | None, said: str) -> None:
     job = job_of(place)
     (place / "prompts.txt").unlink()
     if content is None:
         (place / "prompts.txt").mkdir()
+    elif isinstance(content, str):
+        os.mkfifo(place / "prompts.txt")
     else:
         (place / "prompts.txt").write_bytes(content)
     (line,) = [line for line in preflight.shortages(job) if line.startswith("data.")]

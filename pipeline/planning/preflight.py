@@ -438,7 +438,7 @@ def _caption_shortages(job: JobSpec, data: CaptionsData) -> list[str]:
 
 
 def _prompt_shortages(job: JobSpec, data: SyntheticData) -> list[str]:
-    if not are_here(data) and not Path(data.prompts).is_dir():
+    if not Path(data.prompts).exists():
         return []  # `absent` says so
     try:
         different_prompts(data)

@@ -22,7 +22,8 @@ def read_prompts(path: str, field: str = "evaluate.prompts") -> tuple[str, ...]:
     place = Path(path)
     try:
         if not place.is_file():
-            raise misfit("which is a folder" if place.is_dir() else "no such file")
+            kind = "which is a folder" if place.is_dir() else "which is no file" if place.exists() else "no such file"
+            raise misfit(kind)
         if place.stat().st_size > MAX_BYTES:
             raise misfit("which is too large for a list of prompts")
         content = place.read_bytes().decode("utf-8-sig")

@@ -21,6 +21,7 @@ from graftwork.specs.data import (
     ImageFolderData,
     SyntheticData,
 )
+from graftwork.specs.figures import counted
 from graftwork.specs.problems import plain, text
 from graftwork.stages.data.captions import read_captions
 from graftwork.stages.data.images import digits
@@ -80,8 +81,8 @@ def labels_line(data: Data) -> str | None:
     if isinstance(data, CaptionsData):
         return read_captions(data).line()
     if isinstance(data, SyntheticData):
-        prompts = len(different_prompts(data))
-        return f"{data.samples:,} samples of {min(prompts, data.samples):,} prompts, drawn by the rootstock"
+        prompts = counted(len(different_prompts(data)), "prompt")
+        return f"{data.samples:,} samples of {prompts}, drawn by the rootstock"
     named = [f"{label} {plain(name)}" for label, name in enumerate(class_names(data))]
     numbers = all(name.isascii() and name.isdigit() for name in class_folders(data))
     order = f"as {plain(data.classes)} says" if isinstance(data.classes, str) else "by number" if numbers else "by name"
