@@ -456,6 +456,12 @@ def test_a_distributed_checkpoint_of_torch_is_refused_with_the_tool_that_joins_i
     assert f"dcp_to_torch {tmp_path} OUT.pt" in refusal(tmp_path)
 
 
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnfitCheckpoint, match="pipe: neither a file nor a folder"):
+        checkpoints.read(tmp_path / "pipe")
+
+
 def test_a_folder_without_a_checkpoint_names_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "events.log").touch()
     assert refusal(tmp_path).startswith(f"{tmp_path}: no checkpoint in it, but events.log; accepted: a .pt or ")

@@ -83,6 +83,8 @@ def located(source: str | Path, accepted: str = ACCEPTED, part: str = "transform
         raise UnfitCheckpoint(f"{source}: {whereabouts(str(source), part)}, and cannot be fetched: {reason}") from None
     if not path.exists():
         raise UnfitCheckpoint(f"{source}: no such file or folder", accepted)
+    if not path.is_file() and not path.is_dir():  # a pipe or a device, of which reading would never end
+        raise UnfitCheckpoint(f"{source}: neither a file nor a folder", accepted)
     return path
 
 
