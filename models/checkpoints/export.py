@@ -89,17 +89,17 @@ def export(
     """
     _require_sensible(out, layout, vae, adapters)
     autoencoder = None if vae is None else _read_vae(vae)
-    kept = None if adapters is None else _kept(source, adapters)
+    lora = None if adapters is None else _lora_of(source, adapters)
     model, edits = read(source, heads=heads)
-    if kept is not None:
-        take_out_lora(model, kept)
+    if lora is not None:
+        take_out_lora(model, lora)
     _require_layout(source, model, edits, layout, vae)
     out.mkdir(parents=True, exist_ok=True)
     written = _write(model, edits, None if adapters == "alone" else out, layout, autoencoder)
     usage = USAGE[written.loads].format(folder=out.name, use=model.config.files.use)
-    if kept is not None:
+    if lora is not None:
         folder = out if adapters == "alone" else out / "adapters"
-        write_peft(written.named(kept), folder)
+        write_peft(written.named(lora), folder)
         usage = _usage_of_adapters(usage, written.loads, str(folder.relative_to(out.parent)), adapters == "alone")
     if card is not None:
         write_card(out, card, edits, usage, written.note, model.config.files.task)
@@ -170,7 +170,7 @@ def _write(
     return Written(layout)
 
 
-def _kept(source: str | Path, place: Adapters) -> Lora:
+def _lora_of(source: str | Path, place: Adapters) -> Lora:
     """Return the adapters that are in the weights of a model's folder; raise ExportRefused if none can be written."""
     found = kept_adapters(located(source))
     if found is None:
