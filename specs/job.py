@@ -93,6 +93,7 @@ class JobSpec(Spec):
         workers = {
             "base": getattr(self.weights, "workers", 1),
             "search": max((layers.search.workers for layers in self.learned().values()), default=1),
+            "distill": self.distill.workers,
             "finetune": self.finetune.workers,
         }
         for stage, count in workers.items():

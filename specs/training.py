@@ -15,11 +15,34 @@ ADDED_PRECISION = KeyedIfSet("fp32")  # of what had no precision to set, and alw
 PRECISION = "of the passes; weights and optimizer stay fp32. On a CPU tf32 is fp32"
 
 
-class TrainingSpec(Spec):
+class SharedBatch(Spec):
+    """Batches that workers share."""
+
+    batch: int = Field(256, ge=1, description="samples a step, over all workers")
+    workers: int = Field(1, ge=1, description="processes that share a step's batch; any number up to it")
+    min_workers: Annotated[int | None, Unkeyed()] = Field(
+        None,
+        ge=1,
+        description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
+    )
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> Self:
+        if self.workers > self.batch:
+            refuse(["workers"], self.workers, f"at most batch, {self.batch}")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            refuse(["min_workers"], self.min_workers, f"at most workers, {self.workers}")
+        return self
+
+    def worker_counts(self) -> tuple[int, ...]:
+        """Return the numbers of workers that may share the work, the wanted one first."""
+        return tuple(range(self.workers, (self.min_workers or self.workers) - 1, -1))
+
+
+class TrainingSpec(SharedBatch):
     """The ordinary diffusion training, whatever the weights it starts from."""
 
     steps: int = Field(50_000, ge=1)
-    batch: int = Field(256, ge=1, description="samples a step, over all workers")
     lr: float = Field(1e-4, gt=0, description="AdamW, no weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
@@ -35,12 +58,6 @@ class TrainingSpec(Spec):
         "one, 0.1 unless given",
     )
     precision: Annotated[Precision, ADDED_PRECISION] = Field("fp32", description=PRECISION)
-    workers: int = Field(1, ge=1, description="processes that share a step's batch; any number up to it")
-    min_workers: Annotated[int | None, Unkeyed()] = Field(
-        None,
-        ge=1,
-        description="with as few it goes on when nodes are lost and none come; sums then differ in their last bits",
-    )
     micro_batch: Annotated[int | None, Unkeyed()] = Field(
         None,
         ge=1,
@@ -60,22 +77,10 @@ class TrainingSpec(Spec):
         False, description="keep no activations within a block: less memory, a forward pass more"
     )
 
-    @model_validator(mode="after")
-    def _workers_have_work(self) -> Self:
-        if self.workers > self.batch:
-            refuse(["workers"], self.workers, f"at most batch, {self.batch}")
-        if self.min_workers is not None and self.min_workers > self.workers:
-            refuse(["min_workers"], self.min_workers, f"at most workers, {self.workers}")
-        return self
-
     @property
     def dropout(self) -> float:
         """The share of samples whose condition is dropped, label or text."""
         return self.label_dropout if self.caption_dropout is None else self.caption_dropout
-
-    def worker_counts(self) -> tuple[int, ...]:
-        """The numbers of workers that may share the work, the wanted one first."""
-        return tuple(range(self.workers, (self.min_workers or self.workers) - 1, -1))
 
 
 class DeepSpeedSpec(Spec):
@@ -146,7 +151,7 @@ class ProfileSpec(Spec):
     )
 
 
-class DistillSpec(Spec):
+class DistillSpec(SharedBatch):
     """Stage 1 (arXiv 2506.05340): regress each scion on the operator that it replaces."""
 
     samples: int = Field(8_000, ge=1, description="training samples, of each class its share")
@@ -165,11 +170,17 @@ class DistillSpec(Spec):
         "published budget is about 2 at 16,384 tokens",
     )
     batch: int = Field(64, ge=1)
+    workers: Annotated[int, KeyedIfSet(1)] = Field(
+        1,
+        ge=1,
+        description="with passes: processes that share each pass, a part of every batch each, for all sites of a task; "
+        "any number up to the batch",
+    )
     micro_batch: Annotated[int | None, Unkeyed()] = Field(
         None,
         ge=1,
         description="with passes: samples that pass the rootstock at once, at most; gradients are summed, and sums "
-        "differ in their last bits. Left out: on a GPU by its memory; on a CPU the whole batch",
+        "differ in their last bits. Left out: on a GPU by its memory; on a CPU a worker's whole part of the batch",
     )
     lr: float = Field(5e-4, gt=0, description="AdamW, no weight decay")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -204,6 +215,8 @@ class DistillSpec(Spec):
             refuse(["draws"], self.draws, "1 with passes, each of which draws timesteps anew")
         if self.passes is None and self.micro_batch is not None:
             refuse(["micro_batch"], self.micro_batch, "with passes only; other distillations have batch")
+        if self.passes is None and self.workers > 1:
+            refuse(["workers"], self.workers, "1 without passes; the sites of other distillations share the machine")
         return self
 
     @property

@@ -97,11 +97,15 @@ def test_the_rootstock_draws_what_it_is_told() -> None:
 @pytest.mark.slow
 def test_the_small_job_runs_from_prompts_to_geneval(graft: Graft, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = graft("run", "examples/shapes-tiny.yaml", "--json")
+    done = graft("run", "examples/shapes-tiny.yaml", "--set", "distill.workers=2", "--json")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     results = outcome["results"]
     assert results["rootstock"]["geneval:shapes"] > 0.5  # whatever the graft of a few steps does
     assert "gain:geneval" in results["stage2"]
-    folder = tmp_path / ".graftwork" / "artifacts" / keys(outcome)["synthesis"]
+    artifacts = tmp_path / ".graftwork" / "artifacts"
+    for site in ("01.mha", "03.mha"):
+        manifest = json.loads((artifacts / keys(outcome)[f"distill/{site}"] / "manifest.json").read_text())
+        assert manifest["origin"]["work"]["workers"] == 2
+    folder = artifacts / keys(outcome)["synthesis"]
     assert (folder / "grid.png").exists() and len(np.load(folder / "training_labels.npy")) == 72

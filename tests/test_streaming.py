@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing import start_processes
 
 from benchmarks.artifacts import Folder
 from graftwork.models.rootstocks import config_of, new_rootstock
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.surgery import new_scion, observe, observing
+from graftwork.pipeline.estimates.sharing import slots_of
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.reading.load import load
@@ -27,7 +35,7 @@ from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew, read
 from graftwork.stages.catalog.distill import COPIES, DistillParams, recording_tasks
 from graftwork.stages.contract import Context, Stopped, TaskScope
-from graftwork.stages.distillation import streaming
+from graftwork.stages.distillation import distill, streaming
 from graftwork.stages.distillation.activations import Pairs, Teacher
 from graftwork.stages.distillation.streaming import Learner
 from graftwork.stages.training.batches import TrainingSet
@@ -35,7 +43,7 @@ from graftwork.stages.training.engine import PlainEngine
 from tests.conftest import TINY as TINY_JOB
 from tests.small import noting
 from tests.tiny_distillation import MHA_EDIT, MHA_SITE, MLP_EDIT, MLP_SITE, make_context, run_distill, write_inputs
-from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively
+from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,23 +155,15 @@ def test_what_is_asked_to_stop_saves_all_sites(store: Store, inputs: dict[str, F
     context = _stopping(make_context(store, "s", tmp_path, report, **_recipe({})), report.past(4), inputs, store)
     (tmp_path / "s").mkdir()
     with pytest.raises(Stopped, match="after batch 4"):
-        streaming_run(context)
+        distill.run(context)
     for key in ("s", "beside"):
         path = store.partial(key).load(streaming.CHECKPOINT)
         assert path is not None and int(load_file(path)["done"]) == 4
 
 
 def _stopping(context: Context, stopping: Any, inputs: dict[str, Folder], store: Store) -> Context:
-    from dataclasses import replace
-
     scope = TaskScope(next=[_params(store, MLP_EDIT, {})], partials=[store.partial("beside")])
     return replace(context, stopping=stopping, inputs=inputs, task_scope=scope)
-
-
-def streaming_run(context: Context) -> None:
-    from graftwork.stages.distillation import distill
-
-    distill.run(context)
 
 
 def test_the_errors_are_those_of_the_weights_that_are_left(
@@ -267,6 +267,71 @@ def test_a_site_that_fails_ends_its_step_at_once_and_the_next_one_goes_on_where_
     assert_same_files(tmp_path / "after", tmp_path / "alone", MHA_EDIT)
 
 
+# -- several workers
+
+# The last batch of a pass is of one sample: the first worker has none of it.
+SHARED: dict[str, Any] = {**RECIPE, "passes": 4, "batch": 23, "workers": 2}
+
+
+def write_rest(folder: Path) -> dict[str, Folder]:
+    folder.mkdir()
+    return write_inputs(folder, lively(DiT(TINY)), make_data())
+
+
+def one_of_two(rank: int, place: str) -> None:
+    """Learn at two sites, at once and stopped in between; and at one without its neighbour."""
+    torch.set_num_threads(1)
+    streaming.CHECKPOINT_SECONDS = 0.0
+    folder = Path(place)
+    store, inputs, numbers = Store(f"{folder}/store"), write_rest(folder / f"inputs{rank}"), itertools.count()
+
+    def run(name: str, edit: Edit, beside: Sequence[Edit], stopping: Any = None, report: Any = None) -> None:
+        scope = TaskScope(
+            next=[_params(store, other, SHARED) for other in beside],
+            partials=[store.partial(f"{name}/{other.site}") for other in beside],
+        )
+        context = make_context(store, f"{name}/{edit.site}", folder / name, report, edit=edit, **SHARED)
+        number = next(numbers)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet{number}", rank=rank, world_size=2)
+        changed = replace(context, inputs=inputs, task_scope=scope, stopping=stopping or context.stopping)
+        try:
+            distill._stream_as_worker(changed, CPU)
+        finally:
+            dist.destroy_process_group()
+
+    run("straight", MHA_EDIT, [MLP_EDIT])
+    report = Reports()
+    with pytest.raises(Stopped):
+        run("stopped", MHA_EDIT, [MLP_EDIT], report.past(1), report)
+    for name in ("stopped", "alone"):
+        run(name, MHA_EDIT, [MLP_EDIT] if name == "stopped" else [])
+
+
+def test_two_workers_share_each_pass_and_end_where_one_does_up_to_rounding(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = subprocess.Popen([sys.executable, "-m", __name__, str(tmp_path)], cwd=Path(__file__).parents[1])
+    streamed(store, inputs, tmp_path / "one", MHA_EDIT, MLP_EDIT, **{**SHARED, "workers": 1})
+    assert workers.wait(timeout=300) == 0
+    shared = Store(str(tmp_path / "store"))
+    monkeypatch.setattr(distill, "launch", lambda *_: pytest.fail("what is through needs no workers"))
+    for name in ("straight", "stopped", "alone"):
+        edits = [MHA_EDIT] if name == "alone" else [MHA_EDIT, MLP_EDIT]
+        streamed(shared, inputs, tmp_path / name, *edits, **SHARED)
+        assert_same_files(tmp_path / name, tmp_path / "straight", *edits)
+    for edit in (MHA_EDIT, MLP_EDIT):
+        one, two = (tmp_path / name / str(edit.site) for name in ("one", "straight"))
+        torch.testing.assert_close(*(load_file(where / FILES[0]) for where in (two, one)), rtol=0, atol=1e-4)
+        of_one, of_two = (json.loads((where / FILES[1]).read_text()) for where in (one, two))
+        for figure in ("heldout_error", "relative_error"):
+            assert of_two[figure] == pytest.approx(of_one[figure], rel=1e-4)
+
+
+def test_sites_whose_workers_share_passes_have_a_task_for_each_group_that_finds_room() -> None:
+    step: Any = SimpleNamespace(workers=4)
+    assert [slots_of(step, room) for room in (0, 2, 4, 9)] == [0, 1, 1, 2]
+
+
 def test_of_a_pass_one_sites_activations_live_at_a_time(rootstock: DiT, data: TrainingSet) -> None:
     latents = torch.randn(4, 1, 8, 8)
     sites = [Site(block=block, target=target) for block in range(TINY.depth) for target in ("mha", "mlp")]
@@ -323,6 +388,8 @@ def test_the_rate_halves_at_the_epochs_shares_of_the_steps(
         ({"passes": 2, "draws": 2}, "draws"),
         ({"micro_batch": 2}, "micro_batch"),
         ({"passes": 0}, "passes"),
+        ({"workers": 2}, "workers"),
+        ({"passes": 2, "workers": 65}, "workers"),
     ],
     ids=str,
 )
@@ -382,3 +449,7 @@ def test_with_a_memory_of_a_gpu_a_batch_is_cut_to_what_fits(
     own: Any = type("Own", (), {"params": context.params})()
     assert streaming.Together(task, context, own).at_once == 3
     assert CPU.type == "cpu"
+
+
+if __name__ == "__main__":
+    start_processes(one_of_two, args=(sys.argv[1],), nprocs=2, start_method="fork")

@@ -13,13 +13,13 @@ from graftwork.cluster.session.runtime import room_for
 from graftwork.cluster.training import group
 from graftwork.cluster.training.group import NoRoom, Work, WorkerLost
 from graftwork.specs.resources import StepResources
-from graftwork.specs.training import TrainingSpec
+from graftwork.specs.training import SharedBatch
 
 RESTARTS = 3  # of the whole group, when a worker is lost
 PATIENCE_SECONDS = 60.0  # for lost nodes to be replaced, before fewer workers go on
 
 
-def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResources, *, last: bool = False) -> None:
+def launch(work: Work, argument: Any, recipe: SharedBatch, resources: StepResources, *, last: bool = False) -> None:
     """Run `work(argument, device)` on each of the recipe's workers and wait; an error in the work is raised here.
 
     When workers are lost all of them start again, which is for the work to go on from its last checkpoint. There may
@@ -42,7 +42,7 @@ def launch(work: Work, argument: Any, recipe: TrainingSpec, resources: StepResou
         workers = _workers_that_fit(recipe, resources)
 
 
-def _workers_that_fit(recipe: TrainingSpec, resources: StepResources) -> int:
+def _workers_that_fit(recipe: SharedBatch, resources: StepResources) -> int:
     """All that are wanted, once the cluster has room for them; else as many as it has room for, if that is enough."""
     wanted, *fewer = recipe.worker_counts()
     if not fewer:

@@ -255,7 +255,7 @@ def _resources(plan: Plan, nodes: Sequence[Mapping[str, float]], own: bool) -> I
 
 
 def _least_workers(plan: Plan, step: Step, workers: int) -> int:
-    recipes = {"base": plan.job.weights, "finetune": plan.job.finetune}
+    recipes = {"base": plan.job.weights, "distill": plan.job.distill, "finetune": plan.job.finetune}
     return getattr(recipes.get(step.stage), "min_workers", None) or workers
 
 

@@ -26,6 +26,14 @@ def most_in_a_pack(sites: Sequence[Step]) -> int:
     return len(sites) if all(site.work is not None and not site.work.activations for site in sites) else MOST
 
 
+def slots_of(site: Step, room: int) -> int:
+    """Return how many groups of a site's workers run side by side where there is room for so many workers.
+
+    0, where no node is there yet, is without limit. A group for which there is too little room waits for more.
+    """
+    return max(1, room // site.workers) if room else 0
+
+
 def num_recording_tasks(sites: Sequence[Step], slots: int) -> int:
     """Return the number of tasks that do what these steps of one stage have in common before theirs; 0 if theirs do."""
     shares = STAGES[sites[0].stage].shares

@@ -117,10 +117,10 @@ def simulate(
 def _tasks(ready: Sequence[Step], times: Mapping[str, StepTime], machine: Machine) -> list[_Task]:
     """One a step, but for those that share a pass, which are packed."""
     tasks: list[_Task] = []
-    sharing: dict[str, list[Step]] = {}
+    sharing: dict[tuple[str, int], list[Step]] = {}  # by stage and workers
     for step in ready:
         if STAGES[step.stage].shares:
-            sharing.setdefault(step.stage, []).append(step)
+            sharing.setdefault((step.stage, step.workers), []).append(step)
         else:
             seconds = times[step.name].own + times[step.name].shared
             tasks.append(_Task((step.name,), seconds, *machine.takes(step)))

@@ -20,7 +20,7 @@ import ray
 from graftwork.cluster.board import Board, News, Reporter, StopSignal
 from graftwork.cluster.session import runtime
 from graftwork.pipeline.estimates.packing import pack
-from graftwork.pipeline.estimates.sharing import most_in_a_pack, num_recording_tasks, site_items
+from graftwork.pipeline.estimates.sharing import most_in_a_pack, num_recording_tasks, site_items, slots_of
 from graftwork.pipeline.execution import shared_pass
 from graftwork.pipeline.execution.progress import Every, ShortageWatch, StepProgress, Task
 from graftwork.pipeline.execution.shared_pass import Recordings
@@ -141,14 +141,14 @@ class Execution:
         """Give Ray each open step whose needs are done or are with Ray."""
         if self.stopping_since is not None:
             return
-        sharing: dict[str, list[Step]] = {}
+        sharing: dict[tuple[str, int], list[Step]] = {}  # by stage and workers
         for one in self.open:
             if one.task is not None or one.state == "leased elsewhere":
                 continue
             needs = [self.steps[needed] for needed in one.step.needs.values()]
             if STAGES[one.step.stage].shares and not one.alone:
                 if all(need.done for need in needs):
-                    sharing.setdefault(one.step.stage, []).append(one.step)
+                    sharing.setdefault((one.step.stage, one.step.workers), []).append(one.step)
             elif all(need.done or need.task is not None for need in needs):
                 self._start([one.step], (), {})
         for sites in sharing.values():
@@ -158,7 +158,7 @@ class Execution:
         """Sites put together for the room that there is now; before them, where it pays, the pass that all share."""
         items, shared = site_items(self.plan, [step.name for step in sites])
         resources = sites[0].resources
-        slots = runtime.room_for(resources)
+        slots = slots_of(sites[0], runtime.room_for(resources))
         num_tasks = num_recording_tasks(sites, slots)
         if num_tasks and not shared_pass.fits(items, num_tasks, resources):
             num_tasks = 0
@@ -180,7 +180,7 @@ class Execution:
             name=first.name + (f" and {len(others)} more" if others else ""),
             max_retries=RETRIES,
             retry_exceptions=False,
-            **runtime.options(first.resources, idle=STAGES[first.stage].orchestrates),
+            **runtime.options(first.resources, idle=STAGES[first.stage].orchestrates or first.workers > 1),
         )
         awaited = {self.steps[name].task: None for step in steps for name in self._awaited(step)}
         ref = task.remote([self._work(step, recorded.get(step.name, ())) for step in steps], *waited, *awaited)

@@ -45,6 +45,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
             outside,
             (External("scions", edit.scions, "graft.scions"),) if edit.scions else (),
             work=_work(recipe, edit, flops),
+            workers=1 if edit.scions else recipe.workers,  # a scion that comes from elsewhere is only measured
             precision=recipe.precision,
         )
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
@@ -28,7 +30,7 @@ from graftwork.stages.contract import Context, Portion, Stopped
 from graftwork.stages.distillation.activations import Capture, Pairs, Teacher, capture
 from graftwork.stages.distillation.loss import LOSSES, LossFunction, Mimic, error, error_on, loss_for, relative_error
 from graftwork.stages.distillation.sources import Source, TaskState, choose_source, recomputed, task_state
-from graftwork.stages.distillation.streaming import stream
+from graftwork.stages.distillation.streaming import Learner, is_through, stream
 from graftwork.stages.pictures.pictures import loss_curve
 from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import save_tensors
@@ -55,7 +57,10 @@ def _distil(context: Context, params: DistillParams) -> None:
     teacher.require_free(edit)
     loss, because = loss_for(recipe, edit.site, context)
     if recipe.passes is not None and edit.scions is None:
-        learned = stream(task, context, lambda other: _streamed(teacher, other, context))
+        if recipe.workers > 1 and not is_through(task, context):
+            alone = replace(context, task_scope=replace(context.task_scope, state={}, recorded=None))
+            launch(_stream_as_worker, alone, recipe, context.resources)
+        learned = _stream(task, context)
         scion, relative = learned.scion, learned.history[learned.best_pass - 1].relative
         history = [(float(number), one.training, one.heldout) for number, one in enumerate(learned.history, start=1)]
     else:
@@ -80,6 +85,18 @@ def _distil(context: Context, params: DistillParams) -> None:
         best_epoch=int(best_epoch),
     )
     write_distilled(context.out, summary)
+
+
+def _stream_as_worker(context: Context, device: torch.device) -> None:
+    """One worker's part, of a group that shares the passes; what all come to is in the checkpoints of their sites."""
+    params: DistillParams = context.params
+    here = replace(context, device=device)
+    with products(params.recipe.precision):
+        _stream(task_state(here), here)
+
+
+def _stream(task: TaskState, context: Context) -> Learner:
+    return stream(task, context, lambda other: _streamed(task.teacher, other, context))
 
 
 def _sources(task: TaskState, context: Context) -> tuple[Source, Source]:

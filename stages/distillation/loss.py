@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,6 +78,16 @@ class RelativeError:
             self.total = self.total.to(wanted.device) + wanted.sum((0, 1))
             self.squares = self.squares.to(wanted.device) + wanted.square().sum()
             self.count += wanted.shape[0] * wanted.shape[1]
+
+    def gather(self) -> None:
+        """Add what the other workers of a group added; all of them must call it."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        sums = [(self.wrong.cpu(), self.total.cpu(), self.squares.cpu(), self.count)] * dist.get_world_size()
+        dist.all_gather_object(sums, sums[0])
+        wrong, total, squares, counts = zip(*(one for one in sums if one[3]), strict=True)
+        self.wrong, self.total, self.squares = sum(wrong), sum(total), sum(squares)
+        self.count = sum(counts)
 
     def item(self) -> float:
         """Return the error of all that was added; this waits for the device."""

@@ -8,17 +8,23 @@ however many sites and samples there are.
 The sites of one task share the passes. Each keeps a checkpoint of its own, and sees the same samples with the same
 noise in the same order whoever learns beside it: its bits do not depend on that. A site whose checkpoint is further
 than others' joins when they have come as far.
+
+Several workers share a pass: each runs the rootstock on its part of every batch, and all make the same steps by the
+mean of their gradients. A pass costs a worker less the more of them there are, whereas in tasks of one worker each
+each of them makes passes of its own for fewer sites.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,11 +33,12 @@ from graftwork.specs.edits import overlapping
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew
 from graftwork.stages.catalog.distill import COPIES, DistillParams
 from graftwork.stages.contract import Context, Partial, Stopped
-from graftwork.stages.distillation.activations import PASS_BATCH, Pairs
+from graftwork.stages.distillation.activations import PASS_BATCH, Pairs, Teacher
 from graftwork.stages.distillation.loss import LOSSES, Mimic, RelativeError, error
 from graftwork.stages.distillation.sources import TaskState, memory_budget
-from graftwork.stages.training.batches import DrawnAhead
-from graftwork.stages.training.engine import PlainEngine
+from graftwork.stages.training.agreement import Agreement
+from graftwork.stages.training.batches import DrawnAhead, share_of
+from graftwork.stages.training.engine import PlainEngine, is_first_worker, sum_over_workers
 from graftwork.stages.training.loop import save_tensors
 
 CHECKPOINT = "streamed.safetensors"
@@ -60,7 +67,7 @@ class Learner:
     engine: PlainEngine
     loss: str
     done: int = 0  # batches
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))  # error of this pass's samples so far
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))  # error of this worker's samples of this pass so far
     history: list[PassErrors] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     problem: str | None = None
@@ -71,17 +78,26 @@ class Learner:
         return 1 + min(range(len(self.history)), key=lambda number: self.history[number].heldout)
 
     def learn(self, pairs: Pairs, share: float, lr: float | None) -> None:
-        """Take in a part of a batch, `share` of its samples; lr: of the step, which the last part makes."""
-        value = error(self.mimic, pairs, LOSSES[self.loss]) * share
+        """Take in a part of a worker's part of a batch; lr: of the step, which the last part makes.
+
+        share: its samples over those of the batch, by how many workers the mean of the gradients is taken; 0 for
+        samples that another worker counts.
+        """
+        mean = error(self.mimic, pairs, LOSSES[self.loss])
         if lr is None:
-            self.engine.accumulate(value)
+            self.engine.accumulate(mean * share)
         else:
-            self.engine.step(value, lr)
-        self.total += value.detach() * (len(pairs) / share)
+            self.engine.step(mean * share, lr)
+        if share:
+            self.total += mean.detach() * len(pairs)
+
+    def total_of_all(self) -> Tensor:
+        """Return the error of all workers' samples of this pass so far; all of them must call it."""
+        return sum_over_workers(self.total)
 
     def end_pass(self, samples: int, heldout: float, relative: float) -> None:
         """Note what a pass came to; the weights stay if they are the best so far."""
-        self.history.append(PassErrors(self.total.item() / samples, heldout, relative))
+        self.history.append(PassErrors(self.total_of_all().item() / samples, heldout, relative))
         self.total.zero_()
         if not math.isfinite(heldout):
             where = f"in pass {len(self.history)}"
@@ -90,11 +106,14 @@ class Learner:
             self.best = {name: value.detach().clone() for name, value in self.scion.state_dict().items()}
 
     def save(self) -> None:
-        """Publish a checkpoint."""
+        """Publish a checkpoint; all workers must call it, and the first one writes."""
+        total = self.total_of_all()
+        if not is_first_worker():
+            return
         rows = [(one.training, one.heldout, one.relative) for one in self.history]
         progress = {f"best/{name}": value.cpu() for name, value in self.best.items()}
         progress["history"] = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-        progress["done"], progress["total"] = torch.tensor(self.done), self.total.cpu()
+        progress["done"], progress["total"] = torch.tensor(self.done), total.cpu()
         save_tensors(self.partial, CHECKPOINT, self.engine.state() | progress)
 
 
@@ -110,18 +129,27 @@ def new_learner(params: DistillParams, partial: Partial, make: Maker, device: to
     learner = Learner(params, partial, scion, mimic, engine, loss, total=torch.zeros((), device=device))
     if state is not None:
         learner.done = int(state["done"])
-        learner.total.copy_(state["total"])
+        learner.total.copy_(state["total"] if is_first_worker() else torch.zeros(()))
         learner.history = [PassErrors(*row) for row in state["history"].tolist()]
         kept = {name.removeprefix("best/"): value for name, value in state.items() if name.startswith("best/")}
         learner.best = {name: value.to(device) for name, value in kept.items()}
     return learner
 
 
+def is_through(task: TaskState, context: Context) -> bool:
+    """Return whether the step's checkpoint is of the end of the last pass."""
+    path = context.partial.load(CHECKPOINT)
+    if path is None:
+        return False
+    with safe_open(path, "pt") as state:
+        return int(state.get_tensor("done")) == _num_batches(task.teacher)
+
+
 def stream(task: TaskState, context: Context, make: Maker) -> Learner:
     """Train the step's scion to the last pass, and beside it those of the steps that follow in its task.
 
     Return the step's own, with the best weights in its scion. What the others came to is in their checkpoints. Raise
-    Stopped, and FloatingPointError for an error that is no finite number.
+    Stopped, and FloatingPointError for an error that is no finite number. Each worker of a group calls it.
     """
     params: DistillParams = context.params
     problems: dict[str, str] = context.task_scope.state.setdefault(PROBLEMS, {})
@@ -150,6 +178,22 @@ def _streams_beside(task: TaskState, params: DistillParams, other: DistillParams
     return alike and free and other.edit.scions is None and other.edit.site.target != "pair"
 
 
+def _batches_a_pass(teacher: Teacher) -> int:
+    return math.ceil(len(teacher.train) / teacher.recipe.batch)
+
+
+def _num_batches(teacher: Teacher) -> int:
+    return _batches_a_pass(teacher) * (teacher.recipe.passes or 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A worker's part of a batch."""
+
+    noisy: Noised  # at least one sample, be it one that another worker counts
+    weight: float  # of its mean error: its samples over those of the batch, times the number of workers
+
+
 class Together:
     """The learners of one task, and the passes that they share."""
 
@@ -157,8 +201,8 @@ class Together:
         self.teacher, self.context, self.own, self.learners = task.teacher, context, own, [own]
         self.recipe, self.seed = own.params.recipe, own.params.seed
         self.size = len(task.teacher.train)
-        self.a_pass = math.ceil(self.size / self.recipe.batch)  # batches
-        self.num_batches = self.a_pass * (self.recipe.passes or 1)
+        self.a_pass, self.num_batches = _batches_a_pass(task.teacher), _num_batches(task.teacher)
+        self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.at_once = self._micro_batch()
         self.saved = time.monotonic()
 
@@ -166,41 +210,46 @@ class Together:
         """Make all passes that are left for any, or until the step's own site fails. Raise Stopped where that is asked
         for; all is saved then."""
         begin = min(one.done for one in self.learners)
-        self.context.report(self.own.done, self.num_batches)
+        self._report(self.own.done)
+        agreement = Agreement(self.context.stopping, self._is_due, self.teacher.device)
         with DrawnAhead(self._drawn, range(begin, self.num_batches)) as batches:
-            for number, batch in batches:
-                self._batch(number, batch)
+            for number, share in batches:
+                action = agreement.before(number)
+                if action is not None and number > begin:
+                    self._save()
+                if action == "stop":
+                    _meet()
+                    raise Stopped(f"after batch {number}")
+
+                self._batch(number, share)
                 if (number + 1) % self.a_pass == 0:
                     self._end_pass()
-                last = number + 1 == self.num_batches
-                stopping = not last and self.context.stopping()
-                if stopping or (number + 1) % self.a_pass == 0 or self._is_due():
                     self._save()
-                if stopping:
-                    raise Stopped(f"after batch {number + 1}")
                 if self.own.problem is not None:
-                    return
+                    break
+        agreement.forget()
+        _meet()
 
     def active(self, number: int) -> list[Learner]:
         """Return those that have not taken in the batch of that number, and all before it."""
         return [one for one in self.learners if one.done == number and one.problem is None]
 
-    def _batch(self, number: int, batch: Noised) -> None:
+    def _batch(self, number: int, share: Share) -> None:
         learners = {one.params.edit.site: one for one in self.active(number)}
         if not learners:
             return
-        parts = torch.arange(len(batch)).split(self.at_once)
+        parts = torch.arange(len(share.noisy)).split(self.at_once)
         lr = self._lr(number)
         for place, part in enumerate(parts):
-            share, is_last = len(part) / len(batch), place + 1 == len(parts)
-            for site, pairs in self.teacher.streamed(list(learners), batch[part]):
-                learners[site].learn(pairs, share, lr if is_last else None)
+            weight, is_last = share.weight * len(part) / len(share.noisy), place + 1 == len(parts)
+            for site, pairs in self.teacher.streamed(list(learners), share.noisy[part]):
+                learners[site].learn(pairs, weight, lr if is_last else None)
         for one in learners.values():
             one.done += 1
         if self.own.done == number + 1 and (number + 1) % max(1, self.num_batches // POINTS) == 0:
             samples = (number % self.a_pass + 1) * self.recipe.batch
-            mean = self.own.total.item() / min(samples, self.size)
-            self.context.report(number + 1, self.num_batches, {"training_error": mean, "lr": lr})
+            mean = self.own.total_of_all().item() / min(samples, self.size)
+            self._report(number + 1, {"training_error": mean, "lr": lr})
 
     @torch.no_grad()
     def _end_pass(self) -> None:
@@ -209,29 +258,37 @@ class Together:
         sums = {site: torch.zeros((), dtype=torch.float64, device=self.teacher.device) for site in learners}
         relative = {site: RelativeError() for site in learners}
         heldout = self.teacher.heldout
-        for part in torch.arange(len(heldout)).split(min(self.at_once, PASS_BATCH)) if learners else ():
+        own = torch.tensor(share_of(len(heldout), self.rank, self.workers), dtype=torch.long)
+        for part in own.split(min(self.at_once, PASS_BATCH)) if learners and len(own) else ():
             for site, pairs in self.teacher.streamed(list(learners), heldout[part]):
                 one = learners[site]
                 sums[site] += error(one.mimic, pairs, LOSSES[one.loss]).double() * len(pairs)
                 relative[site].add(one.mimic(*pairs.inputs), pairs.outputs)
         for site, one in learners.items():
-            one.end_pass(self.size, sums[site].item() / len(heldout), relative[site].item())
+            relative[site].gather()
+            one.end_pass(self.size, sum_over_workers(sums[site]).item() / len(heldout), relative[site].item())
         if self.own in learners.values():
             last = self.own.history[-1]
-            figures = {"training_error": last.training, "heldout_error": last.heldout}
-            self.context.report(self.own.done, self.num_batches, figures)
+            self._report(self.own.done, {"training_error": last.training, "heldout_error": last.heldout})
+
+    def _report(self, done: int, figures: Mapping[str, float] | None = None) -> None:
+        if self.rank == 0:
+            self.context.report(done, self.num_batches, figures)
 
     def _has_passed(self, one: Learner) -> bool:
         """Whether a learner is at the end of a pass that was not measured yet."""
         return one.problem is None and one.done == self.a_pass * (len(one.history) + 1)
 
-    def _drawn(self, number: int) -> Noised:
-        """Return the batch of that number: of a pass over the samples in an order of its own."""
+    def _drawn(self, number: int) -> Share:
+        """Return a worker's part of the batch of that number, of a pass over the samples in an order of its own."""
         which, place = divmod(number, self.a_pass)
         order = torch.randperm(self.size, generator=generator(self.seed, "distill/passes", "order", which))
         train = self.teacher.train
         assert isinstance(train, NoisedAnew)
-        return train.again(which)[order[place * self.recipe.batch : (place + 1) * self.recipe.batch]]
+        batch = order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
+        places = share_of(len(batch), self.rank, self.workers)
+        own = batch[places.start : places.stop] if len(places) else batch[:1]
+        return Share(train.again(which)[own], len(places) * self.workers / len(batch))
 
     def _lr(self, number: int) -> float:
         """The learning rate halves where it would among the recipe's epochs."""
@@ -240,10 +297,11 @@ class Together:
 
     def _micro_batch(self) -> int:
         recipe, device = self.recipe, self.teacher.device
+        part = math.ceil(recipe.batch / self.workers)
         if recipe.micro_batch is not None or device.type == "cpu":
-            return min(recipe.micro_batch or recipe.batch, recipe.batch)
+            return min(recipe.micro_batch or part, part)
         room = memory_budget(self.context, device) // (COPIES * self.teacher.bytes_a_sample(self.own.params.edit.site))
-        return max(1, min(room, recipe.batch))
+        return max(1, min(room, part))
 
     def _is_due(self) -> bool:
         return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
@@ -253,3 +311,9 @@ class Together:
             if one.problem is None:
                 one.save()
         self.saved = time.monotonic()
+
+
+def _meet() -> None:
+    """Wait for the other workers: whoever leaves first takes the others along."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -41,6 +41,15 @@ def is_first_worker() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def sum_over_workers(value: Tensor) -> Tensor:
+    """Return the sum of what each worker has; all of them must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
 class PlainEngine:
     """AdamW and an EMA on each worker, with gradients averaged over the workers: for models that fit one device.
 

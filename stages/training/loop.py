@@ -29,7 +29,7 @@ from graftwork.stages.training import microbatches
 from graftwork.stages.training.agreement import Agreement
 from graftwork.stages.training.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 from graftwork.stages.training.checkpoint_writer import CheckpointWriter
-from graftwork.stages.training.engine import Engine, is_first_worker
+from graftwork.stages.training.engine import Engine, is_first_worker, sum_over_workers
 from graftwork.stages.training.microbatches import Part, parts
 
 CHECKPOINT = "training.safetensors"
@@ -114,7 +114,7 @@ def train(
             # Report and save.
             done = step + 1
             if (done % every == 0 or done == recipe.steps) and progress.losses:
-                mean = _finite(_mean_over_workers(loss_sum).item(), done) / progress.losses
+                mean = _finite((sum_over_workers(loss_sum) / workers).item(), done) / progress.losses
                 progress.curve.append((done, mean))
                 loss_sum.zero_()
                 progress.losses = 0
@@ -211,14 +211,6 @@ def _of_all_workers(value: Tensor) -> list[float]:
     values = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(values, value)
     return [one.item() for one in values]
-
-
-def _mean_over_workers(value: Tensor) -> Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def save_tensors(partial: Partial, name: str, tensors: Mapping[str, Tensor]) -> None:
