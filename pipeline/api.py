@@ -198,16 +198,19 @@ def export(
     store: str = DEFAULT_STORE,
     vae: str | None = None,
     adapters: Adapters | None = None,
+    pipeline: str | None = None,
 ) -> Path:
     """Write a model of a run for other tools, with a model card. Raise SpecError if it cannot be exported.
 
     name: RUN, for the finetuned graft, or RUN/STEP for another step that leaves a model.
+    vae, pipeline: with layout diffusers, what a whole DiTPipeline is made with, or a whole PixArtSigmaPipeline.
     adapters: of a finetune by LoRA, write them for peft `beside` the model without them, or `alone`.
     """
     from graftwork.models.checkpoints import Card, ExportRefused, UnfitCheckpoint, export
 
     out = Path(expanded(str(out), "export"))
     vae = expanded(vae, "vae", expand_weights) if vae is not None else None
+    pipeline = expanded(pipeline, "pipeline", expand_weights) if pipeline is not None else None
     run_name, _, step = name.partition("/")
     place = Store(store)
     run_record = record.find(place, run_name)
@@ -222,8 +225,9 @@ def export(
             [f"export: {run_record.run}/{artifact.name} is not in the store; go on with: graft resume {run_record.run}"]
         )
     job = run_record.job
-    if vae is not None:
-        _require_same_latents(place, run_record, vae)
+    for field, given in (("vae", vae), ("pipeline", pipeline)):
+        if given is not None:
+            _require_same_latents(place, run_record, field, given)
     card = Card(
         title=run_record.run,
         rootstock=f"`{json.dumps(job['model'])}`, {_origin(job['weights'])}.",
@@ -232,7 +236,9 @@ def export(
         keys={one.name: one.key for one in run_record.steps},
     )
     try:
-        export(place.artifact(artifact.key).path(), out, layout, card=card, vae=vae, adapters=adapters)
+        export(
+            place.artifact(artifact.key).path(), out, layout, card=card, vae=vae, pipeline=pipeline, adapters=adapters
+        )
     except (ExportRefused, UnfitCheckpoint) as refused:
         raise SpecError([f"export: {refused}"]) from None
     return out
@@ -336,10 +342,11 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _require_same_latents(store: Store, run: RunRecord, vae: str) -> None:
-    """Raise SpecError where a VAE would decode the latents of a run by other numbers than they were made with."""
+def _require_same_latents(store: Store, run: RunRecord, field: str, given: str) -> None:
+    """Raise SpecError where a VAE, or a pipeline's, would decode the latents of a run by other numbers than they were
+    made with."""
     features = run.step("features")
-    place = local_snapshot(vae) if is_hub_id(vae) else Path(vae)
+    place = local_snapshot(given) if is_hub_id(given) else Path(given)
     if place is None or not vae_folder(place).is_dir() or store.manifest(features.key) is None:
         return  # `export` says what is missing
     meta = json.loads((store.artifact(features.key).path() / "meta.json").read_text())
@@ -349,7 +356,7 @@ def _require_same_latents(store: Store, run: RunRecord, vae: str) -> None:
         return
     if meta["codec"] == "vae" and meta["scale"] != own:
         raise SpecError(
-            [f"vae: got {vae}, whose scaling_factor is {own}; accepted: {meta['scale']}, as the run has it"]
+            [f"{field}: got {given}, whose scaling_factor is {own}; accepted: {meta['scale']}, as the run has it"]
         )
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, AutoModel, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor
 
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import UnfitCheckpoint
+from graftwork.models.checkpoints.layouts.diffusers_pixart import PIPELINE, rootstock_transformer
 from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 from graftwork.models.condition import Condition, TextConditioner
 from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.rootstocks import new_rootstock
+from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.rootstocks.pixart import Block, PixArt, PixArtConfig
 from graftwork.models.sampling import sample
 from graftwork.models.sampling.scheduled import new_scheduler
@@ -26,6 +28,8 @@ from graftwork.specs.edits import Edit, Site
 from graftwork.specs.operators import HyenaX, Mlp, Place
 from graftwork.specs.rootstock import PixartModel
 from graftwork.specs.sampler import SchedulerSampler
+from tests.scenes import write_encoder
+from tests.tiny_training import TINY, assert_same_bits
 from tests.vaes import make_vae
 
 CHANNELS, HEADS, CAPTION = 4, 3, 20
@@ -357,11 +361,99 @@ def test_an_export_is_what_the_pipeline_of_diffusers_samples_from(made: tuple[Ed
     torch.testing.assert_close(drawn, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_a_whole_pipeline_is_not_made_of_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline, as a repository has it."""
+    from transformers import ByT5Tokenizer, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("released")
+    encoder = write_encoder(folder / "encoder")
+    PixArtSigmaPipeline(
+        tokenizer=ByT5Tokenizer.from_pretrained(encoder / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(encoder / "text_encoder"),
+        vae=AutoencoderKL(latent_channels=CHANNELS),
+        transformer=rootstock_transformer(lively()),
+        scheduler=new_scheduler(SchedulerSampler(name="dpmsolver++", steps=4), "epsilon", bounded=False),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers copies the code of a repository to a folder of the user's before it runs it."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("made", [(), EDITS], ids=["rootstock", "graft"])
+def test_a_whole_pipeline_is_loaded_by_the_code_beside_it_or_by_an_import(
+    made: tuple[Edit, ...], released: Path, tmp_path: Path
+) -> None:
+    model = graft(lively(), made, seed=0).eval()
+    checkpoints.save(model, made, tmp_path)
+    out = tmp_path / "out"
+    checkpoints.export(tmp_path, out, "diffusers", card=CARD, pipeline=released)
+    card = (out / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) == bool(made) and "PixArtSigmaPipeline" in card
+    if made:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            PixArtSigmaPipeline.from_pretrained(out)
+        loaded = GraftPixArtTransformer2DModel.from_pretrained(out, subfolder="transformer")
+        by_import = PixArtSigmaPipeline.from_pretrained(released, transformer=loaded)
+    pipeline = PixArtSigmaPipeline.from_pretrained(out, trust_remote_code=bool(made))
+    x, t, condition = inputs()
+    for one in (pipeline, by_import) if made else (pipeline,):
+        close(output_of(one.transformer, x, t, condition), model(x, t, condition).detach())
+    rest = PixArtSigmaPipeline.from_pretrained(released)
+    for part in ("text_encoder", "vae"):
+        assert_same_bits(getattr(pipeline, part).state_dict(), getattr(rest, part).state_dict())
+    same(checkpoints.read(out)[0].eval(), model)
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_a_graft_alone_is_loaded_by_the_code_beside_it(tmp_path: Path) -> None:
+    model = graft(lively(), EDITS, seed=0).eval()
+    checkpoints.save(model, EDITS, tmp_path)
+    checkpoints.export(tmp_path, tmp_path / "out", "diffusers", card=CARD)
+    assert "AutoModel" in (tmp_path / "out" / "README.md").read_text()
+    x, t, condition = inputs()
+    loaded = AutoModel.from_pretrained(str(tmp_path / "out"), trust_remote_code=True)
+    close(output_of(loaded, x, t, condition), model(x, t, condition).detach())
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"vae": "VAE"}, r"vae: got .* with a pixart; accepted: with a DiT only; of a pixart, give a pipeline"),
+        ({"pipeline": "VAE"}, r"pipeline: .*: has no model_index.json, expected a PixArtSigmaPipeline"),
+        ({"pipeline": "OTHER"}, r"pipeline: .*: is a 'DiTPipeline', expected a PixArtSigmaPipeline"),
+        ({"pipeline": "PART"}, r"pipeline: .*: has no tokenizer and no vae, expected a whole PixArtSigmaPipeline"),
+        (
+            {"pipeline": "PART", "layout": "graftwork"},
+            r"pipeline: .* layout graftwork; accepted: .*diffusers only",
+        ),
+        ({"pipeline": "PART", "adapters": "alone"}, r"pipeline: .* with adapters alone; accepted: with a model"),
+    ],
+    ids=str,
+)
+def test_what_no_pipeline_is_made_of_is_one_line(given: dict[str, str], line: str, tmp_path: Path) -> None:
     checkpoints.save(lively(), (), tmp_path)
-    with pytest.raises(checkpoints.ExportRefused, match=r"vae: got .* with a pixart; accepted: with a DiT only"):
-        checkpoints.export(tmp_path, tmp_path / "out", "diffusers", vae=make_vae(tmp_path / "vae"))
+    make_vae(tmp_path / "VAE")
+    for name, kind, parts in (("OTHER", "DiTPipeline", ()), ("PART", PIPELINE, ("text_encoder", "scheduler"))):
+        for part in parts:
+            (tmp_path / name / part).mkdir(parents=True)
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    options: dict[str, Any] = {key: str(tmp_path / value) if value.isupper() else value for key, value in given.items()}
+    with pytest.raises(checkpoints.ExportRefused, match=line):
+        checkpoints.export(tmp_path, tmp_path / "out", options.pop("layout", "diffusers"), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_of_texts_is_not_made_of_a_dit(released: Path, tmp_path: Path) -> None:
+    checkpoints.save(DiT(TINY), (), tmp_path)
+    with pytest.raises(checkpoints.ExportRefused, match=r"with a dit; accepted: with a pixart only; of a dit, give a"):
+        checkpoints.export(tmp_path, tmp_path / "out", "diffusers", pipeline=released)
 
 
 def test_its_sites_are_self_attention_and_mlp_and_what_they_see_is_observed() -> None:

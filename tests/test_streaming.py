@@ -20,7 +20,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.artifacts import Folder
 from graftwork.models.rootstocks import config_of, new_rootstock

@@ -42,6 +42,14 @@ USAGE = {
     "GraftTransformer2DModel": (
         "from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel\n\n"
         'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
+        + (
+            BY_CODE := """
+
+# Or, where graftwork is installed, without its import:
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)"""
+        )
     ),
     "PixArtTransformer2DModel": (
         "from diffusers import PixArtTransformer2DModel\n\n"
@@ -49,7 +57,15 @@ USAGE = {
     ),
     "GraftPixArtTransformer2DModel": (
         "from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel\n\n"
-        'model = GraftPixArtTransformer2DModel.from_pretrained("{folder}")  # for a PixArtSigmaPipeline'
+        'model = GraftPixArtTransformer2DModel.from_pretrained("{folder}")  # for a PixArtSigmaPipeline' + BY_CODE
+    ),
+    "PixArtSigmaPipeline": (
+        'from diffusers import PixArtSigmaPipeline\n\nmodel = PixArtSigmaPipeline.from_pretrained("{folder}")'
+    ),
+    "GraftPixArtSigmaPipeline": (
+        "from diffusers import PixArtSigmaPipeline\n\n"
+        "# Runs transformer/graft_model.py, which imports graftwork.\n"
+        'model = PixArtSigmaPipeline.from_pretrained("{folder}", trust_remote_code=True)'
     ),
 }
 
@@ -75,6 +91,7 @@ def export(
     card: Card | None = None,
     heads: int | None = None,
     vae: str | Path | None = None,
+    pipeline: str | Path | None = None,
     adapters: Adapters | None = None,
 ) -> None:
     """Write the checkpoint `source` to the folder `out`, new or empty.
@@ -83,19 +100,22 @@ def export(
     classes than ImageNet's, a GraftTransformer2DModel, and of a PixArt the like; `published`, a `model.pt` as DiT's and
     the grafts' sampling scripts read it.
     vae: the folder or hub id of an AutoencoderKL, with which `diffusers` writes a whole DiTPipeline.
+    pipeline: the folder or hub id of a PixArtSigmaPipeline: of a PixArt, `diffusers` writes another one, with its text
+    encoder, VAE and scheduler.
     heads: see `read`.
     adapters: of a graft finetuned by LoRA, leave them out of the weights, and write them as peft loads them: `beside`
     the model, in `adapters`; or `alone`, if no scion was trained with them.
     """
-    _require_sensible(out, layout, vae, adapters)
+    _require_sensible(out, layout, vae, adapters, pipeline)
     autoencoder = None if vae is None else _read_vae(vae)
+    whole = None if pipeline is None else _find_pipeline(pipeline)
     lora = None if adapters is None else _lora_of(source, adapters)
     model, edits = read(source, heads=heads)
     if lora is not None:
         take_out_lora(model, lora)
-    _require_layout(source, model, edits, layout, vae)
+    _require_layout(source, model, edits, layout, vae, pipeline)
     out.mkdir(parents=True, exist_ok=True)
-    written = _write(model, edits, None if adapters == "alone" else out, layout, autoencoder)
+    written = _write(model, edits, None if adapters == "alone" else out, layout, autoencoder, whole)
     usage = USAGE[written.loads].format(folder=out.name, use=model.config.files.use)
     if lora is not None:
         folder = out if adapters == "alone" else out / "adapters"
@@ -105,12 +125,19 @@ def export(
         write_card(out, card, edits, usage, written.note, model.config.files.task)
 
 
-def _require_sensible(out: Path, layout: Layout, vae: str | Path | None, adapters: Adapters | None) -> None:
+def _require_sensible(
+    out: Path, layout: Layout, vae: str | Path | None, adapters: Adapters | None, pipeline: str | Path | None
+) -> None:
     """Raise ExportRefused for what no model can be exported as, or where."""
     if layout not in get_args(Layout):
         raise ExportRefused(f"{layout}: no such layout; accepted: {', '.join(get_args(Layout))}")
-    if vae is not None and layout != "diffusers":
-        raise ExportRefused(f"vae: got {str(vae)!r} with layout {layout}; accepted: with layout diffusers only")
+    for name, given in (("vae", vae), ("pipeline", pipeline)):
+        if given is not None and layout != "diffusers":
+            raise ExportRefused(
+                f"{name}: got {str(given)!r} with layout {layout}; accepted: with layout diffusers only"
+            )
+        if given is not None and adapters == "alone":
+            raise ExportRefused(f"{name}: got {str(given)!r} with adapters alone; accepted: with a model to write")
     if adapters is not None and adapters not in get_args(Adapters):
         raise ExportRefused(f"adapters: got {adapters!r}; accepted: {', '.join(get_args(Adapters))}")
     if adapters is not None and layout == "published":
@@ -123,13 +150,21 @@ def _require_sensible(out: Path, layout: Layout, vae: str | Path | None, adapter
 
 
 def _require_layout(
-    source: str | Path, model: Rootstock, edits: Sequence[Edit], layout: Layout, vae: str | Path | None
+    source: str | Path,
+    model: Rootstock,
+    edits: Sequence[Edit],
+    layout: Layout,
+    vae: str | Path | None,
+    pipeline: str | Path | None,
 ) -> None:
     """Raise ExportRefused for a layout that the model does not have."""
     kind, layouts = model.config.kind, model.config.files.layouts
     if vae is not None and not diffusers.takes(model):
-        accepted = f"accepted: with a DiT only; a {kind} goes into a pipeline by itself"
-        raise ExportRefused(f"vae: got {str(vae)!r} with a {kind}; {accepted}")
+        accepted = "with a DiT only" + ("; of a pixart, give a pipeline" if diffusers_pixart.takes(model) else "")
+        raise ExportRefused(f"vae: got {str(vae)!r} with a {kind}; accepted: {accepted}")
+    if pipeline is not None and not diffusers_pixart.takes(model):
+        accepted = "with a pixart only" + ("; of a dit, give a vae" if diffusers.takes(model) else "")
+        raise ExportRefused(f"pipeline: got {str(pipeline)!r} with a {kind}; accepted: {accepted}")
     if layout == "published" and any(edit.site.target == "pair" for edit in edits):
         raise ExportRefused(f"{source}: has parallel blocks, for which the published layout has no names")
     if layout == "diffusers" and layout not in layouts:
@@ -148,7 +183,12 @@ class Written:
 
 
 def _write(
-    model: Rootstock, edits: Sequence[Edit], out: Path | None, layout: Layout, autoencoder: AutoencoderKL | None
+    model: Rootstock,
+    edits: Sequence[Edit],
+    out: Path | None,
+    layout: Layout,
+    autoencoder: AutoencoderKL | None,
+    pipeline: Path | None,
 ) -> Written:
     """Write the model to a folder, or to none if its adapters are written alone."""
     if layout == "diffusers":
@@ -156,12 +196,17 @@ def _write(
 
         theirs = next(one for one in (diffusers, diffusers_pixart) if one.takes(model))
         transformer = theirs.wrapped(model, edits)
-        if out is not None:
-            diffusers.write(transformer, out, autoencoder)
         name, depth = type(transformer).__name__, model.config.depth
         ours = isinstance(transformer, GraftModel)
+        loads = name
+        if pipeline is not None and out is not None:
+            diffusers_pixart.write_pipeline(transformer, out, pipeline)
+            loads = "GraftPixArtSigmaPipeline" if ours else diffusers_pixart.PIPELINE
+        elif out is not None:
+            diffusers.write(transformer, out, autoencoder)
+            loads = name if autoencoder is None else "DiTPipeline"
         named = prefixed(f"{transformer.attribute}.") if ours else theirs.rootstock_adapters(depth)
-        return Written(name if autoencoder is None else "DiTPipeline", NOTES.get(name, ""), named)
+        return Written(loads, NOTES.get(name, ""), named)
     if layout == "graftwork" and out is not None:
         native.save(model, edits, out)
     elif layout == "published":
@@ -185,11 +230,20 @@ def _lora_of(source: str | Path, place: Adapters) -> Lora:
 
 def _usage_of_adapters(usage: str, loads: str, folder: str, alone: bool) -> str:
     """Return Python that loads the adapters into the model, which `usage` loads unless it is the user's rootstock."""
-    model = "model.transformer" if loads == "DiTPipeline" else "model"
+    model = "model.transformer" if loads.endswith("Pipeline") else "model"
     loading = f'from peft import PeftModel\n\nPeftModel.from_pretrained({model}, "{folder}")  # in place'
     if alone:
         return f"{loading}; model: the rootstock, {'of graftwork.load' if loads == 'graftwork' else f'a {loads}'}"
     return f"{usage}\n\n{loading}"
+
+
+def _find_pipeline(pipeline: str | Path) -> Path:
+    try:
+        folder = located(pipeline, "the folder or hub id of a PixArtSigmaPipeline", "text_encoder")
+        diffusers_pixart.require_pipeline(folder)
+    except UnfitCheckpoint as unfit:
+        raise ExportRefused(f"pipeline: {unfit}") from None
+    return folder
 
 
 def _read_vae(vae: str | Path) -> AutoencoderKL:

@@ -344,6 +344,10 @@ def export(
     out: Annotated[str, typer.Argument(metavar="FOLDER", help="a new or empty folder")],
     layout: Annotated[Layout, typer.Option("--as", help="for whom")] = "graftwork",
     vae: Annotated[str | None, typer.Option("--vae", help="for diffusers: write a whole DiTPipeline, with it")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option("--pipeline", help="for diffusers: write a whole PixArtSigmaPipeline, with all else of this one"),
+    ] = None,
     adapters: Annotated[
         Adapters | None,
         typer.Option("--adapters", help="of a finetune by LoRA: for peft, beside the model without them, or alone"),
@@ -355,7 +359,7 @@ def export(
     from graftwork.pipeline import api
 
     with problems(debug):
-        print(api.export(name, out, layout, store, vae, adapters))
+        print(api.export(name, out, layout, store, vae, adapters, pipeline))
 
 
 @app.command()

@@ -6,7 +6,9 @@ among them: `sample_size` and `interpolation_scale` of config.json say what it i
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +37,13 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.problems import shown
 
 if TYPE_CHECKING:
-    from diffusers import PixArtTransformer2DModel
+    from diffusers import ModelMixin, PixArtTransformer2DModel
 
     from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 
 CLASS, NORM = "PixArtTransformer2DModel", "ada_norm_single"
+PIPELINE, INDEX = "PixArtSigmaPipeline", "model_index.json"
+COMPONENTS = ("tokenizer", "text_encoder", "vae", "scheduler")  # of a pipeline, beside its transformer
 WRAPPED = "GraftPixArtTransformer2DModel"
 # What else config.json may say, and what is computed here.
 SETTINGS = {
@@ -166,6 +170,31 @@ def wrapped(model: Rootstock, edits: Sequence[Edit]) -> PixArtTransformer2DModel
     from graftwork.models.checkpoints.layouts.pixart_transformer import GraftPixArtTransformer2DModel
 
     return GraftPixArtTransformer2DModel.around(model, edits)
+
+
+def require_pipeline(folder: Path) -> None:
+    """Raise UnfitCheckpoint for a folder that is not a whole PixArtSigmaPipeline."""
+    if not (folder / INDEX).is_file():
+        raise UnfitCheckpoint(f"{folder}: has no {INDEX}, expected a {PIPELINE}")
+    name = json.loads((folder / INDEX).read_text()).get("_class_name")
+    if name != PIPELINE:
+        raise UnfitCheckpoint(f"{folder}: is a {shown(name)}, expected a {PIPELINE}")
+    missing = [one for one in COMPONENTS if not (folder / one).is_dir()]
+    if missing:
+        raise UnfitCheckpoint(f"{folder}: has no {' and no '.join(missing)}, expected a whole {PIPELINE}")
+
+
+def write_pipeline(transformer: ModelMixin, out: Path, pipeline: Path) -> None:
+    """Write a PixArtSigmaPipeline: the transformer, with copies of all else from a pipeline that is there."""
+    from graftwork.models.checkpoints.layouts.graft_model import CODE, GraftModel
+
+    for component in COMPONENTS:
+        shutil.copytree(pipeline / component, out / component)
+    transformer.save_pretrained(out / "transformer")
+    library = CODE if isinstance(transformer, GraftModel) else "diffusers"
+    index = json.loads((pipeline / INDEX).read_text())
+    index["transformer"] = [library, type(transformer).__name__]
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def rootstock_adapters(depth: int) -> Callable[[Adapters], Adapters]:

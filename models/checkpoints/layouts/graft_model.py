@@ -1,8 +1,14 @@
-"""What grafts have in common as models of diffusers: how they are made, saved and loaded."""
+"""What grafts have in common as models of diffusers: how they are made, saved and loaded.
+
+Beside the weights lies a file of two lines that imports the class: with `trust_remote_code=True` diffusers finds it by
+that, in AutoModel and in pipelines.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,6 +19,8 @@ from graftwork.models.checkpoints.recognition import edits_from, edits_json, fie
 from graftwork.models.rootstocks import Rootstock, RootstockConfig, new_rootstock
 from graftwork.models.surgery import graft
 from graftwork.specs.edits import Edit
+
+CODE, MAP = "graft_model", "auto_map"  # the file, without .py, and where config.json names it
 
 
 class GraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers ships types that mypy finds wrong
@@ -34,6 +42,21 @@ class GraftModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers sh
         super().__init__()
         config = self.family(**{name: value for name, value in rootstock.items() if name != "kind"})
         setattr(self, self.attribute, graft(new_rootstock(config), edits_from(edits), seed=0))
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
+        """Write config.json as diffusers does, and the file by which it finds this class."""
+        super().save_config(save_directory, push_to_hub, **options)
+        folder, name = Path(save_directory), type(self).__name__
+        config = json.loads((folder / self.config_name).read_text())
+        config[MAP] = {"AutoModel": f"{CODE}.{name}"}
+        (folder / self.config_name).write_text(json.dumps(config, indent=2) + "\n")
+        line = f"from {type(self).__module__} import {name}  # noqa: F401"
+        (folder / f"{CODE}.py").write_text(f'"""The class of this model, which is part of graftwork."""\n\n{line}\n')
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """Return what __init__ takes of a config; of what `save_config` added diffusers would warn."""
+        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != MAP}, **options)
 
     @classmethod
     def around(cls, model: Rootstock, edits: Sequence[Edit]) -> Self:
