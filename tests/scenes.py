@@ -113,19 +113,19 @@ PROMPTS = [
 ]
 
 
-def write_scenes(folder: Path, count: int = 64) -> Path:
-    """Write scenes of one to three shapes with their captions; return the folder."""
+def write_scenes(folder: Path, count: int = 64, shards: int = 2) -> None:
+    """Write scenes of one to three shapes with their captions, in webdataset's tars."""
     draws = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    captions = {}
+    members: list[dict[str, bytes | str]] = [{} for _ in range(shards)]
     for number in range(count):
         slots = draws.permutation(4)[: draws.integers(1, 4)]
         shapes = [Shape(str(draws.choice(list(SHAPES))), str(draws.choice(list(INKS))), int(slot)) for slot in slots]
-        name = f"{number:04d}.png"
-        Image.fromarray(drawn(shapes)).save(folder / name)
-        captions[name] = "a photo of " + " and ".join(f"a {shape.colour} {shape.name}" for shape in shapes)
-    write_table(folder, captions)
-    return folder
+        png = io.BytesIO()
+        Image.fromarray(drawn(shapes)).save(png, "png")
+        caption = "a photo of " + " and ".join(f"a {shape.colour} {shape.name}" for shape in shapes)
+        members[number * shards // count] |= {f"{number:04d}.png": png.getvalue(), f"{number:04d}.txt": caption}
+    for shard, content in enumerate(members):
+        write_shard(folder / f"{shard:05d}.tar", content)
 
 
 def write_shapes_job(folder: Path) -> Path:
