@@ -99,6 +99,36 @@ class LoraSpec(Spec):
     )
 
 
+class TeacherSpec(Spec):
+    """The rootstock as a teacher while the graft is finetuned; by default as TinyFusion's masked distillation
+    (arXiv 2412.01199)."""
+
+    task: float = Field(0.1, ge=0, description="weight of the ordinary loss")
+    output: float = Field(
+        0.9, ge=0, description="weight of the error to what the rootstock puts out: noise and variance, or velocity"
+    )
+    features: float = Field(
+        0.01, ge=0, description="weight, at the first step, of the error to the rootstock's tokens behind each block"
+    )
+    features_decay: Literal["linear", "none"] = Field("linear", description="of that weight; linear: to 0 at the end")
+    outliers: float | None = Field(
+        2.0,
+        gt=0,
+        description="standard deviations from the mean of a sample's tokens beyond which they count as 0 in that "
+        "error; null: none do",
+    )
+    precision: Precision | None = Field(None, description="of the rootstock's passes; the finetune's unless given")
+    compile: Annotated[bool, Unkeyed()] = Field(
+        False, description="torch.compile for the rootstock's blocks; sums then differ in their last bits"
+    )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Self:
+        if not self.output and not self.features:
+            refuse(["output"], self.output, "above 0, or features above 0: no teacher is the default")
+        return self
+
+
 class FinetuneSpec(TrainingSpec):
     """Stage 2 (arXiv 2506.05340): the grafted model on a small share of the data; by default all of its parameters."""
 
@@ -107,6 +137,9 @@ class FinetuneSpec(TrainingSpec):
         description="all parameters; or the scions of the job's plan alone; or these whole, and all else by LoRA",
     )
     lora: Annotated[LoraSpec | None, KeyedIfSet()] = Field(None, description="for train: lora, other than its defaults")
+    teacher: Annotated[TeacherSpec | None, KeyedIfSet()] = Field(
+        None, description="learn from the rootstock too, as in {}; the published recipe has no teacher"
+    )
     fraction: float = Field(0.1, gt=0, le=1, description="share of the training data, the same of each class")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
     precision: Precision = Field("fp32", description=PRECISION)

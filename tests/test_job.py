@@ -190,13 +190,13 @@ EVERY_EDIT = """
 @pytest.mark.slow
 def test_every_edit_goes_through_one_job_of_a_sit(tmp_path: Path, graft: Graft) -> None:
     """All operators in different blocks, at both targets, and pairs that take some of them in; velocities instead of
-    noise, and another sampler costs its samples alone."""
+    noise, a teacher in stage 2, and another sampler costs its samples alone."""
     document = yaml.safe_load(TINY.read_text())
     document["model"] |= {"kind": "sit", "depth": 6}
     document["weights"] |= {"steps": 4, "workers": 1}
     document["graft"] = yaml.safe_load(EVERY_EDIT)
     document["distill"] |= {"epochs": 2, "milestones": []}
-    document["finetune"] |= {"steps": 4, "control": False}
+    document["finetune"] |= {"steps": 4, "control": False, "teacher": {}}
     document["evaluate"] |= {"samples": 10, "batch": 10, "sampler": {"kind": "ode", "method": "heun", "steps": 4}}
     (tmp_path / "every.yaml").write_text(yaml.safe_dump(document))
     planned = json.loads(graft("plan", "every.yaml", "--json").stdout)["costs"]

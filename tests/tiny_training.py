@@ -19,6 +19,7 @@ from graftwork.stages.training import loop as training
 from graftwork.stages.training.batches import Batch, TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from graftwork.stages.training.loop import train
+from graftwork.stages.training.microbatches import Loss
 from tests import small
 
 TINY = DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=16, heads=2, num_classes=3)
@@ -75,11 +76,12 @@ def run_training(
     seed: int = 0,
     weights: int = 0,
     stopping: Callable[[], bool] = never,
+    teach: Callable[[DiT], Loss] | None = None,
 ) -> None:
-    """Train from the weights of that number, or from the checkpoint."""
+    """Train from the weights of that number, or from the checkpoint. teach: makes the loss of a model."""
+    model = lively(DiT(TINY), weights)
 
     def make_engine(state: Mapping[str, Tensor] | None) -> PlainEngine:
-        model = lively(DiT(TINY), weights)
         return PlainEngine(
             model, betas=recipe.betas, clip=recipe.clip, ema=recipe.ema, precision=recipe.precision, state=state
         )
@@ -93,6 +95,7 @@ def run_training(
         partial=partial,
         report=report or Reports(),
         stopping=stopping,
+        loss_of=None if teach is None else teach(model),
     )
 
 

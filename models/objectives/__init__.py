@@ -42,6 +42,11 @@ class Objective(Protocol):
         """Return the loss of each sample, (B,) float32."""
         ...
 
+    def mimicry(self, x: Tensor, t: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+        """Return how far each output (B,C_out,..) at (x, t) is from that of another network, (B,): its loss, with what
+        the other put out in the place of what is to be predicted."""
+        ...
+
     def x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """Return the clean latents that a network's output at (x, t) points to."""
         ...

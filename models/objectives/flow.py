@@ -41,6 +41,10 @@ class LinearFlow:
         predicted = velocity_in(network(self.noised(x0, t, noise), t, condition).float(), x0)
         return (predicted - (x0 - noise)).square().flatten(1).mean(1)
 
+    def mimicry(self, x: Tensor, t: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+        """Return the squared difference of the velocities a sample, (B,), a mean over their elements."""
+        return (velocity_in(output, x) - velocity_in(wanted, x)).square().flatten(1).mean(1)
+
     def x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """Return the clean samples that a network's output at (x, t) points to: x + (1 - t) v."""
         return x + (1 - over(t, x)) * velocity_in(output, x)

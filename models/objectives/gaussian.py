@@ -83,13 +83,27 @@ class Diffusion:
     def loss(self, network: Network, x0: Tensor, t: Tensor, condition: Condition, noise: Tensor) -> Tensor:
         """The hybrid loss a sample, (B,): noise MSE, plus the variational bound in bits a dimension."""
         x = self.noised(x0, t, noise)
-        output = network(x, t, condition).float()
-        predicted, raw = output.chunk(2, dim=1) if output.shape[1] == 2 * x0.shape[1] else (output, None)
+        predicted, raw = noise_and_variance(network(x, t, condition).float(), x)
         error = (predicted - noise).square().flatten(1).mean(1)
         if raw is None:
             return error
         # The bound sees a detached mean, so that it trains the variance alone.
         return error + self._bound(x0, x, t, predicted.detach(), raw)
+
+    def mimicry(self, x: Tensor, t: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+        """The MSE of the noise a sample, (B,), plus the KL to the other's posterior, in bits a dimension.
+
+        As in the bound of `loss`, the KL sees a detached mean and trains the variance alone.
+        """
+        (noise, raw), (other_noise, other_raw) = noise_and_variance(output, x), noise_and_variance(wanted, x)
+        error = (noise - other_noise).square().flatten(1).mean(1)
+        if raw is None or other_raw is None:
+            return error
+        mean, other_mean = (
+            self.posterior_mean(self.x0_from_noise(x, t, one), x, t) for one in (noise.detach(), other_noise)
+        )
+        kl = gaussian_kl(other_mean, self.log_variance(other_raw, t), mean, self.log_variance(raw, t))
+        return error + kl.flatten(1).mean(1) / math.log(2.0)
 
     def _bound(self, x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, raw: Tensor) -> Tensor:
         """One term of the variational bound, (B,), bits a dimension: a KL for t > 0, a likelihood for t = 0."""
@@ -98,6 +112,14 @@ class Diffusion:
         kl = gaussian_kl(self.posterior_mean(x0, x, t), at(self.min_log_var, t, x), mean, log_var)
         bound = torch.where(over(t, x) == 0, -discretised_log_likelihood(x0, mean, log_var), kl)
         return bound.flatten(1).mean(1) / math.log(2.0)
+
+
+def noise_and_variance(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the noise in a network's output, shaped as x, and what says where the variance lies, if that is there."""
+    if output.shape[1] != 2 * x.shape[1]:
+        return output, None
+    noise, raw = output.chunk(2, dim=1)
+    return noise, raw
 
 
 def respaced(count: int) -> Diffusion:

@@ -132,6 +132,7 @@ class Rootstock(nn.Module, ABC):
     config: RootstockConfig
     blocks: nn.ModuleList
     checkpointing: bool = False  # in training, keep each block's input alone and compute the rest again
+    on_block: Callable[[int, Tensor], None] | None = None  # is told each block's number and what leaves it, (B,N,D)
     texts: Texts | None = None  # by which a model of texts knows them where it is told labels
 
     @property
@@ -157,11 +158,13 @@ class Rootstock(nn.Module, ABC):
 
     def through(self, index: int, stream: Stream) -> Stream:
         """Return the stream behind the block of that number."""
-        block = self.blocks[index]
-        if not self.checkpointing:
-            return Stream(block(stream.tokens, *stream.conditioning), stream.conditioning)
-        # Nothing in a block is random.
-        tokens = checkpoint(block, stream.tokens, *stream.conditioning, use_reentrant=False, preserve_rng_state=False)
+        block, given = self.blocks[index], (stream.tokens, *stream.conditioning)
+        if self.checkpointing:  # nothing in a block is random
+            tokens = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = block(*given)
+        if self.on_block is not None:
+            self.on_block(index, tokens)
         return Stream(tokens, stream.conditioning)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | Tensor) -> Tensor:

@@ -277,6 +277,8 @@ def _memory(job: JobSpec, plan: Plan, gpu_bytes: float | None, own: bool) -> Ite
         return
     params, workers = max(cost.rootstock.params, cost.graft.params), job.finetune.workers
     per_worker = params * (WEIGHTS_BYTES + SPLIT_BYTES / workers)
+    if job.finetune.teacher is not None:
+        per_worker += cost.rootstock.params * WEIGHTS_BYTES
     values = {"worker_bytes": per_worker}
     finding = f"finetune: at least {amount(per_worker)} a worker, activations not counted"
     advice = "raise finetune.workers, or use GPUs or nodes with more memory"

@@ -25,6 +25,8 @@ from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
 from graftwork.specs.sampler import SchedulerSampler
 from graftwork.stages.catalog.distill import streaming_memory
+from graftwork.stages.catalog.finetune import teacher_flops
+from graftwork.stages.catalog.flops import TRAINING, graft_flops
 from graftwork.stages.data.caption_files import ACCEPTED as ACCEPTED_CAPTIONS
 from graftwork.stages.data.caption_files import UnfitCaptions
 from graftwork.stages.data.captions import read_captions
@@ -281,7 +283,7 @@ def notes(job: JobSpec) -> list[str]:
         )
     if job.finetune.control and "random_init" not in job.rows():
         lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
-    return [*lines, *_streaming_memory(job), *_without_tensor_cores(job)]
+    return [*lines, *_streaming_memory(job), *_teacher(job), *_without_tensor_cores(job)]
 
 
 def _streaming_memory(job: JobSpec) -> Iterator[str]:
@@ -291,6 +293,17 @@ def _streaming_memory(job: JobSpec) -> Iterator[str]:
         sites = number_of(len(job.edits()), "site")
         held = f"rootstock {rootstock}, scions in training {scions}, and {sample} a sample that passes at once"
         yield f"distill.passes: a task of all {sites} holds about this: {held}"
+
+
+def _teacher(job: JobSpec) -> Iterator[str]:
+    """Yield a line on what a teacher adds to a finetune."""
+    if job.finetune.teacher is not None:
+        student = TRAINING * graft_flops(job) * job.finetune.batch
+        teacher = teacher_flops(job) / job.finetune.steps
+        yield (
+            f"finetune.teacher: adds {teacher / student:.0%} to the {student / 1e12:.4g} TFLOP of a step, and the "
+            "rootstock's weights to the memory of each worker"
+        )
 
 
 def _without_tensor_cores(job: JobSpec) -> list[str]:

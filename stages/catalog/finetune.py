@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from graftwork.specs.fields import Spec
 from graftwork.specs.training import FinetuneSpec
-from graftwork.stages.catalog.flops import graft_flops, training
+from graftwork.stages.catalog.flops import RootstockFlops, graft_flops, training
 from graftwork.stages.catalog.inputs import few_samples, hybrid, num_training_images, rootstock
-from graftwork.stages.stage import Needs, Stage, StepDraft
+from graftwork.stages.stage import Needs, Stage, StepDraft, Work
 
 if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
@@ -29,6 +29,8 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         if layers.finetune_from == "search":
             needs |= {"searched": f"search/{number}"}
     work = training(recipe, graft_flops(job))
+    if recipe.teacher is not None:
+        work = Work(work.own + teacher_flops(job))
 
     def step(name: str, scions: Literal["distilled", "random"], needs: Needs) -> StepDraft:
         return StepDraft(
@@ -44,6 +46,12 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     yield step("finetune", "distilled", needs)
     if recipe.control:
         yield step("finetune/random_init", "random", rootstock(job) | {"select": "select"})
+
+
+def teacher_flops(job: JobSpec) -> float:
+    """Return those of the passes of a finetune's teacher, one a sample."""
+    recipe = job.finetune
+    return float(RootstockFlops.of(job).whole() * recipe.steps * recipe.batch)
 
 
 STAGE = Stage(

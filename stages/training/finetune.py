@@ -2,6 +2,8 @@
 
 By LoRA it leaves the adapters, too, beside the weights that hold them.
 
+With a teacher the graft learns from its rootstock, too (stages.training.teacher).
+
 The same recipe starts from distilled scions or, as the control, from freshly initialised ones; both see the same
 batches, noise and timesteps.
 """
@@ -21,13 +23,14 @@ from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import scion_at
 from graftwork.specs.edits import Edit
 from graftwork.specs.training import FinetuneSpec, LoraSpec
-from graftwork.stages.artifacts.hybrids import with_distilled_scions, with_fresh_scions
+from graftwork.stages.artifacts.hybrids import load_model, with_distilled_scions, with_fresh_scions
 from graftwork.stages.artifacts.latents import read
 from graftwork.stages.artifacts.plan import read_plan
 from graftwork.stages.catalog.finetune import FinetuneParams
 from graftwork.stages.contract import Context
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.loop import final_weights, set_up_blocks, train
+from graftwork.stages.training.teacher import TeacherLoss
 
 
 def run(context: Context) -> None:
@@ -56,10 +59,16 @@ def finetune(context: Context, device: torch.device) -> None:
     model, _ = _start(context)
     set_up_blocks(model, recipe)
     latents = read(context.input("features"), "training").share(recipe.fraction)
+    loss_of = None
+    if recipe.teacher is not None:
+        rootstock, _ = load_model(context.inputs, "base")
+        objective = model.config.objective
+        loss_of = TeacherLoss(objective, recipe.teacher, rootstock, model, recipe.precision, device)
     train(
         lambda state: ShardedEngine(model.to(device), recipe, state),
         TrainingSet.of(latents, model.config, device, model.texts),
         recipe,
+        loss_of=loss_of,
         seed=params.seed,
         stream="finetune",
         partial=context.partial,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial as partial_function
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.models.numerics.precision import products
-from graftwork.models.objectives import Objective
 from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.training import TrainingSpec
 from graftwork.stages.contract import Partial, Report, Stopped, never
@@ -30,7 +30,7 @@ from graftwork.stages.training.agreement import Agreement
 from graftwork.stages.training.batches import Batch, DrawnAhead, TrainingSet, draw_batch
 from graftwork.stages.training.checkpoint_writer import CheckpointWriter
 from graftwork.stages.training.engine import Engine, is_first_worker, sum_over_workers
-from graftwork.stages.training.microbatches import Part, parts
+from graftwork.stages.training.microbatches import Loss, Part, loss_of_objective, parts
 
 CHECKPOINT = "training.safetensors"
 POINTS = 200  # of the loss curve
@@ -60,6 +60,7 @@ def train(
     partial: Partial,
     report: Report,
     stopping: Callable[[], bool] = never,
+    loss_of: Loss | None = None,
 ) -> None:
     """Train to the last step, from the last checkpoint if there is one; leaves the final state in `partial`.
 
@@ -67,16 +68,18 @@ def train(
 
     make_engine: builds the engine, from a checkpoint's state or (None) from the start.
     stream: names the random draws; two trainings with one name see the same batches, noise and timesteps.
+    loss_of: what is learned; by default the objective's loss.
     """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     progress, state = _last_checkpoint(partial)
     engine = make_engine(state)
     del state
-    objective = data.objective.on(data.device)
+    loss_of = loss_of or loss_of_objective(data)
     every = max(1, recipe.steps // POINTS)
     loss_sum = torch.tensor(progress.loss_sum(rank, workers), device=data.device)
     report(progress.step, recipe.steps)
-    passes = _passes(engine, data, recipe, workers, lambda figures: report(progress.step, recipe.steps, figures))
+    tell = partial_function(report, progress.step, recipe.steps)
+    passes = _passes(engine, data, recipe, workers, loss_of, tell)
 
     def draw(step: int) -> Batch:
         batch = draw_batch(data, recipe, seed, stream, step, rank, workers)
@@ -106,7 +109,8 @@ def train(
                 raise Stopped(f"before step {step + 1}")
 
             share = batch.to(data.device)
-            loss = _step(engine, objective, share, passes, recipe.batch / workers, learning_rate(recipe, step))
+            along, lr = step / recipe.steps, learning_rate(recipe, step)
+            loss = _step(engine, loss_of, share, passes, recipe.batch / workers, along, lr)
             if loss is not None:
                 loss_sum += loss
                 progress.losses += 1
@@ -119,7 +123,6 @@ def train(
                 loss_sum.zero_()
                 progress.losses = 0
                 if rank == 0:
-                    lr = learning_rate(recipe, step)
                     report(done, recipe.steps, {"loss": mean, "lr": lr, "data_wait": batches.share_waited()})
             if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
                 save(done)
@@ -129,40 +132,47 @@ def train(
         dist.barrier()
 
 
-def _step(engine: Engine, objective: Objective, share: Batch, passes: int, usual: float, lr: float) -> Tensor | None:
+def _step(
+    engine: Engine, loss_of: Loss, share: Batch, passes: int, usual: float, along: float, lr: float
+) -> Tensor | None:
     """Make a step of a worker's share of a batch; return the share's loss, or None if the step was skipped.
 
+    along: share of the training that is done.
     usual: samples of a batch by workers. A part counts by its samples over that; the mean over the workers, which
     gradients and losses come to, is then the batch's.
     """
 
-    def loss_of(part: Part) -> Tensor:
-        x, t, condition, noise = part.batch
-        loss = objective.loss(engine, x, t, condition, noise).mean()
+    def part_loss(part: Part) -> Tensor:
+        loss = loss_of(engine, part.batch, along).mean()
         scale = part.samples / usual  # exactly 1 for an even share
         return loss if scale == 1 else loss * scale
 
     *others, last = parts(share, passes)
     losses = []
     for part in others:
-        loss = loss_of(part)
+        loss = part_loss(part)
         engine.accumulate(loss)
         losses.append(loss.detach())
-    loss = loss_of(last)
+    loss = part_loss(last)
     if engine.step(loss, lr) is False:
         return None
     return sum(losses, loss.detach())
 
 
 def _passes(
-    engine: Engine, data: TrainingSet, recipe: TrainingSpec, workers: int, tell: Callable[[Mapping[str, float]], None]
+    engine: Engine,
+    data: TrainingSet,
+    recipe: TrainingSpec,
+    workers: int,
+    loss_of: Loss,
+    tell: Callable[[Mapping[str, float]], None],
 ) -> int:
     """Return how many passes each worker makes a step; what was found by trial is told once."""
     share = -(-recipe.batch // workers)  # the largest
     samples = recipe.micro_batch or share
     if recipe.micro_batch is None and data.device.type in microbatches.TRIED_ON:
         with products(recipe.precision):
-            samples = microbatches.try_out(engine, data, share)
+            samples = microbatches.try_out(engine, data, share, loss_of)
         if is_first_worker():
             tell({"micro_batch": samples})
     return -(-share // samples)

@@ -17,7 +17,7 @@ from torch import Tensor
 from graftwork.cluster import memory
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import generator
-from graftwork.models.objectives import Objective
+from graftwork.models.objectives import Network
 from graftwork.stages.training.batches import Batch, TrainingSet
 
 # Devices on which the size is tried out when it is left out. On a CPU it is the whole share: how sums are cut up
@@ -34,6 +34,24 @@ class Trainable(Protocol):
     def stand_in(self) -> Self:
         """Return an engine for passes alone, without exchange: a network as large, that shares no state with this."""
         ...
+
+
+class Loss(Protocol):
+    """What a training makes small."""
+
+    def __call__(self, network: Network, batch: Batch, along: float, /) -> Tensor:
+        """Return the loss of each sample, (B,). along: the share of the training that is done, 0 .. 1."""
+        ...
+
+
+def loss_of_objective(data: TrainingSet) -> Loss:
+    """Return the loss of what the model of this data predicts, whatever is done."""
+    objective = data.objective.on(data.device)
+
+    def loss(network: Network, batch: Batch, along: float) -> Tensor:
+        return objective.loss(network, batch.x, batch.t, batch.condition, batch.noise)
+
+    return loss
 
 
 class TooLarge(Exception):
@@ -65,13 +83,12 @@ def largest_that_fits(fits: Callable[[int], bool], share: int) -> int:
     return next((samples for samples in (share, *reversed(powers)) if fits(samples)), 0)
 
 
-def try_out(engine: Trainable, data: TrainingSet, share: int) -> int:
+def try_out(engine: Trainable, data: TrainingSet, share: int, loss_of: Loss) -> int:
     """Return how many samples all workers can pass at once; raises TooLarge. Every worker must call it.
 
     Nothing is exchanged while sizes are tried, so that a worker which has less room lets no other wait in vain.
     """
-    objective = data.objective.on(data.device)
-    largest = torch.tensor(largest_that_fits(lambda size: _fits(engine, objective, data, size), share))
+    largest = torch.tensor(largest_that_fits(lambda size: _fits(engine, loss_of, data, size), share))
     if dist.is_initialized() and dist.get_world_size() > 1:
         largest = largest.to(data.device)
         dist.all_reduce(largest, dist.ReduceOp.MIN)
@@ -80,10 +97,10 @@ def try_out(engine: Trainable, data: TrainingSet, share: int) -> int:
     return int(largest.item())
 
 
-def _fits(engine: Trainable, objective: Objective, data: TrainingSet, samples: int) -> bool:
+def _fits(engine: Trainable, loss_of: Loss, data: TrainingSet, samples: int) -> bool:
     fits = True
     try:
-        _rehearse(engine.stand_in(), objective, data, samples)
+        _rehearse(engine.stand_in(), loss_of, data, samples)
     except Exception as error:
         if not memory.is_short(error):
             raise
@@ -95,13 +112,13 @@ def _fits(engine: Trainable, objective: Objective, data: TrainingSet, samples: i
     return fits
 
 
-def _rehearse(engine: Trainable, objective: Objective, data: TrainingSet, samples: int) -> None:
+def _rehearse(engine: Trainable, loss_of: Loss, data: TrainingSet, samples: int) -> None:
     """Make the passes of a training step, on latents that are zeros."""
     x = torch.zeros(samples, *data.latents.shape[1:], device=data.device)
-    t = objective.draw_t(samples, generator(0, "example")).to(data.device)
-    condition = data.conditioner.example(samples, data.device)
+    t = data.objective.draw_t(samples, generator(0, "example")).to(data.device)
+    batch = Batch(x, t, data.conditioner.example(samples, data.device), x)
     for _ in range(TRIAL_PASSES):
-        objective.loss(engine, x, t, condition, x).mean().backward()
+        loss_of(engine, batch, 0.0).mean().backward()
     if data.device.type == "cuda":
         torch.cuda.synchronize()
 
