@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import initialising
-from graftwork.models.operators import build_operator
+from graftwork.models.operators import REGISTRY, build_operator
 from graftwork.models.rootstocks import Rootstock, Stream
 from graftwork.models.rootstocks.parallel import Absorbed, ParallelBlock
 from graftwork.specs.edits import Edit, Parallel, Site
@@ -43,6 +43,26 @@ def new_scion(model: Rootstock, edit: Edit, seed: int) -> nn.Module:
         return ParallelBlock(model.blocks[site.block], model.blocks[site.block + 1], config.width)
     with initialising(seed, "scion", str(site)):
         return build_operator(edit.operator, config.place)
+
+
+@torch.no_grad()
+def inherit(scion: nn.Module, edit: Edit, original: nn.Module) -> tuple[str, ...]:
+    """Copy into a scion what it can begin with of the operator that it replaces; return the names of its tensors.
+
+    A layer is taken whole, if each tensor of it has a counterpart of its shape. A parallel block has the weights of its
+    blocks in any case.
+    """
+    if isinstance(edit.operator, Parallel):
+        return ()
+    theirs, names = original.state_dict(), []
+    for layer, source in REGISTRY[type(edit.operator)].inherits.items():
+        own = {name: value for name, value in scion.state_dict().items() if name.startswith(f"{layer}.")}
+        found = {name: theirs.get(source + name.removeprefix(layer)) for name in own}
+        if all(value is not None and value.shape == own[name].shape for name, value in found.items()):
+            for name, value in own.items():
+                value.copy_(found[name])
+            names += own
+    return tuple(names)
 
 
 def graft(model: R, edits: Iterable[Edit], seed: int) -> R:

@@ -215,6 +215,11 @@ class DistillSpec(SharedBatch):
         description="with passes: samples that pass the rootstock at once, at most; gradients are summed, and sums "
         "differ in their last bits. Left out: on a GPU by its memory; on a CPU a worker's whole part of the batch",
     )
+    start: Annotated[Literal["fresh", "inherited"], KeyedIfSet("fresh")] = Field(
+        "fresh",
+        description="what a scion begins with: weights that are drawn, or those of the operator that it replaces where "
+        "shapes allow (arXiv 2412.16112)",
+    )
     lr: float = Field(5e-4, gt=0, description="AdamW, no weight decay")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (50, 100, 150),

@@ -134,6 +134,9 @@ class Halves:
     def loss(self, network: Network, x0: Tensor, t: Tensor, condition: Condition, noise: Tensor) -> Tensor:
         return (network(self.noised(x0, t, noise), t, condition) - x0).square().flatten(1).mean(1)
 
+    def mimicry(self, x: Tensor, t: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
+        return (output - wanted).square().flatten(1).mean(1)
+
     def x0(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         return output
 

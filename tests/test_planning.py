@@ -600,7 +600,10 @@ def test_a_pair_waits_for_the_scions_of_its_blocks() -> None:
 # -- the published grafts
 
 IMAGENET = EXAMPLE.parent / "imagenet"
-PUBLISHED = {path.stem: path for path in sorted(IMAGENET.glob("*.yaml")) if path.stem != "dit-xl-2"}
+TAUGHT = {path.stem: path for path in sorted(IMAGENET.glob("*-taught.yaml"))}
+PUBLISHED = {
+    path.stem: path for path in sorted(IMAGENET.glob("*.yaml")) if path.stem != "dit-xl-2" and path.stem not in TAUGHT
+}
 
 
 def test_every_published_graft_has_its_spec() -> None:
@@ -627,6 +630,13 @@ def test_a_published_graft_can_be_planned_and_edits_its_share_of_the_blocks(name
         assert operator.startswith(edit.operator.kind)
     found = costs(made.job, 1000)
     assert found.rootstock.params == 675_129_632 - 256 * 1152  # the published count has the position embedding in it
+
+
+def test_a_published_graft_with_a_teacher_differs_by_its_finetune_alone() -> None:
+    assert len(TAUGHT) == 3
+    for name, path in TAUGHT.items():
+        taught, row = (make_plan(load(one)) for one in (path, PUBLISHED[name.removesuffix("-taught")]))
+        assert changed(row, taught) == {"finetune", "evaluate/stage2", "evaluate"}
 
 
 def test_a_published_graft_is_planned_without_the_heavy_libraries(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,21 +29,28 @@ class Entry:
 
     build: Builder
     settings: Settings
+    inherits: Mapping[str, str] = field(default_factory=dict)  # its layers -> those of a DiT's operators
 
 
 REGISTRY: dict[type[OperatorSpec], Entry] = {}
 
 
-def register(spec: type[OperatorSpec], settings: Settings = lambda shapes, place: {}) -> Callable[[B], B]:
+def register(
+    spec: type[OperatorSpec],
+    settings: Settings = lambda shapes, place: {},
+    inherits: Mapping[str, str] | None = None,
+) -> Callable[[B], B]:
     """Decorate a module that is made as `module(spec, place)`, or a function that makes one.
 
     settings: the fields of the spec that a checkpoint's shapes tell, for a file that names no operators; by default
     none, so that only operators with default settings are recognised. Given the tensors of another operator it may
     raise what comes of that: LookupError, ArithmeticError, ValueError.
+    inherits: which of its layers can begin with the weights of which layer of the rootstock's operator, `qkv` and
+    `proj` of attention, `fc1` and `fc2` of an MLP.
     """
 
     def keep(builder: B) -> B:
-        REGISTRY[spec] = Entry(builder, settings)
+        REGISTRY[spec] = Entry(builder, settings, inherits or {})
         return builder
 
     return keep

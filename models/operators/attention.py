@@ -25,7 +25,7 @@ MAX_REASON = 200  # characters
 FLEX_FAILURES: list[str] = []  # why FlexAttention could not be compiled in this process, if it was tried
 
 
-@register(Mha)
+@register(Mha, inherits={"qkv": "qkv", "proj": "proj"})
 class Attention(nn.Module):
     """Attention over all tokens; DiT's own names, `qkv` and `proj`."""
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2))
 
 
-@register(Swa)
+@register(Swa, inherits={"Wqkv": "qkv", "out_proj": "proj"})
 class SlidingWindowAttention(nn.Module):
     """Each token attends to the `window` tokens on each side of it and to itself; flash-attn's names.
 

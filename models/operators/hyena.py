@@ -19,9 +19,12 @@ def _settings(shapes: Shapes, place: Place) -> dict[str, Any]:
     return {"kernel": taps[-1]}
 
 
-@register(HyenaSE, _settings)
-@register(HyenaX, _settings)
-@register(HyenaY, _settings)
+INHERITS = {"in_proj": "qkv", "out_proj": "proj"}
+
+
+@register(HyenaSE, _settings, INHERITS)
+@register(HyenaX, _settings, INHERITS)
+@register(HyenaY, _settings, INHERITS)
 class Hyena(nn.Module):
     """y = out_proj(q * inner(k * v)), with q, k, v from `in_proj` and, if `short`, a causal convolution.
 

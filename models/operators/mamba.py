@@ -34,7 +34,7 @@ def _settings(shapes: Shapes, place: Place) -> dict[str, Any]:
     }
 
 
-@register(Mamba2, _settings)
+@register(Mamba2, _settings, inherits={"out_proj": "proj"})
 class StateSpace(nn.Module):
     """y = out_proj(norm(scan(x, dt, b, c) + D x, z)), where z, x, b, c, dt come of `in_proj`, in that order of rows,
     and x, b, c go through a causal convolution and SiLU."""

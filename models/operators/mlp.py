@@ -17,7 +17,7 @@ def _ratio(shapes: Shapes, place: Place) -> dict[str, Any]:
     return {"ratio": shapes["fc1.weight"][0] / place.width}
 
 
-@register(Mlp, _ratio)
+@register(Mlp, _ratio, inherits={"fc1": "fc1", "fc2": "fc2"})
 class FeedForward(nn.Module):
     """fc2(gelu(fc1(x))), with the tanh approximation of GELU; DiT's own names."""
 
@@ -35,7 +35,7 @@ def _ratio_and_kernel(shapes: Shapes, place: Place) -> dict[str, Any]:
     return {"ratio": shapes["out_proj.weight"][1] // place.width, "kernel": shapes["short_filter.weight"][-1]}
 
 
-@register(MlpHyenaX, _ratio_and_kernel)
+@register(MlpHyenaX, _ratio_and_kernel, inherits={"out_proj": "fc2"})
 class ChannelHyena(nn.Module):
     """y = out_proj(q * (k * v)), with q, k, v of width rD each from `in_proj` and a causal convolution.
 

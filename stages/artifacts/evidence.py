@@ -92,10 +92,11 @@ class Distilled(BaseModel):
     heldout_error: float  # of that loss
     relative_error: float  # squared error over the outputs' variance
     best_epoch: int
+    inherited: tuple[str, ...] | None = None  # its tensors that began with the rootstock's; None unless asked for
 
 
 def write_distilled(folder: Path, distilled: Distilled) -> None:
-    (folder / "distill.json").write_text(distilled.model_dump_json(indent=1))
+    (folder / "distill.json").write_text(distilled.model_dump_json(indent=1, exclude_none=True))
 
 
 def read_distilled(folder: Path) -> Distilled:
