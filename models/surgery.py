@@ -54,7 +54,7 @@ def inherit(scion: nn.Module, edit: Edit, original: nn.Module) -> tuple[str, ...
     """
     if isinstance(edit.operator, Parallel):
         return ()
-    theirs, names = original.state_dict(), []
+    theirs, names = original.state_dict(), list[str]()
     for layer, source in REGISTRY[type(edit.operator)].inherits.items():
         own = {name: value for name, value in scion.state_dict().items() if name.startswith(f"{layer}.")}
         found = {name: theirs.get(source + name.removeprefix(layer)) for name in own}

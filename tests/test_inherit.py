@@ -64,7 +64,7 @@ def test_a_window_over_all_tokens_begins_as_the_attention_that_it_replaces() -> 
 
 @pytest.mark.parametrize("budget", [{"epochs": 1}, {"passes": 1}], ids=str)
 def test_a_step_begins_with_what_it_inherits_and_tells(
-    store: Store, data: TrainingSet, tmp_path: Path, budget: dict[str, int]
+    store: Store, data: TrainingSet, tmp_path: Path, budget: dict[str, Any]
 ) -> None:
     inputs: dict[str, Folder] = write_inputs(tmp_path, lively(DiT(TINY)), data)
     errors = {}
