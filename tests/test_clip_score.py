@@ -158,7 +158,7 @@ def test_a_job_names_its_clip(job: Path) -> None:
 
 def test_samples_of_classes_have_no_score(clip: Path) -> None:
     line = refusal(TINY, f"evaluate.clip={{kind: clip, path: {clip}}}")
-    assert line.startswith("evaluate.metrics: got ['clip_score']; accepted: classifier or fid; a dit is told classes")
+    assert line.startswith("evaluate.metrics: got ['clip_score']; accepted: classifier, fid or likeness; a dit is told")
 
 
 def test_what_is_no_clip_is_refused_before_anything_runs(clip: Path, job: Path, tmp_path: Path) -> None:
