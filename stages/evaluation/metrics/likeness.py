@@ -26,7 +26,7 @@ from graftwork.stages.evaluation.dino import Dino
 from graftwork.stages.evaluation.metrics import SCORES, Judge, Seen, Summary, register
 
 MAX_LEVEL = 255
-NETWORKS = {"dino": Dino, "clip": Clip}
+NETWORKS: dict[str, type[Dino | Clip]] = {"dino": Dino, "clip": Clip}
 
 
 @register(LikenessMetric)
