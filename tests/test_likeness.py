@@ -28,6 +28,20 @@ from tests.conftest import TINY
 CPU = torch.device("cpu")
 SIDE = 16
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, as published with every DINO
+# In the form published with facebook/dinov2-base, dinov3-vitb16-pretrain-lvd1689m and dino-vitb16, but for the sides.
+_CUT = {"height": SIDE, "width": SIDE}
+_DINOV2 = {
+    "image_processor_type": "BitImageProcessor",
+    "resample": 3,
+    "size": {"shortest_edge": SIDE},
+    "crop_size": _CUT,
+}
+PROCESSORS = {
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": {"image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2, "size": _CUT},
+    "vit": {"feature_extractor_type": "ViTFeatureExtractor", "resample": 2, "size": SIDE},
+}
 DRAWS = np.random.default_rng(0)
 IMAGES = DRAWS.integers(30, 226, (12, 3, SIDE, SIDE), dtype=np.uint8)
 CEILING = 20 * np.log10(255) + 10 * np.log10(3 * SIDE * SIDE)
@@ -50,8 +64,7 @@ def write_dino(folder: Path, kind: str = "dinov2", seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = ViTModel(config, add_pooling_layer=False) if kind == "vit" else AutoModel.from_config(config)
     model.save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": MEAN, "image_std": DEVIATION, "size": size}
+    processor = PROCESSORS[kind] | {"image_mean": MEAN, "image_std": DEVIATION}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 

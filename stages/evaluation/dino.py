@@ -32,7 +32,7 @@ class Dino:
             self.model = load_model(ViTModel, path, device, add_pooling_layer=False)
         else:
             self.model = load_model(AutoModel, path, device, trust_remote_code=False)
-        # Pillow makes images smaller, which has a torchvision of any version come to the same.
+        # Pillow makes images smaller, as for CLIP; for DINOv3, whose processor does not know it, torchvision does.
         self.processor = read_pretrained(
             lambda: AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False), path
         )
