@@ -13,7 +13,7 @@ from graftwork.specs.fields import Spec, Unkeyed, WeightsPath
 class ClipSpec(Spec):
     """A CLIP with its tokenizer and image processor, read by transformers."""
 
-    model_types: ClassVar[Mapping[str, str]] = {"path": "clip"}  # in its config.json
+    model_types: ClassVar[Mapping[str, tuple[str, ...]]] = {"path": ("clip",)}  # in its config.json
     kind: Literal["clip"] = "clip"
     # Its content is in the key.
     path: Annotated[WeightsPath, Unkeyed()] = Field(

@@ -13,7 +13,8 @@ from graftwork.specs.fields import Spec, Unkeyed, WeightsPath
 class Mask2FormerSpec(Spec):
     """Mask2Former on COCO, and CLIP for colours: the published detector's architecture, read by transformers."""
 
-    model_types: ClassVar[Mapping[str, str]] = {"path": "mask2former", "colours": "clip"}  # in their config.json
+    # In their config.json.
+    model_types: ClassVar[Mapping[str, tuple[str, ...]]] = {"path": ("mask2former",), "colours": ("clip",)}
     kind: Literal["mask2former"] = "mask2former"
     # The content of both is in the key.
     path: Annotated[WeightsPath, Unkeyed()] = Field(
@@ -31,7 +32,7 @@ class Mask2FormerSpec(Spec):
 class ShapesSpec(Spec):
     """Rules that find squares, crosses, triangles and rings in four colours, of scenes as our testbed's."""
 
-    model_types: ClassVar[Mapping[str, str]] = {}
+    model_types: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     side: ClassVar[int] = 16  # pixels of a scene
     kind: Literal["shapes"] = "shapes"
 

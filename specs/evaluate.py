@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from graftwork.specs.clip import ClipSpec
 from graftwork.specs.detector import Detector
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed, refuse
+from graftwork.specs.likeness import LikenessSpec
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.sampler import AncestralSampler, Sampler
 from graftwork.specs.training import Precision
@@ -22,7 +23,7 @@ class EvaluateSpec(Spec):
     `classifier`: Frechet distance on the features of a small classifier that the job trains on its own data, and the
     share of samples that it reads as their label. `fid`: the Frechet Inception distance, through pytorch-fid.
     `geneval`: the share of samples that show what their prompts say, by GenEval's rules. `clip_score`: how near samples
-    are to their texts, as a CLIP sees both.
+    are to their texts, as a CLIP sees both. `likeness`: how near samples are to the rootstock's of the same noise.
     """
 
     samples: int = Field(50_000, ge=2)
@@ -45,6 +46,9 @@ class EvaluateSpec(Spec):
         None, description="for geneval: what finds the objects in samples"
     )
     clip: Annotated[ClipSpec | None, KeyedIfSet()] = Field(None, description="for clip_score: the CLIP")
+    likeness: Annotated[LikenessSpec | None, KeyedIfSet()] = Field(
+        None, description="for likeness: on how many samples, and by which networks; by default on 1,000, by PSNR alone"
+    )
     sampler: Sampler = Field(AncestralSampler(), description="without it, that of the model's kind")
     precision: Precision = Field("fp32", description="of the model's passes. On a CPU tf32 is fp32")
     keep_samples: bool = Field(False, description="leave every sample in samples.npy; else the first 40, as a picture")

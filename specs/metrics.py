@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.fields import refuse
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 GENEVAL_REPOSITORY = "github.com/djghosh13/geneval"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes the weights
+
+
+class Networks(Protocol):
+    """A section that names networks, which transformers reads."""
+
+    model_types: ClassVar[Mapping[str, tuple[str, ...]]]  # what their config.json may say, by its fields
+
+    def weights(self) -> Mapping[str, str]: ...
 
 
 class MetricSpec:
@@ -45,9 +53,15 @@ class MetricSpec:
         """Raise from the job's validator if the metric cannot look at what the job makes."""
 
     @classmethod
+    def networks(cls, evaluate: EvaluateSpec) -> Mapping[str, Networks]:
+        """Return the sections below `evaluate` that name networks for the metric, by their fields."""
+        return {}
+
+    @classmethod
     def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
         """Return the files with networks that the metric looks with, by the field of `evaluate` that names each."""
-        return {}
+        sections = cls.networks(evaluate).items()
+        return {f"{name}.{field}": Path(path) for name, one in sections for field, path in one.weights().items()}
 
     @classmethod
     def absent(cls, evaluate: EvaluateSpec) -> list[str]:
@@ -66,9 +80,13 @@ class ClassifierMetric(MetricSpec):
     @classmethod
     def check_job(cls, job: JobSpec) -> None:
         if not isinstance(job.codec, PixelCodec):
-            refuse(["evaluate", "metrics"], list(job.evaluate.metrics), "[fid]; the classifier reads pixels only")
+            refuse(
+                ["evaluate", "metrics"], list(job.evaluate.metrics), "[fid, likeness]; the classifier reads pixels only"
+            )
         if job.model.told == "texts":
-            accepted = f"[geneval, clip_score, fid]; the classifier learns classes, a {job.model.kind} is told texts"
+            accepted = (
+                f"[geneval, clip_score, fid, likeness]; the classifier learns classes, a {job.model.kind} is told texts"
+            )
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 
@@ -116,9 +134,8 @@ class GenevalMetric(MetricSpec):
         _require_texts(job)
 
     @classmethod
-    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
-        files = evaluate.detector.weights() if evaluate.detector is not None else {}
-        return {f"detector.{field}": Path(path) for field, path in files.items()}
+    def networks(cls, evaluate: EvaluateSpec) -> Mapping[str, Networks]:
+        return {"detector": evaluate.detector} if evaluate.detector is not None else {}
 
 
 class ClipScoreMetric(MetricSpec):
@@ -138,20 +155,38 @@ class ClipScoreMetric(MetricSpec):
         _require_texts(job)
 
     @classmethod
-    def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
-        files = evaluate.clip.weights() if evaluate.clip is not None else {}
-        return {f"clip.{field}": Path(path) for field, path in files.items()}
+    def networks(cls, evaluate: EvaluateSpec) -> Mapping[str, Networks]:
+        return {"clip": evaluate.clip} if evaluate.clip is not None else {}
+
+
+class LikenessMetric(MetricSpec):
+    """How near samples are to the rootstock's of the same noise and the same class or text."""
+
+    name = "likeness"
+    figures = ("likeness:psnr",)
+    reference = "none"
+
+    @classmethod
+    def check_job(cls, job: JobSpec) -> None:
+        if "rootstock" not in job.rows():
+            accepted = "with metrics [likeness], rootstock among them, which the others are held against"
+            refuse(["evaluate", "rows"], list(job.rows()), accepted)
+
+    @classmethod
+    def networks(cls, evaluate: EvaluateSpec) -> Mapping[str, Networks]:
+        named = evaluate.likeness.networks() if evaluate.likeness is not None else {}
+        return {f"likeness.{field}": network for field, network in named.items()}
 
 
 def _require_texts(job: JobSpec) -> None:
     """Raise from the job's validator if its samples are not of texts."""
     if job.model.told == "classes":
-        accepted = f"classifier or fid; a {job.model.kind} is told classes, no prompts"
+        accepted = f"classifier, fid or likeness; a {job.model.kind} is told classes, no prompts"
         refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 
 METRICS: dict[str, type[MetricSpec]] = {
-    metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric, ClipScoreMetric)
+    metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric, ClipScoreMetric, LikenessMetric)
 }
 _FIGURES = [figure for metric in METRICS.values() for figure in metric.figures]
 assert len({*_FIGURES}) == len(_FIGURES), f"two metrics have a figure of one name: {_FIGURES}"

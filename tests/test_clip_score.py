@@ -18,6 +18,7 @@ from graftwork.pipeline.planning import preflight
 from graftwork.pipeline.planning.plan import make_plan
 from graftwork.specs.clip import ClipSpec
 from graftwork.specs.codec import PixelCodec
+from graftwork.specs.likeness import LikenessSpec
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
@@ -158,7 +159,7 @@ def test_a_job_names_its_clip(job: Path) -> None:
 
 def test_samples_of_classes_have_no_score(clip: Path) -> None:
     line = refusal(TINY, f"evaluate.clip={{kind: clip, path: {clip}}}")
-    assert line.startswith("evaluate.metrics: got ['clip_score']; accepted: classifier or fid; a dit is told classes")
+    assert line.startswith("evaluate.metrics: got ['clip_score']; accepted: classifier, fid or likeness; a dit is told")
 
 
 def test_what_is_no_clip_is_refused_before_anything_runs(clip: Path, job: Path, tmp_path: Path) -> None:
@@ -192,13 +193,14 @@ def test_the_clips_content_is_in_the_keys_of_what_it_judges_and_its_place_is_not
     assert {name for name in scored if scored[name] != without[name]} == judged
 
 
-def test_a_process_loads_each_clip_that_a_row_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of two jobs that one process draws may differ in it alone."""
+def test_a_process_loads_all_that_a_row_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two jobs that one process draws may differ in that alone."""
     for name in ("row_model", "network_of", "load_codec"):
         monkeypatch.setattr(samples, name, MagicMock())
     monkeypatch.setattr(samples, "Judges", loads := MagicMock())
     monkeypatch.setattr(samples, "_LOADED", {})
-    for path in ("/first", "/second", "/first"):
+    first, second = LikenessSpec(samples=2), LikenessSpec(samples=3)
+    for path, likeness in (("/first", first), ("/second", first), ("/second", second), ("/first", first)):
         params = SampleParams(
             seed=0,
             row="stage2",
@@ -207,7 +209,8 @@ def test_a_process_loads_each_clip_that_a_row_is_judged_by(monkeypatch: pytest.M
             batch=2,
             metrics=("clip_score",),
             clip=ClipSpec(path=path),
+            likeness=likeness,
             sampler=DdimSampler(steps=2),
         )
         samples._loaded(SimpleNamespace(params=params, inputs={}, resources=StepResources()), CPU)  # type: ignore[arg-type]
-    assert loads.call_count == 2
+    assert loads.call_count == 3

@@ -27,6 +27,7 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.codec import PixelCodec
 from graftwork.specs.evaluate import EvaluateSpec
+from graftwork.specs.likeness import LikenessSpec
 from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import DdimSampler
 from graftwork.specs.training import Precision
@@ -38,6 +39,7 @@ from graftwork.stages.contract import Context, Stopped
 from graftwork.stages.evaluation import evaluate, reference
 from graftwork.stages.evaluation import samples as rows
 from graftwork.stages.evaluation.metrics.fid import FidJudge
+from graftwork.stages.evaluation.metrics.likeness import LikenessJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
 from tests.small import lively, noting
@@ -118,6 +120,12 @@ def keeping(context: Context) -> Context:
     return replace(context, params=context.params.model_copy(update={"keep_samples": True}))
 
 
+def compared(context: Context) -> Context:
+    """A row whose first samples, of whole batches and a part of one, are held against the rootstock's."""
+    update = {"metrics": ("classifier", "likeness"), "likeness": LikenessSpec(samples=2 * BATCH + 3)}
+    return replace(context, params=context.params.model_copy(update=update))
+
+
 def stopped_at(context: Context, batch: int) -> None:
     """Have the step stop, with what it has saved, after so many batches."""
     asked = iter([False] * (batch - 1) + [True] * 2)
@@ -174,12 +182,30 @@ def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     assert came_back == [8, 8, 8, 8, 8, 0, 0]
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["sums", "samples too"])
+def test_a_row_keeps_the_samples_that_are_held_against_the_rootstocks_once(context: Context, tmp_path: Path) -> None:
+    rows.sample_row(compared(context))
+    assert set(files(context.out)) == {"classifier.npz", "scores.json", "grid.png"} | {
+        f"likeness.{name}.npy" for name in ("images", "classes")
+    }
+    both = replace(keeping(compared(context)), out=folder(tmp_path / "both"), partial=Store(str(tmp_path)).partial(KEY))
+    rows.sample_row(both)
+    assert set(files(both.out)) - set(files(context.out)) == {"samples.npy", "labels.npy"}
+    assert set(files(context.out)) - set(files(both.out)) == {"likeness.images.npy"}
+    images, every = np.load(context.out / "likeness.images.npy"), np.load(both.out / "samples.npy")
+    assert len(images) == 2 * BATCH + 3 and np.array_equal(images, every[: len(images)])
+    ceiling = 20 * np.log10(255) + 10 * np.log10(SIDE * SIDE)
+    figures = LikenessJudge.beside(both.out, context.out)
+    assert list(figures) == ["likeness:psnr", "likeness_low:psnr", "likeness_high:psnr"]
+    assert list(figures.values()) == pytest.approx([ceiling] * 3)
+
+
+@pytest.mark.parametrize("keep", ["sums", "the first samples", "all samples", "both"])
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_a_row_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
-    context: Context, tmp_path: Path, batch: int, keep: bool
+    context: Context, tmp_path: Path, batch: int, keep: str
 ) -> None:
-    context = keeping(context) if keep else context
+    context = keeping(context) if keep in ("all samples", "both") else context
+    context = compared(context) if keep in ("the first samples", "both") else context
     rows.sample_row(context)
     again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
     stopped_at(again, batch)

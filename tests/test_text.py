@@ -369,7 +369,11 @@ DIGITS = {"kind": "digits"}
         ({"finetune": {"label_dropout": 0.1}}, "finetune.label_dropout", "accepted: caption_dropout"),
         ({"finetune": {"caption_dropout": 0}}, "finetune.caption_dropout", "trains the empty text"),
         ({"weights": {"kind": "checkpoint", "path": "a.pth", "classes": "fresh"}}, "weights.classes", "no classes"),
-        ({"evaluate": {"metrics": ["classifier"]}}, "evaluate.metrics", "[geneval, clip_score, fid]; the classifier"),
+        (
+            {"evaluate": {"metrics": ["classifier"]}},
+            "evaluate.metrics",
+            "fid, likeness]; the classifier",
+        ),
         ({"model": DIT}, "text", "accepted: no text, for a dit, which is told classes"),
         ({"model": DIT, "text": None}, "data.kind", "accepted: digits or image_folder, for a dit"),
         ({"model": DIT, "text": None, "data": DIGITS, "evaluate": {"prompts": "a"}}, "evaluate.prompts", "no prompts"),

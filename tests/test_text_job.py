@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Graft, tmp_path: Path) -> None:
     job, clip = write_shapes_job(tmp_path), write_clip(tmp_path / "clip")
-    asked = ["evaluate.keep_samples=true", "evaluate.metrics=[geneval, clip_score]"]
-    asked += [f"evaluate.clip={{kind: clip, path: {clip}}}"]
+    asked = ["evaluate.keep_samples=true", "evaluate.metrics=[geneval, clip_score, likeness]"]
+    asked += [f"evaluate.clip={{kind: clip, path: {clip}}}", f"evaluate.likeness.clip={{kind: clip, path: {clip}}}"]
     overrides = [word for one in asked for word in ("--set", one)]
     done = graft("run", str(job), "--json", *overrides)
     assert done.returncode == 0, done.stderr
@@ -43,6 +43,7 @@ def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Gra
         assert len(records) == 12
         assert figures["clip_score:clip"] == pytest.approx(fmean(record["clip_score"] for record in records))
         assert ("gain:clip_score" in figures) == (row != "rootstock")
+        assert ("likeness:psnr" in figures) == ("likeness_low:clip:clip" in figures) == (row != "rootstock")
         handed = graft("images", f"{outcome['run']}/{row}", row)
         assert handed.stdout == f"{row}\n", handed.stderr
         require_same_scores(tmp_path / row, Clip(str(clip), torch.device("cpu")), records)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graftwork.cluster.session.address import check_cluster, cluster_address
 from graftwork.cluster.session.scratch import scratch_problem
+from graftwork.pipeline.planning.networks import network_paths, network_shortages
 from graftwork.pipeline.planning.plan import Plan, carried_edits
 from graftwork.pipeline.planning.texts import check_texts, text_shortages
 from graftwork.pipeline.store.artifacts import Store
@@ -378,10 +379,7 @@ def _weights(job: JobSpec) -> Iterator[tuple[str, str]]:
     for number, edit in enumerate(job.graft):
         if isinstance(edit, OperatorEdits) and edit.scions is not None:
             yield f"graft.{number}.scions", edit.scions
-    if job.evaluate.detector is not None:
-        yield from ((f"evaluate.detector.{name}", path) for name, path in job.evaluate.detector.weights().items())
-    if job.evaluate.clip is not None:
-        yield from ((f"evaluate.clip.{name}", path) for name, path in job.evaluate.clip.weights().items())
+    yield from network_paths(job)
 
 
 def _absent_weights(field: str, path: str) -> str | None:
@@ -402,7 +400,7 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *text_shortages(job)]
+    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *text_shortages(job), *network_shortages(job)]
 
 
 def _label_shortages(job: JobSpec) -> list[str]:

@@ -1,19 +1,17 @@
-"""What can be known to be wrong with a job's texts, and the networks that read or judge them, before a run starts."""
+"""What can be known to be wrong with a job's texts, and the network that reads them, before a run starts."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from graftwork.cluster.drivers import num_gpus_here
-from graftwork.specs.clip import ClipSpec
 from graftwork.specs.data import TEXT_DATA
 from graftwork.specs.detector import Detector, ShapesSpec
-from graftwork.specs.hub import is_hub_id, local_snapshot, whereabouts
+from graftwork.specs.hub import is_hub_id, whereabouts
 from graftwork.specs.job import JobSpec
-from graftwork.specs.problems import SpecError, shown
+from graftwork.specs.problems import SpecError
 from graftwork.specs.rootstock import TextModel
 from graftwork.specs.text import T5Text
 from graftwork.stages.data.prompts import read_prompts
@@ -33,7 +31,6 @@ def text_shortages(job: JobSpec) -> Iterator[str]:
         yield problem
     yield from _prompt_shortages(job)
     yield from _detector_shortages(job)
-    yield from _clip_shortages(job)
     if not _encoder_is_here(job.text.path):
         return
     try:
@@ -66,43 +63,13 @@ def _prompt_shortages(job: JobSpec) -> Iterator[str]:
 
 
 def _detector_shortages(job: JobSpec) -> Iterator[str]:
-    """Yield a line for what the detector, where it is on this machine, cannot find objects with."""
+    """Yield a line if the detector finds objects in images of another size only."""
     detector = job.evaluate.detector
     if detector is None or "geneval" not in job.evaluate.metrics:
         return
     if isinstance(detector, ShapesSpec) and job.data.image_size != detector.side:
         accepted = f"mask2former, or data.image_size {detector.side}: its shapes are of scenes of so many pixels a side"
         yield f"evaluate.detector.kind: got 'shapes', for images of {job.data.image_size} pixels; accepted: {accepted}"
-    yield from _network_shortages("evaluate.detector", detector)
-
-
-def _clip_shortages(job: JobSpec) -> Iterator[str]:
-    """Yield a line if the CLIP that samples are scored with is here, and is not one."""
-    if job.evaluate.clip is not None and "clip_score" in job.evaluate.metrics:
-        yield from _network_shortages("evaluate.clip", job.evaluate.clip)
-
-
-def _network_shortages(section: str, networks: Detector | ClipSpec) -> Iterator[str]:
-    """Yield a line for each folder of a section, where it is on this machine, that has another network."""
-    for name, path in networks.weights().items():
-        folder = local_snapshot(path) if is_hub_id(path) else Path(path)
-        if folder is None or not folder.exists():
-            continue  # `absent` says so
-        wanted, kind = networks.model_types[name], _model_type(folder)
-        if kind != wanted:
-            got = f"without a config.json of a {wanted}" if kind is None else f"whose config.json says {shown(kind)}"
-            accepted = f"a folder or hub id of a {wanted}, as transformers reads it"
-            yield f"{section}.{name}: got {path!r}, {got}; accepted: {accepted}"
-
-
-def _model_type(folder: Path) -> str | None:
-    """Return what the config.json of a model says that it is; None if there is none, or it does not say."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind if isinstance(kind, str) else None
 
 
 def _vocabulary(detector: Detector | None) -> Vocabulary:

@@ -27,7 +27,7 @@ def read_samples(folder: Path) -> Iterator[tuple[int, Image.Image]]:
 
 
 def as_picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return an image (3,H,W) of levels 0 .. 255."""
+    """Return an RGB image of levels 0 .. 255 (3,H,W), or (1,H,W) of grey."""
     from PIL import Image
 
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0)))

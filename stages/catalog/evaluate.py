@@ -10,6 +10,7 @@ from graftwork.specs.codec import Codec
 from graftwork.specs.detector import Detector
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
+from graftwork.specs.likeness import LikenessSpec
 from graftwork.specs.metrics import Metric
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
@@ -33,6 +34,7 @@ class SampleParams(Spec):
     metrics: tuple[Metric, ...]
     detector: Annotated[Detector | None, KeyedIfSet()] = None
     clip: Annotated[ClipSpec | None, KeyedIfSet()] = None
+    likeness: Annotated[LikenessSpec | None, KeyedIfSet()] = None
     sampler: Sampler
     precision: Precision = "fp32"
     keep_samples: bool = False
@@ -80,6 +82,7 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         metrics=metrics,
         detector=spec.detector,
         clip=spec.clip,
+        likeness=(spec.likeness or LikenessSpec()) if "likeness" in metrics else None,
         sampler=spec.sampler,
         precision=spec.precision,
         keep_samples=spec.keep_samples,

@@ -1,8 +1,8 @@
-"""How sure a difference between two rows is: a bootstrap over prompts, of which each row has the same images."""
+"""How sure a comparison of two rows is: a bootstrap over prompts, of which each row has the same images."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,17 @@ NUM_BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 INTERVAL_PERCENT = (2.5, 97.5)
 MAX_DRAWN = 2**22  # prompts at a time: 32 MiB of their numbers
+
+
+def mean_with_interval(values: NDArray[np.float64], groups: NDArray[Any]) -> tuple[float, float, float]:
+    """Return the mean of values (n,), and the bounds of its 95% interval in draws of whole groups.
+
+    groups: what each value is of, (n,), such as its prompt.
+    """
+    _, numbers = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(numbers, values), np.bincount(numbers)
+    low, high = interval(resampled_means(sums, counts, np.random.default_rng(BOOTSTRAP_SEED), NUM_BOOTSTRAP_DRAWS))
+    return float(values.mean()), low, high
 
 
 def resampled_means(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,7 @@ from torch import Tensor
 from graftwork.models.measures.frechet import Gaussian, Moments
 from graftwork.specs.metrics import Metric
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.metrics import JUDGES, Seen, Summary
-
-SCORES = "scores.json"
+from graftwork.stages.evaluation.metrics import JUDGES, SCORES, Seen, Summary
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Verdict:
     def cpu(self) -> Verdict:
         return Verdict(self.count, {metric: seen.cpu() for metric, seen in self.by_metric.items()})
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that the row keeps, by the names of their files without the suffix."""
+        judged = self.by_metric.items()
+        return {f"{metric}.{name}": rows for metric, seen in judged for name, rows in seen.arrays.items()}
+
 
 class Judges:
     """The judge of each metric, loaded on a device."""
@@ -41,9 +45,17 @@ class Judges:
     ) -> None:
         self.judges = {metric: JUDGES[metric](context, inception, device) for metric in metrics}
 
-    def look(self, images: NDArray[np.uint8], labels: Tensor) -> Verdict:
-        """Return what is seen in images (n,C,H,W) that should be of these labels (n,)."""
-        return Verdict(len(images), {metric: judge.look(images, labels) for metric, judge in self.judges.items()})
+    def look(self, images: NDArray[np.uint8], labels: Tensor, start: int = 0) -> Verdict:
+        """Return what is seen in images (n,C,H,W) that should be of these labels (n,).
+
+        start: the number of the first of them among all of the row.
+        """
+        seen = dict[Metric, Seen]()
+        for metric, judge in self.judges.items():
+            count = len(images) if judge.max_samples is None else min(len(images), judge.max_samples - start)
+            if count > 0:
+                seen[metric] = judge.look(images[:count], labels[:count])
+        return Verdict(len(images), seen)
 
 
 @dataclass

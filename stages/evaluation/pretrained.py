@@ -16,14 +16,14 @@ HUB_FOLDER = "models--"  # how a folder of the hub's cache begins, before its id
 T = TypeVar("T")
 
 
-def load_model(model_class: Any, path: str, device: torch.device) -> Any:
+def load_model(model_class: Any, path: str, device: torch.device, **options: Any) -> Any:
     """Return a model with the weights of a folder or hub id, in fp32, not in training.
 
-    model_class: a PreTrainedModel. Raise SpecError in one line if the weights cannot be read, or if some are missing,
-    which transformers would leave random.
+    model_class: a PreTrainedModel; options: of its constructor. Raise SpecError in one line if the weights cannot be
+    read, or if some are missing, which transformers would leave random.
     """
     model, report = read_pretrained(
-        lambda: model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True), path
+        lambda: model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options), path
     )
     if missing := sorted(report["missing_keys"]):
         names = first_few(missing, MAX_NAMED_TENSORS)

@@ -4,15 +4,16 @@ What comes back of a batch are the judges' features, which the step adds to its 
 memory does not grow with the samples, and neither the number of workers nor a kill shows in a bit of the sums. A kill
 loses SAVE_SECONDS of work and the batches that are under way.
 
-Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; and with `evaluate.keep_samples`
-what `stages.artifacts.samples` reads.
+Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; what a metric keeps of the first
+samples, as `<metric>.<name>.npy`; and with `evaluate.keep_samples` what `stages.artifacts.samples` reads.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,7 @@ from graftwork.stages.features.codec import Coder, load_codec
 SAVE_SECONDS = 10.0  # between two checkpoints
 STATE = "scores.safetensors"
 KEPT_MODELS = 4  # rows whose batches may come to one process in turn
+ALL_SAMPLES = Path(SAMPLES).stem
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Drawn:
     in_picture: NDArray[np.uint8]
     images: NDArray[np.uint8]  # all of them, or none
 
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the row keeps of the batch, by the names of the files without the suffix."""
+        return self.verdict.arrays() | ({ALL_SAMPLES: self.images} if len(self.images) else {})
+
 
 @dataclass
 class Progress:
@@ -69,10 +76,12 @@ class Progress:
     batches: int
     scores: Scores
     in_picture: NDArray[np.uint8] | None = None  # samples in the picture
+    saved: Counter[str] = field(default_factory=Counter)  # batches, the first ones, of each array that the row keeps
 
     def add(self, drawn: Drawn) -> None:
         self.batches += 1
         self.scores.add(drawn.verdict)
+        self.saved.update(drawn.arrays.keys())
         self.in_picture = (
             drawn.in_picture if self.in_picture is None else np.concatenate([self.in_picture, drawn.in_picture])
         )
@@ -81,6 +90,7 @@ class Progress:
         state = {
             "batches": torch.tensor(self.batches),
             "shown": torch.from_numpy(self.in_picture),
+            **{f"saved/{name}": torch.tensor(count) for name, count in self.saved.items()},
             **self.scores.state(),
         }
         context.partial.save(STATE, partial(save_file, state))
@@ -98,8 +108,8 @@ def sample_row(context: Context) -> None:
     context.report(progress.scores.count, params.samples)
     missing = batches[progress.batches :]
     for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
-        if params.keep_samples:
-            context.partial.save(_file(batch), partial(_save, drawn.images))
+        for name, rows in drawn.arrays.items():
+            context.partial.save(_file(name, batch), partial(_save, rows))
         progress.add(drawn)
         context.report(progress.scores.count, params.samples)
         stopping = context.stopping()
@@ -110,8 +120,9 @@ def sample_row(context: Context) -> None:
             context.stop_if_asked()
     progress.scores.write(context.out)
     turns = labels_of(range(params.samples), params.samples, len(told.names))
+    for name, count in progress.saved.items():
+        _gather(context, name, batches[:count])
     if params.keep_samples:
-        _gather(context, batches)
         np.save(context.out / LABELS, turns.numpy())
     assert progress.in_picture is not None
     sample_grid(
@@ -141,10 +152,17 @@ def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
     if path is not None:
         state = load_file(path)
         done = int(state["batches"]) if "count" in state else 0  # of before, by other names
-        files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
+        saved = _saved(state) | ({ALL_SAMPLES: done} if params.keep_samples else {})  # of before, without a count
+        files = [context.partial.load(_file(name, batch)) for name in saved for batch in batches[: saved[name]]]
         if done and None not in files:
-            return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
+            return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy(), Counter(saved))
     return Progress(0, Scores())
+
+
+def _saved(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return of how many batches, the first ones, a checkpoint says that each array is saved."""
+    names = (name for name in state if name.startswith("saved/"))
+    return {name.removeprefix("saved/"): int(state[name]) for name in names}
 
 
 def labels_of(indices: Iterable[int], total: int, num_classes: int) -> Tensor:
@@ -198,7 +216,7 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
             loaded.network, loaded.model, meta, batch.samples, condition, params.sampler, params.seed, device
         )
     images = loaded.codec.decode(latents)
-    verdict = loaded.judges.look(images, labels)
+    verdict = loaded.judges.look(images, labels, batch.samples.start)
     return Drawn(verdict.cpu(), images[list(batch.in_picture)], images if params.keep_samples else images[:0])
 
 
@@ -220,7 +238,8 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
     params: SampleParams = context.params
     # The key of the features stands for the VAE's content.
     keys = (context.inputs[role].key for role in sorted(context.inputs))
-    identity = (params.row, params.metrics, params.detector, params.clip, params.inception, params.compile, *keys)
+    networks = (params.detector, params.clip, params.likeness, params.inception)
+    identity = (params.row, params.metrics, *networks, params.keep_samples, params.compile, *keys)
     if identity not in _LOADED:
         if len(_LOADED) == KEPT_MODELS:
             _LOADED.clear()
@@ -236,26 +255,28 @@ def network_of(model: Rootstock, compiled: bool) -> Network:
     return cast(Network, torch.compile(model, dynamic=False)) if compiled else model
 
 
-def _gather(context: Context, batches: Sequence[Batch]) -> None:
-    """Put the kept samples into one file, without holding them all."""
-    gathered: np.memmap[Any, np.dtype[np.uint8]] | None = None
+def _gather(context: Context, name: str, batches: Sequence[Batch]) -> None:
+    """Put what the row keeps of these batches into one file, without holding it all."""
+    last = _load(context, name, batches[-1])
+    shape = (batches[-1].samples.start + len(last), *last.shape[1:])
+    gathered = np.lib.format.open_memmap(context.out / f"{name}.npy", "w+", last.dtype, shape)
     for batch in batches:
-        path = context.partial.load(_file(batch))
-        if path is None:
-            raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw all again")
-        images = np.load(path)
-        if gathered is None:
-            shape = (batches[-1].samples.stop, *images.shape[1:])
-            gathered = np.lib.format.open_memmap(context.out / SAMPLES, "w+", np.uint8, shape)
-        gathered[batch.samples.start : batch.samples.stop] = images
-    assert gathered is not None
+        rows = _load(context, name, batch)
+        gathered[batch.samples.start : batch.samples.start + len(rows)] = rows
     gathered.flush()
 
 
-def _save(images: NDArray[np.uint8], path: Path) -> None:
+def _save(rows: NDArray[Any], path: Path) -> None:
     with path.open("wb") as file:  # given a path, numpy would add a suffix to its name
-        np.save(file, images)
+        np.save(file, rows)
 
 
-def _file(batch: Batch) -> str:
-    return f"samples-{batch.samples.start:07d}.npy"
+def _load(context: Context, name: str, batch: Batch) -> NDArray[Any]:
+    path = context.partial.load(_file(name, batch))
+    if path is None:
+        raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw all again")
+    return np.load(path)
+
+
+def _file(name: str, batch: Batch) -> str:
+    return f"{name}-{batch.samples.start:07d}.npy"

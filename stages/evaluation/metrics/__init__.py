@@ -2,6 +2,7 @@
 
 A judge looks at images some at a time. What it saw is summed over the images of a row, wherever they are drawn:
 features become a mean and a covariance, counts become shares. From those of a row and its reference come the figures.
+What is held against the rootstock image by image is kept in arrays, of the row's first samples only.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from graftwork.specs.metrics import MetricSpec
 from graftwork.stages.contract import Context
 
 JUDGES: dict[str, type[Judge]] = {}
+SCORES = "scores.json"  # of a row: the shares of its images
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Seen:
     features: Tensor | None = None  # (n,d) float64
     counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
     records: tuple[str, ...] = ()  # a line for each image, of metrics that keep one
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # (n,..) each, which the row keeps, by name
 
     def cpu(self) -> Seen:
-        return Seen(None if self.features is None else self.features.cpu(), self.counts, self.records)
+        return replace(self, features=None if self.features is None else self.features.cpu())
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Summary:
 
 class Judge(ABC):
     """One metric at work, with its network on a device."""
+
+    max_samples: int | None = None  # of a row, the first ones, that it looks at; None: at all
 
     @abstractmethod
     def __init__(self, context: Context, inception: str | None, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import ClipScoreMetric
 from graftwork.stages.artifacts.samples import as_picture
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.bootstrap import BOOTSTRAP_SEED, NUM_BOOTSTRAP_DRAWS, interval, resampled_means
+from graftwork.stages.evaluation.bootstrap import mean_with_interval
 from graftwork.stages.evaluation.clip import Clip
 from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, register
 from graftwork.stages.evaluation.records import place_of, write_records
@@ -67,12 +67,9 @@ class ClipScoreJudge(Judge):
         """Return the difference to the rootstock, with the bounds of its 95% interval, over prompts and paired."""
         first, second = (_read_scores(folder / RECORDS) for folder in (rootstock, row))
         gains = np.array([score - first[place] for place, score in second.items()])
-        _, prompts = np.unique([place.partition("/")[0] for place in second], return_inverse=True)
-        sums, counts = np.bincount(prompts, gains), np.bincount(prompts)
-        generator = np.random.default_rng(BOOTSTRAP_SEED)
-        low, high = interval(resampled_means(sums, counts, generator, NUM_BOOTSTRAP_DRAWS))
-        values = {"gain": float(gains.mean()), "gain_low": low, "gain_high": high}
-        return {f"{name}:clip_score": value for name, value in values.items()}
+        prompts = np.array([place.partition("/")[0] for place in second])
+        values = zip(("gain", "gain_low", "gain_high"), mean_with_interval(gains, prompts), strict=True)
+        return {f"{name}:clip_score": value for name, value in values}
 
 
 def _read_scores(file: Path) -> dict[str, float]:
