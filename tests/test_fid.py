@@ -24,6 +24,8 @@ from graftwork.specs.reading.load import SpecError, load
 from graftwork.stages.data.images import read_pixels
 from graftwork.stages.evaluation import inception
 from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
+from graftwork.stages.evaluation.judges import Judges
+from graftwork.stages.evaluation.metrics import Seen
 from tests.conftest import TINY
 from tests.small import Payload
 
@@ -176,6 +178,77 @@ def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
     found = reference_statistics(str(folders[1]), "#ffffff", lambda: network, CPU, report)
     assert told == [(3, COUNT), (COUNT, COUNT)]
     assert np.abs(found.sigma - theirs.sigma).max() < 1e-5 * np.abs(theirs.sigma).max()
+
+
+# -- the other metrics, on the same network
+
+
+@pytest.fixture(scope="module")
+def seen(weights: Path) -> tuple[dict[str, Seen], list[int]]:
+    """What each metric saw in two images, and how often each group of the network's layers ran."""
+    metrics = ("fid", "is", "kid", "precision_recall", "sfid")
+    judges = Judges(None, metrics, str(weights), CPU)  # type: ignore[arg-type]  # these metrics need no step
+    passes = [0] * 4
+    for number, group in enumerate(judges.judges["fid"].inception.network.blocks):  # type: ignore[attr-defined]
+
+        def counted(*_: Any, number: int = number) -> None:
+            passes[number] += 1
+
+        group[0].register_forward_hook(counted)
+    return dict(judges.look(images(0)[:2], torch.zeros(2)).by_metric), passes
+
+
+def test_images_pass_once_and_as_far_as_sfid_looks_once_more(seen: tuple[dict[str, Seen], list[int]]) -> None:
+    assert seen[1] == [2, 2, 2, 1]
+
+
+def test_fid_sees_the_same_bits_with_other_metrics_beside_it(
+    seen: tuple[dict[str, Seen], list[int]], network: Any
+) -> None:
+    alone = inception_features(images(0)[:2], network, CPU)
+    assert torch.equal(seen[0]["fid"].features, alone)
+    for metric in ("kid", "precision_recall"):
+        assert torch.equal(seen[0][metric].kept, alone.float())
+
+
+def test_the_inception_score_reads_the_classes_without_their_bias(
+    seen: tuple[dict[str, Seen], list[int]], weights: Path
+) -> None:
+    classes = torch.load(weights, weights_only=True)["fc.weight"].double().numpy()
+    assert len(classes) == 1008
+    logits = seen[0]["fid"].features.numpy() @ classes.T
+    exp = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(seen[0]["is"].summed[:, :-1], exp / exp.sum(1, keepdims=True), rtol=1e-9)
+
+
+def resized_by_hand(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """TensorFlow 1's bilinear resize to 299, a pixel at a time along each side."""
+    size = pictures.shape[-1]
+    shares = np.zeros((299, size))
+    for pixel in range(299):
+        place = pixel * size / 299
+        lower = int(place)
+        shares[pixel, lower] += 1 - (place - lower)
+        shares[pixel, min(lower + 1, size - 1)] += place - lower
+    return np.asarray(shares @ pictures.astype(float) @ shares.T)
+
+
+def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
+    seen: tuple[dict[str, Seen], list[int]], network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[NDArray[np.float32]] = []
+    hook = network.blocks[2][6].branch1x1.register_forward_hook(lambda *given: outputs.append(given[2].numpy()))
+    monkeypatch.setattr(network, "resize_input", False)
+    monkeypatch.setattr(network, "normalize_input", False)
+    with torch.no_grad():
+        network(torch.from_numpy((resized_by_hand(images(0)[:2]) - 128) / 128).float())
+    hook.remove()
+    (maps,) = outputs
+    assert maps.shape == (2, 192, 17, 17) and maps.min() == 0
+    expected = np.stack([image[:7].transpose(1, 2, 0).reshape(-1) for image in maps])
+    found = seen[0]["sfid"].features.numpy()
+    assert found.shape == (2, 2023)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.max())
 
 
 # -- the weights
@@ -334,7 +407,7 @@ def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_na
     with pytest.raises(ValueError) as caught:
         statistics_of(path, network)
     message = str(caught.value)
-    assert message.startswith((f"{path}: ", f"{path}/")) and "\n" not in message
+    assert message.startswith((f"{path}: ", f"{path} with ", f"{path}/")) and "\n" not in message
 
 
 @pytest.mark.parametrize("how", FOLDERS)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
+from graftwork.models.measures import inception_score
 from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Gaussian, distance
+from graftwork.models.measures.inception_score import score_values
 from graftwork.models.numerics.precision import allow_tf32
 from graftwork.models.numerics.streams import generator
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -33,10 +35,11 @@ from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
 from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
-from graftwork.stages.catalog.reference import HeldoutParams, TrainingStatisticsParams
+from graftwork.stages.catalog.reference import GivenFeaturesParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.contract import Context, Stopped
-from graftwork.stages.evaluation import evaluate, reference
+from graftwork.stages.evaluation import evaluate, inception, reference
 from graftwork.stages.evaluation import samples as rows
+from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
@@ -227,6 +230,40 @@ def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_pat
     assert files(again.out) == files(context.out)
 
 
+class Features:
+    """What stands for Inception: its last features are some pixels."""
+
+    def pool3(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(images.reshape(len(images), -1)[:, :5]).double() / 255
+
+    def logits(self, images: NDArray[np.uint8]) -> Tensor:
+        return self.pool3(images)[:, :3] * 9
+
+
+def test_features_of_every_sample_and_sums_over_splits_are_kept_through_a_stop(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows._LOADED.clear()
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: Features()))
+    monkeypatch.setattr(inception_score, "SPLIT_IMAGES", 20)  # not a multiple of a batch
+    metrics = ("is", "kid", "precision_recall")
+    context = keeping(replace(context, params=context.params.model_copy(update={"metrics": metrics})))
+    rows.sample_row(context)
+    again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
+    stopped_at(again, 3)
+    rows.sample_row(again)
+    assert files(again.out) == files(context.out)
+    pixels = np.load(context.out / "samples.npy")
+    kept = read_summary(context.out, "kid").kept
+    assert kept is not None and np.array_equal(kept, Features().pool3(pixels).float().numpy())
+    splits = read_summary(context.out, "is").splits
+    assert splits is not None and splits.sizes() == [20, 20, 10]
+    expected = score_values(Features().logits(pixels))
+    for place, sums in zip((0, 20, 40), splits.sums, strict=True):
+        torch.testing.assert_close(sums, expected[place : place + 20].sum(0))
+    rows._LOADED.clear()
+
+
 def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     rows._LOADED.clear()
     loads: list[str] = []
@@ -324,6 +361,23 @@ def test_the_row_of_real_images_has_as_many_as_are_sampled_or_all_there_are(cont
     scores = json.loads((context.out / "scores.json").read_text())
     assert scores == {"samples": count, "agreement": (read == np.arange(count) % 3).mean()}
     assert (context.out / "grid.png").stat().st_size > 0
+
+
+def test_features_of_given_images_and_of_real_ones_are_kept(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: Features()))
+    pictures = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "reference.npz", pictures)
+    given = GivenFeaturesParams(features="pool3", reference=str(tmp_path / "reference.npz"))
+    reference.run(replace(context, params=given))
+    expected = Features().pool3(pictures.transpose(0, 3, 1, 2)).float().numpy()
+    assert np.array_equal(np.load(context.out / "pool3.npy"), expected)
+    heldout = replace(context, out=folder(tmp_path / "heldout"))
+    params = HeldoutParams(codec=PixelCodec(), samples=270, metrics=("kid", "precision_recall"))
+    reference.run(replace(heldout, params=params))
+    expected = Features().pool3(as_images(context, "heldout", 270)).float().numpy()
+    assert np.array_equal(np.load(heldout.out / "pool3.npy"), expected)
 
 
 # -- precision, and what a model costs

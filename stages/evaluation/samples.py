@@ -2,16 +2,17 @@
 
 What comes back of a batch are the judges' features, which the step adds to its sums in the order of the batches: its
 memory does not grow with the samples, and neither the number of workers nor a kill shows in a bit of the sums. A kill
-loses SAVE_SECONDS of work and the batches that are under way.
+loses SAVE_SECONDS of work and the batches that are under way. What a metric needs of every sample, and samples that are
+kept, lie in a file a batch until they are all there.
 
-Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; and with `evaluate.keep_samples`
-what `stages.artifacts.samples` reads.
+Leaves what `Scores.write` does, `grid.png` and the features that metrics keep; and with `evaluate.keep_samples` what
+`stages.artifacts.samples` reads.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,15 @@ from graftwork.models.numerics.streams import SampleNoise
 from graftwork.models.objectives import Network
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.sampling import sample
+from graftwork.specs.metrics import METRICS
 from graftwork.specs.sampler import Sampler
+from graftwork.stages.artifacts.arrays import GrowingArray
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import LatentsMeta, read_meta
 from graftwork.stages.artifacts.samples import LABELS, SAMPLES
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.judges import Judges, Scores, Verdict
+from graftwork.stages.evaluation.judges import Judges, Scores, Verdict, kept_file
 from graftwork.stages.evaluation.subjects import subjects
 from graftwork.stages.features.codec import Coder, load_codec
 
@@ -60,6 +63,7 @@ class Drawn:
     verdict: Verdict
     in_picture: NDArray[np.uint8]
     images: NDArray[np.uint8]  # all of them, or none
+    features: Mapping[str, NDArray[np.float32]]  # that metrics keep, by their name
 
 
 @dataclass
@@ -99,7 +103,9 @@ def sample_row(context: Context) -> None:
     missing = batches[progress.batches :]
     for batch, drawn in zip(missing, fan_out(sample_batch, context, missing, context.resources), strict=True):
         if params.keep_samples:
-            context.partial.save(_file(batch), partial(_save, drawn.images))
+            context.partial.save(_file(SAMPLES, batch), partial(_save, drawn.images))
+        for name, rows in drawn.features.items():
+            context.partial.save(_file(name, batch), partial(_save, rows))
         progress.add(drawn)
         context.report(progress.scores.count, params.samples)
         stopping = context.stopping()
@@ -110,8 +116,10 @@ def sample_row(context: Context) -> None:
             context.stop_if_asked()
     progress.scores.write(context.out)
     turns = labels_of(range(params.samples), params.samples, len(told.names))
+    for name in _kept_features(params):
+        _gather(context, name, batches, kept_file(context.out, name))
     if params.keep_samples:
-        _gather(context, batches)
+        _gather(context, SAMPLES, batches, context.out / SAMPLES)
         np.save(context.out / LABELS, turns.numpy())
     assert progress.in_picture is not None
     sample_grid(
@@ -135,13 +143,14 @@ def picture_samples_of(samples: int, num_classes: int, cells: int) -> list[int]:
 
 
 def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
-    """What the last checkpoint holds; nothing, where samples to be kept of it are damaged."""
+    """What the last checkpoint holds; nothing, where samples or features to be kept of it are damaged."""
     params: SampleParams = context.params
     path = context.partial.load(STATE)
     if path is not None:
         state = load_file(path)
         done = int(state["batches"]) if "count" in state else 0  # of before, by other names
-        files = [context.partial.load(_file(batch)) for batch in batches[:done]] if params.keep_samples else []
+        kept = [*_kept_features(params), *([SAMPLES] if params.keep_samples else [])]
+        files = [context.partial.load(_file(name, batch)) for name in kept for batch in batches[:done]]
         if done and None not in files:
             return Progress(done, Scores.of_state(state, params.metrics), state["shown"].numpy())
     return Progress(0, Scores())
@@ -199,7 +208,8 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
         )
     images = loaded.codec.decode(latents)
     verdict = loaded.judges.look(images, labels)
-    return Drawn(verdict.cpu(), images[list(batch.in_picture)], images if params.keep_samples else images[:0])
+    kept = images if params.keep_samples else images[:0]
+    return Drawn(verdict.cpu(), images[list(batch.in_picture)], kept, verdict.kept())
 
 
 @dataclass(frozen=True)
@@ -236,26 +246,25 @@ def network_of(model: Rootstock, compiled: bool) -> Network:
     return cast(Network, torch.compile(model, dynamic=False)) if compiled else model
 
 
-def _gather(context: Context, batches: Sequence[Batch]) -> None:
-    """Put the kept samples into one file, without holding them all."""
-    gathered: np.memmap[Any, np.dtype[np.uint8]] | None = None
+def _kept_features(params: SampleParams) -> list[str]:
+    """Return the names of the features that metrics keep of every sample."""
+    return sorted({name for metric in params.metrics if (name := METRICS[metric].keeps) is not None})
+
+
+def _gather(context: Context, name: str, batches: Sequence[Batch], path: Path) -> None:
+    """Put what is kept of each batch into one file, without holding it all."""
+    gathered = GrowingArray(path, batches[-1].samples.stop)
     for batch in batches:
-        path = context.partial.load(_file(batch))
-        if path is None:
+        part = context.partial.load(_file(name, batch))
+        if part is None:
             raise RuntimeError("a batch of samples was damaged after it was drawn; resume to draw all again")
-        images = np.load(path)
-        if gathered is None:
-            shape = (batches[-1].samples.stop, *images.shape[1:])
-            gathered = np.lib.format.open_memmap(context.out / SAMPLES, "w+", np.uint8, shape)
-        gathered[batch.samples.start : batch.samples.stop] = images
-    assert gathered is not None
-    gathered.flush()
+        gathered.append(np.load(part))
 
 
-def _save(images: NDArray[np.uint8], path: Path) -> None:
+def _save(array: NDArray[Any], path: Path) -> None:
     with path.open("wb") as file:  # given a path, numpy would add a suffix to its name
-        np.save(file, images)
+        np.save(file, array)
 
 
-def _file(batch: Batch) -> str:
-    return f"samples-{batch.samples.start:07d}.npy"
+def _file(name: str, batch: Batch) -> str:
+    return f"{name.removesuffix('.npy')}-{batch.samples.start:07d}.npy"

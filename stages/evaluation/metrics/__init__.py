@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.models.measures.frechet import Gaussian
+from graftwork.models.measures.inception_score import SplitSums
 from graftwork.specs.metrics import MetricSpec
 from graftwork.stages.contract import Context
 
@@ -33,9 +34,13 @@ class Seen:
     features: Tensor | None = None  # (n,d) float64
     counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
     records: tuple[str, ...] = ()  # a line for each image, of metrics that keep one
+    summed: Tensor | None = None  # (n,d) float64, of which the sums over splits of consecutive images are kept
+    kept: Tensor | None = None  # (n,d) float32, every row of which is kept, as `keeps` of the metric names them
 
     def cpu(self) -> Seen:
-        return Seen(None if self.features is None else self.features.cpu(), self.counts, self.records)
+        """Without the kept rows: a verdict has them, once for all metrics."""
+        features, summed = (None if part is None else part.cpu() for part in (self.features, self.summed))
+        return Seen(features, self.counts, self.records, summed)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Summary:
 
     statistics: Gaussian | None  # of the features
     shares: Mapping[str, float] = field(default_factory=dict)  # of the images, by the figure's name
+    splits: SplitSums | None = None
+    kept: NDArray[np.float32] | None = None  # (n,d), of metrics that keep every row; memory-mapped
 
 
 class Judge(ABC):
