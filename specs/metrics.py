@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
 
 GENEVAL_REPOSITORY = "github.com/djghosh13/geneval"
+KID_SUBSET_IMAGES = 1000
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes the weights
 
 
@@ -84,7 +85,7 @@ IMAGES = "a folder with images, all of one size, directly in it, or an .npz with
 class InceptionMetric(MetricSpec):
     """A metric on features of pytorch-fid's network. Those on its last features share one pass of an image."""
 
-    reference = "given"
+    reference: ClassVar[Literal["training", "given", "none"]] = "given"
 
     @classmethod
     def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:

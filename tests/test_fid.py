@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
+from torch import Tensor
 
 from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.pipeline import api
@@ -25,7 +26,6 @@ from graftwork.stages.data.images import read_pixels
 from graftwork.stages.evaluation import inception
 from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
 from graftwork.stages.evaluation.judges import Judges
-from graftwork.stages.evaluation.metrics import Seen
 from tests.conftest import TINY
 from tests.small import Payload
 
@@ -183,9 +183,16 @@ def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
 # -- the other metrics, on the same network
 
 
-@pytest.fixture(scope="module")
-def seen(weights: Path) -> tuple[dict[str, Seen], list[int]]:
+@dataclass
+class Shared:
     """What each metric saw in two images, and how often each group of the network's layers ran."""
+
+    seen: dict[str, Tensor]
+    passes: list[int]
+
+
+@pytest.fixture(scope="module")
+def shared(weights: Path) -> Shared:
     metrics = ("fid", "is", "kid", "precision_recall", "sfid")
     judges = Judges(None, metrics, str(weights), CPU)  # type: ignore[arg-type]  # these metrics need no step
     passes = [0] * 4
@@ -195,30 +202,29 @@ def seen(weights: Path) -> tuple[dict[str, Seen], list[int]]:
             passes[number] += 1
 
         group[0].register_forward_hook(counted)
-    return dict(judges.look(images(0)[:2], torch.zeros(2)).by_metric), passes
+    seen: dict[str, Tensor] = {}
+    for metric, one in judges.look(images(0)[:2], torch.zeros(2)).by_metric.items():
+        (seen[metric],) = (part for part in (one.features, one.summed, one.kept) if part is not None)
+    return Shared(seen, passes)
 
 
-def test_images_pass_once_and_as_far_as_sfid_looks_once_more(seen: tuple[dict[str, Seen], list[int]]) -> None:
-    assert seen[1] == [2, 2, 2, 1]
+def test_images_pass_once_and_as_far_as_sfid_looks_once_more(shared: Shared) -> None:
+    assert shared.passes == [2, 2, 2, 1]
 
 
-def test_fid_sees_the_same_bits_with_other_metrics_beside_it(
-    seen: tuple[dict[str, Seen], list[int]], network: Any
-) -> None:
+def test_fid_sees_the_same_bits_with_other_metrics_beside_it(shared: Shared, network: Any) -> None:
     alone = inception_features(images(0)[:2], network, CPU)
-    assert torch.equal(seen[0]["fid"].features, alone)
+    assert torch.equal(shared.seen["fid"], alone)
     for metric in ("kid", "precision_recall"):
-        assert torch.equal(seen[0][metric].kept, alone.float())
+        assert torch.equal(shared.seen[metric], alone.float())
 
 
-def test_the_inception_score_reads_the_classes_without_their_bias(
-    seen: tuple[dict[str, Seen], list[int]], weights: Path
-) -> None:
+def test_the_inception_score_reads_the_classes_without_their_bias(shared: Shared, weights: Path) -> None:
     classes = torch.load(weights, weights_only=True)["fc.weight"].double().numpy()
     assert len(classes) == 1008
-    logits = seen[0]["fid"].features.numpy() @ classes.T
+    logits = shared.seen["fid"].numpy() @ classes.T
     exp = np.exp(logits - logits.max(1, keepdims=True))
-    np.testing.assert_allclose(seen[0]["is"].summed[:, :-1], exp / exp.sum(1, keepdims=True), rtol=1e-9)
+    np.testing.assert_allclose(shared.seen["is"][:, :-1], exp / exp.sum(1, keepdims=True), rtol=1e-9)
 
 
 def resized_by_hand(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -234,7 +240,7 @@ def resized_by_hand(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
-    seen: tuple[dict[str, Seen], list[int]], network: Any, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs: list[NDArray[np.float32]] = []
     hook = network.blocks[2][6].branch1x1.register_forward_hook(lambda *given: outputs.append(given[2].numpy()))
@@ -246,7 +252,7 @@ def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
     (maps,) = outputs
     assert maps.shape == (2, 192, 17, 17) and maps.min() == 0
     expected = np.stack([image[:7].transpose(1, 2, 0).reshape(-1) for image in maps])
-    found = seen[0]["sfid"].features.numpy()
+    found = shared.seen["sfid"].numpy()
     assert found.shape == (2, 2023)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.max())
 

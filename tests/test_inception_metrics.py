@@ -5,6 +5,7 @@ What the network sees is in test_fid.py.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
 
 from graftwork.models.measures import inception_score, kid, precision_recall
 from graftwork.models.measures.inception_score import SplitSums, inception_scores, score_values
 from graftwork.models.measures.kid import subset_distances
 from graftwork.models.measures.precision_recall import precision_recall_hits
+from graftwork.pipeline.cli.app import app
 from graftwork.specs.metrics import METRICS
 from graftwork.stages.data.npz import npz_images
-from graftwork.stages.evaluation.inception import check_reference_file
+from graftwork.stages.evaluation.inception import Inception, check_reference_file
 from graftwork.stages.evaluation.metrics import Summary
 from graftwork.stages.evaluation.metrics.inception_score import InceptionScoreJudge
 from graftwork.stages.evaluation.metrics.neighbours import KidJudge, PrecisionRecallJudge
+from tests.small import PixelFeatures
 
 CPU = torch.device("cpu")
 DRAWS = np.random.default_rng(0)
@@ -80,10 +85,10 @@ def hits_by_hand(samples: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArra
         return ((first[:, None].astype(float) - second.astype(float)) ** 2).sum(2)
 
     def radii(one: NDArray[Any]) -> NDArray[np.float64]:
-        return np.sort(distances(one, one), 1)[:, 3]  # the first is its own
+        return np.asarray(np.sort(distances(one, one), 1)[:, 3])  # the first is its own
 
     between = distances(samples, reference)
-    return (between <= radii(reference)).any(1), (between <= radii(samples)[:, None]).any(0)
+    return np.any(between <= radii(reference), axis=1), np.any(between <= radii(samples)[:, None], axis=0)
 
 
 @pytest.mark.parametrize("block", [7, 4096])
@@ -208,3 +213,70 @@ def test_a_torn_file_of_images_is_one_line(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(PIXELS.tobytes()[:64], bytes(64)))
     with pytest.raises(ValueError, match=r"samples\.npz: arr_0 cannot be read \(BadZipFile\)"):
         list(npz_images(str(path)).batches(2))
+
+
+# -- graft score
+
+
+def scored(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["score", *arguments])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one, with samples, references and Inception weights; Inception itself is some pixels."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Inception, "shared", classmethod(lambda *_: PixelFeatures()))
+    np.savez("samples.npz", PIXELS)
+    np.savez("virtual.npz", arr_0=PIXELS[::-1] // 2, mu=np.zeros(2048), sigma=np.zeros(3))
+    Path("weights.pth").touch()
+    Path("images").mkdir()
+    for number, picture in enumerate(PIXELS):
+        Image.fromarray(picture).save(f"images/{number}.png")
+    return tmp_path
+
+
+def test_samples_of_a_file_and_of_a_folder_have_the_same_figures(folder: Path) -> None:
+    asked = ("--reference", "virtual.npz", "--metrics", "is,precision_recall,kid", "--inception", "weights.pth")
+    of_file, of_folder = (scored(samples, *asked, "--json") for samples in ("samples.npz", "images"))
+    assert of_file.exit_code == 0, of_file.output
+    assert of_file.stdout == of_folder.stdout
+    pool3 = [PixelFeatures().pool3(part.transpose(0, 3, 1, 2)).float().numpy() for part in (PIXELS, PIXELS[::-1] // 2)]
+    expected = PrecisionRecallJudge.figures(*map(kept, pool3)) | KidJudge.figures(*map(kept, pool3))
+    figures = json.loads(of_file.stdout)
+    assert figures.pop("is") == pytest.approx(
+        scores_by_hand(PixelFeatures().logits(PIXELS.transpose(0, 3, 1, 2)).numpy(), 5)[0]
+    )
+    assert figures == pytest.approx(expected)
+
+
+def test_what_a_reference_does_not_serve_is_left_out_in_a_line_each(folder: Path) -> None:
+    np.savez("virtual.npz", arr_0=PIXELS, mu_s=np.zeros(2023))
+    done = scored("samples.npz", "--reference", "virtual.npz", "--inception", "weights.pth")
+    assert done.exit_code == 0, done.output
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "is", "precision", "precision_low", "precision_high", "recall", "recall_low", "recall_high", "kid",
+    ]  # fmt: skip
+    left = [line for line in done.stderr.splitlines() if "left out" in line]
+    assert [line.split()[1] for line in left] == ["fid", "sfid"]
+    assert "virtual.npz without mu, sigma; accepted: " in left[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["none.npz", "--metrics", "is"], "samples: got none.npz: cannot be read as an .npz (FileNotFoundError); acc"),
+        (["samples.npz", "--metrics", "lpips"], "metrics: got 'lpips'; accepted: fid, sfid, is, "),
+        (["samples.npz", "--metrics", "kid"], "reference: got nothing; accepted: with metrics [kid], a folder with"),
+        (
+            ["samples.npz", "--metrics", "fid", "--reference", "virtual.npz"],
+            "an .npz with mu and sigma (sigma has",
+        ),
+        (["samples.npz", "--metrics", "is", "--inception", "x"], "inception: got x, which does not exist; accepted: "),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
+    done = scored("--inception", "weights.pth", *arguments)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert line in done.stderr
+    assert len(done.stderr.splitlines()) == 1

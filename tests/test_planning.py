@@ -286,6 +286,8 @@ def test_metrics_that_keep_the_same_features_share_a_reference_and_leave_that_of
     assert references["reference/fid"] == keys(alone)["reference/fid"]
     (table,) = (step for step in every.steps if step.name == "evaluate")
     assert {table.needs[f"reference/{one}"] for one in ("kid", "precision_recall")} == {"reference/pool3"}
+    (note,) = (line for line in preflight.notes(every.job) if "kid" in line)
+    assert note == "evaluate.samples: 40: kid's subsets have as many at most, not 1,000"
     (files / "inception.pth").write_bytes(b"others")  # which images are looked at with
     anew = planned(f"evaluate={{metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
     assert changed(every, anew) >= set(references)

@@ -43,7 +43,7 @@ from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
-from tests.small import lively, noting
+from tests.small import PixelFeatures, lively, noting
 from tests.stores import KEY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,21 +230,11 @@ def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_pat
     assert files(again.out) == files(context.out)
 
 
-class Features:
-    """What stands for Inception: its last features are some pixels."""
-
-    def pool3(self, images: NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(images.reshape(len(images), -1)[:, :5]).double() / 255
-
-    def logits(self, images: NDArray[np.uint8]) -> Tensor:
-        return self.pool3(images)[:, :3] * 9
-
-
 def test_features_of_every_sample_and_sums_over_splits_are_kept_through_a_stop(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows._LOADED.clear()
-    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: Features()))
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: PixelFeatures()))
     monkeypatch.setattr(inception_score, "SPLIT_IMAGES", 20)  # not a multiple of a batch
     metrics = ("is", "kid", "precision_recall")
     context = keeping(replace(context, params=context.params.model_copy(update={"metrics": metrics})))
@@ -255,10 +245,10 @@ def test_features_of_every_sample_and_sums_over_splits_are_kept_through_a_stop(
     assert files(again.out) == files(context.out)
     pixels = np.load(context.out / "samples.npy")
     kept = read_summary(context.out, "kid").kept
-    assert kept is not None and np.array_equal(kept, Features().pool3(pixels).float().numpy())
+    assert kept is not None and np.array_equal(kept, PixelFeatures().pool3(pixels).float().numpy())
     splits = read_summary(context.out, "is").splits
     assert splits is not None and splits.sizes() == [20, 20, 10]
-    expected = score_values(Features().logits(pixels))
+    expected = score_values(PixelFeatures().logits(pixels))
     for place, sums in zip((0, 20, 40), splits.sums, strict=True):
         torch.testing.assert_close(sums, expected[place : place + 20].sum(0))
     rows._LOADED.clear()
@@ -366,17 +356,17 @@ def test_the_row_of_real_images_has_as_many_as_are_sampled_or_all_there_are(cont
 def test_features_of_given_images_and_of_real_ones_are_kept(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: Features()))
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: PixelFeatures()))
     pictures = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 3)).astype(np.uint8)
     np.savez(tmp_path / "reference.npz", pictures)
     given = GivenFeaturesParams(features="pool3", reference=str(tmp_path / "reference.npz"))
     reference.run(replace(context, params=given))
-    expected = Features().pool3(pictures.transpose(0, 3, 1, 2)).float().numpy()
+    expected = PixelFeatures().pool3(pictures.transpose(0, 3, 1, 2)).float().numpy()
     assert np.array_equal(np.load(context.out / "pool3.npy"), expected)
     heldout = replace(context, out=folder(tmp_path / "heldout"))
     params = HeldoutParams(codec=PixelCodec(), samples=270, metrics=("kid", "precision_recall"))
     reference.run(replace(heldout, params=params))
-    expected = Features().pool3(as_images(context, "heldout", 270)).float().numpy()
+    expected = PixelFeatures().pool3(as_images(context, "heldout", 270)).float().numpy()
     assert np.array_equal(np.load(heldout.out / "pool3.npy"), expected)
 
 

@@ -7,7 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NUM_SUBSETS, SUBSET_IMAGES, SUBSET_SEED = 100, 1000, 0
+from graftwork.specs.metrics import KID_SUBSET_IMAGES
+
+NUM_SUBSETS, SUBSET_IMAGES, SUBSET_SEED = 100, KID_SUBSET_IMAGES, 0
 
 
 def subset_distances(

@@ -19,7 +19,7 @@ from graftwork.specs.figures import amount
 from graftwork.specs.figures import counted as number_of
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
-from graftwork.specs.metrics import IMAGES, INCEPTION_FILE, METRICS, Metric, inception_file
+from graftwork.specs.metrics import IMAGES, INCEPTION_FILE, KID_SUBSET_IMAGES, METRICS, Metric, inception_file
 from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
@@ -323,6 +323,8 @@ def notes(job: JobSpec) -> list[str]:
         lines.append(
             f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
         )
+    if "kid" in job.evaluate.metrics and samples < KID_SUBSET_IMAGES:
+        lines.append(f"evaluate.samples: {samples:,}: kid's subsets have as many at most, not {KID_SUBSET_IMAGES:,}")
     if job.finetune.control and "random_init" not in job.rows():
         lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
     return [*lines, *_streaming_memory(job), *_without_tensor_cores(job)]

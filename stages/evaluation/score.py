@@ -6,7 +6,7 @@ and the reference is read as a step of a job reads it, each in a folder that goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,9 +59,11 @@ class Scoring:
                 params = given_params(metric, self.reference, None, self.inception)
                 real_images.run(_context(name, params, Path(home), device, report))
             figures: dict[str, float] = {}
-            for metric in self.metrics:
+            for number, metric in enumerate(self.metrics):
+                report("figures", number, len(self.metrics))  # a root of covariances takes a while
                 given = read_summary(Path(home) / steps[metric], metric) if metric in steps else Summary(None)
                 figures |= JUDGES[metric].figures(read_summary(Path(home) / ROW, metric), given)
+            report("figures", len(self.metrics), len(self.metrics))
         return figures
 
     def _judge_samples(self, home: Path, device: torch.device, report: Progress) -> None:
@@ -80,13 +82,17 @@ class Scoring:
 def _context(name: str, params: Any, home: Path, device: torch.device, report: Progress) -> Context:
     out = home / name
     out.mkdir(parents=True)
+
+    def report_part(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        report(name, done, total)
+
     return Context(
         step=name,
         params=params,
         inputs={},
         out=out,
         partial=_NoCheckpoints(),
-        report=lambda done, total, metrics=None: report(name, done, total),
+        report=report_part,
         resources=StepResources(),
         device=device,
     )
