@@ -280,7 +280,7 @@ def test_metrics_that_keep_the_same_features_share_a_reference_and_leave_that_of
     np.savez(files / "images.npz", np.zeros((4, 2, 2, 3), np.uint8))
     given = f"reference: {files}/images.npz, inception: {files}/inception.pth"
     alone = planned(f"evaluate={{metrics: [fid], {given}}}")
-    every = planned(f"evaluate={{metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
+    every = planned(f"evaluate={{samples: 40, metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
     references = {name: key for name, key in keys(every).items() if name.startswith("reference/")}
     assert list(references) == ["reference/fid", "reference/pool3", "reference/sfid", "reference/heldout"]
     assert references["reference/fid"] == keys(alone)["reference/fid"]
@@ -289,7 +289,7 @@ def test_metrics_that_keep_the_same_features_share_a_reference_and_leave_that_of
     (note,) = (line for line in preflight.notes(every.job) if "kid" in line)
     assert note == "evaluate.samples: 40: kid's subsets have as many at most, not 1,000"
     (files / "inception.pth").write_bytes(b"others")  # which images are looked at with
-    anew = planned(f"evaluate={{metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
+    anew = planned(f"evaluate={{samples: 40, metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
     assert changed(every, anew) >= set(references)
 
 
