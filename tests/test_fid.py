@@ -183,6 +183,9 @@ def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
 # -- the other metrics, on the same network
 
 
+NOISE = np.random.default_rng(0).integers(0, 256, (1, 3, SIDE, 12)).astype(np.uint8)  # no two places of one colour
+
+
 @dataclass
 class Shared:
     """What each metric saw in an image, and how often each group of the network's layers ran."""
@@ -205,7 +208,7 @@ def shared(network: Any) -> Shared:
 
         hooks.append(group[0].register_forward_hook(counted))
     seen: dict[str, Tensor] = {}
-    for metric, one in judges.look(images(0)[:1], torch.zeros(1)).by_metric.items():
+    for metric, one in judges.look(NOISE, torch.zeros(1)).by_metric.items():
         (seen[metric],) = (part for part in (one.features, one.summed, one.kept) if part is not None)
     for hook in hooks:
         hook.remove()
@@ -217,7 +220,7 @@ def test_images_pass_once_and_as_far_as_sfid_looks_once_more(shared: Shared) -> 
 
 
 def test_fid_sees_the_same_bits_with_other_metrics_beside_it(shared: Shared, network: Any) -> None:
-    alone = inception_features(images(0)[:1], network, CPU)
+    alone = inception_features(NOISE, network, CPU)
     assert torch.equal(shared.seen["fid"], alone)
     for metric in ("kid", "precision_recall"):
         assert torch.equal(shared.seen[metric], alone.float())
@@ -233,14 +236,18 @@ def test_the_inception_score_reads_the_classes_without_their_bias(shared: Shared
 
 def resized_by_hand(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
     """TensorFlow 1's bilinear resize to 299, a pixel at a time along each side."""
-    size = pictures.shape[-1]
-    shares = np.zeros((299, size))
-    for pixel in range(299):
-        place = pixel * size / 299
-        lower = int(place)
-        shares[pixel, lower] += 1 - (place - lower)
-        shares[pixel, min(lower + 1, size - 1)] += place - lower
-    return np.asarray(shares @ pictures.astype(float) @ shares.T)
+
+    def shares(size: int) -> NDArray[np.float64]:
+        each = np.zeros((299, size))
+        for pixel in range(299):
+            place = pixel * size / 299
+            lower = int(place)
+            each[pixel, lower] += 1 - (place - lower)
+            each[pixel, min(lower + 1, size - 1)] += place - lower
+        return each
+
+    height, width = pictures.shape[-2:]
+    return np.asarray(shares(height) @ pictures.astype(float) @ shares(width).T)
 
 
 def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
@@ -251,7 +258,7 @@ def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
     monkeypatch.setattr(network, "resize_input", False)
     monkeypatch.setattr(network, "normalize_input", False)
     with torch.no_grad():
-        network(torch.from_numpy((resized_by_hand(images(0)[:1]) - 128) / 128).float())
+        network(torch.from_numpy((resized_by_hand(NOISE) - 128) / 128).float())
     hook.remove()
     (maps,) = outputs
     assert maps.shape == (1, 192, 17, 17) and maps.min() == 0
