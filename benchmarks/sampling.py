@@ -55,7 +55,7 @@ from graftwork.stages.artifacts.latents import LatentsMeta, read_meta, write_met
 from graftwork.stages.catalog.evaluate import SampleParams
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.judges import Judges, Scores
-from graftwork.stages.evaluation.samples import batches_of, labels_of, sample_batch
+from graftwork.stages.evaluation.samples import ALL_SAMPLES, Batch, batches_of, labels_of, sample_batch
 from graftwork.stages.features.codec import load_codec
 
 READ_BATCH = 50  # pytorch-fid's
@@ -172,13 +172,12 @@ def kept(setting: Setting, scores: Scores) -> dict[str, float]:
 def largest_difference(setting: Setting) -> int:
     """Of any pixel of any image, in levels of 256."""
     keeping = replace(setting.context, params=setting.params.model_copy(update={"keep_samples": True}))
-    found = [
-        np.abs(
-            sample_batch(keeping, batch, setting.device).images.astype(int) - read_back(setting, batch.samples)
-        ).max()
-        for batch in setting.batches
-    ]
-    return int(max(found))
+
+    def difference(batch: Batch) -> int:
+        drawn = sample_batch(keeping, batch, setting.device).arrays[ALL_SAMPLES]
+        return int(np.abs(drawn.astype(int) - read_back(setting, batch.samples)).max())
+
+    return max(map(difference, setting.batches))
 
 
 # -- what is sampled

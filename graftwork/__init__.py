@@ -5,6 +5,7 @@
     resume(run), stop(run)    go on with a run; have its driver save and stop
     compare(runs)             a row a run, as dicts; table(runs): as a pandas DataFrame
     images(run/row, folder)   a row's samples in GenEval's folders; geneval(results): what its own scorer found in them
+    score(samples, reference) FID and others of anybody's samples
     export(run, folder)       the graft for others; load(folder): a model from a folder, a file or a hub id
     submit(job, address)      run a job on a Ray cluster elsewhere
     doctor(job)               what is wrong with this machine, or a cluster
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftwork.models import load
     from graftwork.models.checkpoints.errors import UnfitCheckpoint
-    from graftwork.pipeline.api import compare, export, geneval, images, plan, resume, run, stop, table
+    from graftwork.pipeline.api import compare, export, geneval, images, plan, resume, run, score, stop, table
     from graftwork.pipeline.doctor.doctor import doctor
     from graftwork.pipeline.execution.remote import submit
     from graftwork.pipeline.execution.run import RunFailed, RunStopped
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "JobSpec", "RunFailed", "RunStopped", "SpecError", "UnfitCheckpoint", "__version__", "compare", "doctor", "export",
-    "geneval", "images", "load", "plan", "resume", "run", "stop", "submit", "table",
+    "geneval", "images", "load", "plan", "resume", "run", "score", "stop", "submit", "table",
 ]  # fmt: skip
 
 _HOMES = {
@@ -45,7 +46,8 @@ _HOMES = {
     "SpecError": "graftwork.specs.problems",
     "UnfitCheckpoint": "graftwork.models.checkpoints.errors",
 } | dict.fromkeys(
-    ("compare", "export", "geneval", "images", "plan", "resume", "run", "stop", "table"), "graftwork.pipeline.api"
+    ("compare", "export", "geneval", "images", "plan", "resume", "run", "score", "stop", "table"),
+    "graftwork.pipeline.api",
 )
 
 

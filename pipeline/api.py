@@ -8,7 +8,7 @@ Nothing heavy is imported until a step has to run: a run whose steps are all cac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from graftwork.specs.export import Adapters, Layout
 from graftwork.specs.figures import amount, column_word
 from graftwork.specs.hub import is_hub_id, local_snapshot
 from graftwork.specs.job import JobSpec
+from graftwork.specs.metrics import INCEPTION_METRICS
 from graftwork.specs.paths import expand_weights, settle_home
 from graftwork.specs.problems import shown
 from graftwork.specs.reading.load import SpecError, job_from, load
@@ -325,6 +326,53 @@ def geneval(results: str | Path, beside: str | Path | None = None, detector: str
     if "beside" in read:
         figures["results"] |= gain_figures(read["beside"], read["results"])
     return ScoredFiles(figures, tuple(notes))
+
+
+@dataclass(frozen=True)
+class ScoredSamples:
+    """The figures of samples, and lines on what was left out."""
+
+    figures: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def score(
+    samples: str | Path,
+    reference: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    inception: str | Path | None = None,
+    report: Callable[[str, int, int], object] = lambda part, done, total: None,
+) -> ScoredSamples:
+    """Return the figures of anybody's samples, as a job's table has them; on a GPU if there is one.
+
+    samples, reference: a folder of images, or an .npz with arr_0, uint8 images (n,H,W,3); the reference also an .npz of
+    statistics. metrics: by default all of fid, sfid, is, precision_recall and kid that the reference serves. inception:
+    pytorch-fid's weights, by default those in torch's hub cache. report: is told the images of each part of the work
+    that are done, and their number. Raise SpecError in a line for files that will not do.
+    """
+    chosen = list(dict.fromkeys(metrics or INCEPTION_METRICS))
+    if unknown := [metric for metric in chosen if metric not in INCEPTION_METRICS]:
+        raise SpecError([f"metrics: got {shown(unknown[0])}; accepted: {', '.join(INCEPTION_METRICS)}"])
+    place = expanded(str(samples), "samples")
+    given = expanded(str(reference), "reference") if reference is not None else None
+    weights = expanded(str(inception), "inception") if inception is not None else None
+    unfit = preflight.unfit_for_reference(given, chosen)
+    problems = preflight.unfit_samples(place, chosen) + preflight.unfit_inception(weights)
+    if metrics is not None:
+        problems += unfit.values()
+    left = [metric for metric in chosen if metric not in unfit]
+    if problems or not left:
+        raise SpecError(list(dict.fromkeys(problems or unfit.values())))
+    import torch
+
+    from graftwork.stages.evaluation.score import Scoring
+
+    scoring = Scoring(place, given, left, weights)
+    try:
+        figures = scoring.figures(torch.device("cuda" if torch.cuda.is_available() else "cpu"), report)
+    except (ValueError, FileNotFoundError) as error:  # what the contents of a file come to, beyond its headers
+        raise SpecError([str(error)]) from None
+    return ScoredSamples(figures, tuple(f"{metric} left out: {line}" for metric, line in unfit.items()))
 
 
 def _recipe(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class EvaluateSpec(Spec):
     """What is sampled and what is measured.
 
     `classifier`: Frechet distance on the features of a small classifier that the job trains on its own data, and the
-    share of samples that it reads as their label. `fid`: the Frechet Inception distance, through pytorch-fid.
+    share of samples that it reads as their label. `fid`, `sfid`, `is`, `precision_recall`, `kid`: as ImageNet papers
+    report them, on the features of pytorch-fid's Inception network.
     `geneval`: the share of samples that show what their prompts say, by GenEval's rules. `clip_score`: how near samples
     are to their texts, as a CLIP sees both. `likeness`: how near samples are to the rootstock's of the same noise.
     """
@@ -57,10 +58,12 @@ class EvaluateSpec(Spec):
     )
     # The content of both files is in the key.
     reference: Annotated[LocalPath | None, Unkeyed()] = Field(
-        None, description="for fid: an .npz with mu and sigma, or a folder of images"
+        None,
+        description="for fid, sfid, precision_recall and kid: images, in a folder or an .npz with arr_0; for fid and "
+        "sfid also an .npz with statistics",
     )
     inception: Annotated[LocalPath | None, Unkeyed()] = Field(
-        None, description="for fid: Inception weights; without it torch's hub cache is asked"
+        None, description="for fid, sfid, is, precision_recall and kid: Inception weights; by default torch's hub cache"
     )
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftwork.specs.job import JobSpec
 
 GENEVAL_REPOSITORY = "github.com/djghosh13/geneval"
+KID_SUBSET_IMAGES = 1000
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the name under which pytorch-fid publishes the weights
 
 
@@ -40,13 +41,19 @@ class MetricSpec:
     # where each sample is judged by itself, and real images are not.
     reference: ClassVar[Literal["training", "given", "none"]] = "training"
     steps: ClassVar[tuple[str, ...]] = ()  # steps of the job whose artifacts it looks with
+    keeps: ClassVar[str | None] = (
+        None  # features of every image that it needs at the end; metrics of one name share them
+    )
+    min_images: ClassVar[int] = 2  # of samples and of a reference; 2 have a covariance
+    accepted_reference: ClassVar[str] = ""  # of a metric whose reference is given: what it may be
 
     @classmethod
     def check_section(cls, evaluate: EvaluateSpec) -> None:
         """Raise from the section's validator if it lacks something that the metric needs."""
         if cls.reference == "given" and evaluate.reference is None:
-            accepted = f"with metrics [{cls.name}], an .npz with mu and sigma or a folder of images"
-            refuse(["reference"], None, accepted)
+            refuse(["reference"], None, f"with metrics [{cls.name}], {cls.accepted_reference}")
+        if evaluate.samples < cls.min_images:
+            refuse(["samples"], evaluate.samples, f"with metrics [{cls.name}], {cls.min_images} or more")
 
     @classmethod
     def check_job(cls, job: JobSpec) -> None:
@@ -90,12 +97,13 @@ class ClassifierMetric(MetricSpec):
             refuse(["evaluate", "metrics"], list(job.evaluate.metrics), accepted)
 
 
-class FidMetric(MetricSpec):
-    """The Frechet Inception distance, on the features of pytorch-fid's network."""
+IMAGES = "a folder with images, all of one size, directly in it, or an .npz with arr_0, uint8 images (n,H,W,3)"
 
-    name = "fid"
-    figures = ("fid",)
-    reference = "given"
+
+class InceptionMetric(MetricSpec):
+    """A metric on features of pytorch-fid's network. Those on its last features share one pass of an image."""
+
+    reference: ClassVar[Literal["training", "given", "none"]] = "given"
 
     @classmethod
     def weights(cls, evaluate: EvaluateSpec) -> Mapping[str, Path]:
@@ -107,6 +115,49 @@ class FidMetric(MetricSpec):
             return []
         weights = f"pytorch-fid's Inception weights ({hub.name}), named here or placed at {hub}"
         return [f"evaluate.inception: got nothing; accepted: {weights}"]
+
+
+class FidMetric(InceptionMetric):
+    """The Frechet Inception distance, on the features of pytorch-fid's network."""
+
+    name = "fid"
+    figures = ("fid",)
+    accepted_reference = f"an .npz with mu and sigma, {IMAGES}"
+
+
+class SfidMetric(InceptionMetric):
+    """The spatial FID (arXiv 2103.03841): the Frechet distance on features of an earlier layer, with their places."""
+
+    name = "sfid"
+    figures = ("sfid",)
+    accepted_reference = f"an .npz with mu_s and sigma_s, {IMAGES}"
+
+
+class InceptionScoreMetric(InceptionMetric):
+    """The Inception Score (arXiv 1606.03498), over splits of 5,000 samples."""
+
+    name = "is"
+    figures = ("is", "is_sd")
+    reference = "none"
+
+
+class PrecisionRecallMetric(InceptionMetric):
+    """Improved precision and recall (arXiv 1904.06991), by the three nearest neighbours."""
+
+    name = "precision_recall"
+    figures = ("precision", "precision_low", "precision_high", "recall", "recall_low", "recall_high")
+    keeps = "pool3"
+    min_images = 4  # one has three neighbours
+    accepted_reference = IMAGES
+
+
+class KidMetric(InceptionMetric):
+    """The Kernel Inception distance (arXiv 1801.01401), over 100 subsets of 1,000 images."""
+
+    name = "kid"
+    figures = ("kid", "kid_sd")
+    keeps = "pool3"
+    accepted_reference = IMAGES
 
 
 DETECTOR = "with metrics [geneval], a detector, as {kind: mask2former, path: .., colours: ..}"
@@ -186,10 +237,23 @@ def _require_texts(job: JobSpec) -> None:
 
 
 METRICS: dict[str, type[MetricSpec]] = {
-    metric.name: metric for metric in (ClassifierMetric, FidMetric, GenevalMetric, ClipScoreMetric, LikenessMetric)
+    metric.name: metric
+    for metric in (
+        ClassifierMetric,
+        FidMetric,
+        SfidMetric,
+        InceptionScoreMetric,
+        PrecisionRecallMetric,
+        KidMetric,
+        GenevalMetric,
+        ClipScoreMetric,
+        LikenessMetric,
+    )
 }
 _FIGURES = [figure for metric in METRICS.values() for figure in metric.figures]
 assert len({*_FIGURES}) == len(_FIGURES), f"two metrics have a figure of one name: {_FIGURES}"
+
+INCEPTION_METRICS = tuple(name for name, metric in METRICS.items() if issubclass(metric, InceptionMetric))
 
 if TYPE_CHECKING:
     Metric = str

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graftwork.models.rootstocks import Rootstock
@@ -59,3 +61,13 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.path,)
+
+
+class PixelFeatures:
+    """What stands for Inception, at no cost: its last features are some pixels."""
+
+    def pool3(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(images.reshape(len(images), -1)[:, :5].copy()).double() / 255
+
+    def logits(self, images: NDArray[np.uint8]) -> Tensor:
+        return self.pool3(images)[:, :3] * 9

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pytorch_fid import fid_score
+from torch import Tensor
 
 from graftwork.models.measures.frechet import Gaussian, Moments, distance
 from graftwork.pipeline import api
@@ -24,6 +25,7 @@ from graftwork.specs.reading.load import SpecError, load
 from graftwork.stages.data.images import read_pixels
 from graftwork.stages.evaluation import inception
 from graftwork.stages.evaluation.inception import inception_features, load_inception, reference_statistics
+from graftwork.stages.evaluation.judges import Judges
 from tests.conftest import TINY
 from tests.small import Payload
 
@@ -176,6 +178,94 @@ def test_a_folder_is_looked_at_in_parts_with_the_same_statistics(
     found = reference_statistics(str(folders[1]), "#ffffff", lambda: network, CPU, report)
     assert told == [(3, COUNT), (COUNT, COUNT)]
     assert np.abs(found.sigma - theirs.sigma).max() < 1e-5 * np.abs(theirs.sigma).max()
+
+
+# -- the other metrics, on the same network
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (1, 3, SIDE, 12)).astype(np.uint8)  # no two places of one colour
+
+
+@dataclass
+class Shared:
+    """What each metric saw in an image, and how often each group of the network's layers ran."""
+
+    seen: dict[str, Tensor]
+    passes: list[int]
+
+
+@pytest.fixture(scope="module")
+def shared(network: Any) -> Shared:
+    metrics = ("fid", "is", "kid", "precision_recall", "sfid")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_inception", lambda weights, device: network)
+        judges = Judges(None, metrics, None, CPU)  # type: ignore[arg-type]  # these metrics need no step
+    passes, hooks = [0] * 4, []
+    for number, group in enumerate(network.blocks):
+
+        def counted(*_: Any, number: int = number) -> None:
+            passes[number] += 1
+
+        hooks.append(group[0].register_forward_hook(counted))
+    seen: dict[str, Tensor] = {}
+    for metric, one in judges.look(NOISE, torch.zeros(1)).by_metric.items():
+        (seen[metric],) = (part for part in (one.features, one.summed, one.kept) if part is not None)
+    for hook in hooks:
+        hook.remove()
+    return Shared(seen, passes)
+
+
+def test_images_pass_once_and_as_far_as_sfid_looks_once_more(shared: Shared) -> None:
+    assert shared.passes == [2, 2, 2, 1]
+
+
+def test_fid_sees_the_same_bits_with_other_metrics_beside_it(shared: Shared, network: Any) -> None:
+    alone = inception_features(NOISE, network, CPU)
+    assert torch.equal(shared.seen["fid"], alone)
+    for metric in ("kid", "precision_recall"):
+        assert torch.equal(shared.seen[metric], alone.float())
+
+
+def test_the_inception_score_reads_the_classes_without_their_bias(shared: Shared, weights: Path) -> None:
+    classes = torch.load(weights, weights_only=True)["fc.weight"].double().numpy()
+    assert len(classes) == 1008
+    logits = shared.seen["fid"].numpy() @ classes.T
+    exp = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(shared.seen["is"][:, :-1], exp / exp.sum(1, keepdims=True), rtol=1e-9)
+
+
+def resized_by_hand(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """TensorFlow 1's bilinear resize to 299, a pixel at a time along each side."""
+
+    def shares(size: int) -> NDArray[np.float64]:
+        each = np.zeros((299, size))
+        for pixel in range(299):
+            place = pixel * size / 299
+            lower = int(place)
+            each[pixel, lower] += 1 - (place - lower)
+            each[pixel, min(lower + 1, size - 1)] += place - lower
+        return each
+
+    height, width = pictures.shape[-2:]
+    return np.asarray(shares(height) @ pictures.astype(float) @ shares(width).T)
+
+
+def test_sfid_sees_seven_channels_place_by_place_as_tensorflow_orders_them(
+    shared: Shared, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[NDArray[np.float32]] = []
+    hook = network.blocks[2][6].branch1x1.register_forward_hook(lambda *given: outputs.append(given[2].numpy()))
+    monkeypatch.setattr(network, "resize_input", False)
+    monkeypatch.setattr(network, "normalize_input", False)
+    with torch.no_grad():
+        network(torch.from_numpy((resized_by_hand(NOISE) - 128) / 128).float())
+    hook.remove()
+    (maps,) = outputs
+    assert maps.shape == (1, 192, 17, 17) and maps.min() == 0
+    expected = np.stack([image[:7].transpose(1, 2, 0).reshape(-1) for image in maps])
+    found = shared.seen["sfid"].numpy()
+    assert found.shape == (1, 2023)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * expected.max())
 
 
 # -- the weights
@@ -334,7 +424,7 @@ def test_a_reference_without_images_or_statistics_is_refused_in_one_line_that_na
     with pytest.raises(ValueError) as caught:
         statistics_of(path, network)
     message = str(caught.value)
-    assert message.startswith((f"{path}: ", f"{path}/")) and "\n" not in message
+    assert message.startswith((f"{path}: ", f"{path} with ", f"{path}/")) and "\n" not in message
 
 
 @pytest.mark.parametrize("how", FOLDERS)

@@ -276,6 +276,23 @@ def test_each_metric_has_a_reference_of_its_own_that_does_not_depend_on_the_graf
     assert {"reference/fid", "reference/heldout"} == changed(plan, planned(both)) & set(references)
 
 
+def test_metrics_that_keep_the_same_features_share_a_reference_and_leave_that_of_fid_alone(files: Path) -> None:
+    np.savez(files / "images.npz", np.zeros((4, 2, 2, 3), np.uint8))
+    given = f"reference: {files}/images.npz, inception: {files}/inception.pth"
+    alone = planned(f"evaluate={{metrics: [fid], {given}}}")
+    every = planned(f"evaluate={{samples: 40, metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
+    references = {name: key for name, key in keys(every).items() if name.startswith("reference/")}
+    assert list(references) == ["reference/fid", "reference/pool3", "reference/sfid", "reference/heldout"]
+    assert references["reference/fid"] == keys(alone)["reference/fid"]
+    (table,) = (step for step in every.steps if step.name == "evaluate")
+    assert {table.needs[f"reference/{one}"] for one in ("kid", "precision_recall")} == {"reference/pool3"}
+    (note,) = (line for line in preflight.notes(every.job) if "kid" in line)
+    assert note == "evaluate.samples: 40: kid's subsets have as many at most, not 1,000"
+    (files / "inception.pth").write_bytes(b"others")  # which images are looked at with
+    anew = planned(f"evaluate={{samples: 40, metrics: [fid, sfid, is, precision_recall, kid], {given}}}")
+    assert changed(every, anew) >= set(references)
+
+
 def test_the_order_of_the_metrics_draws_nothing_anew(files: Path) -> None:
     named = [f"evaluate.{name}={files / 'reference.npz'}" for name in ("reference", "inception")]
     one, other = (planned(f"evaluate.metrics={given}", *named) for given in ("[fid, classifier]", "[classifier, fid]"))

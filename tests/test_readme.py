@@ -50,7 +50,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory, code: tuple[str, str]) -> Pat
     spec, judge = blocks("metrics.md", "## Adding a metric")
     specs = folder / "specs" / "metrics.py"
     before, after = specs.read_text().split("METRICS: dict")
-    listed = after.replace("(ClassifierMetric, ", "(ClassifierMetric, BrightnessMetric, ")
+    listed = after.replace("ClassifierMetric,", "ClassifierMetric, BrightnessMetric,", 1)
     specs.write_text(f"{before}{spec}\n\nMETRICS: dict{listed}")
     (folder / "stages" / "evaluation" / "metrics" / "brightness.py").write_text(judge)
     (stage,) = blocks("architecture.md", "## Adding a stage")

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from benchmarks.artifacts import Folder
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
+from graftwork.models.measures import inception_score
 from graftwork.models.measures.classifier import Classifier
 from graftwork.models.measures.frechet import Gaussian, distance
+from graftwork.models.measures.inception_score import score_values
 from graftwork.models.numerics.precision import allow_tf32
 from graftwork.models.numerics.streams import generator
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -34,15 +36,16 @@ from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import Latents, LatentsMeta, Shards, write_meta
 from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
-from graftwork.stages.catalog.reference import HeldoutParams, TrainingStatisticsParams
+from graftwork.stages.catalog.reference import GivenFeaturesParams, HeldoutParams, TrainingStatisticsParams
 from graftwork.stages.contract import Context, Stopped
-from graftwork.stages.evaluation import evaluate, reference
+from graftwork.stages.evaluation import evaluate, inception, reference
 from graftwork.stages.evaluation import samples as rows
+from graftwork.stages.evaluation.judges import read_summary
 from graftwork.stages.evaluation.metrics.fid import FidJudge
 from graftwork.stages.evaluation.metrics.likeness import LikenessJudge
 from graftwork.stages.pictures import pictures
 from tests.products import Products
-from tests.small import lively, noting
+from tests.small import PixelFeatures, lively, noting
 from tests.stores import KEY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,7 +177,7 @@ def test_without_being_asked_for_no_sample_is_kept_but_those_of_the_picture(
     came_back: list[int] = []
 
     def note(progress: rows.Progress, drawn: rows.Drawn) -> None:
-        came_back.append(len(drawn.in_picture) + len(drawn.images))
+        came_back.append(len(drawn.in_picture) + sum(map(len, drawn.arrays.values())))
 
     monkeypatch.setattr(rows.Progress, "add", noting(note, rows.Progress.add))
     rows.sample_row(context)
@@ -253,6 +256,30 @@ def test_a_kept_sample_that_was_damaged_is_drawn_again(context: Context, tmp_pat
     assert files(again.out) == files(context.out)
 
 
+def test_features_of_every_sample_and_sums_over_splits_are_kept_through_a_stop(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows._LOADED.clear()
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: PixelFeatures()))
+    monkeypatch.setattr(inception_score, "SPLIT_IMAGES", 20)  # not a multiple of a batch
+    metrics = ("is", "kid", "precision_recall")
+    context = keeping(replace(context, params=context.params.model_copy(update={"metrics": metrics})))
+    rows.sample_row(context)
+    again = replace(context, out=folder(tmp_path / "again"), partial=Store(str(tmp_path / "other")).partial(KEY))
+    stopped_at(again, 3)
+    rows.sample_row(again)
+    assert files(again.out) == files(context.out)
+    pixels = np.load(context.out / "samples.npy")
+    kept = read_summary(context.out, "kid").kept
+    assert kept is not None and np.array_equal(kept, PixelFeatures().pool3(pixels).float().numpy())
+    splits = read_summary(context.out, "is").splits
+    assert splits is not None and splits.sizes() == [20, 20, 10]
+    expected = score_values(PixelFeatures().logits(pixels))
+    for place, sums in zip((0, 20, 40), splits.sums, strict=True):
+        torch.testing.assert_close(sums, expected[place : place + 20].sum(0))
+    rows._LOADED.clear()
+
+
 def test_a_process_loads_the_model_of_a_row_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     rows._LOADED.clear()
     loads: list[str] = []
@@ -310,7 +337,7 @@ def test_samples_of_the_picture_are_taken_from_whichever_batch_has_them(context:
     params = context.params.model_copy(update={"samples": 10, "batch": 4})
     assert [batch.in_picture for batch in rows.batches_of(params, [0, 3, 5, 9])] == [(0, 3), (1,), (1,)]
     shown = rows.sample_batch(context, rows.Batch(range(8), (1, 6)), CPU).in_picture
-    every = rows.sample_batch(keeping(context), rows.Batch(range(8), ()), CPU).images
+    every = rows.sample_batch(keeping(context), rows.Batch(range(8), ()), CPU).arrays[rows.ALL_SAMPLES]
     assert np.array_equal(shown, every[[1, 6]])
 
 
@@ -350,6 +377,23 @@ def test_the_row_of_real_images_has_as_many_as_are_sampled_or_all_there_are(cont
     scores = json.loads((context.out / "scores.json").read_text())
     assert scores == {"samples": count, "agreement": (read == np.arange(count) % 3).mean()}
     assert (context.out / "grid.png").stat().st_size > 0
+
+
+def test_features_of_given_images_and_of_real_ones_are_kept(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception.Inception, "shared", classmethod(lambda *_: PixelFeatures()))
+    pictures = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "reference.npz", pictures)
+    given = GivenFeaturesParams(features="pool3", reference=str(tmp_path / "reference.npz"))
+    reference.run(replace(context, params=given))
+    expected = PixelFeatures().pool3(pictures.transpose(0, 3, 1, 2)).float().numpy()
+    assert np.array_equal(np.load(context.out / "pool3.npy"), expected)
+    heldout = replace(context, out=folder(tmp_path / "heldout"))
+    params = HeldoutParams(codec=PixelCodec(), samples=270, metrics=("kid", "precision_recall"))
+    reference.run(replace(heldout, params=params))
+    expected = PixelFeatures().pool3(as_images(context, "heldout", 270)).float().numpy()
+    assert np.array_equal(np.load(heldout.out / "pool3.npy"), expected)
 
 
 # -- precision, and what a model costs

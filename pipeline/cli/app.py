@@ -403,6 +403,43 @@ def geneval(
 
 
 @app.command()
+def score(
+    samples: Annotated[str, typer.Argument(metavar="SAMPLES", help="an .npz with arr_0, or a folder of images")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="REFERENCE", help="the same, or an .npz of statistics; not for [is] alone"),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="LIST",
+            help="of fid,sfid,is,precision_recall,kid; by default what the reference serves",
+        ),
+    ] = None,
+    inception: Annotated[
+        str | None,
+        typer.Option("--inception", metavar="FILE", help="pytorch-fid's weights; by default torch's hub cache"),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score anybody's samples as ImageNet papers do: FID, sFID, Inception Score, precision, recall and KID."""
+    from graftwork.pipeline import api
+    from graftwork.pipeline.cli.bars import bars
+
+    names = [name.strip() for name in metrics.split(",")] if metrics is not None else None
+    with problems(debug):
+        with bars() as report, redirect_stdout(sys.stderr):
+            scored = api.score(samples, reference, names, inception, report)
+        _print_lines(list(scored.notes))
+        if as_json:
+            document(scored.figures)
+            return
+        columns([[name, figure(name, value)] for name, value in scored.figures.items()])
+
+
+@app.command()
 def verify(
     store: StoreUrl = DEFAULT_STORE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="leave what is damaged where it is")] = False,

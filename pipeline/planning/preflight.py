@@ -20,7 +20,7 @@ from graftwork.specs.figures import amount
 from graftwork.specs.figures import counted as number_of
 from graftwork.specs.hub import is_hub_id, is_offline, local_path, whereabouts
 from graftwork.specs.job import JobSpec
-from graftwork.specs.metrics import METRICS, Metric
+from graftwork.specs.metrics import IMAGES, INCEPTION_FILE, KID_SUBSET_IMAGES, METRICS, Metric, inception_file
 from graftwork.specs.problems import refusal
 from graftwork.specs.reading.load import SpecError
 from graftwork.specs.rootstock import CheckpointWeights
@@ -28,6 +28,7 @@ from graftwork.specs.sampler import SchedulerSampler
 from graftwork.stages.catalog.distill import streaming_memory
 from graftwork.stages.catalog.finetune import teacher_flops
 from graftwork.stages.catalog.flops import TRAINING, graft_flops
+from graftwork.stages.catalog.reference import reference_steps
 from graftwork.stages.data.caption_files import ACCEPTED as ACCEPTED_CAPTIONS
 from graftwork.stages.data.caption_files import UnfitCaptions
 from graftwork.stages.data.captions import read_captions
@@ -195,18 +196,23 @@ def _check_vae(job: JobSpec, pending: Collection[str]) -> list[str]:
 
 def _check_reference(job: JobSpec, pending: Collection[str], max_headers: int | None) -> list[str]:
     """Return notes on what is left out, or not looked at now; raise ValueError if samples cannot be held against it."""
-    reference = job.evaluate.reference
-    steps = {f"reference/{metric}" for metric in _with_reference(job)}
-    if reference is None or not steps & set(pending):
+    reference, metrics = job.evaluate.reference, _with_reference(job)
+    if reference is None or not {*reference_steps(metrics).values()} & set(pending):
         return []
     if not Path(reference).exists():
         return []
-    from graftwork.stages.evaluation.inception import read_statistics, reference_images, require_one_size
+    from graftwork.stages.evaluation.inception import (
+        check_reference_file,
+        reference_images,
+        require_enough,
+        require_one_size,
+    )
 
     if not Path(reference).is_dir():
-        read_statistics(reference)
+        check_reference_file(reference, metrics)
         return []
     images = reference_images(reference)
+    require_enough(reference, len(images), metrics)
     others = {entry.name for entry in Path(reference).iterdir() if entry.is_file() and not entry.name.startswith(".")}
     kinds = Counter(Path(name).suffix.lower() for name in others - {image.name for image in images})
     notes = [f"evaluate.reference: left out, by suffix: {counted(kinds)}"] if kinds else []
@@ -215,6 +221,44 @@ def _check_reference(job: JobSpec, pending: Collection[str], max_headers: int | 
         return [*notes, f"evaluate.reference: {some}"]
     require_one_size(reference, images)
     return notes
+
+
+def unfit_for_reference(reference: str | None, metrics: Sequence[Metric]) -> dict[Metric, str]:
+    """Return a line for each metric that cannot hold samples against a folder or file, outside of a job."""
+    from graftwork.stages.evaluation.inception import check_reference
+
+    lines = {}
+    for metric in metrics:
+        if METRICS[metric].reference != "given":
+            continue
+        accepted = f"with metrics [{metric}], {METRICS[metric].accepted_reference}"
+        if reference is None:
+            lines[metric] = refusal("reference", "nothing", accepted)
+            continue
+        try:
+            check_reference(reference, [metric])
+        except ValueError as error:
+            lines[metric] = refusal("reference", error, accepted)
+    return lines
+
+
+def unfit_samples(samples: str, metrics: Sequence[Metric]) -> list[str]:
+    """Return a line if a folder or file has no images that metrics can look at."""
+    from graftwork.stages.evaluation.inception import images_of, require_enough
+
+    try:
+        require_enough(samples, len(images_of(samples, "")), metrics)
+    except ValueError as error:
+        return [refusal("samples", error, IMAGES)]
+    return []
+
+
+def unfit_inception(weights: str | None) -> list[str]:
+    """Return a line if there is no file with Inception weights."""
+    if (place := inception_file(weights)).is_file():
+        return []
+    accepted = f"pytorch-fid's {INCEPTION_FILE}, named by --inception or placed at {inception_file(None)}"
+    return [refusal("inception", f"{place}, which does not exist" if weights else "nothing", accepted)]
 
 
 def absent(job: JobSpec) -> list[str]:
@@ -231,7 +275,7 @@ def absent(job: JobSpec) -> list[str]:
         if not Path(path).exists():
             lines.append(f"evaluate.{name}: got {path!r}, which does not exist; accepted: a path on this machine")
     absences = (METRICS[metric].absent(job.evaluate) for metric in job.evaluate.metrics)
-    return lines + [line for of_metric in absences for line in of_metric]
+    return [*lines, *dict.fromkeys(line for of_metric in absences for line in of_metric)]  # of one network, one line
 
 
 def _with_reference(job: JobSpec) -> list[Metric]:
@@ -282,6 +326,8 @@ def notes(job: JobSpec) -> list[str]:
         lines.append(
             f"evaluate.samples: {samples} for {classes:,} classes, spread over them: {classes - samples:,} have none"
         )
+    if "kid" in job.evaluate.metrics and samples < KID_SUBSET_IMAGES:
+        lines.append(f"evaluate.samples: {samples:,}: kid's subsets have as many at most, not {KID_SUBSET_IMAGES:,}")
     if job.finetune.control and "random_init" not in job.rows():
         lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
     return [*lines, *_streaming_memory(job), *_teacher(job), *_without_tensor_cores(job)]

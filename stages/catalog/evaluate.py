@@ -16,7 +16,7 @@ from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
 from graftwork.stages.catalog.flops import RootstockFlops, graft_flops, sampling
 from graftwork.stages.catalog.inputs import features, hybrid, last_turn, rootstock, stream
-from graftwork.stages.catalog.reference import chosen_metrics, held_against, judges, networks
+from graftwork.stages.catalog.reference import chosen_metrics, judges, networks, reference_steps
 from graftwork.stages.stage import Needs, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         yield _samples(job, row, needs | judges(metrics))
     needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
-    needs |= {f"reference/{metric}": f"reference/{metric}" for metric in held_against(metrics)}
+    needs |= {f"reference/{metric}": step for metric, step in reference_steps(metrics).items()}
     yield StepDraft("evaluate", EvaluateParams(seed=job.seed, recipe=job.evaluate), needs)
 
 

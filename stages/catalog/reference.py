@@ -10,6 +10,7 @@ from graftwork.specs.codec import Codec
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.stages.catalog.inputs import images, last_turn
+from graftwork.stages.data.npz import holds_images
 from graftwork.stages.stage import External, Needs, Stage, StepDraft
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ class GivenStatisticsParams(Spec):
     metric: Annotated[Metric, KeyedIfSet("fid")] = "fid"
 
 
+class GivenFeaturesParams(Spec):
+    """The features of each image of `evaluate.reference`, for metrics that need them all."""
+
+    features: str  # the name by which metrics keep them
+    reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
+    background: str | None = None
+    inception: Annotated[LocalPath | None, Unkeyed()] = None
+
+
 class HeldoutParams(Spec):
     """The table's first row: real images that nothing was trained on."""
 
@@ -44,8 +54,9 @@ class HeldoutParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     metrics = held_against(chosen_metrics(job))
-    for metric in metrics:
-        yield _training(job, metric) if METRICS[metric].reference == "training" else _given(job, metric)
+    steps = {name: metric for metric, name in reference_steps(metrics).items()}  # metrics that keep the same share one
+    for name, metric in steps.items():
+        yield _training(job, metric) if METRICS[metric].reference == "training" else _given(job, metric, name)
     params = HeldoutParams(
         codec=job.codec, samples=job.evaluate.samples, metrics=metrics, inception=job.evaluate.inception
     )
@@ -58,18 +69,24 @@ def _training(job: JobSpec, metric: Metric) -> StepDraft:
     return StepDraft(f"reference/{metric}", params, images(job) | judges([metric]))
 
 
-def _given(job: JobSpec, metric: Metric) -> StepDraft:
+def _given(job: JobSpec, metric: Metric, name: str) -> StepDraft:
     reference = job.evaluate.reference
     assert reference is not None
     external: tuple[External, ...] = (External("reference", reference, "evaluate.reference"),)
-    background = None
-    if Path(reference).is_dir():  # statistics are taken as they are
+    if METRICS[metric].keeps or holds_images(reference):  # statistics are taken as they are
         external += networks(job.evaluate, [metric])
-        background = job.data.background
-    params = GivenStatisticsParams(
-        reference=reference, background=background, inception=job.evaluate.inception, metric=metric
-    )
-    return StepDraft(f"reference/{metric}", params, {}, external=external)
+    background = job.data.background if Path(reference).is_dir() else None
+    params = given_params(metric, reference, background, job.evaluate.inception)
+    return StepDraft(name, params, {}, external=external)
+
+
+def given_params(
+    metric: Metric, reference: str, background: str | None, inception: str | None
+) -> GivenStatisticsParams | GivenFeaturesParams:
+    """Return the parameters of the step that reads a given reference for a metric."""
+    if (features := METRICS[metric].keeps) is not None:
+        return GivenFeaturesParams(features=features, reference=reference, background=background, inception=inception)
+    return GivenStatisticsParams(reference=reference, background=background, inception=inception, metric=metric)
 
 
 def chosen_metrics(job: JobSpec) -> tuple[Metric, ...]:
@@ -80,6 +97,11 @@ def chosen_metrics(job: JobSpec) -> tuple[Metric, ...]:
 def held_against(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Return the metrics that look at real images too, and hold samples against them."""
     return tuple(metric for metric in metrics if METRICS[metric].reference != "none")
+
+
+def reference_steps(metrics: Sequence[Metric]) -> dict[Metric, str]:
+    """Return the step that leaves what samples are held against, for each metric that has such a thing."""
+    return {metric: f"reference/{METRICS[metric].keeps or metric}" for metric in held_against(metrics)}
 
 
 def judges(metrics: Sequence[Metric]) -> Needs:

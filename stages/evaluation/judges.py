@@ -1,5 +1,5 @@
 """The metrics of a job together: each looks at every image once, and only sums of what they saw are kept, so that
-memory does not grow with the images."""
+memory does not grow with the images. Features that a metric needs of every image go to a file as they come."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.models.measures.frechet import Gaussian, Moments
-from graftwork.specs.metrics import Metric
+from graftwork.models.measures.inception_score import SplitSums
+from graftwork.specs.metrics import METRICS, Metric
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.metrics import JUDGES, SCORES, Seen, Summary
 
@@ -34,7 +35,13 @@ class Verdict:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that the row keeps, by the names of their files without the suffix."""
         judged = self.by_metric.items()
-        return {f"{metric}.{name}": rows for metric, seen in judged for name, rows in seen.arrays.items()}
+        own = {f"{metric}.{name}": rows for metric, seen in judged for name, rows in seen.arrays.items()}
+        return own | self.kept()
+
+    def kept(self) -> dict[str, NDArray[np.float32]]:
+        """Return the features (n,d) of which every row is kept, by their name."""
+        named = {METRICS[metric].keeps: seen.kept for metric, seen in self.by_metric.items()}
+        return {name: rows.cpu().numpy() for name, rows in named.items() if name is not None and rows is not None}
 
 
 class Judges:
@@ -46,7 +53,7 @@ class Judges:
         self.judges = {metric: JUDGES[metric](context, inception, device) for metric in metrics}
 
     def look(self, images: NDArray[np.uint8], labels: Tensor, start: int = 0) -> Verdict:
-        """Return what is seen in images (n,C,H,W) that should be of these labels (n,).
+        """Return what is seen in images (n,C,H,W) that should be of these labels (n,). The images stay as they are.
 
         start: the number of the first of them among all of the row.
         """
@@ -66,6 +73,7 @@ class Scores:
     moments: dict[Metric, Moments] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # images of which something holds, by the figure's name
     records: dict[Metric, list[str]] = field(default_factory=dict)  # a line an image
+    splits: dict[Metric, SplitSums] = field(default_factory=dict)
 
     def add(self, verdict: Verdict) -> None:
         self.count += verdict.count
@@ -76,6 +84,8 @@ class Scores:
             if seen.features is not None:
                 more = Moments.of(seen.features)
                 self.moments[metric] = self.moments[metric] + more if metric in self.moments else more
+            if seen.summed is not None:
+                self.splits[metric] = self.splits.get(metric, SplitSums()).plus(seen.summed)
 
     def state(self) -> dict[str, Tensor]:
         """Return all of it, for a checkpoint."""
@@ -83,6 +93,8 @@ class Scores:
         state |= {f"counts/{name}": torch.tensor(count) for name, count in self.counts.items()}
         for metric, moments in self.moments.items():
             state |= {f"{metric}.mean": moments.mean, f"{metric}.scatter": moments.scatter}
+        for metric, splits in self.splits.items():
+            state[f"{metric}.splits"] = torch.stack(splits.sums)
         for metric, lines in self.records.items():
             state[f"{metric}.records"] = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
         return state
@@ -102,12 +114,20 @@ class Scores:
             for metric in metrics
             if f"{metric}.records" in state
         }
-        return cls(count, moments, Counter(counts), records)
+        splits = {
+            metric: SplitSums(count, tuple(state[f"{metric}.splits"]))
+            for metric in metrics
+            if f"{metric}.splits" in state
+        }
+        return cls(count, moments, Counter(counts), records, splits)
 
     def write(self, folder: Path) -> None:
-        """Leave `<metric>.npz` with mu and sigma of each metric's features, and `scores.json` with the shares."""
+        """Leave `<metric>.npz` with mu and sigma of each metric's features, `<metric>-splits.npy` with the sums over
+        splits, and `scores.json` with the shares."""
         for metric, moments in self.moments.items():
             moments.gaussian().write(statistics_file(folder, metric))
+        for metric, splits in self.splits.items():
+            np.save(_splits_file(folder, metric), torch.stack(splits.sums).cpu().numpy())
         for metric, lines in self.records.items():
             JUDGES[metric].write_records(lines, folder)
         shares = {name: count / self.count for name, count in self.counts.items()}
@@ -119,8 +139,21 @@ def statistics_file(folder: Path, metric: Metric) -> Path:
     return folder / f"{metric}.npz"
 
 
+def kept_file(folder: Path, name: str) -> Path:
+    """Return where an artifact has features of every image."""
+    return folder / f"{name}.npy"
+
+
 def read_summary(folder: Path, metric: Metric) -> Summary:
     """Return what a metric saw in the images of an artifact."""
-    scores, statistics = folder / SCORES, statistics_file(folder, metric)
+    scores, statistics, name = folder / SCORES, statistics_file(folder, metric), METRICS[metric].keeps
     shares = json.loads(scores.read_text()) if scores.exists() else {}
-    return Summary(Gaussian.read(statistics) if statistics.exists() else None, shares)
+    splits = None
+    if _splits_file(folder, metric).exists():
+        splits = SplitSums(shares["samples"], tuple(torch.from_numpy(np.load(_splits_file(folder, metric)))))
+    kept = np.load(kept_file(folder, name), mmap_mode="r") if name is not None else None
+    return Summary(Gaussian.read(statistics) if statistics.exists() else None, shares, splits, kept)
+
+
+def _splits_file(folder: Path, metric: Metric) -> Path:
+    return folder / f"{metric}-splits.npy"

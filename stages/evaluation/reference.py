@@ -1,8 +1,9 @@
 """`reference`: what samples are held against, computed once, whatever is grafted; and the table's row of real images.
 
 `reference/<metric>` looks at the training images, or at those of `evaluate.reference`, or takes the statistics that
-it is: each leaves mu and sigma of the features in `<metric>.npz`. `reference/heldout` looks at real
-images that nothing was trained on, and leaves what a sampled row does (see `samples.py`).
+it is: each leaves mu and sigma of the features in `<metric>.npz`. `reference/pool3` leaves the features of each of its
+images in `pool3.npy`, for the metrics that need them. `reference/heldout` looks at real images that nothing was trained
+on, and leaves what a sampled row does (see `samples.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from torch import Tensor
 
 from graftwork.specs.codec import Codec
 from graftwork.specs.data import COLOURS
+from graftwork.stages.artifacts.arrays import GrowingArray
 from graftwork.stages.artifacts.latents import Latents, read, read_meta
-from graftwork.stages.catalog.reference import GivenStatisticsParams, HeldoutParams, TrainingStatisticsParams
+from graftwork.stages.catalog.reference import (
+    GivenFeaturesParams,
+    GivenStatisticsParams,
+    HeldoutParams,
+    TrainingStatisticsParams,
+)
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.judges import Judges, Scores, statistics_file
+from graftwork.stages.evaluation.inception import Inception, images_of
+from graftwork.stages.evaluation.judges import Judges, Scores, Verdict, kept_file, statistics_file
 from graftwork.stages.evaluation.metrics import JUDGES
 from graftwork.stages.features.codec import load_codec
 
@@ -27,9 +35,11 @@ BATCH = 256
 
 
 def run(context: Context) -> None:
-    params: TrainingStatisticsParams | GivenStatisticsParams | HeldoutParams = context.params
+    params: TrainingStatisticsParams | GivenStatisticsParams | GivenFeaturesParams | HeldoutParams = context.params
     if isinstance(params, GivenStatisticsParams):
         _read_reference(context, params)
+    elif isinstance(params, GivenFeaturesParams):
+        _keep_features(context, params)
     elif isinstance(params, TrainingStatisticsParams):
         _judge_training_images(context, params)
     else:
@@ -45,6 +55,17 @@ def _read_reference(context: Context, params: GivenStatisticsParams) -> None:
     judge = JUDGES[params.metric]
     statistics = judge.read_reference(context, Path(params.reference), background, params.inception, report)
     statistics.write(statistics_file(context.out, params.metric))
+
+
+def _keep_features(context: Context, params: GivenFeaturesParams) -> None:
+    inception = Inception.shared(params.inception, context.device)
+    images = images_of(params.reference, params.background or COLOURS["white"])
+    features, done = GrowingArray(kept_file(context.out, params.features), len(images)), 0
+    for batch in images.batches(BATCH):
+        features.append(inception.pool3(batch).float().cpu().numpy())
+        done += len(batch)
+        context.report(done, len(images))
+        context.stop_if_asked()
 
 
 def _judge_training_images(context: Context, params: TrainingStatisticsParams) -> None:
@@ -67,12 +88,29 @@ def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:
 
 
 def _judged(context: Context, judges: Judges, codec: Codec, latents: Latents) -> Scores:
-    scores = Scores()
+    scores, kept = Scores(), KeptFeatures(context.out, len(latents.x))
     for images, labels in _decoded(context, codec, latents):
-        scores.add(judges.look(images, labels))
+        verdict = judges.look(images, labels)
+        scores.add(verdict)
+        kept.add(verdict)
         context.report(scores.count, len(latents.x))
         context.stop_if_asked()
     return scores
+
+
+class KeptFeatures:
+    """The files of the features that metrics keep of so many images."""
+
+    def __init__(self, folder: Path, num_images: int) -> None:
+        self.folder, self.num_images = folder, num_images
+        self._files: dict[str, GrowingArray] = {}
+
+    def add(self, verdict: Verdict) -> None:
+        """Write what is kept of the images that come next."""
+        for name, rows in verdict.kept().items():
+            if name not in self._files:
+                self._files[name] = GrowingArray(kept_file(self.folder, name), self.num_images)
+            self._files[name].append(rows)
 
 
 def _decoded(context: Context, codec: Codec, latents: Latents) -> Iterator[tuple[NDArray[np.uint8], Tensor]]:

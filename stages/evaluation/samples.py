@@ -2,10 +2,11 @@
 
 What comes back of a batch are the judges' features, which the step adds to its sums in the order of the batches: its
 memory does not grow with the samples, and neither the number of workers nor a kill shows in a bit of the sums. A kill
-loses SAVE_SECONDS of work and the batches that are under way.
+loses SAVE_SECONDS of work and the batches that are under way. What a metric needs of every sample, and samples that are
+kept, lie in a file a batch until they are all there.
 
-Leaves `<metric>.npz` with mu and sigma of the features, `scores.json`, `grid.png`; what a metric keeps of the first
-samples, as `<metric>.<name>.npy`; and with `evaluate.keep_samples` what `stages.artifacts.samples` reads.
+Leaves what `Scores.write` does, `grid.png`, and what metrics keep of samples: `<metric>.<name>.npy`, or features that
+several share by their name; and with `evaluate.keep_samples` what `stages.artifacts.samples` reads.
 """
 
 from __future__ import annotations
@@ -61,12 +62,7 @@ class Drawn:
 
     verdict: Verdict
     in_picture: NDArray[np.uint8]
-    images: NDArray[np.uint8]  # all of them, or none
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What the row keeps of the batch, by the names of the files without the suffix."""
-        return self.verdict.arrays() | ({ALL_SAMPLES: self.images} if len(self.images) else {})
+    arrays: Mapping[str, NDArray[Any]]  # what the row keeps of the batch, by the names of the files without the suffix
 
 
 @dataclass
@@ -146,7 +142,7 @@ def picture_samples_of(samples: int, num_classes: int, cells: int) -> list[int]:
 
 
 def _resumed(context: Context, batches: Sequence[Batch]) -> Progress:
-    """What the last checkpoint holds; nothing, where samples to be kept of it are damaged."""
+    """What the last checkpoint holds; nothing, where samples or features to be kept of it are damaged."""
     params: SampleParams = context.params
     path = context.partial.load(STATE)
     if path is not None:
@@ -217,7 +213,8 @@ def sample_batch(context: Context, batch: Batch, device: torch.device) -> Drawn:
         )
     images = loaded.codec.decode(latents)
     verdict = loaded.judges.look(images, labels, batch.samples.start)
-    return Drawn(verdict.cpu(), images[list(batch.in_picture)], images if params.keep_samples else images[:0])
+    arrays = verdict.arrays() | ({ALL_SAMPLES: images} if params.keep_samples else {})
+    return Drawn(verdict.cpu(), images[list(batch.in_picture)], arrays)
 
 
 @dataclass(frozen=True)

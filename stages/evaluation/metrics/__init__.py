@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftwork.models.measures.frechet import Gaussian
+from graftwork.models.measures.inception_score import SplitSums
 from graftwork.specs.metrics import MetricSpec
 from graftwork.stages.contract import Context
 
@@ -36,9 +37,13 @@ class Seen:
     counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
     records: tuple[str, ...] = ()  # a line for each image, of metrics that keep one
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # (n,..) each, which the row keeps, by name
+    summed: Tensor | None = None  # (n,d) float64, of which the sums over splits of consecutive images are kept
+    kept: Tensor | None = None  # (n,d) float32, every row of which is kept, as `keeps` of the metric names them
 
     def cpu(self) -> Seen:
-        return replace(self, features=None if self.features is None else self.features.cpu())
+        """Return what sums are made of; without what the row keeps, which a verdict has once for all metrics."""
+        features, summed = (None if part is None else part.cpu() for part in (self.features, self.summed))
+        return Seen(features, self.counts, self.records, summed=summed)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Summary:
 
     statistics: Gaussian | None  # of the features
     shares: Mapping[str, float] = field(default_factory=dict)  # of the images, by the figure's name
+    splits: SplitSums | None = None
+    kept: NDArray[np.float32] | None = None  # (n,d), of metrics that keep every row; memory-mapped
 
 
 class Judge(ABC):
