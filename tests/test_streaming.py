@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.artifacts import Folder
+from graftwork.cluster.training import launcher
 from graftwork.models.rootstocks import config_of, new_rootstock
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.surgery import new_scion, observe, observing
@@ -314,7 +315,7 @@ def test_two_workers_share_each_pass_and_end_where_one_does_up_to_rounding(
     streamed(store, inputs, tmp_path / "one", MHA_EDIT, MLP_EDIT, **{**SHARED, "workers": 1})
     assert workers.wait(timeout=300) == 0
     shared = Store(str(tmp_path / "store"))
-    monkeypatch.setattr(distill, "launch", lambda *_: pytest.fail("what is through needs no workers"))
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("what is through needs no workers"))
     for name in ("straight", "stopped", "alone"):
         edits = [MHA_EDIT] if name == "alone" else [MHA_EDIT, MLP_EDIT]
         streamed(shared, inputs, tmp_path / name, *edits, **SHARED)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graftwork.cluster.training.launcher import launch
 from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
@@ -58,6 +57,8 @@ def _distil(context: Context, params: DistillParams) -> None:
     loss, because = loss_for(recipe, edit.site, context)
     if recipe.passes is not None and edit.scions is None:
         if recipe.workers > 1 and not is_through(task, context):
+            from graftwork.cluster.training.launcher import launch  # Ray, which no other distillation needs
+
             alone = replace(context, task_scope=replace(context.task_scope, state={}, recorded=None))
             launch(_stream_as_worker, alone, recipe, context.resources)
         learned = _stream(task, context)
