@@ -452,10 +452,8 @@ def measure_sampling(session: Session) -> dict[str, Any]:
         heads=sizes.heads,
         num_classes=1000,
     )
-    with device, torch.no_grad():
-        model = DiT(config).eval()
-        for value in model.parameters():  # nothing is zero, and what comes out keeps to the size of noise
-            value.normal_(std=0.02 if value.dim() > 1 else 0.1)
+    with device:
+        model = report.random_weights(DiT(config).eval())
     condition = Condition(labels=torch.arange(sizes.samples, device=device) % config.num_classes)
     shape, conditioner = config.latent_shape, config.conditioner
 
