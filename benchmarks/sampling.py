@@ -232,10 +232,10 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     return Setting(context, home / "images", device)
 
 
-def random_vae(folder: Path) -> Path:
+def random_vae(folder: Path, **changed: Any) -> Path:
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(**VAE).save_pretrained(folder)
+    AutoencoderKL(**VAE | changed).save_pretrained(folder)
     return folder
 
 
