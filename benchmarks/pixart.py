@@ -39,7 +39,7 @@ from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import SampleNoise, generator
 from graftwork.models.objectives import Network
 from graftwork.models.operators.attention import Attention
-from graftwork.models.rootstocks import new_rootstock
+from graftwork.models.rootstocks import Rootstock, new_rootstock
 from graftwork.models.rootstocks.pixart import Block, PixArt, PixArtConfig
 from graftwork.models.sampling import sample
 from graftwork.models.surgery import graft
@@ -221,6 +221,14 @@ class Diffusers:
             ).images
 
 
+@torch.no_grad()
+def with_random_weights(model: Rootstock) -> Rootstock:
+    """Return the model with weights by which each layer keeps the size of what goes in: whatever differs is seen."""
+    for value in model.parameters():
+        value.normal_(std=value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
+    return model
+
+
 def with_public_attention(model: PixArt) -> PixArt:
     """Return a copy whose self-attention is run as diffusers runs it."""
     made = copy.deepcopy(model)
@@ -236,7 +244,7 @@ def measured(options: argparse.Namespace, device: torch.device) -> tuple[list[di
         # The rootstock and its graft, and the public way with the same weights.
         edits = edits_of(setting.job)
         with device:
-            rootstock = report.random_weights(new_rootstock(setting.config).eval())
+            rootstock = with_random_weights(new_rootstock(setting.config).eval())
         assert isinstance(rootstock, PixArt)
         grafted = graft(copy.deepcopy(rootstock), edits, seed=0).to(device).eval()
         apart = differences(setting, rootstock)
