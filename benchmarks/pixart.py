@@ -129,7 +129,7 @@ class Ours:
 
     def __init__(self, setting: Setting, model: PixArt, compiled: bool = False) -> None:
         self.setting, self.model = setting, model
-        self.network: Network = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
+        self.network: Network = torch.compile(model, dynamic=False) if compiled else model
         vae, precision = setting.vae, "fp32" if setting.precision == "fp32" else "bf16"
         self.codec = load_codec(VaeCodec(path=str(vae), precision=precision), setting.device) if vae else None
 

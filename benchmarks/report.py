@@ -21,6 +21,7 @@ from graftwork.cluster.machine import num_cpus
 if TYPE_CHECKING:
     from graftwork.specs.training import Precision
 
+K = TypeVar("K")  # names of what is measured
 M = TypeVar("M", bound=nn.Module)
 Row = Mapping[str, Any]
 Mark = Any  # seconds on a CPU, an event on a GPU
@@ -121,9 +122,9 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
     yield lambda: torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
-def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(works: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
     """Each work's seconds, round by round, so that a machine whose speed drifts does not decide the outcome."""
-    found: dict[str, list[float]] = {name: [] for name in works}
+    found: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             found[name].append(work())
