@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,8 +43,8 @@ from benchmarks import report
 from benchmarks.artifacts import Folder
 from benchmarks.command_line import parser
 from benchmarks.engine import Spent, middle, now
+from graftwork.cluster.machine import num_cpus
 from graftwork.cluster.memory import keep_freed
-from graftwork.cluster.session.runtime import session
 from graftwork.models import checkpoints
 from graftwork.models.condition import Condition
 from graftwork.models.numerics.streams import SampleNoise, initialising, seed_of
@@ -53,7 +54,6 @@ from graftwork.pipeline.planning.plan import Plan, make_plan
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.data import SyntheticData
 from graftwork.specs.reading.load import load
-from graftwork.specs.resources import StepResources
 from graftwork.specs.sampler import SchedulerSampler
 from graftwork.stages.artifacts.latents import SPLITS, read_meta
 from graftwork.stages.artifacts.samples import SAMPLES
@@ -314,8 +314,11 @@ def main() -> None:
     asked, device = arguments().parse_args(), report.fastest_device()
     torch.set_num_threads(1)  # as every task of a job
     keep_freed()
-    with contextlib.chdir(ROOT), session([StepResources(gpu=float(device.type == "cuda"))], min_parallel=1):
+    cpus = num_cpus() if device.type == "cuda" else 1  # one worker: what is left of a machine reads and gathers
+    with contextlib.chdir(ROOT):
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         rows = measured(asked, device)
+        ray.shutdown()
     facts = {"batches": asked.batches, "encoder": asked.encoder, "rounds": asked.rounds}
     report.show("Text to image: how busy a step keeps its device", rows, facts, asked.json)
 
