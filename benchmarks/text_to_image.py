@@ -1,6 +1,6 @@
 """`text`, `synthesis` and the samples of a row, as a job runs them, against a bare loop of the same network.
 
-    python -m benchmarks.text_to_image [--batches 12] [--rounds 3] [--json FILE]     CPU or GPU: examples/shapes.yaml
+    python -m benchmarks.text_to_image [--batches 6] [--rounds 2] [--json FILE]     CPU or GPU: examples/shapes.yaml
 
 The job is that of examples/shapes.yaml with the rootstock that comes with the project, and more samples and texts.
 
@@ -303,10 +303,10 @@ def measured(asked: argparse.Namespace, device: torch.device) -> list[dict[str, 
 
 def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--batches", type=int, default=12, help="of samples in each step; shards of texts")
+    made.add_argument("--batches", type=int, default=6, help="of samples in each step; shards of texts")
     made.add_argument("--encoder", type=int, nargs=len(ENCODER), default=list(ENCODER.values()), metavar="N",
                       help=f"the shape of the T5: {', '.join(ENCODER)}")  # fmt: skip
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--rounds", type=int, default=2)
     return made
 
 
