@@ -1,13 +1,14 @@
 """What this machine's GPU makes of Graftwork, in one command and a few minutes: `make gpu`.
 
-    python -m benchmarks.gpu [--json FILE]                         DiT-XL/2 at 256 px, on an NVIDIA GPU
+    python -m benchmarks.gpu [--json FILE]                         DiT-XL/2 and PixArt-Sigma-XL/2, on an NVIDIA GPU
     python -m benchmarks.gpu --device cpu --small [--json FILE]    the same code at toy sizes, anywhere
 
 Measured are the peak of matrix products; every operator against its definition in plain PyTorch, forward and back, by
-whatever kernel is installed; a training step; the distillation of one site; and sampling; the last three against the
-public way in the same run. Weights are random: nothing is downloaded.
+whatever kernel is installed; and, against the public way in the same run, a training step, the distillation of one site
+and sampling of DiT at 256 px, and PixArt-Sigma with its published graft at 2048 px. Weights are random: nothing is
+downloaded.
 
-It needs torch, with the Triton that comes with it, and pydantic; the training and the distillation also numpy,
+It needs torch, with the Triton that comes with it, and pydantic; all but operators and sampling also numpy,
 safetensors, PyYAML and psutil. A part is skipped, and said to be, if its package is absent, or if memory or time do not
 suffice. Neither Ray nor DeepSpeed, MLflow or diffusers is imported. `of peak` is over a large matrix product measured
 here in the same precision, `of data sheet` over the vendor's figure for the SXM card. Times on a GPU are by its own
@@ -57,6 +58,11 @@ TRAINING = (
     "--rounds 1 --no-deepspeed",
     "--width 32 --depth 2 --heads 2 --side 8 --samples 16 --batch 4 --warmup 1 --points 3 --rounds 1 "
     "--loader-workers 0 --no-compile --no-deepspeed",
+)
+PIXART = (
+    "--no-diffusers --rounds 2",
+    "--no-diffusers --rounds 1 --pixels 32 --layers 2 --width 32 --heads 2 --caption-channels 16 --text-tokens 8 "
+    "--steps 2 --precision fp32",
 )
 
 
@@ -452,10 +458,8 @@ def measure_sampling(session: Session) -> dict[str, Any]:
         heads=sizes.heads,
         num_classes=1000,
     )
-    with device, torch.no_grad():
-        model = DiT(config).eval()
-        for value in model.parameters():  # nothing is zero, and what comes out keeps to the size of noise
-            value.normal_(std=0.02 if value.dim() > 1 else 0.1)
+    with device:
+        model = report.random_weights(DiT(config).eval())
     condition = Condition(labels=torch.arange(sizes.samples, device=device) % config.num_classes)
     shape, conditioner = config.latent_shape, config.conditioner
 
@@ -516,12 +520,24 @@ def measure_sampling(session: Session) -> dict[str, Any]:
     return {"rows": rows, "facts": facts}
 
 
+def measure_pixart(session: Session) -> dict[str, Any]:
+    from benchmarks import pixart
+
+    options = pixart.arguments().parse_args(session.line(PIXART))
+    rows, facts = pixart.measured(options, session.device)
+    for line in pixart.disagreements(facts):
+        session.require(f"PixArt: {line}", False)
+    facts["not measured"] = "diffusers' model and pipeline, and the VAE, which want diffusers: benchmarks/pixart.py"
+    return {"rows": rows, "facts": facts}
+
+
 PARTS: dict[str, Callable[[Session], dict[str, Any]]] = {
     "Machine": measure_machine,
     "Operators, forward and back": measure_operators,
     "A training step of DiT": measure_training,
     "Distillation of a site": measure_distillation,
     "Sampling": measure_sampling,
+    "A pass and an image of PixArt": measure_pixart,
 }
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: rounds in turn, the machine's own limits, a table and JSON."""
+"""What the benchmarks have in common: rounds in turn, the machine's own limits, weights, a table and JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from graftwork.cluster.machine import num_cpus
 
 if TYPE_CHECKING:
     from graftwork.specs.training import Precision
 
+K = TypeVar("K")  # names of what is measured
+M = TypeVar("M", bound=nn.Module)
 Row = Mapping[str, Any]
 Mark = Any  # seconds on a CPU, an event on a GPU
 
@@ -55,6 +58,14 @@ def limits(device: torch.device, precision: Precision = "fp32") -> Limits:
 def fastest_device() -> torch.device:
     """Return the GPU, or the CPU of a machine without one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def random_weights(model: M) -> M:
+    """Nothing is zero, as the published initialisation has it, and what comes out keeps to the size of noise."""
+    for value in model.parameters():
+        value.normal_(std=0.02 if value.dim() > 1 else 0.1)
+    return model
 
 
 def best(work: Callable[[], object], device: torch.device, runs: int = 5) -> float:
@@ -111,9 +122,9 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
     yield lambda: torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
-def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(works: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
     """Each work's seconds, round by round, so that a machine whose speed drifts does not decide the outcome."""
-    found: dict[str, list[float]] = {name: [] for name in works}
+    found: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             found[name].append(work())

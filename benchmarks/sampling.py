@@ -200,7 +200,7 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     )
     write_meta(inputs["features"].place, meta)
     with initialising(0, "benchmark"):
-        checkpoints.save(random_weights(new_rootstock(meta.rootstock_config(model))), (), inputs["base"].place)
+        checkpoints.save(report.random_weights(new_rootstock(meta.rootstock_config(model))), (), inputs["base"].place)
         judge = Classifier(channels, side, num_classes).state_dict()
         save_file(judge, inputs["classifier"].place / "classifier.safetensors")
     sampler: Sampler = DdimSampler(steps=chosen.steps or 10)
@@ -231,18 +231,10 @@ def made(chosen: argparse.Namespace, home: Path, device: torch.device) -> Settin
     return Setting(context, home / "images", device)
 
 
-def random_weights(model: Rootstock) -> Rootstock:
-    """Nothing is zero, as the published initialisation has it, and what comes out keeps to the size of noise."""
-    with torch.no_grad():
-        for value in model.parameters():
-            value.normal_(std=0.02 if value.dim() > 1 else 0.1)
-    return model
-
-
-def random_vae(folder: Path) -> Path:
+def random_vae(folder: Path, **changed: Any) -> Path:
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(**VAE).save_pretrained(folder)
+    AutoencoderKL(**VAE | changed).save_pretrained(folder)
     return folder
 
 
