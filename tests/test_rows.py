@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -469,7 +470,7 @@ def test_the_weights_that_bf16_rounds_are_part_of_the_memory(context: Context) -
     assert found["peak_memory"] > held + 2 * rounded
 
 
-def test_the_root_of_covariances_is_taken_where_no_gpu_is_held(
+def test_the_root_of_covariances_is_taken_where_no_gpu_is_held_and_what_is_no_number_is_left_out(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: dict[str, StepResources] = {}
@@ -480,8 +481,10 @@ def test_the_root_of_covariances_is_taken_where_no_gpu_is_held(
         return iter([table]) if work is evaluate._costs else (work(shared, item, CPU) for item in items)
 
     monkeypatch.setattr(evaluate, "fan_out", here)
-    monkeypatch.setattr(evaluate, "quality_against_cost", lambda *_: None)
-    monkeypatch.setattr(FidJudge, "figures", staticmethod(lambda row, reference: {"fid": 2.5}))
+    shown: list[str] = []
+    monkeypatch.setattr(evaluate, "quality_against_cost", lambda results, quality, path: shown.append(quality))
+    found = iter([{"fid": 2.5}, {"fid": math.nan}])
+    monkeypatch.setattr(FidJudge, "figures", staticmethod(lambda row, reference: next(found)))
     params = EvaluateParams(seed=0, recipe=EvaluateSpec(metrics=["fid"], reference="reference.npz"))
     inputs = {**context.inputs, "rows/rootstock": context.inputs["base"], "rows/heldout": context.inputs["base"]}
     inputs["reference/fid"] = context.inputs["base"]
@@ -489,4 +492,7 @@ def test_the_root_of_covariances_is_taken_where_no_gpu_is_held(
     evaluate.run(replace(context, params=params, inputs=inputs, resources=resources))
     assert held == {"_costs": resources, "_quality": StepResources(cpu=2, custom={"fast": 1})}
     results = json.loads((context.out / "results.json").read_text())
-    assert results == {"heldout": {"fid": 2.5, "params": 0}, "rootstock": {"fid": 2.5, "params": 7}}
+    # What is no number is in no table, which could not be read then, and is told.
+    assert results == {"heldout": {"fid": 2.5, "params": 0}, "rootstock": {"params": 7}} and shown == ["fid"]
+    notes = json.loads((context.out / "notes.json").read_text())
+    assert notes == ["rootstock: fid is nan, and left out of the table"]

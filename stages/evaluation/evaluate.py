@@ -8,6 +8,7 @@ The table's rows: `heldout`, real images that nothing was trained on (the floor)
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -57,11 +58,19 @@ def _tabulate(context: Context) -> None:
     (costs,) = fan_out(_costs, context, [context.params], context.resources)
     # No GPU is held while a CPU takes the roots of covariances.
     on_cpu = context.resources.model_copy(update={"gpu": 0.0})
-    qualities = fan_out(_quality, context, list(costs), on_cpu)
-    results = {row: quality | costs[row] for row, quality in zip(costs, qualities, strict=True)}
+    qualities = list(fan_out(_quality, context, list(costs), on_cpu))
+    results = {row: _finite(context, row, quality) | costs[row] for row, quality in zip(costs, qualities, strict=True)}
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
-    *_, last = results.values()  # of a sampled row; its metrics' figures come first
-    quality_against_cost(results, next(iter(last)), context.out / "quality-cost")
+    *_, last = qualities  # of a sampled row
+    quality_against_cost(results, next(iter(last), "params"), context.out / "quality-cost")
+
+
+def _finite(context: Context, row: str, figures: dict[str, float]) -> dict[str, float]:
+    """Return the figures that are numbers, and say which are not: JSON, MLflow and comparisons know no others."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            context.note(f"{row}: {name} is {value}, and left out of the table")
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _quality(context: Context, row: str, _: torch.device) -> dict[str, float]:
