@@ -79,12 +79,12 @@ def table(found: Found) -> str:
     for name, entries in sorted(found.items(), key=lambda item: statistics.mean(ratios(item[1], "stage2"))):
         blocks = "; ".join(",".join(map(str, entry["blocks"])) for entry in entries)
         agreement = statistics.mean(entry["results"]["stage2"]["agreement"] for entry in entries)
-        stages = (_mean_and_spread(ratios(entries, row)) for row in ("stage1", "stage2"))
+        stages = (mean_and_spread(ratios(entries, row)) for row in ("stage1", "stage2"))
         lines.append(f"| `{name}` | {blocks} | {' | '.join(stages)} | {agreement:.1%} |")
     return "\n".join(lines) + "\n"
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread} x"
 
