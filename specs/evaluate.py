@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from graftwork.specs.clip import ClipSpec
 from graftwork.specs.detector import Detector
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed, refuse
-from graftwork.specs.likeness import LikenessSpec
+from graftwork.specs.likeness import DinoSpec, LikenessSpec
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.sampler import AncestralSampler, Sampler
 from graftwork.specs.training import Precision
@@ -47,6 +47,7 @@ class EvaluateSpec(Spec):
         None, description="for geneval: what finds the objects in samples"
     )
     clip: Annotated[ClipSpec | None, KeyedIfSet()] = Field(None, description="for clip_score: the CLIP")
+    dino: Annotated[DinoSpec | None, KeyedIfSet()] = Field(None, description="for fd_dino: the DINO")
     likeness: Annotated[LikenessSpec | None, KeyedIfSet()] = Field(
         None, description="for likeness: on how many samples, and by which networks; by default on 1,000, by PSNR alone"
     )

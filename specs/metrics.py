@@ -41,9 +41,8 @@ class MetricSpec:
     # where each sample is judged by itself, and real images are not.
     reference: ClassVar[Literal["training", "given", "none"]] = "training"
     steps: ClassVar[tuple[str, ...]] = ()  # steps of the job whose artifacts it looks with
-    keeps: ClassVar[str | None] = (
-        None  # features of every image that it needs at the end; metrics of one name share them
-    )
+    keeps: ClassVar[str | None] = None  # features of every image that it needs; metrics of one name share them
+    takes_images: ClassVar[bool] = False  # of a given reference, which may have no statistics in their place
     min_images: ClassVar[int] = 2  # of samples and of a reference; 2 have a covariance
     accepted_reference: ClassVar[str] = ""  # of a metric whose reference is given: what it may be
 
@@ -147,6 +146,7 @@ class PrecisionRecallMetric(InceptionMetric):
     name = "precision_recall"
     figures = ("precision", "precision_low", "precision_high", "recall", "recall_low", "recall_high")
     keeps = "pool3"
+    takes_images = True
     min_images = 4  # one has three neighbours
     accepted_reference = IMAGES
 
@@ -157,7 +157,28 @@ class KidMetric(InceptionMetric):
     name = "kid"
     figures = ("kid", "kid_sd")
     keeps = "pool3"
+    takes_images = True
     accepted_reference = IMAGES
+
+
+class FdDinoMetric(MetricSpec):
+    """The Frechet distance on a DINO's class tokens; FD-DINOv2 (arXiv 2306.04675) with DINOv2 ViT-L/14."""
+
+    name = "fd_dino"
+    figures = ("fd_dino",)
+    reference = "given"
+    takes_images = True
+    accepted_reference = IMAGES
+
+    @classmethod
+    def check_section(cls, evaluate: EvaluateSpec) -> None:
+        super().check_section(evaluate)
+        if evaluate.dino is None:
+            refuse(["dino"], None, "with metrics [fd_dino], a DINO, as {kind: dino, path: facebook/dinov2-large}")
+
+    @classmethod
+    def networks(cls, evaluate: EvaluateSpec) -> Mapping[str, Networks]:
+        return {"dino": evaluate.dino} if evaluate.dino is not None else {}
 
 
 DETECTOR = "with metrics [geneval], a detector, as {kind: mask2former, path: .., colours: ..}"
@@ -245,6 +266,7 @@ METRICS: dict[str, type[MetricSpec]] = {
         InceptionScoreMetric,
         PrecisionRecallMetric,
         KidMetric,
+        FdDinoMetric,
         GenevalMetric,
         ClipScoreMetric,
         LikenessMetric,

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from graftwork.specs.likeness import DinoSpec, LikenessSpec
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import load
 from graftwork.stages.evaluation.dino import Dino
-from graftwork.stages.evaluation.judges import Judges, Scores
+from graftwork.stages.evaluation.inception import check_reference_file
+from graftwork.stages.evaluation.judges import Judges, Scores, read_summary
+from graftwork.stages.evaluation.metrics import JUDGES, Summary
 from graftwork.stages.evaluation.metrics.likeness import LikenessJudge, psnr
 from tests.clips import unit, write_clip
 from tests.conftest import TINY
@@ -257,3 +260,60 @@ def test_a_row_is_drawn_anew_for_what_it_keeps_and_not_for_other_rows(dino: Path
         "evaluate/rootstock",
         "evaluate/stage1",
     }
+
+
+# -- the Frechet distance on a DINO's features
+
+
+def test_the_distance_is_that_of_the_class_tokens(dino: Path, tmp_path: Path) -> None:
+    from scipy.linalg import sqrtm
+    from transformers import AutoModel
+
+    draws = np.random.default_rng(3)
+    images, others = (draws.integers(0, 256, (count, 3, SIDE, SIDE), np.uint8) for count in (40, 60))
+    np.savez(tmp_path / "others.npz", arr_0=others.transpose(0, 2, 3, 1))
+    params = SimpleNamespace(dino=DinoSpec(path=str(dino)))
+    context: Any = SimpleNamespace(params=params, device=CPU, inputs={})
+    judges, scores = Judges(context, ["fd_dino"], None, CPU), Scores()
+    for part in (images[:15], images[15:]):
+        scores.add(judges.look(part, torch.zeros(len(part))))
+    scores.write(tmp_path)
+    reference = JUDGES["fd_dino"].read_reference(context, tmp_path / "others.npz", "", None, lambda *_: None)
+    (figure,) = JUDGES["fd_dino"].figures(read_summary(tmp_path, "fd_dino"), Summary(reference)).items()
+
+    def features(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+        scaled = (torch.from_numpy(pixels).double() / 255 - mean) / deviation
+        with torch.no_grad():
+            tokens = AutoModel.from_pretrained(dino)(pixel_values=scaled.float()).last_hidden_state
+        return tokens[:, 0].double().numpy()  # type: ignore[no-any-return]
+
+    first, second = features(images), features(others)
+    covariances = [np.cov(one, rowvar=False) for one in (first, second)]
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert figure[0] == "fd_dino:dino-tiny-v2" and figure[1] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_a_distance_on_dino_lacks_is_one_line_and_its_network_is_in_the_keys(dino: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, SIDE, SIDE, 3), np.uint8))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+
+    def asked(reference: str, *more: str) -> list[str]:
+        return ["evaluate.metrics=[fd_dino]", f"evaluate.reference={tmp_path / reference}", *more]
+
+    seen = f"evaluate.dino={{kind: dino, path: {dino}}}"
+    with pytest.raises(SpecError, match=r"evaluate.dino: got nothing; accepted: with metrics \[fd_dino\], a DINO"):
+        load(TINY, asked("images.npz"))
+    with pytest.raises(ValueError, match=r"statistics.npz without arr_0; accepted: with metrics \[fd_dino\], a folder"):
+        check_reference_file(str(tmp_path / "statistics.npz"), ["fd_dino"])
+    check_reference_file(str(tmp_path / "images.npz"), ["fd_dino"])
+    preflight.check(load(TINY, asked("images.npz", seen)))
+    (tmp_path / "other").mkdir()
+    other = f"evaluate.dino={{kind: dino, path: {write_dino(tmp_path / 'other' / dino.name, seed=1)}}}"
+    plans = [
+        {step.name: step.key for step in make_plan(load(TINY, asked("images.npz", one))).steps} for one in (seen, other)
+    ]
+    changed = {name for name in plans[0] if plans[0][name] != plans[1][name]}
+    assert changed >= {"reference/fd_dino", "reference/heldout", "evaluate/rootstock", "evaluate"}
+    assert not [name for name in changed if name.startswith(("base", "distill", "finetune"))]

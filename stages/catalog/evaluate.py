@@ -10,7 +10,7 @@ from graftwork.specs.codec import Codec
 from graftwork.specs.detector import Detector
 from graftwork.specs.evaluate import EvaluateSpec, Row
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
-from graftwork.specs.likeness import LikenessSpec
+from graftwork.specs.likeness import DinoSpec, LikenessSpec
 from graftwork.specs.metrics import Metric
 from graftwork.specs.sampler import Sampler
 from graftwork.specs.training import Precision
@@ -34,6 +34,7 @@ class SampleParams(Spec):
     metrics: tuple[Metric, ...]
     detector: Annotated[Detector | None, KeyedIfSet()] = None
     clip: Annotated[ClipSpec | None, KeyedIfSet()] = None
+    dino: Annotated[DinoSpec | None, KeyedIfSet()] = None
     likeness: Annotated[LikenessSpec | None, KeyedIfSet()] = None
     sampler: Sampler
     precision: Precision = "fp32"
@@ -82,6 +83,7 @@ def _samples(job: JobSpec, row: Row, needs: Needs) -> StepDraft:
         metrics=metrics,
         detector=spec.detector,
         clip=spec.clip,
+        dino=spec.dino,
         likeness=(spec.likeness or LikenessSpec()) if "likeness" in metrics else None,
         sampler=spec.sampler,
         precision=spec.precision,

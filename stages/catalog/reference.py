@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from graftwork.specs.codec import Codec
 from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed
+from graftwork.specs.likeness import DinoSpec
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.stages.catalog.inputs import images, last_turn
 from graftwork.stages.data.npz import holds_images
@@ -31,6 +32,7 @@ class GivenStatisticsParams(Spec):
     reference: Annotated[LocalPath, Unkeyed()]  # the content of both files is in the key
     background: str | None = None  # of images, in a folder: what shows through transparent pixels
     inception: Annotated[LocalPath | None, Unkeyed()] = None
+    dino: Annotated[DinoSpec | None, KeyedIfSet()] = None
     metric: Annotated[Metric, KeyedIfSet("fid")] = "fid"
 
 
@@ -49,6 +51,7 @@ class HeldoutParams(Spec):
     codec: Codec
     samples: int
     metrics: tuple[Metric, ...]
+    dino: Annotated[DinoSpec | None, KeyedIfSet()] = None
     inception: Annotated[LocalPath | None, Unkeyed()] = None
 
 
@@ -57,9 +60,9 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     steps = {name: metric for metric, name in reference_steps(metrics).items()}  # metrics that keep the same share one
     for name, metric in steps.items():
         yield _training(job, metric) if METRICS[metric].reference == "training" else _given(job, metric, name)
-    params = HeldoutParams(
-        codec=job.codec, samples=job.evaluate.samples, metrics=metrics, inception=job.evaluate.inception
-    )
+    spec = job.evaluate
+    dino = spec.dino if "fd_dino" in metrics else None
+    params = HeldoutParams(codec=job.codec, samples=spec.samples, metrics=metrics, dino=dino, inception=spec.inception)
     needs = images(job) | judges(metrics)
     yield StepDraft("reference/heldout", params, needs, last_turn(job), networks(job.evaluate, metrics))
 
@@ -73,20 +76,21 @@ def _given(job: JobSpec, metric: Metric, name: str) -> StepDraft:
     reference = job.evaluate.reference
     assert reference is not None
     external: tuple[External, ...] = (External("reference", reference, "evaluate.reference"),)
-    if METRICS[metric].keeps or holds_images(reference):  # statistics are taken as they are
+    if METRICS[metric].takes_images or holds_images(reference):  # statistics are taken as they are
         external += networks(job.evaluate, [metric])
     background = job.data.background if Path(reference).is_dir() else None
-    params = given_params(metric, reference, background, job.evaluate.inception)
+    params = given_params(metric, reference, background, job.evaluate.inception, job.evaluate.dino)
     return StepDraft(name, params, {}, external=external)
 
 
 def given_params(
-    metric: Metric, reference: str, background: str | None, inception: str | None
+    metric: Metric, reference: str, background: str | None, inception: str | None, dino: DinoSpec | None = None
 ) -> GivenStatisticsParams | GivenFeaturesParams:
     """Return the parameters of the step that reads a given reference for a metric."""
     if (features := METRICS[metric].keeps) is not None:
         return GivenFeaturesParams(features=features, reference=reference, background=background, inception=inception)
-    return GivenStatisticsParams(reference=reference, background=background, inception=inception, metric=metric)
+    own = {"dino": dino} if metric == "fd_dino" else {"inception": inception}
+    return GivenStatisticsParams(reference=reference, background=background, metric=metric, **own)
 
 
 def chosen_metrics(job: JobSpec) -> tuple[Metric, ...]:

@@ -38,7 +38,12 @@ class Dino:
         )
 
     @torch.no_grad()
-    def image_vectors(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the unit vectors (n,D) of RGB images: the class token after the last norm."""
+    def class_tokens(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the class token (n,D) of RGB images, after the last norm."""
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
-        return F.normalize(self.model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+        tokens: Tensor = self.model(pixel_values=pixels).last_hidden_state
+        return tokens[:, 0]
+
+    def image_vectors(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the unit vectors (n,D) of RGB images: their class tokens."""
+        return F.normalize(self.class_tokens(images), dim=-1)

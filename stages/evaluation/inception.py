@@ -167,7 +167,7 @@ def check_reference_file(path: str, metrics: Sequence[Metric]) -> None:
             if missing := [name for name in (form.mu, form.sigma) if name not in names]:
                 raise ValueError(f"{path} without {', '.join(missing)}; {accepted}")
             read_statistics(path, metric)
-        elif form is not None or METRICS[metric].keeps:
+        elif form is not None or METRICS[metric].takes_images:
             if IMAGES not in names:
                 raise ValueError(f"{path} without {IMAGES}; {accepted}")
             require_enough(path, len(npz_images(path)), [metric])

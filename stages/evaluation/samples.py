@@ -235,7 +235,7 @@ def _loaded(context: Context, device: torch.device) -> Loaded:
     params: SampleParams = context.params
     # The key of the features stands for the VAE's content.
     keys = (context.inputs[role].key for role in sorted(context.inputs))
-    networks = (params.detector, params.clip, params.likeness, params.inception)
+    networks = (params.detector, params.clip, params.dino, params.likeness, params.inception)
     identity = (params.row, params.metrics, *networks, params.keep_samples, params.compile, *keys)
     if identity not in _LOADED:
         if len(_LOADED) == KEPT_MODELS:
