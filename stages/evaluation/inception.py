@@ -127,15 +127,24 @@ def reference_statistics(
     `background` shows through what is transparent in images, `network` loads what is only needed for images, `report`
     is told the images done and their number. Raise ValueError for anything else.
     """
-    from graftwork.models.measures.frechet import Moments
-
     if not holds_images(path):
         return read_statistics(path, metric)
-    images, loaded = images_of(path, background), network()
+    loaded = network()
+    return statistics_of(
+        images_of(path, background), lambda batch: STATISTICS[metric].features(batch, loaded, device), report
+    )
+
+
+def statistics_of(
+    images: Images, features: Callable[[NDArray[np.uint8]], Tensor], report: Callable[[int, int], object]
+) -> Gaussian:
+    """Return the mean and covariance of the features (n,d) of images, looked at some at a time; report: see above."""
+    from graftwork.models.measures.frechet import Moments
+
     total: Moments | None = None
     done = 0
     for batch in images.batches(BATCH):
-        moments = Moments.of(STATISTICS[metric].features(batch, loaded, device))
+        moments = Moments.of(features(batch))
         total = moments if total is None else total + moments
         done += len(batch)
         report(done, len(images))

@@ -13,17 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.models.measures.frechet import Gaussian, Moments, distance
+from graftwork.models.measures.frechet import Gaussian, distance
 from graftwork.specs.figures import column_word
 from graftwork.specs.hub import local_path
 from graftwork.specs.metrics import FdDinoMetric
 from graftwork.stages.artifacts.samples import as_picture
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.dino import Dino
-from graftwork.stages.evaluation.inception import images_of
+from graftwork.stages.evaluation.inception import images_of, statistics_of
 from graftwork.stages.evaluation.metrics import Judge, Seen, Summary, register
-
-BATCH = 50
 
 
 @register(FdDinoMetric)
@@ -46,16 +44,8 @@ class FdDinoJudge(Judge):
     def read_reference(
         cls, context: Context, path: Path, background: str, inception: str | None, report: Callable[[int, int], None]
     ) -> Gaussian:
-        dino, images = _loaded(context, context.device), images_of(str(path), background)
-        total: Moments | None = None
-        done = 0
-        for batch in images.batches(BATCH):
-            moments = Moments.of(_features(dino, batch))
-            total = moments if total is None else total + moments
-            done += len(batch)
-            report(done, len(images))
-        assert total is not None
-        return total.gaussian()
+        dino = _loaded(context, context.device)
+        return statistics_of(images_of(str(path), background), lambda batch: _features(dino, batch), report)
 
 
 def _loaded(context: Context, device: torch.device) -> Dino:
