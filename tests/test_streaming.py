@@ -44,7 +44,7 @@ from graftwork.stages.training.engine import PlainEngine
 from tests.conftest import TINY as TINY_JOB
 from tests.small import noting
 from tests.tiny_distillation import MHA_EDIT, MHA_SITE, MLP_EDIT, MLP_SITE, make_context, run_distill, write_inputs
-from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data
+from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -320,6 +320,12 @@ def test_two_workers_share_each_pass_and_end_where_one_does_up_to_rounding(
         edits = [MHA_EDIT] if name == "alone" else [MHA_EDIT, MLP_EDIT]
         streamed(shared, inputs, tmp_path / name, *edits, **SHARED)
         assert_same_files(tmp_path / name, tmp_path / "straight", *edits)
+        for edit in edits:  # errors of a pass in which it stopped, too
+            of_name, of_straight = (
+                state_of(shared.partial(f"{one}/{edit.site}"), streaming.CHECKPOINT)["history"]
+                for one in (name, "straight")
+            )
+            torch.testing.assert_close(of_name, of_straight, rtol=1e-6, atol=0)
     for edit in (MHA_EDIT, MLP_EDIT):
         one, two = (tmp_path / name / str(edit.site) for name in ("one", "straight"))
         torch.testing.assert_close(*(load_file(where / FILES[0]) for where in (two, one)), rtol=0, atol=1e-4)
