@@ -194,7 +194,7 @@ def test_parts_of_a_batch_and_activations_that_are_not_kept_change_nothing_but_r
     run_training(store.partial("changed"), data, RECIPE.model_copy(update=changes), teach=made)
     whole, changed = (state_of(store.partial(key)) for key in ("whole", "changed"))
     torch.testing.assert_close(changed["curve"], whole["curve"], rtol=1e-4, atol=0)
-    assert losses[0].seen.tokens == {}  # nor is anything kept of blocks that the backward pass runs again
+    assert losses[0].seen.tokens == {}  # blocks that a backward pass runs again leave nothing
 
 
 def test_blocks_learn_from_features_where_the_output_tells_them_nothing(data: TrainingSet) -> None:

@@ -30,9 +30,8 @@ from graftwork.stages.training.batches import Batch
 
 @dataclass
 class BlockOutputs:
-    """What leaves the blocks of a model, (B,N,D) each by its number, of its passes while `watched`."""
+    """What leaves the blocks of a model in a pass, (B,N,D) each by its number."""
 
-    watched: bool = False
     tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def watch(self, model: Rootstock, blocks: Iterable[int]) -> None:
@@ -41,7 +40,7 @@ class BlockOutputs:
 
         # A function, which copies of the model share, as a bound method would not be.
         def note(index: int, tokens: Tensor) -> None:
-            if self.watched and index in wanted:
+            if index in wanted:
                 self.tokens[index] = tokens
 
         model.on_block = note
@@ -72,7 +71,7 @@ class TeacherLoss:
         self.blocks = [
             index for index, block in enumerate(student.blocks) if not isinstance(block, ParallelBlock)
         ]  # the second of a pair, which its block has taken in, says what leaves the pair
-        self.seen, self.wanted = BlockOutputs(), BlockOutputs(watched=True)
+        self.seen, self.wanted = BlockOutputs(), BlockOutputs()
         if spec.features:
             self.seen.watch(student, self.blocks)
             self.wanted.watch(self.teacher, self.blocks)
@@ -89,11 +88,7 @@ class TeacherLoss:
             pairs.append((x, output))
             return output
 
-        self.seen.watched = True
-        try:
-            loss = self.spec.task * self.objective.loss(noting, batch.x, batch.t, batch.condition, batch.noise)
-        finally:
-            self.seen.watched = False  # where activations are not kept, the backward pass runs the blocks again
+        loss = self.spec.task * self.objective.loss(noting, batch.x, batch.t, batch.condition, batch.noise)
         ((x, output),) = pairs
         with torch.no_grad(), computing(self.precision, self.device):
             wanted = self.teacher(x, batch.t, batch.condition)
