@@ -391,8 +391,11 @@ def _without_folders(value: Any) -> Any:
 
 
 def _require_same_latents(store: Store, run: RunRecord, field: str, given: str) -> None:
-    """Raise SpecError where a VAE, or a pipeline's, would decode the latents of a run by other numbers than they were
-    made with."""
+    """Raise SpecError if a VAE, or a pipeline's, would decode other latents than those of the run, or by other numbers
+    than they were made with."""
+    if run.job["codec"]["kind"] != "vae":
+        accepted = "nothing, or a run with codec: {kind: vae}, since this one's latents are pixels"
+        raise SpecError([f"{field}: got {given}; accepted: {accepted}"])
     features = run.step("features")
     place = local_snapshot(given) if is_hub_id(given) else Path(given)
     if place is None or not vae_folder(place).is_dir() or store.manifest(features.key) is None:

@@ -169,6 +169,11 @@ def test_a_graft_is_exported_with_a_card_and_loaded_again(tiny: Finished, tmp_pa
     card = (out / "README.md").read_text()
     assert all(key in card for key in keys(tiny.outcome).values())
     assert "hyena_y (kernel 4) | 1, 3" in card and f"{stage2['distance']:.4g}" in card
+    for option in ("--vae", "--pipeline"):
+        asked = ("--as", "diffusers", option, "anywhere", "--store", str(tiny.store))
+        refused = graft("export", tiny.run, str(tmp_path / "whole"), *asked)
+        assert refused.returncode == 2 and f"graft: {option[2:]}: got " in refused.stderr
+        assert "anywhere; accepted: nothing, or a run with codec" in refused.stderr
     for name, told in ((f"{tiny.run}/select", "accepted: "), (tiny.run, "is there already")):
         refused = graft("export", name, str(out), "--store", str(tiny.store))
         assert refused.returncode == 2 and told in refused.stderr and "Traceback" not in refused.stderr
