@@ -45,24 +45,22 @@ def new_scion(model: Rootstock, edit: Edit, seed: int) -> nn.Module:
         return build_operator(edit.operator, config.place)
 
 
-@torch.no_grad()
-def inherit(scion: nn.Module, edit: Edit, original: nn.Module) -> tuple[str, ...]:
-    """Copy into a scion what it can begin with of the operator that it replaces; return the names of its tensors.
+def inheritance(scion: nn.Module, edit: Edit, original: nn.Module) -> dict[str, Tensor]:
+    """Return what a scion can begin with of the operator that it replaces, by the names of the scion's tensors.
 
     A layer is taken whole, if each tensor of it has a counterpart of its shape. A parallel block has the weights of its
     blocks in any case.
     """
     if isinstance(edit.operator, Parallel):
-        return ()
-    theirs, names = original.state_dict(), list[str]()
+        return {}
+    theirs, tensors = original.state_dict(), dict[str, Tensor]()
     for layer, source in REGISTRY[type(edit.operator)].inherits.items():
-        own = {name: value for name, value in scion.state_dict().items() if name.startswith(f"{layer}.")}
-        found = {name: theirs.get(source + name.removeprefix(layer)) for name in own}
-        if all(value is not None and value.shape == own[name].shape for name, value in found.items()):
-            for name, value in own.items():
-                value.copy_(found[name])
-            names += own
-    return tuple(names)
+        shapes = {name: value.shape for name, value in scion.state_dict().items() if name.startswith(f"{layer}.")}
+        values = {name: theirs.get(source + name.removeprefix(layer)) for name in shapes}
+        fitting = {name: value for name, value in values.items() if value is not None and value.shape == shapes[name]}
+        if len(fitting) == len(shapes):
+            tensors |= fitting
+    return tensors
 
 
 def graft(model: R, edits: Iterable[Edit], seed: int) -> R:

@@ -158,7 +158,7 @@ def test_a_teacher_learns_nothing_and_only_says_what_it_would_put_out(data: Trai
     assert_same_bits(teacher.state_dict(), before)
     assert all(value.grad is None for value in teacher.parameters())
     assert all(value.grad is not None for value in student.blocks.parameters())
-    assert loss_of.seen.tokens == loss_of.wanted.tokens == {}
+    assert loss_of.student_outputs.tokens == loss_of.teacher_outputs.tokens == {}
     alike = lively(DiT(TINY))
     assert lesson(alike, teacher, task=0.0)(alike, batch_of(data), 0.0).abs().max() < 1e-6
 
@@ -194,7 +194,7 @@ def test_parts_of_a_batch_and_activations_that_are_not_kept_change_nothing_but_r
     run_training(store.partial("changed"), data, RECIPE.model_copy(update=changes), teach=made)
     whole, changed = (state_of(store.partial(key)) for key in ("whole", "changed"))
     torch.testing.assert_close(changed["curve"], whole["curve"], rtol=1e-4, atol=0)
-    assert losses[0].seen.tokens == {}  # blocks that a backward pass runs again leave nothing
+    assert losses[0].student_outputs.tokens == {}  # blocks that a backward pass runs again leave nothing
 
 
 def test_blocks_learn_from_features_where_the_output_tells_them_nothing(data: TrainingSet) -> None:

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 MAX_SITES = 5  # that an error names
 
+# Another way to load a graft as a transformer.
+BY_CODE = """
+
+# Or, if graftwork is installed, without its import:
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)"""
+
 # Python that loads what was written, by layout or by the class that diffusers loads.
 USAGE = {
     "graftwork": 'import graftwork\n\nmodel = graftwork.load("{folder}")  # {use}',
@@ -41,15 +49,7 @@ USAGE = {
     ),
     "GraftTransformer2DModel": (
         "from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel\n\n"
-        'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline'
-        + (
-            BY_CODE := """
-
-# Or, where graftwork is installed, without its import:
-from diffusers import AutoModel
-
-model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)"""
-        )
+        'model = GraftTransformer2DModel.from_pretrained("{folder}")  # for a DiTPipeline' + BY_CODE
     ),
     "PixArtTransformer2DModel": (
         "from diffusers import PixArtTransformer2DModel\n\n"

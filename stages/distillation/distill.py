@@ -19,7 +19,7 @@ from graftwork.models import checkpoints
 from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
 from graftwork.models.rootstocks import RootstockConfig
-from graftwork.models.surgery import alike, answer, inherit, new_scion, scion_at
+from graftwork.models.surgery import alike, answer, inheritance, new_scion, scion_at
 from graftwork.specs.edits import Edit
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import Distilled, write_distilled
@@ -84,7 +84,7 @@ def _distil(context: Context, params: DistillParams) -> None:
         heldout_error=heldout_error,
         relative_error=relative,
         best_epoch=int(best_epoch),
-        inherited=_inherited(teacher, params, context),
+        inherited=_inherited_names(scion, teacher, context),
     )
     write_distilled(context.out, summary)
 
@@ -116,16 +116,17 @@ def _new_scion(teacher: Teacher, params: DistillParams, context: Context) -> nn.
         model = with_scions(copy.deepcopy(model), params.within, context, params.seed)
     scion = new_scion(model, params.edit, params.seed)
     if params.recipe.start == "inherited":
-        inherit(scion, params.edit, scion_at(model, params.edit.site))
+        weights = inheritance(scion, params.edit, scion_at(model, params.edit.site))
+        scion.load_state_dict(weights, strict=False)
     return scion
 
 
-def _inherited(teacher: Teacher, params: DistillParams, context: Context) -> tuple[str, ...] | None:
-    """Return the tensors of the scion that began with the rootstock's weights; None if none were to."""
+def _inherited_names(scion: nn.Module, teacher: Teacher, context: Context) -> tuple[str, ...] | None:
+    """Return the tensors of the step's scion that began with the rootstock's weights; None if none were to."""
+    params: DistillParams = context.params
     if params.recipe.start == "fresh" or params.edit.scions is not None:
         return None
-    scion = new_scion(teacher.model, params.edit, params.seed)
-    names = inherit(scion, params.edit, scion_at(teacher.model, params.edit.site))
+    names = tuple(inheritance(scion, params.edit, scion_at(teacher.model, params.edit.site)))
     if not names and params.edit.site.target != "pair":
         kind = params.edit.operator.kind
         context.note(f"{params.edit.site}: {kind} has no layer of the shape of the rootstock's there; it began fresh")

@@ -71,10 +71,10 @@ class TeacherLoss:
         self.blocks = [
             index for index, block in enumerate(student.blocks) if not isinstance(block, ParallelBlock)
         ]  # the second of a pair, which its block has taken in, says what leaves the pair
-        self.seen, self.wanted = BlockOutputs(), BlockOutputs()
+        self.student_outputs, self.teacher_outputs = BlockOutputs(), BlockOutputs()
         if spec.features:
-            self.seen.watch(student, self.blocks)
-            self.wanted.watch(self.teacher, self.blocks)
+            self.student_outputs.watch(student, self.blocks)
+            self.teacher_outputs.watch(self.teacher, self.blocks)
         if spec.compile:
             for block in self.teacher.blocks:
                 block.compile()
@@ -91,13 +91,13 @@ class TeacherLoss:
         loss = self.spec.task * self.objective.loss(noting, batch.x, batch.t, batch.condition, batch.noise)
         ((x, output),) = pairs
         with torch.no_grad(), computing(self.precision, self.device):
-            wanted = self.teacher(x, batch.t, batch.condition)
+            target = self.teacher(x, batch.t, batch.condition)
         if self.spec.output:
-            mimicry = self.objective.mimicry(x, batch.t, output.float(), wanted.float())
+            mimicry = self.objective.mimicry(x, batch.t, output.float(), target.float())
             loss = loss + self.spec.output * mimicry
         if self.spec.features:
-            seen, told = self.seen.take(), self.wanted.take()
-            errors = [self.feature_error(seen[index], told[index]) for index in self.blocks]
+            students, teachers = self.student_outputs.take(), self.teacher_outputs.take()
+            errors = [self.feature_error(students[index], teachers[index]) for index in self.blocks]
             loss = loss + self.features_weight(along) * torch.stack(errors).mean(0)
         return loss
 
@@ -105,9 +105,9 @@ class TeacherLoss:
         """Return the weight of the features' error at a share of the training."""
         return self.spec.features * (1.0 if self.spec.features_decay == "none" else 1 - along)
 
-    def feature_error(self, seen: Tensor, wanted: Tensor) -> Tensor:
+    def feature_error(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the mean squared difference (B,) of what leaves a block (B,N,D), without outliers on either side."""
-        difference = self._without_outliers(seen.float()) - self._without_outliers(wanted.float())
+        difference = self._without_outliers(student.float()) - self._without_outliers(teacher.float())
         return difference.square().flatten(1).mean(1)
 
     def _without_outliers(self, tokens: Tensor) -> Tensor:
