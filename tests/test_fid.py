@@ -209,7 +209,7 @@ def shared(network: Any) -> Shared:
         hooks.append(group[0].register_forward_hook(counted))
     seen: dict[str, Tensor] = {}
     for metric, one in judges.look(NOISE, torch.zeros(1)).by_metric.items():
-        (seen[metric],) = (part for part in (one.features, one.summed, one.kept) if part is not None)
+        (seen[metric],) = (part for part in (one.features, one.addends, one.rows) if part is not None)
     for hook in hooks:
         hook.remove()
     return Shared(seen, passes)

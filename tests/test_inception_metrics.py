@@ -37,8 +37,8 @@ def features(count: int, shift: float = 0.0, width: int = 8) -> NDArray[np.float
     return (np.random.default_rng(count).normal(size=(count, width)) + shift).astype(np.float32)
 
 
-def kept(row: NDArray[np.float32]) -> Summary:
-    return Summary(None, kept=row)
+def summary_of(row: NDArray[np.float32]) -> Summary:
+    return Summary(None, rows=row)
 
 
 # -- Inception Score
@@ -105,7 +105,7 @@ def test_a_radius_ends_at_the_third_neighbour_and_precision_is_of_the_samples() 
     """Reference images at 0, 1, 2, 3 on a line: radii 9, 4, 4, 9. Samples at 5.9, 6.1 and far away."""
     reference = np.array([[0.0], [1], [2], [3]], np.float32)
     samples = np.array([[5.9], [6.1], [100], [200], [300]], np.float32)
-    figures = PrecisionRecallJudge.figures(kept(samples), kept(reference))
+    figures = PrecisionRecallJudge.figures(summary_of(samples), summary_of(reference))
     assert figures["precision"] == 0.2  # 5.9 alone is within 3 of the image at 3
     assert figures["recall"] == 1.0  # 100 is the third neighbour of 6.1
     assert 0 <= figures["precision_low"] < 0.2 < figures["precision_high"] < 1
@@ -119,7 +119,7 @@ def test_distances_far_from_the_origin_keep_their_digits() -> None:
 
 
 def test_rows_of_three_images_have_no_precision() -> None:
-    assert PrecisionRecallJudge.figures(kept(features(3)), kept(features(9))) == {}
+    assert PrecisionRecallJudge.figures(summary_of(features(3)), summary_of(features(9))) == {}
 
 
 # -- KID
@@ -138,7 +138,10 @@ def test_kid_is_the_unbiased_estimate_of_the_cubic_kernel() -> None:
     samples, reference = features(12, 0.5, width=5), features(13, width=5)
     found = subset_distances(samples, reference[:12], CPU)
     assert found == pytest.approx(mmd_by_hand(samples, reference[:12]), rel=1e-10)
-    assert list(KidJudge.figures(kept(samples), kept(reference[:12]))) == ["kid"]  # all subsets are the same
+    # All subsets are the same.
+    assert list(KidJudge.figures(summary_of(samples), summary_of(reference[:12]))) == [
+        "kid"
+    ]  # all subsets are the same
 
 
 def test_kid_is_over_subsets_without_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +156,7 @@ def test_kid_is_over_subsets_without_replacement(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(kid, "unbiased_mmd", noted)
     samples, reference = features(12), features(30)
-    figures = KidJudge.figures(kept(samples), kept(reference))
+    figures = KidJudge.figures(summary_of(samples), summary_of(reference))
     assert [part.shape for part in drawn] == [(10, 8)] * 6
     assert all(len(np.unique(part, axis=0)) == 10 for part in drawn)
     assert len({part.tobytes() for part in drawn}) == 6
@@ -242,7 +245,7 @@ def test_samples_of_a_file_and_of_a_folder_have_the_same_figures(folder: Path) -
     assert of_file.exit_code == 0, of_file.output
     assert of_file.stdout == of_folder.stdout
     pool3 = [PixelFeatures().pool3(part.transpose(0, 3, 1, 2)).float().numpy() for part in (PIXELS, PIXELS[::-1] // 2)]
-    expected = PrecisionRecallJudge.figures(*map(kept, pool3)) | KidJudge.figures(*map(kept, pool3))
+    expected = PrecisionRecallJudge.figures(*map(summary_of, pool3)) | KidJudge.figures(*map(summary_of, pool3))
     figures = json.loads(of_file.stdout)
     assert figures.pop("is") == pytest.approx(
         scores_by_hand(PixelFeatures().logits(PIXELS.transpose(0, 3, 1, 2)).numpy(), 5)[0]

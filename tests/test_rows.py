@@ -271,8 +271,8 @@ def test_features_of_every_sample_and_sums_over_splits_are_kept_through_a_stop(
     rows.sample_row(again)
     assert files(again.out) == files(context.out)
     pixels = np.load(context.out / "samples.npy")
-    kept = read_summary(context.out, "kid").kept
-    assert kept is not None and np.array_equal(kept, PixelFeatures().pool3(pixels).float().numpy())
+    rows_of_kid = read_summary(context.out, "kid").rows
+    assert rows_of_kid is not None and np.array_equal(rows_of_kid, PixelFeatures().pool3(pixels).float().numpy())
     splits = read_summary(context.out, "is").splits
     assert splits is not None and splits.sizes() == [20, 20, 10]
     expected = score_values(PixelFeatures().logits(pixels))

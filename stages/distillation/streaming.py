@@ -204,7 +204,7 @@ class Together:
         self.a_pass, self.num_batches = _batches_a_pass(task.teacher), _num_batches(task.teacher)
         self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.at_once = self._micro_batch()
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     def run(self) -> None:
         """Make all passes that are left for any, or until the step's own site fails. Raise Stopped where that is asked
@@ -304,13 +304,13 @@ class Together:
         return max(1, min(room, part))
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        return time.monotonic() - self.last_save >= CHECKPOINT_SECONDS
 
     def _save(self) -> None:
         for one in self.learners:
             if one.problem is None:
                 one.save()
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
 
 def _meet() -> None:

@@ -36,11 +36,11 @@ class Verdict:
         """Return the arrays that the row keeps, by the names of their files without the suffix."""
         judged = self.by_metric.items()
         own = {f"{metric}.{name}": rows for metric, seen in judged for name, rows in seen.arrays.items()}
-        return own | self.kept()
+        return own | self.feature_rows()
 
-    def kept(self) -> dict[str, NDArray[np.float32]]:
+    def feature_rows(self) -> dict[str, NDArray[np.float32]]:
         """Return the features (n,d) of which every row is kept, by their name."""
-        named = {METRICS[metric].keeps: seen.kept for metric, seen in self.by_metric.items()}
+        named = {METRICS[metric].keeps: seen.rows for metric, seen in self.by_metric.items()}
         return {name: rows.cpu().numpy() for name, rows in named.items() if name is not None and rows is not None}
 
 
@@ -86,8 +86,8 @@ class Scores:
             if seen.features is not None:
                 more = Moments.of(seen.features)
                 self.moments[metric] = self.moments[metric] + more if metric in self.moments else more
-            if seen.summed is not None:
-                self.splits[metric] = self.splits.get(metric, SplitSums()).plus(seen.summed)
+            if seen.addends is not None:
+                self.splits[metric] = self.splits.get(metric, SplitSums()).plus(seen.addends)
 
     def state(self) -> dict[str, Tensor]:
         """Return all of it, for a checkpoint."""
@@ -141,7 +141,7 @@ def statistics_file(folder: Path, metric: Metric) -> Path:
     return folder / f"{metric}.npz"
 
 
-def kept_file(folder: Path, name: str) -> Path:
+def rows_file(folder: Path, name: str) -> Path:
     """Return where an artifact has features of every image."""
     return folder / f"{name}.npy"
 
@@ -153,8 +153,8 @@ def read_summary(folder: Path, metric: Metric) -> Summary:
     splits = None
     if _splits_file(folder, metric).exists():
         splits = SplitSums(shares["samples"], tuple(torch.from_numpy(np.load(_splits_file(folder, metric)))))
-    kept = np.load(kept_file(folder, name), mmap_mode="r") if name is not None else None
-    return Summary(Gaussian.read(statistics) if statistics.exists() else None, shares, splits, kept)
+    rows = np.load(rows_file(folder, name), mmap_mode="r") if name is not None else None
+    return Summary(Gaussian.read(statistics) if statistics.exists() else None, shares, splits, rows)
 
 
 def _splits_file(folder: Path, metric: Metric) -> Path:

@@ -27,7 +27,7 @@ from graftwork.stages.catalog.reference import (
 )
 from graftwork.stages.contract import Context
 from graftwork.stages.evaluation.inception import Inception, images_of
-from graftwork.stages.evaluation.judges import Judges, Scores, Verdict, kept_file, statistics_file
+from graftwork.stages.evaluation.judges import Judges, Scores, Verdict, rows_file, statistics_file
 from graftwork.stages.evaluation.metrics import JUDGES
 from graftwork.stages.features.codec import load_codec
 
@@ -60,7 +60,7 @@ def _read_reference(context: Context, params: GivenStatisticsParams) -> None:
 def _keep_features(context: Context, params: GivenFeaturesParams) -> None:
     inception = Inception.shared(params.inception, context.device)
     images = images_of(params.reference, params.background or COLOURS["white"])
-    features, done = GrowingArray(kept_file(context.out, params.features), len(images)), 0
+    features, done = GrowingArray(rows_file(context.out, params.features), len(images)), 0
     for batch in images.batches(BATCH):
         features.append(inception.pool3(batch).float().cpu().numpy())
         done += len(batch)
@@ -88,17 +88,17 @@ def _judge_heldout_images(context: Context, params: HeldoutParams) -> None:
 
 
 def _judged(context: Context, judges: Judges, codec: Codec, latents: Latents) -> Scores:
-    scores, kept = Scores(), KeptFeatures(context.out, len(latents.x))
+    scores, files = Scores(), FeatureFiles(context.out, len(latents.x))
     for images, labels in _decoded(context, codec, latents):
         verdict = judges.look(images, labels)
         scores.add(verdict)
-        kept.add(verdict)
+        files.add(verdict)
         context.report(scores.count, len(latents.x))
         context.stop_if_asked()
     return scores
 
 
-class KeptFeatures:
+class FeatureFiles:
     """The files of the features that metrics keep of so many images."""
 
     def __init__(self, folder: Path, num_images: int) -> None:
@@ -107,9 +107,9 @@ class KeptFeatures:
 
     def add(self, verdict: Verdict) -> None:
         """Write what is kept of the images that come next."""
-        for name, rows in verdict.kept().items():
+        for name, rows in verdict.feature_rows().items():
             if name not in self._files:
-                self._files[name] = GrowingArray(kept_file(self.folder, name), self.num_images)
+                self._files[name] = GrowingArray(rows_file(self.folder, name), self.num_images)
             self._files[name].append(rows)
 
 

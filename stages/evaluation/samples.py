@@ -72,12 +72,12 @@ class Progress:
     batches: int
     scores: Scores
     in_picture: NDArray[np.uint8] | None = None  # samples in the picture
-    saved: Counter[str] = field(default_factory=Counter)  # batches, the first ones, of each array that the row keeps
+    num_saved: Counter[str] = field(default_factory=Counter)  # first batches, of each array that the row keeps
 
     def add(self, drawn: Drawn) -> None:
         self.batches += 1
         self.scores.add(drawn.verdict)
-        self.saved.update(drawn.arrays.keys())
+        self.num_saved.update(drawn.arrays.keys())
         self.in_picture = (
             drawn.in_picture if self.in_picture is None else np.concatenate([self.in_picture, drawn.in_picture])
         )
@@ -86,7 +86,7 @@ class Progress:
         state = {
             "batches": torch.tensor(self.batches),
             "shown": torch.from_numpy(self.in_picture),
-            **{f"saved/{name}": torch.tensor(count) for name, count in self.saved.items()},
+            **{f"saved/{name}": torch.tensor(count) for name, count in self.num_saved.items()},
             **self.scores.state(),
         }
         context.partial.save(STATE, partial(save_file, state))
@@ -116,7 +116,7 @@ def sample_row(context: Context) -> None:
             context.stop_if_asked()
     progress.scores.write(context.out)
     turns = labels_of(range(params.samples), params.samples, len(told.names))
-    for name, count in progress.saved.items():
+    for name, count in progress.num_saved.items():
         _gather(context, name, batches[:count])
     if params.keep_samples:
         np.save(context.out / LABELS, turns.numpy())

@@ -70,11 +70,11 @@ class Scoring:
         context = _context(ROW, None, home, device, report)
         judges = Judges(context, self.metrics, self.inception, device)
         images = images_of(self.samples, COLOURS["white"])
-        scores, kept = Scores(), real_images.KeptFeatures(context.out, len(images))
+        scores, files = Scores(), real_images.FeatureFiles(context.out, len(images))
         for batch in images.batches(BATCH):
             verdict = judges.look(batch, torch.zeros(len(batch), dtype=torch.long))  # of no label
             scores.add(verdict)
-            kept.add(verdict)
+            files.add(verdict)
             context.report(scores.count, len(images))
         scores.write(context.out)
 

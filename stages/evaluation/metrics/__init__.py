@@ -37,13 +37,13 @@ class Seen:
     counts: Mapping[str, int] = field(default_factory=dict)  # images of which something holds, by the figure's name
     records: tuple[str, ...] = ()  # a line for each image, of metrics that keep one
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # (n,..) each, which the row keeps, by name
-    summed: Tensor | None = None  # (n,d) float64, of which the sums over splits of consecutive images are kept
-    kept: Tensor | None = None  # (n,d) float32, every row of which is kept, as `keeps` of the metric names them
+    addends: Tensor | None = None  # (n,d) float64, of which the sums over splits of consecutive images are kept
+    rows: Tensor | None = None  # (n,d) float32, all of which an artifact keeps, as `keeps` of the metric names them
 
     def cpu(self) -> Seen:
         """Return what sums are made of; without what the row keeps, which a verdict has once for all metrics."""
-        features, summed = (None if part is None else part.cpu() for part in (self.features, self.summed))
-        return Seen(features, self.counts, self.records, summed=summed)
+        features, addends = (None if part is None else part.cpu() for part in (self.features, self.addends))
+        return Seen(features, self.counts, self.records, addends=addends)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Summary:
     statistics: Gaussian | None  # of the features
     shares: Mapping[str, float] = field(default_factory=dict)  # of the images, by the figure's name
     splits: SplitSums | None = None
-    kept: NDArray[np.float32] | None = None  # (n,d), of metrics that keep every row; memory-mapped
+    rows: NDArray[np.float32] | None = None  # (n,d), of metrics that keep every row; memory-mapped
 
 
 class Judge(ABC):

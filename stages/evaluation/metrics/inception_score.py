@@ -22,7 +22,7 @@ class InceptionScoreJudge(Judge):
         self.inception = Inception.shared(inception, device)
 
     def look(self, images: NDArray[np.uint8], labels: Tensor) -> Seen:
-        return Seen(summed=score_values(self.inception.logits(images)))
+        return Seen(addends=score_values(self.inception.logits(images)))
 
     @staticmethod
     def figures(row: Summary, reference: Summary) -> dict[str, float]:

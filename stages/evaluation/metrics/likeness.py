@@ -101,8 +101,8 @@ def _file(folder: Path, name: str) -> Path:
 def _images(folder: Path, count: int) -> NDArray[np.uint8]:
     """Return the first images of a row."""
     images = _file(folder, "images")
-    kept: NDArray[np.uint8] = np.load(images if images.exists() else folder / SAMPLES, mmap_mode="r")
-    return kept[:count]
+    all_images: NDArray[np.uint8] = np.load(images if images.exists() else folder / SAMPLES, mmap_mode="r")
+    return all_images[:count]
 
 
 def _network_names(folder: Path) -> list[str]:

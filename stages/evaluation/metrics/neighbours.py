@@ -25,7 +25,7 @@ class _Pool3Judge(Judge):
         self.inception = Inception.shared(inception, device)
 
     def look(self, images: NDArray[np.uint8], labels: Tensor) -> Seen:
-        return Seen(kept=self.inception.pool3(images).float())
+        return Seen(rows=self.inception.pool3(images).float())
 
 
 @register(PrecisionRecallMetric)
@@ -35,10 +35,10 @@ class PrecisionRecallJudge(_Pool3Judge):
     @staticmethod
     def figures(row: Summary, reference: Summary) -> dict[str, float]:
         """Return both shares, each with the bounds of its 95% interval; nothing for a row of too few images."""
-        assert row.kept is not None and reference.kept is not None
-        if len(row.kept) < PrecisionRecallMetric.min_images:  # real images alone can be so few
+        assert row.rows is not None and reference.rows is not None
+        if len(row.rows) < PrecisionRecallMetric.min_images:  # real images alone can be so few
             return {}
-        precise, recalled = precision_recall_hits(row.kept, reference.kept, CPU)
+        precise, recalled = precision_recall_hits(row.rows, reference.rows, CPU)
         return share_figures("precision", precise) | share_figures("recall", recalled)
 
 
@@ -49,9 +49,9 @@ class KidJudge(_Pool3Judge):
     @staticmethod
     def figures(row: Summary, reference: Summary) -> dict[str, float]:
         """Return the mean over subsets and their standard deviation; without that, where all subsets are the same."""
-        assert row.kept is not None and reference.kept is not None
-        distances = subset_distances(row.kept, reference.kept, CPU)
-        differ = max(len(row.kept), len(reference.kept)) > min(len(row.kept), len(reference.kept), SUBSET_IMAGES)
+        assert row.rows is not None and reference.rows is not None
+        distances = subset_distances(row.rows, reference.rows, CPU)
+        differ = max(len(row.rows), len(reference.rows)) > min(len(row.rows), len(reference.rows), SUBSET_IMAGES)
         spread = {"kid_sd": float(distances.std())} if differ else {}
         return {"kid": float(distances.mean()), **spread}
 
