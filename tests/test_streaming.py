@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -33,11 +34,14 @@ from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.reading.load import load
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
+from graftwork.stages.artifacts.evidence import Distilled, read_distilled, write_distilled
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew, read
+from graftwork.stages.artifacts.plan import ChosenEdit
 from graftwork.stages.catalog.distill import COPIES, DistillParams, recording_tasks
 from graftwork.stages.contract import Context, Stopped, TaskScope
 from graftwork.stages.distillation import distill, streaming
 from graftwork.stages.distillation.activations import Pairs, Teacher
+from graftwork.stages.distillation.loss import RelativeError
 from graftwork.stages.distillation.streaming import Learner
 from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
@@ -183,6 +187,20 @@ def test_the_errors_are_those_of_the_weights_that_are_left(
     assert summary["loss"] == "l1" and 1 <= summary["best_epoch"] <= 4
     assert summary["heldout_error"] == pytest.approx(wrong.abs().mean().item(), rel=1e-5)
     assert summary["relative_error"] == pytest.approx((wrong.square().sum() / variance).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("answer", "error"), [(2.0, 0.0), (2.5, math.inf)])
+def test_an_operator_whose_output_never_changes_has_an_error_that_can_be_read_back(
+    answer: float, error: float, tmp_path: Path
+) -> None:
+    sums = RelativeError()
+    sums.add(torch.full((2, 3, 4), answer), torch.full((2, 3, 4), 2.0))
+    assert sums.item() == error
+    told = Distilled(loss="l1", loss_because="", heldout_error=0.5, relative_error=sums.item(), best_epoch=1)
+    write_distilled(tmp_path, told)
+    assert read_distilled(tmp_path) == told
+    edit = ChosenEdit(edit=MHA_EDIT, reason="", score=error, score_is="", heldout_error=0.5, relative_error=sums.item())
+    assert ChosenEdit.model_validate_json(edit.model_dump_json()) == edit
 
 
 def test_more_passes_bring_the_scion_nearer(store: Store, inputs: dict[str, Folder], tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def read_profile(folder: Path) -> Profile:
 class Distilled(BaseModel):
     """How well a scion mimics, on held-out latents; `distill.json`."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")  # of an operator whose output never changes
     loss: str  # that it was trained with
     loss_because: str
     heldout_error: float  # of that loss

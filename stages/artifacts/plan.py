@@ -12,7 +12,7 @@ from graftwork.specs.edits import Edit
 class ChosenEdit(BaseModel):
     """One edit of the plan."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")  # as of `evidence.Distilled`
     edit: Edit
     reason: str
     score: float  # what the strategy went by; of a static one, the relative error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,8 +91,14 @@ class RelativeError:
         self.count = sum(counts)
 
     def item(self) -> float:
-        """Return the error of all that was added; this waits for the device."""
-        return (self.wrong / (self.squares - self.total.square().sum() / self.count)).item()
+        """Return the error of all that was added; this waits for the device.
+
+        Of outputs that are all one: 0 for a perfect mimic, else infinity.
+        """
+        wrong, variance = self.wrong.item(), (self.squares - self.total.square().sum() / self.count).item()
+        if variance > 0:
+            return wrong / variance
+        return 0.0 if wrong == 0 else math.inf
 
 
 @torch.no_grad()
