@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graftwork.cluster.session.address import check_cluster, cluster_address
 from graftwork.cluster.session.scratch import scratch_problem
+from graftwork.pipeline.planning.limits import unreachable_limits
 from graftwork.pipeline.planning.networks import network_paths, network_shortages
 from graftwork.pipeline.planning.plan import Plan, carried_edits
 from graftwork.pipeline.planning.texts import check_texts, text_shortages
@@ -132,7 +133,7 @@ def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, 
     if isinstance(job.weights, CheckpointWeights) and "base" in pending:
         yield "weights.path", job.weights.path
     for number, edit in enumerate(job.graft):
-        names = {f"distill/{one.name}" for one in edit.edits(job.model.depth)}
+        names = {f"distill/{one.name}" for one in job.rules()[number]}
         if isinstance(edit, OperatorEdits) and edit.scions is not None and names & set(pending):
             yield f"graft.{number}.scions", edit.scions
 
@@ -446,7 +447,15 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *text_shortages(job), *network_shortages(job)]
+    return [
+        *misfits(job.codec, job.data),
+        *pairs,
+        *unreachable_limits(job),
+        *data,
+        *labels,
+        *text_shortages(job),
+        *network_shortages(job),
+    ]
 
 
 def _label_shortages(job: JobSpec) -> list[str]:

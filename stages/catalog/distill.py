@@ -35,9 +35,10 @@ class DistillParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     recipe, edits, flops = job.distill, job.edits(), RootstockFlops.of(job)
+    solved = {edit for number in job.solved() for edit in job.rules()[number]}
     outside = few_samples(job, recipe.samples, recipe.num_heldout) | stream(recipe.precision)
     for edit in edits:
-        within = _within(edit, edits)
+        within = () if edit in solved else _within(edit, edits)
         yield StepDraft(
             f"distill/{edit.name}",
             DistillParams(seed=job.seed, edit=edit, within=within, recipe=recipe),
