@@ -187,13 +187,14 @@ def test_what_a_plan_costs_can_be_the_limit_of_another_call() -> None:
 def alike_blocks(num_blocks: int) -> Problem:
     """Return blocks whose options cost the same in each, with scores that are nearly the same."""
     draws = random.Random(0)
+    kinds = [(draws.lognormvariate(0, 0.7), {cost: -draws.uniform(0.1, 1) for cost in COSTS}) for _ in range(8)]
     options = [
-        option(f"{block:02}.{target}.{n}", score * (1 + 1e-4 * draws.random()), flops=-saved, latency_ms=-(saved**1.5))
+        option(f"{block:02}.{target}.{n}", score * (1 + 1e-4 * draws.random()), **changes)
         for block in range(num_blocks)
-        for target in TARGETS
-        for n, (score, saved) in enumerate([(0.11, 0.13), (0.29, 0.31), (0.83, 0.73)])
+        for target, four in zip(TARGETS, (kinds[:4], kinds[4:]), strict=True)
+        for n, (score, changes) in enumerate(four)
     ]
-    return within(options, 2.0 * num_blocks, 0.63)
+    return within(options, 2.0 * num_blocks, 0.65)
 
 
 def test_blocks_that_are_alike_need_few_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +210,11 @@ def test_the_same_problem_has_the_same_plans() -> None:
 def test_a_gap_is_told_if_highs_stops_before_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = random.Random(1)
     options = []
-    for i in range(7 * 4):
+    for i in range(5 * 4):
         changes = {cost: -draws.uniform(0.05, 1) for cost in COSTS}
         score = draws.gauss(0, 0.05) - sum(changes.values())
         options.append(option(f"{i // 4}.mha.{i}", score, **changes))
-    problem = within(options, 7.0, 0.6)
+    problem = within(options, 5.0, 0.6)
     best = solve(problem)[0]
     monkeypatch.setattr(solver, "MAX_NODES", 2)
     early = solve(problem)[0]
