@@ -115,7 +115,7 @@ def distance(found: Tensor, exact: Tensor) -> float:
 
 
 def squares(y: Tensor, x: Tensor) -> Tensor:
-    """The sum of squares of an output, whose gradient with respect to the input is zeros if it does not depend on it."""
+    """Return the sum of squares of an output, whose gradient by the input is zeros if it does not depend on it."""
     return y.square().sum() + 0 * x.sum()
 
 

@@ -48,7 +48,16 @@ from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.conftest import TINY as TINY_JOB
 from tests.small import noting
-from tests.tiny_distillation import DROPPED, MHA_EDIT, MHA_SITE, MLP_EDIT, MLP_SITE, make_context, run_distill, write_inputs
+from tests.tiny_distillation import (
+    DROPPED,
+    MHA_EDIT,
+    MHA_SITE,
+    MLP_EDIT,
+    MLP_SITE,
+    make_context,
+    run_distill,
+    write_inputs,
+)
 from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

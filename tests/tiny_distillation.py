@@ -56,9 +56,7 @@ def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
     write_profile(folder, Profile(outputs=outputs, locality=curves))
 
 
-def write_inputs(
-    tmp_path: Path, rootstock: DiT, data: TrainingSet, edits: Sequence[Edit] = ()
-) -> dict[str, Folder]:
+def write_inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet, edits: Sequence[Edit] = ()) -> dict[str, Folder]:
     """Write 24 latents to train on, 6 held-out ones, the rootstock with the edits that it carries, and a profile."""
     features, base = tmp_path / "features", tmp_path / "base"
     features.mkdir()

@@ -97,7 +97,9 @@ def freeze(model: Rootstock, plan: Iterable[Edit], recipe: FinetuneSpec, seed: i
         for scion in scions:
             scion.requires_grad_()
         if not any(value.requires_grad for value in model.parameters()):
-            raise ValueError("finetune.train: got 'scions', and no scion of the plan has parameters; accepted: all, lora")
+            raise ValueError(
+                "finetune.train: got 'scions', and no scion of the plan has parameters; accepted: all, lora"
+            )
     elif recipe.train == "lora":
         lora = recipe.lora or LoraSpec()
         with initialising(seed, "finetune", "lora"):
