@@ -450,8 +450,15 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    others = [*text_shortages(job), *network_shortages(job), *_nothing_to_train(job)]
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *others]
+    return [
+        *misfits(job.codec, job.data),
+        *pairs,
+        *data,
+        *labels,
+        *text_shortages(job),
+        *network_shortages(job),
+        *_nothing_to_train(job),
+    ]
 
 
 def _nothing_to_train(job: JobSpec) -> Iterator[str]:

@@ -22,7 +22,6 @@ from graftwork.models.numerics.precision import computing, products
 from graftwork.models.numerics.streams import generator
 from graftwork.models.rootstocks import RootstockConfig
 from graftwork.models.surgery import alike, answer, inheritance, new_scion, scion_at
-from graftwork.specs.costs import learns
 from graftwork.specs.edits import Edit
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import Distilled, write_distilled
@@ -55,7 +54,7 @@ def _distil(context: Context, params: DistillParams) -> None:
     recipe, edit, device = params.recipe, params.edit, context.device
     task = task_state(context)
     teacher = task.teacher
-    is_trained = learns(edit, teacher.model.config.place)
+    is_trained = teacher.trains(edit)
     context.report(0, recipe.epochs if is_trained and not recipe.passes else 0)  # of passes, the batches are counted
     teacher.require_free(edit)
     loss, because = loss_for(recipe, edit.site, context)
@@ -129,7 +128,7 @@ def _new_scion(teacher: Teacher, params: DistillParams, context: Context) -> nn.
 def _inherited_names(scion: nn.Module, teacher: Teacher, context: Context) -> tuple[str, ...] | None:
     """Return the tensors of the step's scion that began with the rootstock's weights; None if none were to."""
     params: DistillParams = context.params
-    if params.recipe.start == "fresh" or not learns(params.edit, teacher.model.config.place):
+    if params.recipe.start == "fresh" or not teacher.trains(params.edit):
         return None
     names = tuple(inheritance(scion, params.edit, scion_at(teacher.model, params.edit.site)))
     if not names and params.edit.site.target != "pair":

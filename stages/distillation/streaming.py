@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graftwork.models.numerics.streams import generator
-from graftwork.specs.costs import learns
 from graftwork.specs.edits import overlapping
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew
 from graftwork.stages.catalog.distill import COPIES, DistillParams
@@ -176,7 +175,7 @@ def _streams_beside(task: TaskState, params: DistillParams, other: DistillParams
     """Whether another site of the task sees the same samples, and needs nothing but the rootstock to begin."""
     alike = (other.seed, other.recipe) == (params.seed, params.recipe)
     free = not overlapping(task.teacher.carried, [other.edit])
-    return alike and free and learns(other.edit, task.teacher.model.config.place) and other.edit.site.target != "pair"
+    return alike and free and task.teacher.trains(other.edit) and other.edit.site.target != "pair"
 
 
 def _batches_a_pass(teacher: Teacher) -> int:
