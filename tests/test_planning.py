@@ -163,6 +163,28 @@ def test_a_control_that_no_row_measures_is_told_of() -> None:
         assert told_of not in preflight.notes(job(fine))
 
 
+DROPPED = "graft=[{target: mha, operator: {kind: none}, layers: {kind: all}}]"
+
+
+def test_scions_alone_are_not_trained_where_no_operator_has_parameters() -> None:
+    line = "finetune.train: got 'scions', and no operator of graft has parameters; accepted: all, lora"
+    with pytest.raises(SpecError) as caught:
+        preflight.check(job(DROPPED, "finetune.train=scions"))
+    assert caught.value.lines == [line]
+    pairs = DROPPED.removesuffix("]") + ", {kind: parallel}]"
+    for fine in ((DROPPED,), (DROPPED, "finetune.train=lora"), (pairs, "finetune.train=scions")):
+        preflight.check(job(*fine))
+
+
+def test_a_control_without_scions_to_draw_is_told_of() -> None:
+    told_of = "finetune.control: true, and no scion has parameters: random_init is stage2 once more"
+    assert told_of in preflight.notes(job(DROPPED))
+    for fine in ("finetune.control=false", "graft.0.operator.kind=swa"):
+        assert told_of not in preflight.notes(job(DROPPED, fine))
+    search = "graft.0.layers={kind: learned, groups: 2, keep: 1, finetune_from: search}"
+    assert told_of not in preflight.notes(job(DROPPED, search))  # the control has not what the search trained
+
+
 # -- precision
 
 

@@ -24,7 +24,7 @@ from graftwork.models.operators.attention import Attention, split_heads
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft, observe, scion_at
 from graftwork.specs.edits import Edit, Site
-from graftwork.specs.operators import Mha, Place, Swa
+from graftwork.specs.operators import Mha, NoOperator, Place, Swa
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.evidence import Distance, Profile, read_profile
@@ -407,8 +407,10 @@ def test_where_there_is_no_full_attention_only_outputs_are_described(tmp_path: P
 
 
 def test_a_rootstock_without_any_full_attention_has_no_locality_to_show(tmp_path: Path) -> None:
-    inputs = make_inputs(tmp_path, graft(lively(DiT(TINY)), windows(0, 1), 0), windows(0, 1))
-    run_profile(inputs, tmp_path / "out")
+    edits = (*windows(0), Edit(site=Site(block=1, target="mha"), operator=NoOperator()))
+    run_profile(make_inputs(tmp_path, graft(lively(DiT(TINY)), edits, 0), edits), tmp_path / "out")
+    dropped = read_profile(tmp_path / "out").outputs["01.mha"]
+    assert {dropped.mean, dropped.std, dropped.excess_kurtosis, *dropped.quantiles.values()} == {0.0}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.json", "profile.csv", "activations.png"}
 
 

@@ -33,7 +33,7 @@ class SolvedPlan(BaseModel):
     given: str  # none: of scores of candidates alone; greedy: of scores beside what was chosen before
     error: float  # the sum of scores
     costs: Mapping[str, float]  # of the whole model
-    gap: float = 0.0  # by which the sum may be above the least one, if the solver ran out of time
+    gap: float = 0.0  # by which the sum may be above the least one, if the solver gave up
 
 
 _PLAN = TypeAdapter(tuple[ChosenEdit, ...])

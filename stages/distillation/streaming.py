@@ -176,7 +176,7 @@ def _streams_beside(task: TaskState, params: DistillParams, other: DistillParams
     """Whether another site of the task sees the same samples, and needs nothing but the rootstock to begin."""
     alike = (other.seed, other.recipe) == (params.seed, params.recipe)
     free = not overlapping(task.teacher.carried, [other.edit])
-    return alike and free and other.edit.scions is None and other.edit.site.target != "pair"
+    return alike and free and task.teacher.trains(other.edit) and other.edit.site.target != "pair"
 
 
 def _batches_a_pass(teacher: Teacher) -> int:

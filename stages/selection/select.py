@@ -139,7 +139,7 @@ def solved(
     if not plans[0].solved:
         context.note("solve.limits: the rootstock itself is within the limits, and nothing that is solved for replaced")
     if plans[0].gap:
-        context.note(f"the solver ran out of time: its plan's error may be {plans[0].gap:.2%} above the least")
+        context.note(f"the solver gave up: its plan's error may be {plans[0].gap:.3g} above the least")
     return plans
 
 

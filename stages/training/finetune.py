@@ -93,13 +93,18 @@ def _plan(context: Context) -> Sequence[Edit]:
 def freeze(model: Rootstock, plan: Iterable[Edit], recipe: FinetuneSpec, seed: int) -> None:
     """Leave trainable what the recipe trains: all, the plan's scions, or these and LoRA on all else.
 
-    The scion of a pair is its two blocks. Raise ValueError with a line for LoRA on layers that are not there.
+    The scion of a pair is its two blocks. Raise ValueError with a line for LoRA on layers that are not there, and for
+    scions that have nothing to train.
     """
     scions = [scion_at(model, edit.site) for edit in plan]
     if recipe.train == "scions":
         model.requires_grad_(False)
         for scion in scions:
             scion.requires_grad_()
+        if not any(value.requires_grad for value in model.parameters()):
+            raise ValueError(
+                "finetune.train: got 'scions', and no scion of the plan has parameters; accepted: all, lora"
+            )
     elif recipe.train == "lora":
         lora = recipe.lora or LoraSpec()
         with initialising(seed, "finetune", "lora"):
