@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,13 +102,12 @@ FILES = {
 }
 
 
+@pytest.mark.timeout(60)  # written out, they would take for ever
 @pytest.mark.parametrize("how", FILES)
 def test_yaml_that_would_do_harm_is_one_line_in_no_time(tmp_path: Path, how: str) -> None:
     text, told = FILES[how]
     (tmp_path / "job.yaml").write_text(text)
-    began = time.perf_counter()
     line = refusal(lambda: load("job.yaml"))
-    assert time.perf_counter() - began < 30  # and not for ever
     assert line.startswith("job.yaml") and told in line and "accepted: a YAML file with a job" in line
     assert not (tmp_path / "me").exists()
 
