@@ -214,6 +214,20 @@ def data() -> TrainingSet:
     return make_data()
 
 
+@pytest.fixture
+def painted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are painted and left empty: to draw one takes longer than a tiny step does. tests/test_pictures.py
+    has them drawn."""
+
+    def paint_alone(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
+        from matplotlib.figure import Figure
+
+        paint(Figure(figsize=size))
+        path.touch()
+
+    monkeypatch.setattr("graftwork.stages.pictures.drawing._draw", paint_alone)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Bits depend on how sums are split over threads; steps have one."""
