@@ -669,7 +669,7 @@ def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
 def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose first step fails, and names a file that is called like the secret."""
     monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
-    home = photos(tmp_path / "photos", per_class=40)
+    home = photos(tmp_path / "photos", per_class=20)
     (home / "class-0" / "s3cr3ts3cr3t.png").touch()
     data = f"data={{kind: image_folder, path: {home}, image_size: 16}}"
     model = ("--set", "distill.samples=8", "--set", "distill.heldout=2", "--set", "evaluate.samples=8")
