@@ -714,7 +714,6 @@ def encode_folder(home: Path, out: Path, **settings: Any) -> Path:
     return encode(ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings), out)
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_so(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=20)
     broken = break_images(home / "class-1")
@@ -743,7 +742,6 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
         assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=2)
     for path in (home / "class-1").iterdir():
