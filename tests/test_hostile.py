@@ -9,21 +9,17 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import ray
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from graftwork.cluster.session.runtime import session
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import UnfitCheckpoint
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -38,7 +34,6 @@ from graftwork.specs.data import ImageFolderData
 from graftwork.specs.masking import masked
 from graftwork.specs.problems import plain, shown
 from graftwork.specs.reading.load import SpecError, job_from, load
-from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import filled, redacted
 from graftwork.stages.artifacts.latents import read, read_meta
 from graftwork.stages.data.images import BrokenImage, read_image
@@ -681,24 +676,6 @@ def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeyp
     assert {"mlflow.db"} < {path.name for path in written}
     found = [path.parent.name for path in written if b"s3cr3t" in path.read_bytes()]
     assert set(found) <= {"contents"}  # which lists the images by their names
-
-
-# -- servers
-
-
-def test_what_a_local_session_starts_listens_on_loopback_alone() -> None:
-    with session([StepResources()], min_parallel=1):
-        ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
-        ours = psutil.Process().children(recursive=True)
-        sockets = [(process.name(), one) for process in ours for one in process.net_connections("inet")]
-        listening = {(name, one.laddr.ip, one.laddr.port) for name, one in sockets if one.status == psutil.CONN_LISTEN}
-    assert listening
-    assert not [one for one in listening if not is_loopback(one[1])]
-
-
-def is_loopback(address: str) -> bool:
-    """Also of an IPv4 address in the form that an IPv6 socket has it in."""
-    return ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 def test_what_is_shown_is_short_and_plain() -> None:
