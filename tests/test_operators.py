@@ -187,10 +187,13 @@ def test_a_sample_is_not_changed_by_those_beside_it(spec: OperatorSpec, sizes: t
     torch.testing.assert_close(apart, operator(x), rtol=1e-12, atol=1e-12)
 
 
-@every_operator
-def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(spec: OperatorSpec) -> None:
-    # Without code generation, which takes seconds for each graph; below it is done for every operator once.
-    operator, x = build(spec), tokens().requires_grad_()
+every_kind = pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind().kind)
+
+
+@every_kind  # other settings are other sizes of the same graph
+def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(kind: Any) -> None:
+    # Without code generation, which takes seconds for each graph; below it is done once for every operator, forward.
+    operator, x = build(kind()), tokens().requires_grad_()
     torch._dynamo.reset()
     y, expected = torch.compile(operator, fullgraph=True, backend="aot_eager")(x), operator(x)
     torch.testing.assert_close(y, expected)
@@ -202,7 +205,7 @@ def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(spec: Ope
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="Inductor writes vector code there, too"
 )
-@pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind().kind)
+@every_kind
 def test_compiled_to_machine_code_it_gives_the_same_numbers(kind: Any) -> None:
     operator, x = build(kind(), dtype=torch.float32), tokens(dtype=torch.float32)
     torch._dynamo.reset()

@@ -60,7 +60,7 @@ from tests.tiny_distillation import (
 )
 from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data, state_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "painted_alone")
 
 # 24 samples in batches of 10 are three batches a pass, nine in all.
 RECIPE: dict[str, Any] = {"passes": 3, "checkpoint_every": 1}
