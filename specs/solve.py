@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
 
 from graftwork.specs.fields import KeyedIfSet, Spec, Unkeyed, refuse
 from graftwork.specs.training import Precision
@@ -37,7 +37,13 @@ class ScoreSpec(Spec):
     precision: Precision = Field("fp32", description="of the passes. On a CPU tf32 is fp32")
 
 
-Given = Annotated[float | str, Field(union_mode="left_to_right")]
+def _number_or_text(given: Any) -> Any:
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        refuse([], given, "a share of the rootstock's as in 75%, or an amount")
+    return given
+
+
+Given = Annotated[float | str, Field(union_mode="left_to_right"), BeforeValidator(_number_or_text, float | str)]
 
 
 class Limit(Spec):
@@ -74,12 +80,13 @@ def amount_of(cost: CostName, given: float | str, rootstock: float) -> float:
     return float(match[1]) * THOUSANDS[match[2].upper()]
 
 
-def _as_limit(given: Limit | float | str | None) -> Limit | None:
+def _as_limit(given: Any) -> Any:
     """Return a bare amount as the most that there may be."""
-    return given if given is None or isinstance(given, Limit) else Limit(max=given)
+    bare = isinstance(given, str | int | float) and not isinstance(given, bool)
+    return {"max": given} if bare else given
 
 
-AnyLimit = Annotated[Limit | float | str | None, Field(union_mode="left_to_right"), AfterValidator(_as_limit)]
+AnyLimit = Annotated[Limit | None, BeforeValidator(_as_limit, json_schema_input_type=Limit | float | str | None)]
 
 
 class Limits(Spec):
