@@ -111,14 +111,12 @@ def outcomes(job: str, case: Case, seed: int) -> dict[str, dict[str, Any]]:
         "lowest_error": _ranked(
             case, depth, lambda name: _read(store, scored, f"distill/{name}", "distill.json")["relative_error"]
         ),
-        "lowest_score": _ranked(
-            case, depth, lambda name: _read(store, scored, f"score/{name}", "score.json")["output"]
-        ),
+        "lowest_score": _ranked(case, depth, partial(_alone, store, scored)),
     }
-    for solution in _read(store, scored, "select", "solutions.json"):
-        name = "solved, greedily" if solution["given"] == "greedy" else "solved"
+    solutions = _read(store, scored, "select", "solutions.json")  # the first is the greedy one
+    by_sum = min(solutions, key=lambda solution: sum(_alone(store, scored, name) for name in solution["solved"]))
+    for name, solution in (("solved", by_sum), ("solved, greedily", solutions[0])):
         plans[name] = _sites(case, [edit["edit"] for edit in solution["edits"]])
-    plans.setdefault("solved", plans["solved, greedily"])  # where both choose alike, there is one solution
     made = dict[str, dict[str, Any]]()
     for plan in plans.values():
         if (key := json.dumps(plan)) not in made:
@@ -187,6 +185,11 @@ def _ranked(case: Case, depth: int, score: Callable[[str], float]) -> Plan:
         target: sorted(sorted(range(depth), key=partial(_of_site, score, target))[: case.sites])
         for target in case.operators
     }
+
+
+def _alone(store: Store, done: RunRecord, name: str) -> float:
+    """Return what an edit alone does to the output."""
+    return float(_read(store, done, f"score/{name}", "score.json")["output"])
 
 
 def _of_site(score: Callable[[str], float], target: str, block: int) -> float:

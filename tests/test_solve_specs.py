@@ -12,6 +12,7 @@ from graftwork.specs.job import JobSpec
 from graftwork.specs.problems import SpecError
 from graftwork.specs.reading.load import job_from
 from graftwork.specs.solve import amount_of
+from graftwork.stages.catalog.finetune import FinetuneParams
 
 DOCUMENT: dict[str, Any] = {
     "name": "solved",
@@ -168,7 +169,8 @@ def test_finalists_are_rows_between_the_plans_and_the_finetune() -> None:
     order = [step.name for step in plan.steps]
     assert plan["finetune"].needs["select"] == plan["evaluate/stage1"].needs["select"] == "select/finalist"
     assert order.index("evaluate/finalist2") < order.index("select/finalist") < order.index("finetune")
-    assert plan["finetune/finalist2"].params.plan == 1 and plan["finetune/finalist2"].params.recipe.steps == 5
+    params = plan["finetune/finalist2"].params
+    assert isinstance(params, FinetuneParams) and params.plan == 1 and params.recipe.steps == 5
     assert made.rows() == ("rootstock", "finalist1", "finalist2", "stage1", "stage2", "random_init")
 
 
