@@ -151,7 +151,7 @@ def test_what_a_dead_process_of_this_machine_held_is_free_at_once(store: Store, 
     taken(store, "ours").release()
 
 
-@pytest.mark.timeout(60)  # it would wait for ever
+@pytest.mark.timeout(60, func_only=True)  # it would wait for ever
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("holder", ["another machine"], indirect=True)
 def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(store: Store, holder: Any) -> None:

@@ -608,7 +608,7 @@ def test_a_loss_that_is_no_number_waits_as_any_other(job: Job, line: Line) -> No
     assert history[0].value > 1e300 and math.isnan(history[1].value)
 
 
-@pytest.mark.timeout(240)  # MLflow itself tries each request again for minutes
+@pytest.mark.timeout(240, func_only=True)  # MLflow itself tries each request again for minutes
 def test_a_job_that_ends_while_mlflow_is_away_is_finished_and_resume_delivers(
     tiny_copy: Finished, line: Line, request: pytest.FixtureRequest
 ) -> None:
