@@ -32,7 +32,7 @@ from graftwork.models.selection.solver import Limit, Option, Problem, Solution, 
 # By cost: what the original of a site costs, and the share of the rootstock that the graft may cost.
 COSTS = {"flops": 2e9, "params": 5e6, "latency_ms": 0.7}
 SHARES = {"flops": 0.7, "params": 0.72, "latency_ms": 0.75}
-PLAIN_SECONDS = 60.0
+PLAIN_SECONDS = 30.0
 AGREEMENT = 1e-6  # by which scores of both ways may differ, over the score: the tolerance of the usual way
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import operators, pixart, report, text_to_image
+from benchmarks import operators, pixart, report, solver, text_to_image
 from graftwork.stages.evaluation import samples
 from graftwork.stages.synthesis import synthesis
 from graftwork.stages.text import encode
@@ -86,3 +86,9 @@ def test_steps_of_text_to_image_are_held_to_their_bare_loops(monkeypatch: pytest
         assert row["share of the bare loop"] > 0 and row["apart, of what may be"] <= 1
     one, *others = steps[1].bare()
     assert steps[1].apart([one + 0.1, *others]) > 1
+
+
+def test_the_solver_is_held_to_the_usual_program() -> None:
+    rows = [*solver.measured([solver.Size(2, 2, 3, pairs=True)], [*solver.CASES], [0], plans=2, plain_seconds=9.0)]
+    assert [row["case"] for row in rows] == [*solver.CASES]
+    assert all(row["gap"] == row["plain, gap"] == 0 for row in rows)

@@ -174,6 +174,11 @@ def test_a_limit_among_large_numbers_is_attained_and_kept_to_the_unit(limit: flo
     assert plan.costs["flops"] == sum(map(Fraction, (1e14, plan.chosen[0].changes["flops"]))) == limit
 
 
+def test_a_choice_that_highs_lets_through_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "DIGIT_BASE", 2**70)  # integers that HiGHS cannot tell apart
+    assert [one.name for one in solve(large(1e14 - 1e9 - 1))[0].chosen] == ["00.mha.1"]
+
+
 def test_what_a_plan_costs_can_be_the_limit_of_another_call() -> None:
     draws = random.Random(7)
     for _ in range(10):

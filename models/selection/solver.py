@@ -221,6 +221,7 @@ class _Side:
     """One side of a limit: the sum of units[i] over the chosen options is at most `most`, in exact integers."""
 
     units: Sequence[int]
+    columns: Sequence[int]  # by option, the column of the program that has its change
     most: int
     exact: bool = False  # whether its rows are exact
     rows: list[_Row] = field(default_factory=list)
@@ -233,7 +234,7 @@ class _Side:
         return max(map(abs, self.units), default=0)
 
 
-def _sides(rootstock: float, changes: Sequence[float], limit: Limit) -> Iterator[_Side]:
+def _sides(rootstock: float, changes: Sequence[float], columns: Sequence[int], limit: Limit) -> Iterator[_Side]:
     """Yield the sides of a limit, in the largest unit of which all changes are multiples."""
     exact = [Fraction(change) for change in changes]
     denominator = math.lcm(*(change.denominator for change in exact))
@@ -241,9 +242,9 @@ def _sides(rootstock: float, changes: Sequence[float], limit: Limit) -> Iterator
     divisor = math.gcd(*numerators) or 1
     units, unit = [numerator // divisor for numerator in numerators], Fraction(divisor, denominator)
     if limit.most is not None:
-        yield _Side(units, _multiples(limit.most, rootstock, unit))
+        yield _Side(units, columns, _multiples(limit.most, rootstock, unit))
     if limit.least is not None:
-        yield _Side([-number for number in units], _multiples(-limit.least, -rootstock, unit))
+        yield _Side([-number for number in units], columns, _multiples(-limit.least, -rootstock, unit))
 
 
 def _multiples(limit: float, start: float, unit: Fraction) -> int:
@@ -283,12 +284,11 @@ class _Program:
         for place in sorted(frozenset[str]().union(*(option.places for option in self.options))):
             self.rows.append(_Row({i: 1 for i, option in enumerate(self.options) if place in option.places}, most=1))
         self.rows += [_Row({i: 1}, least=1) for i, option in enumerate(self.options) if option.name in fixed]
-        self.columns = self._count(limits)  # by option, the column in which limits have it
-        self.sides = [
-            side
-            for cost, limit in limits.items()
-            for side in _sides(problem.rootstock[cost], [option.changes[cost] for option in self.options], limit)
-        ]
+        self.counts: dict[tuple[int, ...], int] = {}  # columns, by the options that are counted
+        self.sides: list[_Side] = []
+        for cost, limit in limits.items():
+            changes = [option.changes[cost] for option in self.options]
+            self.sides += _sides(problem.rootstock[cost], changes, self._counted(changes), limit)
         for side in self.sides:
             if side.largest <= DIGIT_BASE:
                 self._make_exact(side)
@@ -312,10 +312,13 @@ class _Program:
                 if not doubtful:
                     gap = 0.0 if result.success else (result.fun - result.mip_dual_bound) * self.largest / SCORE_SCALE
                     return chosen, max(gap, 0.0)
-            if not any(not side.exact for side in doubtful):
-                raise RuntimeError(f"HiGHS could not choose operators: {result.message}")
-            for side in doubtful:
+            blunt = [side for side in doubtful if not side.exact]
+            for side in blunt:
                 self._make_exact(side)
+            if not blunt and result.x is None:
+                raise RuntimeError(f"HiGHS could not choose operators: {result.message}")
+            if not blunt:  # it took a row of integers for met that is not
+                self.keep_away(chosen, 1)
 
     def keep_away(self, chosen: Collection[int], apart: int) -> None:
         """Demand at least `apart` places in which what is held differs from this choice.
@@ -330,18 +333,18 @@ class _Program:
         }
         self.rows.append(_Row(alike, most=len(filled) - apart))
 
-    def _count(self, limits: Mapping[str, Limit]) -> list[int]:
-        """Add a count for options with the same changes; return, by option, the column of its count or its own."""
-        alike: dict[tuple[float, ...], list[int]] = {}
-        for i, option in enumerate(self.options):
-            alike.setdefault(tuple(option.changes[cost] for cost in limits), []).append(i)
-        columns = [*range(len(self.options))]
-        for members in alike.values() if limits else ():
-            if len(members) > 1:
-                count = self._column(len(members))
-                self.rows.append(_Row({count: -1, **dict.fromkeys(members, 1)}, 0, 0))
-                for i in members:
-                    columns[i] = count
+    def _counted(self, changes: Sequence[float]) -> list[int]:
+        """Return by option the column of its change: a count of all that change the same, or of what is alone its own."""
+        alike: dict[float, list[int]] = {}
+        for i, change in enumerate(changes):
+            alike.setdefault(change, []).append(i)
+        columns = [*range(len(changes))]
+        for members in map(tuple, alike.values()):
+            if len(members) > 1 and members not in self.counts:
+                self.counts[members] = self._column(len(members))
+                self.rows.append(_Row({self.counts[members]: -1, **dict.fromkeys(members, 1)}, 0, 0))
+            for i in members:
+                columns[i] = self.counts.get(members, i)
         return columns
 
     def _column(self, upper: int) -> int:
@@ -377,7 +380,7 @@ class _Program:
         yield _Row({**units, **carry}, most=most + 0.5)
 
     def _units(self, side: _Side) -> dict[int, int]:
-        return dict(zip(self.columns, side.units, strict=True))
+        return dict(zip(side.columns, side.units, strict=True))
 
     def _clipped(self, side: _Side) -> int:
         """Return the side's `most`, or the nearest number that as surely holds, or fails, whatever is chosen."""
