@@ -301,6 +301,11 @@ class JobSpec(Spec):
         """The edits that each entry of `graft` may make, the operators that may stand in one site numbered."""
         return numbered(spec.edits(self.model.depth) for spec in self.graft)
 
+    def candidates(self) -> tuple[Edit, ...]:
+        """The edits that are solved for, in the order of `graft`."""
+        solved = self.solved()
+        return tuple(edit for number, rule in enumerate(self.rules()) if number in solved for edit in rule)
+
     def edits(self) -> tuple[Edit, ...]:
         """Every edit that the job may make, site by site, in the order in which they are made."""
         return tuple(sorted((edit for rule in self.rules() for edit in rule), key=Edit.sort_key))

@@ -50,9 +50,9 @@ def _misfits(job: JobSpec) -> Iterator[Misfit]:
 
 def _repeated(job: JobSpec, solved: Mapping[int, SolvedLayers]) -> Iterator[Misfit]:
     """Yield a misfit for an operator that is offered to a site twice."""
-    offered = dict[tuple[Site, object], int]()
+    offered, rules = dict[tuple[Site, object], int](), job.rules()
     for number in solved:
-        for edit in job.rules()[number]:
+        for edit in rules[number]:
             owner = offered.setdefault((edit.site, edit.operator), number)
             if owner != number:
                 spec = job.graft[number]

@@ -41,7 +41,7 @@ class _Formula:
         ]
         self.rootstock = self._cost([]).rootstock
         self.base = self._cost(made).graft
-        self.changes = {edit: self._change(edit) for number in solved for edit in job.rules()[number]}
+        self.changes = {edit: self._change(edit) for edit in job.candidates()}
 
     def _cost(self, edits: list[Edit]) -> GraftCost:
         return graft_cost(self.bare, edits, self.job.place(), self.carried)

@@ -35,7 +35,7 @@ class DistillParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     recipe, edits, flops = job.distill, job.edits(), RootstockFlops.of(job)
-    solved = {edit for number in job.solved() for edit in job.rules()[number]}
+    solved = {*job.candidates()}
     outside = few_samples(job, recipe.samples, recipe.num_heldout) | stream(recipe.precision)
     for edit in edits:
         within = () if edit in solved else _within(edit, edits)

@@ -28,14 +28,15 @@ class ScoreParams(Spec):
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     recipe, flops = job.score, RootstockFlops.of(job)
     passed = recipe.samples * recipe.draws
+    whole, block = flops.whole(), block_cost(flops.place, flops.model).flops
     for edit in job.scored():
-        behind = (job.model.depth - edit.site.block) * block_cost(flops.place, flops.model).flops
+        behind = (job.model.depth - edit.site.block) * block
         yield StepDraft(
             f"score/{edit.name}",
             ScoreParams(seed=job.seed, edit=edit, recipe=recipe),
             rootstock(job) | {"scion": f"distill/{edit.name}"},
             few_samples(job, recipe.samples) | stream(recipe.precision),
-            work=Work(own=float(behind * passed), shared=float(flops.whole() * passed)),
+            work=Work(own=float(behind * passed), shared=float(whole * passed)),
             precision=recipe.precision,
         )
 

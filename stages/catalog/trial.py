@@ -37,7 +37,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
         return
     params = TrialParams(
         seed=job.seed,
-        candidates=tuple(edit for number in job.solved() for edit in job.rules()[number]),
+        candidates=job.candidates(),
         error=job.solve.error,
         limits=job.solve.limits,
         recipe=job.score,
