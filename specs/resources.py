@@ -29,7 +29,8 @@ class StepResources(Spec):
 # In the order in which the planner asks them for their steps. Each is a module of its name in stages/catalog.
 STAGES = (
     *("features", "text", "base", "synthesis", "classifier", "profile", "distill", "search", "score", "cost", "select"),
-    *("trial", "finetune", "reference", "evaluate"),
+    *("trial", "finetune"),
+    *("reference", "evaluate"),
 )
 UNLESS_GIVEN = {
     **{"reference": "evaluate", "synthesis": "evaluate", "cost": "evaluate"},
