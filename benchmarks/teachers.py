@@ -17,7 +17,7 @@ from statistics import mean
 import matplotlib
 
 from benchmarks.command_line import add_job, bare_parser
-from benchmarks.strategies import mean_and_spread
+from benchmarks.layer_choice import mean_and_spread
 from graftwork import run
 from graftwork.pipeline.cli.plain import PlainView
 from graftwork.specs.reading.load import load

@@ -114,7 +114,7 @@ def observing(
     What was yielded is not kept. Who asks for the next may learn from it in between: that is outside of `no_grad`.
     """
     leaving: dict[int, list[Site]] = {}  # by the block behind which they are known
-    for site in sites:
+    for site in dict.fromkeys(sites):  # several scions may be for one
         leaving.setdefault(site.block + (site.target == "pair"), []).append(site)
     boundaries = {site.block for sites in leaving.values() for site in sites if site.target == "pair"}
     calls: dict[Site, tuple[Tensor, Tensor]] = {}

@@ -72,9 +72,9 @@ def plan(
 
 
 def costs(job: JobSpec) -> GraftCost | None:
-    """What the graft costs beside its rootstock; None where a search under a budget will settle it, or where the
-    number of classes is in data that are elsewhere."""
-    if job.budget() is not None:
+    """What the graft costs beside its rootstock; None where a search under a budget or a solver will settle it, or
+    where the number of classes is in data that are elsewhere."""
+    if job.budget() is not None or job.solve is not None:
         return None
     count = num_classes(job.data) if job.model.told == "classes" else 0  # texts have no parameters
     return None if count is None else planning.costs(job, count)

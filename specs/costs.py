@@ -228,5 +228,10 @@ def scion_cost(edit: Edit, place: Place) -> Cost:
     return Cost(linear_parameters(2 * place.width, place.width), 4 * place.num_tokens * place.width**2)
 
 
+def learns(edit: Edit, place: Place) -> bool:
+    """Return whether a scion is trained in stage 1: whether it has parameters, and they do not come from elsewhere."""
+    return edit.scions is None and scion_cost(edit, place).params > 0
+
+
 def _original(edit: Edit, place: Place) -> Cost:
     return operator_cost(ORIGINALS[edit.site.target], place) if edit.site.target in ORIGINALS else NOTHING

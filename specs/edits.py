@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from graftwork.specs.fields import Spec, Unkeyed, WeightsPath, are_integers, refuse
 from graftwork.specs.layers.learned import LearnedLayers
+from graftwork.specs.layers.solved import SolvedLayers
 from graftwork.specs.layers.union import Layers
 from graftwork.specs.operators import Operator, Target
 
@@ -38,6 +40,14 @@ class Edit(Spec):
     scions: Annotated[str | None, Unkeyed()] = None  # as in OperatorEdits; the file's content is in the key
 
     @property
+    def places(self) -> frozenset[Site]:
+        """The sites within blocks that it fills; a pair fills all of its two blocks."""
+        if self.site.target != "pair":
+            return frozenset({self.site})
+        blocks = (self.site.block, self.site.block + 1)
+        return frozenset(Site(block=block, target=target) for block in blocks for target in get_args(Target))
+
+    @property
     def name(self) -> str:
         """Of the site, and of the option where there are several."""
         return f"{self.site}.{self.option}" if self.option else str(self.site)
@@ -54,6 +64,17 @@ def overlapping(before: Iterable[Edit], after: Iterable[Edit]) -> str | None:
         if edit.site.target == "pair" and taken & {edit.site.block, edit.site.block + 1}:
             return str(edit.site)
     return None
+
+
+def numbered(rules: Iterable[Sequence[Edit]]) -> tuple[tuple[Edit, ...], ...]:
+    """Return the edits of each rule, those that may stand in one site as its options 0, 1, .."""
+    counts = Counter[Site]()
+
+    def option(edit: Edit) -> Edit:
+        counts[edit.site] += 1
+        return edit.model_copy(update={"option": counts[edit.site] - 1})
+
+    return tuple(tuple(map(option, rule)) for rule in rules)
 
 
 class OperatorEdits(Spec):
@@ -100,27 +121,34 @@ class ParallelEdits(Spec):
     """Depth to width (arXiv 2506.05340): the two blocks of a pair become one parallel block."""
 
     kind: Literal["parallel"] = "parallel"
-    pairs: Literal["all"] | tuple[tuple[int, int], ...] = Field(
-        "all", description="all: [0, 1], [2, 3], ..; or a list of pairs of consecutive blocks"
+    pairs: Literal["all", "any"] | tuple[tuple[int, int], ...] = Field(
+        "all",
+        description="all: [0, 1], [2, 3], ..; or a list of pairs of consecutive blocks. Where they are solved for, "
+        "also any: [0, 1], [1, 2], ..; and a listed block may be in two pairs, of which one at most is made",
     )
+    layers: SolvedLayers | None = Field(None, description="{kind: solved}: which pairs are made; by default all are")
 
     @field_validator("pairs", mode="before")
     @classmethod
     def _all_or_pairs(cls, pairs: Any) -> Any:
         listed = isinstance(pairs, list | tuple) and all(are_integers(pair) and len(pair) == 2 for pair in pairs)
-        if pairs != "all" and not listed:
+        if pairs not in ("all", "any") and not listed:
             refuse([], pairs, "all, or a list of pairs, as in [[0, 1], [4, 5]]")
         return pairs
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.pairs == "all":
+        if self.layers is not None and self.layers.blocks is not None:
+            refuse(["layers", "blocks"], list(self.layers.blocks), "nothing: pairs says what may be chosen")
+        if self.pairs == "any" and self.layers is None:
+            refuse(["pairs"], "any", "all or a list, since all of them are made; any with layers: {kind: solved}")
+        if isinstance(self.pairs, str):
             return self
         blocks: set[int] = set()
         for position, pair in enumerate(self.pairs):
             if pair[0] < 0 or pair[1] != pair[0] + 1:
                 refuse(["pairs", position], list(pair), "two consecutive blocks, as in [4, 5]")
-            if blocks & set(pair):
+            if pair in self.pairs[:position] or (blocks & set(pair) and self.layers is None):
                 refuse(["pairs", position], list(pair), "each block in one pair only")
             blocks |= set(pair)
         if not self.pairs:
@@ -128,8 +156,11 @@ class ParallelEdits(Spec):
         return self
 
     def edits(self, depth: int) -> tuple[Edit, ...]:
-        pairs = tuple((block, block + 1) for block in range(0, depth - 1, 2)) if self.pairs == "all" else self.pairs
-        return tuple(Edit(site=Site(block=first, target="pair"), operator=Parallel()) for first, _ in sorted(pairs))
+        if isinstance(self.pairs, str):
+            firsts: Iterable[int] = range(0, depth - 1, 2 if self.pairs == "all" else 1)
+        else:
+            firsts = sorted(first for first, _ in self.pairs)
+        return tuple(Edit(site=Site(block=first, target="pair"), operator=Parallel()) for first in firsts)
 
     def number(self, depth: int) -> int:
         return len(self.edits(depth))

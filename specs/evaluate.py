@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,9 +12,14 @@ from graftwork.specs.fields import KeyedIfSet, LocalPath, Spec, Unkeyed, refuse
 from graftwork.specs.likeness import DinoSpec, LikenessSpec
 from graftwork.specs.metrics import METRICS, Metric
 from graftwork.specs.sampler import AncestralSampler, Sampler
+from graftwork.specs.solve import MAX_FINALISTS
 from graftwork.specs.training import Precision
 
-Row = Literal["rootstock", "stage1", "stage2", "random_init"]
+FINALISTS = tuple(f"finalist{number}" for number in range(1, 1 + MAX_FINALISTS))  # of a solver's plans
+if TYPE_CHECKING:
+    Row = str
+else:
+    Row = Literal[("rootstock", *FINALISTS, "stage1", "stage2", "random_init")]
 
 
 class EvaluateSpec(Spec):
@@ -35,7 +40,7 @@ class EvaluateSpec(Spec):
         None,
         min_length=1,
         description="models to sample and measure, beside `heldout`; by default all that the job makes: random_init if "
-        "finetune.control is true, and the others",
+        "finetune.control is true, finalists if solve.finalists are asked for, and the others",
     )
     # Its content is in the key of the texts.
     prompts: Annotated[LocalPath | None, Unkeyed()] = Field(

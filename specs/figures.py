@@ -15,7 +15,7 @@ MODEL_FIGURES = ("params", "flops", "ms_per_sample", "latency_ms", "peak_memory"
 
 def figure(name: str, value: object) -> str:
     """A figure of that name, as `stage1.flops`; other values as they are, nothing for what there is none of."""
-    column = name.rpartition(".")[2]
+    column = name.rpartition(".")[2].removeprefix("predicted_").removeprefix("measured_")
     if value is None or (column in MODEL_FIGURES and value == 0):
         return ""
     if not isinstance(value, int | float) or isinstance(value, bool):

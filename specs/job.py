@@ -10,16 +10,19 @@ from graftwork.specs.codec import Codec, PixelCodec, VaeCodec
 from graftwork.specs.conditioning import conditioning_misfit, dropout_field, trainings
 from graftwork.specs.costs import BUDGET_TOLERANCE, ORIGINALS, operator_cost, reachable, rootstock_cost
 from graftwork.specs.data import Data, DigitsData, SyntheticData
-from graftwork.specs.edits import Edit, EditSpec, OperatorEdits, ParallelEdits
-from graftwork.specs.evaluate import EvaluateSpec, Row
+from graftwork.specs.edits import Edit, EditSpec, OperatorEdits, ParallelEdits, numbered
+from graftwork.specs.evaluate import FINALISTS, EvaluateSpec, Row
 from graftwork.specs.fields import Line, Location, Spec, refuse
 from graftwork.specs.layers.learned import LearnedLayers
+from graftwork.specs.layers.solved import SolvedLayers
 from graftwork.specs.layers.static import ExplicitLayers
 from graftwork.specs.metrics import METRICS
 from graftwork.specs.operators import Place
 from graftwork.specs.resources import ResourcesSpec
 from graftwork.specs.rootstock import Model, PretrainWeights, Weights
 from graftwork.specs.sampler import PREDICTED, SAMPLERS, AnySampler, SchedulerSampler
+from graftwork.specs.solve import ScoreSpec, SolveSpec
+from graftwork.specs.solving import solving_misfit
 from graftwork.specs.store import DEFAULT_STORE
 from graftwork.specs.text import T5Text
 from graftwork.specs.training import DistillSpec, FinetuneSpec, Precision, ProfileSpec
@@ -51,6 +54,8 @@ class JobSpec(Spec):
     graft: tuple[EditSpec, ...] = Field(min_length=1)
     profile: ProfileSpec = ProfileSpec()
     distill: DistillSpec = DistillSpec()
+    score: ScoreSpec = ScoreSpec()
+    solve: SolveSpec | None = Field(None, description="of edits whose layers are solved: what they are chosen by")
     finetune: FinetuneSpec = FinetuneSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourcesSpec = ResourcesSpec()
@@ -70,6 +75,8 @@ class JobSpec(Spec):
         for number, edit in enumerate(self.graft):
             self._check_blocks(number, edit)
         self._check_sites()
+        if (misfit := solving_misfit(self)) is not None:
+            refuse(*misfit)
         self._check_sampler()
         self._check_guidance()
         self._check_gpus()
@@ -107,6 +114,10 @@ class JobSpec(Spec):
         if "random_init" in rows and not self.finetune.control:
             accepted = "rootstock, stage1 or stage2; random_init needs finetune.control: true"
             refuse(["evaluate", "rows", rows.index("random_init")], "random_init", accepted)
+        for number, row in enumerate(rows):
+            if row in FINALISTS and row not in self.finalists():
+                made = ", ".join(self.finalists()) or "no finalist, without solve.finalists"
+                refuse(["evaluate", "rows", number], row, f"a row of a model that the job makes: {made}")
 
     def _check_sampler(self) -> None:
         """Refuse a sampler for models that predict another thing."""
@@ -139,7 +150,7 @@ class JobSpec(Spec):
                 refuse(
                     ["graft", number, "pairs"], "all", f"a list of pairs: the model has {depth} blocks, an odd number"
                 )
-            for position, pair in enumerate(edit.pairs if edit.pairs != "all" else ()):
+            for position, pair in enumerate(() if isinstance(edit.pairs, str) else edit.pairs):
                 if pair[1] >= depth:
                     refuse(["graft", number, "pairs", position], list(pair), f"blocks of this model, 0 .. {depth - 1}")
             return
@@ -178,14 +189,16 @@ class JobSpec(Spec):
             refuse(["graft", number, "layers", "budget"], budget, accepted)
 
     def _check_sites(self) -> None:
-        """Refuse a site that is edited twice, and a block that is paired twice."""
+        """Refuse a site that is edited twice, and a block that is paired twice, unless they are solved for."""
         owners: dict[str, int] = {}
+        solved = self.solved()
         for number, edits in enumerate(self.graft):
             for edit in edits.edits(self.model.depth):
                 pair = edit.site.target == "pair"
                 blocks = (edit.site.block, edit.site.block + 1) if pair else (edit.site.block,)
                 for site in (f"{block:02d}.{edit.site.target}" for block in blocks):
-                    if owners.get(site, number) != number or (pair and site in owners):
+                    both_solved = number in solved and owners.get(site, number) in solved
+                    if not both_solved and (owners.get(site, number) != number or (pair and site in owners)):
                         field = "pairs" if pair else "layers"
                         refuse(["graft", number, field], site, f"sites that graft.{owners[site]} has not taken")
                     owners[site] = number
@@ -197,7 +210,7 @@ class JobSpec(Spec):
         paired = {
             edit.site.block + offset
             for spec in self.graft
-            if isinstance(spec, ParallelEdits)
+            if isinstance(spec, ParallelEdits) and spec.layers is None
             for edit in spec.edits(self.model.depth)
             for offset in (0, 1)
         }
@@ -217,8 +230,13 @@ class JobSpec(Spec):
 
     def rows(self) -> tuple[Row, ...]:
         """Return the models of the table: those that were chosen, or all that the job makes."""
-        made = tuple(row for row in get_args(Row) if row != "random_init" or self.finetune.control)
-        return self.evaluate.rows or made
+        absent = {*FINALISTS} - {*self.finalists()} | (set() if self.finetune.control else {"random_init"})
+        return self.evaluate.rows or tuple(row for row in get_args(Row) if row not in absent)
+
+    def finalists(self) -> tuple[Row, ...]:
+        """Return the plans that are finetuned shortly, as rows of the table."""
+        solve = self.solve
+        return FINALISTS[: solve.plans] if solve is not None and solve.finalists is not None else ()
 
     def precisions(self) -> dict[str, tuple[Precision, float]]:
         """Return, by field, each precision that steps compute in, and the GPUs that each of their tasks takes."""
@@ -238,6 +256,8 @@ class JobSpec(Spec):
             by_field["data.precision"] = self.data.precision, gpus("synthesis")
         by_field["profile.precision"] = self.profile.precision, gpus("profile")
         by_field["distill.precision"] = self.distill.precision, gpus("distill")
+        if self.scored():
+            by_field["score.precision"] = self.score.precision, gpus("score")
         for number, layers in self.learned().items():
             by_field[f"graft.{number}.layers.search.precision"] = layers.search.precision, gpus("search")
         by_field["finetune.precision"] = self.finetune.precision, gpus("finetune")
@@ -246,8 +266,13 @@ class JobSpec(Spec):
 
     def learned(self) -> dict[int, LearnedLayers]:
         """The strategies that search, by the place of their edit in the list."""
-        layers = {number: getattr(spec, "layers", None) for number, spec in enumerate(self.graft)}
+        layers = {number: spec.layers for number, spec in enumerate(self.graft)}
         return {number: one for number, one in layers.items() if isinstance(one, LearnedLayers)}
+
+    def solved(self) -> dict[int, SolvedLayers]:
+        """The strategies that are solved together, by the place of their edit in the list."""
+        layers = {number: spec.layers for number, spec in enumerate(self.graft)}
+        return {number: one for number, one in layers.items() if isinstance(one, SolvedLayers)}
 
     def budget(self) -> float | None:
         """The share of the rootstock's FLOPs that a search is to bring the model to."""
@@ -262,7 +287,25 @@ class JobSpec(Spec):
         num_tokens = (self.latent_side() // self.model.patch) ** 2
         return Place(width=self.model.width, heads=self.model.heads, num_tokens=num_tokens)
 
+    def scored(self) -> tuple[Edit, ...]:
+        """The edits whose strategies go by scores."""
+        rules = zip(self.graft, self.rules(), strict=True)
+        return tuple(
+            edit
+            for spec, rule in rules
+            if spec.layers is not None and spec.layers.evidence == "scores"
+            for edit in rule
+        )
+
+    def rules(self) -> tuple[tuple[Edit, ...], ...]:
+        """The edits that each entry of `graft` may make, the operators that may stand in one site numbered."""
+        return numbered(spec.edits(self.model.depth) for spec in self.graft)
+
+    def candidates(self) -> tuple[Edit, ...]:
+        """The edits that are solved for, in the order of `graft`."""
+        solved = self.solved()
+        return tuple(edit for number, rule in enumerate(self.rules()) if number in solved for edit in rule)
+
     def edits(self) -> tuple[Edit, ...]:
         """Every edit that the job may make, site by site, in the order in which they are made."""
-        chosen = [edit for spec in self.graft for edit in spec.edits(self.model.depth)]
-        return tuple(sorted(chosen, key=Edit.sort_key))
+        return tuple(sorted((edit for rule in self.rules() for edit in rule), key=Edit.sort_key))

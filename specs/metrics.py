@@ -37,6 +37,7 @@ class MetricSpec:
 
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]]  # columns of the table; quality is drawn against cost by the first one
+    rising: ClassVar[tuple[str, ...]] = ()  # those of which more is better; of the others less is
     # Images that samples are held against: the job's own training images, or what `evaluate.reference` names; none
     # where each sample is judged by itself, and real images are not.
     reference: ClassVar[Literal["training", "given", "none"]] = "training"
@@ -81,6 +82,7 @@ class ClassifierMetric(MetricSpec):
 
     name = "classifier"
     figures = ("distance", "agreement")
+    rising = ("agreement",)
     steps = ("classifier",)
 
     @classmethod
@@ -137,6 +139,7 @@ class InceptionScoreMetric(InceptionMetric):
 
     name = "is"
     figures = ("is", "is_sd")
+    rising = ("is",)
     reference = "none"
 
 
@@ -145,6 +148,7 @@ class PrecisionRecallMetric(InceptionMetric):
 
     name = "precision_recall"
     figures = ("precision", "precision_low", "precision_high", "recall", "recall_low", "recall_high")
+    rising = figures
     keeps = "pool3"
     takes_images = True
     min_images = 4  # one has three neighbours
@@ -189,6 +193,7 @@ class GenevalMetric(MetricSpec):
 
     name = "geneval"
     figures = ("geneval",)
+    rising = figures
     reference = "none"
 
     @classmethod
@@ -215,6 +220,7 @@ class ClipScoreMetric(MetricSpec):
 
     name = "clip_score"
     figures = ("clip_score",)
+    rising = figures
     reference = "none"
 
     @classmethod
@@ -236,6 +242,7 @@ class LikenessMetric(MetricSpec):
 
     name = "likeness"
     figures = ("likeness:psnr",)
+    rising = figures
     reference = "none"
 
     @classmethod

@@ -36,6 +36,7 @@ class Reach:
 
 
 EVERYWHERE, ITSELF = Reach(None, None), Reach(0, 0)
+NOWHERE = Reach(0, -1)  # from its own to the one before that: no token
 
 
 def linear_parameters(inputs: int, outputs: int, bias: bool = True) -> int:
@@ -231,4 +232,22 @@ class MlpHyenaX(Accelerated):
         return 8 * place.num_tokens * place.width * hidden + 2 * place.num_tokens * 3 * hidden * self.kernel
 
 
-Operator = Annotated[Mha | Swa | HyenaSE | HyenaX | HyenaY | Mamba2 | Mlp | MlpHyenaX, Field(discriminator="kind")]
+class NoOperator(OperatorSpec):
+    """Zeros: the block adds nothing there, as if its attention or MLP were dropped."""
+
+    targets = frozenset({"mha", "mlp"})
+    kind: Literal["none"] = "none"
+
+    def reach(self) -> Reach:
+        return NOWHERE
+
+    def num_parameters(self, place: Place) -> int:
+        return 0
+
+    def flops(self, place: Place) -> int:
+        return 0
+
+
+Operator = Annotated[
+    Mha | Swa | HyenaSE | HyenaX | HyenaY | Mamba2 | Mlp | MlpHyenaX | NoOperator, Field(discriminator="kind")
+]

@@ -28,10 +28,13 @@ class StepResources(Spec):
 
 # In the order in which the planner asks them for their steps. Each is a module of its name in stages/catalog.
 STAGES = (
-    *("features", "text", "base", "synthesis", "classifier", "profile", "distill", "search", "select", "finetune"),
-    *("reference", "evaluate"),
+    *("features", "text", "base", "synthesis", "classifier", "profile", "distill", "search", "score", "cost", "select"),
+    *("trial", "finetune", "reference", "evaluate"),
 )
-UNLESS_GIVEN = {"reference": "evaluate", "synthesis": "evaluate"}  # stages that take what another takes
+UNLESS_GIVEN = {
+    **{"reference": "evaluate", "synthesis": "evaluate", "cost": "evaluate"},
+    **{"select": "score", "trial": "score"},
+}  # stages that take what another takes
 
 
 class StageResources(Spec):

@@ -77,6 +77,7 @@ class Stage:
     # steps, given their parameters, what each takes and how many tasks find room; 0 if each task does it for its own.
     # The module then has a `record(portion)` too.
     shares: Callable[[Sequence[Any], StepResources, int], int] | None = None
+    together: bool = False  # of those: whether none starts before all can, so that they share tasks
     memory: str = ""  # the setting to lower where its memory does not suffice
 
     def run(self, context: Context) -> None:

@@ -214,6 +214,20 @@ def data() -> TrainingSet:
     return make_data()
 
 
+@pytest.fixture
+def painted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are painted and left empty: to draw one takes longer than a tiny step does. tests/test_pictures.py
+    has them drawn."""
+
+    def paint_alone(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
+        from matplotlib.figure import Figure
+
+        paint(Figure(figsize=size))
+        path.touch()
+
+    monkeypatch.setattr("graftwork.stages.pictures.drawing._draw", paint_alone)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Bits depend on how sums are split over threads; steps have one."""
@@ -261,7 +275,9 @@ def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it does not tell endpoints of the environment apart
+    cached: Any = fsspec.get_filesystem_class("s3")  # it does not tell endpoints of the environment apart
+    if any(fs._s3 is not None and fs._s3.meta.endpoint_url != s3_server for fs in cached._cache.values()):
+        cached.clear_instance_cache()  # not for every test: to connect takes longer than most of them
     bucket = uuid.uuid4().hex
     store = Store(f"s3://{bucket}/some/prefix")
     store.fs.mkdir(bucket)

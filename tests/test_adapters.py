@@ -234,7 +234,7 @@ def test_the_same_adapters_are_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plan", "layout", "adapters", "said"),
     [
-        (GRAFTS, "diffusers", "alone", "scions were trained with them (01.mha, 02.mlp); accepted: beside, "),
+        (GRAFTS, "diffusers", "alone", "they belong with scions (01.mha, 02.mlp); accepted: beside, "),
         ((), "published", "beside", "with layout published, which has no names for them; accepted: with layout graft"),
         ((), "graftwork", "inside", "adapters: got 'inside'; accepted: beside, alone"),
     ],

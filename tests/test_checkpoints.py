@@ -38,7 +38,18 @@ from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.rootstocks.sit import SiT, SiTConfig
 from graftwork.models.surgery import graft
 from graftwork.specs.edits import Edit, Parallel, Site
-from graftwork.specs.operators import HyenaSE, HyenaX, HyenaY, Mamba2, Mha, Mlp, MlpHyenaX, OperatorSpec, Swa
+from graftwork.specs.operators import (
+    HyenaSE,
+    HyenaX,
+    HyenaY,
+    Mamba2,
+    Mha,
+    Mlp,
+    MlpHyenaX,
+    NoOperator,
+    OperatorSpec,
+    Swa,
+)
 from graftwork.specs.rootstock import SIZES
 from tests.small import TINY, Batch, lively
 
@@ -51,6 +62,11 @@ def edits(*pairs: tuple[int, OperatorSpec]) -> tuple[Edit, ...]:
 
 
 GRAFTS = edits((1, HyenaSE(kernel=3)), (2, Mlp(ratio=1.5)))
+DROPPED = (
+    Edit(site=Site(block=1, target="mha"), operator=NoOperator()),
+    Edit(site=Site(block=1, target="mlp"), operator=NoOperator()),
+    Edit(site=Site(block=3, target="mlp"), operator=Mlp(ratio=1.5)),
+)
 PAIR = (*GRAFTS, Edit(site=Site(block=0, target="pair"), operator=Parallel()))
 
 
@@ -220,7 +236,9 @@ def test_an_operator_that_nobody_registered_is_named_with_those_that_are(model: 
     }
     torch.save(state, tmp_path / "model.pt")
     message = refusal(tmp_path / "model.pt", heads=2)
-    assert "blocks.1.attn.to_qkv.weight: (48, 16)" in message and "expected the tensors of one of mha, swa" in message
+    assert "blocks.1.attn.to_qkv.weight: (48, 16)" in message
+    known = message.rpartition("expected the tensors of one of ")[2].split(", ")
+    assert set(known) == {"mha", "swa", "hyena_se", "hyena_x", "hyena_y", "mamba2"}  # not none, which has no tensors
 
 
 # -- what training tools wrap around a model
@@ -883,6 +901,19 @@ def test_a_self_graft_is_the_rootstock(model: DiT, tmp_path: Path) -> None:
     assert checkpoints.read(tmp_path / "model.pt", heads=2)[1] == ()
 
 
+def test_missing_tensors_are_no_dropped_operator_unless_the_file_says_so(model: DiT, tmp_path: Path) -> None:
+    grafted = graft(model, DROPPED, seed=0)
+    torch.save(grafted.state_dict(), tmp_path / "model.pt")
+    missing = "blocks.1.attn.proj.bias, blocks.1.attn.proj.weight, blocks.1.attn.qkv.bias, and 5 more"
+    assert refusal(tmp_path / "model.pt", heads=2).endswith(f": does not fit the model: missing {missing}")
+    folder = ours_in(tmp_path, grafted, DROPPED)
+    assert checkpoints.read(folder)[1] == DROPPED
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["blocks.0.attn.proj.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    assert refusal(folder).endswith("missing blocks.0.attn.proj.bias")
+
+
 # -- the hub
 
 
@@ -1315,7 +1346,9 @@ def test_a_rootstock_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path) ->
     assert torch.equal(outputs(transformer, batch), outputs(rootstock_transformer(model), batch))
 
 
-@pytest.mark.parametrize("made", [GRAFTS, PAIR, ()], ids=["graft", "parallel", "rootstock of few classes"])
+@pytest.mark.parametrize(
+    "made", [GRAFTS, DROPPED, PAIR, ()], ids=["graft", "without operators", "parallel", "rootstock of few classes"]
+)
 def test_a_graft_goes_to_diffusers_and_back(batch: Batch, tmp_path: Path, made: tuple[Edit, ...]) -> None:
     from graftwork.models.checkpoints.layouts.transformer import GraftTransformer2DModel
 
@@ -1434,7 +1467,7 @@ def test_the_authors_sampling_script_takes_an_exported_graft(grafted: DiT, tmp_p
 
 @pytest.mark.parametrize("args", [dict, argparse.Namespace])
 def test_an_exported_graft_comes_back_with_what_shapes_do_not_tell(model: DiT, tmp_path: Path, args: Any) -> None:
-    made = edits((1, Swa(window=2)), (3, HyenaY()))
+    made = edits((1, Swa(window=2)), (2, NoOperator()), (3, HyenaY()))
     graft(model, made, seed=0)
     export(ours_in(tmp_path, model, made), tmp_path / "out", "published")
     content = torch.load(tmp_path / "out" / "model.pt")

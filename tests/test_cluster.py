@@ -216,8 +216,10 @@ def test_what_we_start_listens_on_loopback_only(site: Site, sent: tuple[str, str
 def test_a_local_run_listens_on_loopback_only() -> None:
     look = """
 import psutil
+import ray
 from graftwork.cluster.session.runtime import session
 with session([], min_parallel=1):
+    ray.get(ray.remote(num_cpus=0)(lambda: None).remote())  # there is a worker
     me = psutil.Process()
     for one in (me, *me.children(recursive=True)):
         print(*(s.laddr.ip for s in one.net_connections("tcp") if s.status == psutil.CONN_LISTEN), sep="\\n")

@@ -585,7 +585,9 @@ def test_a_photograph_that_changed_since_it_was_hashed_is_one_line_of_a_worker(
 
 
 @pytest.mark.usefixtures("warm_ray")
-def test_a_photograph_that_a_worker_cannot_read_is_one_line(tmp_path: Path) -> None:
+def test_a_photograph_that_a_worker_cannot_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for few in ("WORTH_A_STREAM", "WORTH_A_SURVEY"):
+        monkeypatch.setattr(features, few, 0)
     broken = tmp_path / "photos" / "class-0" / "0.png"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"<html>404: not found</html>")

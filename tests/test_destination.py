@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -201,12 +200,11 @@ def test_a_server_that_is_not_there_is_refused_with_its_reason() -> None:
     assert "which does not answer (Name or service not known)" in problem("http://mlflow.invalid:5000")
 
 
-def test_a_server_that_is_slow_is_refused_in_seconds(web: Callable[..., WebServer]) -> None:
+@pytest.mark.timeout(120)  # less than the server takes
+def test_a_server_that_is_slow_is_not_waited_for(web: Callable[..., WebServer]) -> None:
     server = web(200, "{}")
-    server.pause = 10
-    began = time.monotonic()
+    server.pause = 300
     assert "does not answer within 2 seconds" in problem(server.address)
-    assert time.monotonic() - began < 9
 
 
 def test_a_certificate_that_cannot_be_trusted_is_named(web: Callable[..., WebServer]) -> None:

@@ -28,10 +28,11 @@ from graftwork.models.rootstocks.dit import DiT, modulations
 from graftwork.models.surgery import answer, graft, new_scion, observe, scion_at
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
-from graftwork.specs.operators import HyenaY, Mha, Mlp
+from graftwork.specs.operators import HyenaY, Mha, Mlp, NoOperator
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts import hybrids as hybrid
-from graftwork.stages.artifacts.latents import Latents, Noised, noised, read, read_meta
+from graftwork.stages.artifacts.evidence import read_distilled
+from graftwork.stages.artifacts.latents import Latents, Noised, NoisedAnew, noised, read, read_meta
 from graftwork.stages.contract import Context, Portion, Stopped, TaskScope
 from graftwork.stages.distillation import activations, distill, sources
 from graftwork.stages.distillation import loss as losses
@@ -42,6 +43,7 @@ from graftwork.stages.training.engine import PlainEngine
 from tests.products import Products
 from tests.small import block_of, noting
 from tests.tiny_distillation import (
+    DROPPED,
     MHA_EDIT,
     MHA_SITE,
     MLP_EDIT,
@@ -61,7 +63,7 @@ from tests.tiny_training import (
     run_training,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "painted_alone")
 
 
 # -- latents as distillation sees them
@@ -410,6 +412,20 @@ def test_sites_of_one_task_share_passes_as_far_as_memory_goes_and_end_in_the_bit
             assert found[f"{name}/{file}"] == (tmp_path / f"alone-{name}" / file).read_bytes()
 
 
+def test_a_site_without_an_operator_changes_nothing_for_those_that_share_its_task(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path
+) -> None:
+    order, kept = (DROPPED, MHA_EDIT), dict[str, Any]()
+    for number, edit in enumerate(order):
+        ahead = [make_context(store, "", tmp_path, edit=other).params for other in order[number + 1 :]]
+        scope = TaskScope(next=ahead, state=kept)
+        run_distill(store, f"together/{edit.site}", inputs, tmp_path / str(edit.site), edit=edit, task_scope=scope)
+        run_distill(store, f"alone/{edit.site}", inputs, tmp_path / f"alone-{edit.site}", edit=edit)
+        for file in ("scion.safetensors", "distill.json"):
+            together, alone = (tmp_path / name / file for name in (str(edit.site), f"alone-{edit.site}"))
+            assert together.read_bytes() == alone.read_bytes()
+
+
 def test_a_site_that_does_not_fit_is_computed_anew_in_chunks_with_the_same_result(
     store: Store, inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,8 +456,8 @@ def recorded_in(parts: int, inputs: dict[str, Folder], *edits: Edit, **changes: 
     return [list(site) for site in zip(*pickle.loads(pickle.dumps(found)), strict=True)]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])  # batches of 5: five to learn from, two held-out ones
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+# Batches of 5: five to learn from, two held-out ones.
+@pytest.mark.parametrize(("parts", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16"), (8, "fp32")])
 def test_a_site_whose_pass_was_made_in_parts_ends_in_the_bits_of_one_that_made_its_own(
     store: Store,
     inputs: dict[str, Folder],
@@ -615,6 +631,48 @@ def test_scions_of_another_graft_are_taken_as_they_are(
     other = Edit(site=MHA_SITE, operator=HyenaY(kernel=2), scions=edit.scions)
     with pytest.raises(checkpoints.UnfitCheckpoint, match=r"donor: 01.mha: got .*'kernel': 4.*accepted: .*'kernel': 2"):
         run_distill(store, "b", inputs, tmp_path / "out", edit=other)
+
+
+@pytest.mark.parametrize("changes", [{"start": "inherited"}, {"passes": 2, "workers": 2}], ids=["epochs", "passes"])
+def test_where_no_operator_is_to_stand_nothing_is_trained_and_its_error_is_measured(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, rootstock: DiT, changes: dict[str, Any]
+) -> None:
+    report, out = Reports(), tmp_path / "out"
+    run_distill(store, "a", inputs, out, report, edit=DROPPED, **changes)
+    assert report.seen == [(0, 0, {})]
+    assert {path.name for path in out.iterdir()} == {"scion.safetensors", "distill.json"}  # no curve, and no notes
+    latents = read(inputs["features"].place, "heldout").first(24)
+    stream = ("distill/heldout",)
+    if "passes" in changes:
+        latents = latents.stratified(3)
+        noisy = NoisedAnew(latents, TINY.objective, 0, stream)[:]
+    else:
+        noisy = noised(latents, TINY.objective, 1, 0, *stream)
+    outputs = captured(rootstock, DROPPED.site, noisy).pairs.outputs.double()
+    variance = (outputs - outputs.mean((0, 1))).square().sum()
+    assert json.loads((out / "distill.json").read_text()) == {
+        "loss": "l2",
+        "loss_because": "the outputs' excess kurtosis is 0, at most 12",
+        "heldout_error": pytest.approx(outputs.square().mean().item(), rel=1e-5),
+        "relative_error": pytest.approx((outputs.square().sum() / variance).item(), rel=1e-5),
+        "best_epoch": 0,
+    }
+    # What it leaves is read back as a block that adds nothing there.
+    dropped = hybrid.with_scions(rootstock, (DROPPED,), make_bare({f"scions/{DROPPED.site}": Folder("s", out)}), 0)
+    assert load_file(out / "scion.safetensors") == {}
+    assert not scion_at(dropped, DROPPED.site)(torch.randn(2, 16, 16)).any()
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 1}, {"passes": 1}], ids=["epochs", "passes"])
+def test_a_site_that_was_dropped_before_may_be_edited_again(
+    store: Store, data: TrainingSet, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    dropped = Edit(site=MHA_SITE, operator=NoOperator())
+    inputs = write_inputs(tmp_path, lively(graft(DiT(TINY), [dropped], 0)), data, [dropped])
+    for edit, error in ((dropped, 0.0), (MHA_EDIT, math.inf)):  # of what never changes
+        run_distill(store, edit.operator.kind, inputs, tmp_path / "out", edit=edit, **changes)
+        measured = read_distilled(tmp_path / "out")
+        assert measured.relative_error == error and (measured.heldout_error > 0) == (error > 0)
 
 
 def is_pickle(path: Path) -> bool:

@@ -410,6 +410,13 @@ def store_check(url: str, **argument: str) -> Check:
     return next(iter(checkup.check_store({"url": url, **argument})))
 
 
+@pytest.fixture
+def any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How busy this machine is tells nothing of a store."""
+    monkeypatch.setattr(checkup, "SLOW_STORE", 0)
+
+
+@pytest.mark.usefixtures("any_speed")
 def test_a_store_is_written_and_left_as_it_was(tmp_path: Path) -> None:
     assert state_of(store_check(str(tmp_path / "new" / "store"))) == "fine"
     assert not (tmp_path / "new" / "store").exists()
@@ -432,6 +439,7 @@ def test_a_store_that_nodes_do_not_share_is_broken(tmp_path: Path) -> None:
     assert state_of(check) == "broken" and "another folder here" in check.seen
 
 
+@pytest.mark.usefixtures("any_speed")
 def test_buckets_are_looked_at_too(s3: Store) -> None:
     check = store_check(s3.url)
     assert state_of(check) == "fine" and float(check.values["write_bytes_per_s"]) > 0

@@ -22,7 +22,7 @@ from graftwork.models.surgery import graft, new_scion
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Parallel, Site
 from graftwork.specs.layers.learned import Group
-from graftwork.specs.operators import HyenaX
+from graftwork.specs.operators import HyenaX, NoOperator
 from graftwork.specs.training import SearchSpec, TrainingSpec
 from graftwork.stages.contract import Partial
 from graftwork.stages.selection.search import SearchEngine
@@ -40,7 +40,10 @@ CONFIGS: dict[str, RootstockConfig] = {
     "sit": SiTConfig(**SQUARE, num_classes=3),
     "pixart": PixArtConfig(**SQUARE, caption_channels=6),
 }
-EDITS = [Edit(site=Site(block=block, target="mha"), operator=HyenaX(kernel=4)) for block in (1, 2)]
+EDITS = [
+    Edit(site=Site(block=1, target="mha"), operator=HyenaX(kernel=4)),
+    Edit(site=Site(block=2, target="mha"), operator=NoOperator()),
+]
 
 
 class ThreeTexts:

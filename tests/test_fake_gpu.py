@@ -161,8 +161,11 @@ def test_a_training_goes_on_on_the_gpu_from_what_it_left_on_the_host(
 
 
 @in_every_precision
-@pytest.mark.parametrize("sampler", [AncestralSampler(steps=3), DdimSampler(steps=3)], ids=lambda one: one.kind)
-@pytest.mark.parametrize("bounded", [True, False], ids=["pixels", "latents"])
+@pytest.mark.parametrize(
+    ("sampler", "bounded"),
+    [(AncestralSampler(steps=3), True), (DdimSampler(steps=3), False)],
+    ids=["ancestral, pixels", "ddim, latents"],
+)
 def test_a_sampling_stays_on_the_gpu(model: DiT, sampler: Sampler, bounded: bool, precision: Precision) -> None:
     noise = SampleNoise(0, range(BATCH), (4, 8, 8), CUDA)
     with computing(precision, CUDA):

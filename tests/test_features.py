@@ -280,6 +280,7 @@ def test_fewer_held_out_images_than_were_asked_for_are_an_error_where_broken_one
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images, too, go through Ray Data."""
     monkeypatch.setattr(features, "WORTH_A_STREAM", 0)
+    monkeypatch.setattr(features, "WORTH_A_SURVEY", 0)
 
 
 @pytest.fixture

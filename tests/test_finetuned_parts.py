@@ -11,7 +11,7 @@ from graftwork.models.rootstocks.dit import DiT
 from graftwork.models.rootstocks.pixart import PixArtConfig
 from graftwork.models.surgery import graft, scion_at
 from graftwork.specs.edits import Edit, Parallel, Site
-from graftwork.specs.operators import HyenaX, Mlp
+from graftwork.specs.operators import HyenaX, Mlp, NoOperator
 from graftwork.specs.training import FinetuneSpec
 from graftwork.stages.training.finetune import freeze
 from tests.small import TINY, Batch, lively
@@ -89,6 +89,12 @@ def test_a_pair_is_trained_whole() -> None:
     model = graft(DiT(TINY), pair, 0)
     freeze(model, pair, FinetuneSpec(train="scions"), seed=0)
     assert {name.split(".")[1] for name in learning(model)} == {"0"}
+
+
+def test_scions_alone_are_not_trained_where_none_has_parameters() -> None:
+    plan = [Edit(site=Site(block=1, target="mha"), operator=NoOperator())]
+    with pytest.raises(ValueError, match=r"^finetune.train: got 'scions', and no scion of the plan .*: all, lora$"):
+        freeze(graft(DiT(TINY), plan, 0), plan, FinetuneSpec(train="scions"), seed=0)
 
 
 def test_a_pixart_has_lora_in_its_cross_attention_too() -> None:

@@ -202,7 +202,7 @@ def of_the_schema(line: str, paths: set[str]) -> bool:
     return any(all(step in FIELDS or step.isdecimal() for step in steps[count:]) for count in known)
 
 
-@fuzzed(max_examples=700)
+@fuzzed(max_examples=400)
 @given(mutated())
 def test_whatever_a_job_says_it_is_planned_or_refused_by_field(document: dict[str, Any]) -> None:
     assert_planned_or_refused(lambda: api.plan(job_from(deepcopy(document))), document)
@@ -225,7 +225,7 @@ def spelt(value: Any) -> str:
 spellings = st.one_of(values.map(spelt), st.text(max_size=30), st.sampled_from(["[", "{a: 1, a: 2}", "*x", "!!int x"]))
 
 
-@fuzzed(max_examples=300)
+@fuzzed(max_examples=200)
 @given(st.sampled_from(DOCUMENTS), st.lists(st.tuples(paths, spellings), min_size=1, max_size=3))
 def test_whatever_is_set_it_is_planned_or_refused_by_field(job: Any, settings_: list[tuple[Any, str]]) -> None:
     document = deepcopy(job)
@@ -270,7 +270,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@fuzzed(max_examples=300)
+@fuzzed(max_examples=200)
 @given(text=torn())
 def test_whatever_is_in_a_file_it_is_planned_or_refused(examples: Path, text: bytes) -> None:
     path = examples / "job.yaml"
@@ -282,7 +282,7 @@ def test_whatever_is_in_a_file_it_is_planned_or_refused(examples: Path, text: by
     assert_planned_or_refused(lambda: api.plan(load(path)), document, [str(examples)])
 
 
-@fuzzed(max_examples=25)
+@fuzzed(max_examples=15)
 @given(mutated())
 def test_whatever_a_file_says_the_command_line_ends_with_a_plan_or_with_2(document: dict[str, Any]) -> None:
     with TemporaryDirectory() as folder:

@@ -6,25 +6,20 @@ import io
 import json
 import os
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import ray
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from graftwork.cluster.session.runtime import session
 from graftwork.models import checkpoints
 from graftwork.models.checkpoints import UnfitCheckpoint
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
@@ -39,7 +34,6 @@ from graftwork.specs.data import ImageFolderData
 from graftwork.specs.masking import masked
 from graftwork.specs.problems import plain, shown
 from graftwork.specs.reading.load import SpecError, job_from, load
-from graftwork.specs.resources import StepResources
 from graftwork.specs.secrets import filled, redacted
 from graftwork.stages.artifacts.latents import read, read_meta
 from graftwork.stages.data.images import BrokenImage, read_image
@@ -103,13 +97,12 @@ FILES = {
 }
 
 
+@pytest.mark.timeout(60)  # written out, they would take for ever
 @pytest.mark.parametrize("how", FILES)
 def test_yaml_that_would_do_harm_is_one_line_in_no_time(tmp_path: Path, how: str) -> None:
     text, told = FILES[how]
     (tmp_path / "job.yaml").write_text(text)
-    began = time.perf_counter()
     line = refusal(lambda: load("job.yaml"))
-    assert time.perf_counter() - began < 30  # and not for ever
     assert line.startswith("job.yaml") and told in line and "accepted: a YAML file with a job" in line
     assert not (tmp_path / "me").exists()
 
@@ -671,7 +664,7 @@ def test_a_secret_reaches_neither_terminal_nor_store_nor_record(
 def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose first step fails, and names a file that is called like the secret."""
     monkeypatch.setenv("MY_API_TOKEN", "s3cr3ts3cr3t")
-    home = photos(tmp_path / "photos", per_class=40)
+    home = photos(tmp_path / "photos", per_class=20)
     (home / "class-0" / "s3cr3ts3cr3t.png").touch()
     data = f"data={{kind: image_folder, path: {home}, image_size: 16}}"
     model = ("--set", "distill.samples=8", "--set", "distill.heldout=2", "--set", "evaluate.samples=8")
@@ -683,24 +676,6 @@ def test_a_secret_in_what_a_step_says_is_written_nowhere(tmp_path: Path, monkeyp
     assert {"mlflow.db"} < {path.name for path in written}
     found = [path.parent.name for path in written if b"s3cr3t" in path.read_bytes()]
     assert set(found) <= {"contents"}  # which lists the images by their names
-
-
-# -- servers
-
-
-def test_what_a_local_session_starts_listens_on_loopback_alone() -> None:
-    with session([StepResources()], min_parallel=1):
-        ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
-        ours = psutil.Process().children(recursive=True)
-        sockets = [(process.name(), one) for process in ours for one in process.net_connections("inet")]
-        listening = {(name, one.laddr.ip, one.laddr.port) for name, one in sockets if one.status == psutil.CONN_LISTEN}
-    assert listening
-    assert not [one for one in listening if not is_loopback(one[1])]
-
-
-def is_loopback(address: str) -> bool:
-    """Also of an IPv4 address in the form that an IPv6 socket has it in."""
-    return ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 def test_what_is_shown_is_short_and_plain() -> None:
@@ -716,7 +691,6 @@ def encode_folder(home: Path, out: Path, **settings: Any) -> Path:
     return encode(ImageFolderData(path=str(home), image_size=16, heldout=0.25, **settings), out)
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_so(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=20)
     broken = break_images(home / "class-1")
@@ -745,7 +719,6 @@ def test_all_broken_images_are_told_at_once_and_left_out_only_if_the_spec_says_s
         assert (out / name).read_bytes() == (clean / name).read_bytes()  # as if they had not been there
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_a_class_of_nothing_but_broken_images_is_refused(tmp_path: Path) -> None:
     home = photos(tmp_path / "photos", per_class=2)
     for path in (home / "class-1").iterdir():

@@ -20,7 +20,7 @@ from graftwork.stages.training.batches import TrainingSet
 from tests.tiny_distillation import MHA_SITE, run_distill, write_inputs
 from tests.tiny_training import TINY, lively
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "painted_alone")
 
 ATTENTION = {"in_proj": "qkv", "out_proj": "proj"}
 

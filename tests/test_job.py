@@ -187,6 +187,7 @@ EVERY_EDIT = """
 - {target: mha, operator: {kind: mamba2, d_state: 8}, layers: {kind: explicit, blocks: [4]}}
 - {target: mha, operator: {kind: mha}, layers: {kind: explicit, blocks: [5]}}
 - {target: mlp, operator: {kind: mlp, ratio: 3}, layers: {kind: explicit, blocks: [0, 1]}}
+- {target: mlp, operator: {kind: none}, layers: {kind: explicit, blocks: [2]}}
 - {target: mlp, operator: {kind: mlp_hyena_x, ratio: 1}, layers: {kind: explicit, blocks: [3]}}
 - {kind: parallel, pairs: [[2, 3], [4, 5]]}
 """

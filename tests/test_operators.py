@@ -37,6 +37,7 @@ from graftwork.models.operators.kernels import (
 )
 from graftwork.models.operators.mamba import scan
 from graftwork.specs.operators import (
+    NOWHERE,
     Accelerated,
     HyenaSE,
     HyenaX,
@@ -45,6 +46,7 @@ from graftwork.specs.operators import (
     Mha,
     Mlp,
     MlpHyenaX,
+    NoOperator,
     Operator,
     OperatorSpec,
     Place,
@@ -76,6 +78,7 @@ def label(value: Any) -> str | None:
 
 
 every_operator = pytest.mark.parametrize("spec", SPECS, ids=label)
+with_tensors = [spec for spec in SPECS if spec.num_parameters(SMALL)]
 
 
 def build(spec: OperatorSpec, place: Place = SMALL, dtype: torch.dtype = torch.float64) -> Any:
@@ -105,9 +108,14 @@ def counted_flops(spec: OperatorSpec, place: Place) -> int:
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
-    """Relative, by the norm."""
+    """Relative, by the norm; of zeros, absolute."""
     found, exact = found.detach().double(), exact.detach().double()
-    return float((found - exact).norm() / exact.norm())
+    return float((found - exact).norm()) / (float(exact.norm()) or 1.0)
+
+
+def squares(y: Tensor, x: Tensor) -> Tensor:
+    """Return the sum of squares of an output, whose gradient by the input is zeros if it does not depend on it."""
+    return y.square().sum() + 0 * x.sum()
 
 
 # -- what every operator promises
@@ -141,21 +149,22 @@ def test_in_less_precision_the_answer_is_the_same_to_rounding(
 def test_gradients_are_those_of_finite_differences(spec: OperatorSpec) -> None:
     place = Place(width=8, heads=2, num_tokens=5)
     operator = build(spec, place)
-    names, values = zip(*operator.named_parameters(), strict=True)
+    weights = dict(operator.named_parameters())
 
     def call(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(operator, dict(zip(names, values, strict=True)), (x,))
+        return torch.func.functional_call(operator, dict(zip(weights, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(call, (tokens(place).requires_grad_(), *values), fast_mode=True)
+    assert torch.autograd.gradcheck(call, (tokens(place).requires_grad_(), *weights.values()), fast_mode=True)
 
 
 @every_operator
 def test_gradients_reach_the_input_and_every_weight(spec: OperatorSpec) -> None:
     operator, x = build(spec), tokens().requires_grad_()
-    operator(x).square().sum().backward()
+    squares(operator(x), x).backward()
     reached = {name: value.grad is not None and bool(value.grad.any()) for name, value in operator.named_parameters()}
     assert all(reached.values()), reached
-    assert x.grad is not None and x.grad.ne(0).any(-1).all()
+    assert x.grad is not None
+    assert x.grad.ne(0).any(-1).all() if spec.reach() != NOWHERE else not x.grad.any()
 
 
 @every_operator
@@ -178,14 +187,17 @@ def test_a_sample_is_not_changed_by_those_beside_it(spec: OperatorSpec, sizes: t
     torch.testing.assert_close(apart, operator(x), rtol=1e-12, atol=1e-12)
 
 
-@every_operator
-def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(spec: OperatorSpec) -> None:
-    # Without code generation, which takes seconds for each graph; below it is done for every operator once.
-    operator, x = build(spec), tokens().requires_grad_()
+every_kind = pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind().kind)
+
+
+@every_kind  # other settings are other sizes of the same graph
+def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(kind: Any) -> None:
+    # Without code generation, which takes seconds for each graph; below it is done once for every operator, forward.
+    operator, x = build(kind()), tokens().requires_grad_()
     torch._dynamo.reset()
     y, expected = torch.compile(operator, fullgraph=True, backend="aot_eager")(x), operator(x)
     torch.testing.assert_close(y, expected)
-    (grad,), (expected_grad,) = (torch.autograd.grad(out.square().sum(), x) for out in (y, expected))
+    (grad,), (expected_grad,) = (torch.autograd.grad(squares(out, x), x) for out in (y, expected))
     torch.testing.assert_close(grad, expected_grad)
 
 
@@ -193,7 +205,7 @@ def test_compiled_as_one_graph_it_gives_the_same_numbers_and_gradients(spec: Ope
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="Inductor writes vector code there, too"
 )
-@pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind().kind)
+@every_kind
 def test_compiled_to_machine_code_it_gives_the_same_numbers(kind: Any) -> None:
     operator, x = build(kind(), dtype=torch.float32), tokens(dtype=torch.float32)
     torch._dynamo.reset()
@@ -206,7 +218,7 @@ def test_compiled_to_machine_code_it_gives_the_same_numbers(kind: Any) -> None:
 def test_a_copy_filled_from_the_state_dict_answers_alike(spec: OperatorSpec) -> None:
     operator, x = build(spec), tokens()
     copy = build_operator(spec, SMALL).double()
-    assert not torch.equal(copy(x), operator(x))
+    assert torch.equal(copy(x), operator(x)) == (spec not in with_tensors)
     copy.load_state_dict(operator.state_dict())
     assert torch.equal(copy(x), operator(x))
 
@@ -234,7 +246,7 @@ def test_the_cost_grows_as_the_tokens_do(spec: OperatorSpec) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "place"),
-    [(s, p) for s in SPECS for p in (SMALL, Place(4, 2, 9), Place(1152, 16, 256)) if s.misfit(p) is None],
+    [(s, p) for s in with_tensors for p in (SMALL, Place(4, 2, 9), Place(1152, 16, 256)) if s.misfit(p) is None],
     ids=lambda value: label(value) or f"width={value.width}",
 )
 def test_an_operator_is_recognised_by_the_shapes_of_its_tensors(spec: OperatorSpec, place: Place) -> None:
@@ -244,7 +256,14 @@ def test_an_operator_is_recognised_by_the_shapes_of_its_tensors(spec: OperatorSp
         assert type(found) is type(spec) and shapes_of(found, place) == shapes
 
 
-@every_operator
+@pytest.mark.parametrize("target", ["mha", "mlp"])
+def test_no_tensors_are_recognised_as_no_operator(target: Any) -> None:
+    """Whether one was dropped, or its tensors are missing, they do not tell."""
+    assert shapes_of(NoOperator(), SMALL) == {}
+    assert recognise({}, target, SMALL) is None
+
+
+@pytest.mark.parametrize("spec", with_tensors, ids=label)
 def test_other_tensors_are_not_recognised_as_it(spec: OperatorSpec) -> None:
     shapes, (target,) = shapes_of(spec, SMALL), spec.targets
     name, shape = next(iter(shapes.items()))
@@ -366,6 +385,12 @@ def test_mamba_starts_with_the_published_time_steps_and_decays() -> None:
 
 
 # -- the definitions, against slow ones
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_no_operator_puts_out_zeros_whatever_goes_in(value: float) -> None:
+    y = build(NoOperator())(torch.full((2, SMALL.num_tokens, SMALL.width), value, dtype=torch.float64))
+    assert not y.any() and not y.requires_grad
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, before: int = -1, after: int = -1) -> Tensor:

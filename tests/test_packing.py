@@ -20,7 +20,7 @@ GIB = 2.0**30
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Item], int, float, float | None]:
     """Items, slots, the seconds of a shared pass, the memory of a task."""
-    costs = draw(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.1, 1.2)), max_size=40))
+    costs = draw(st.lists(st.tuples(st.just(0.0) | st.floats(0.01, 100), st.floats(0.1, 1.2)), max_size=40))
     items = [Item(str(number), seconds, share * GIB) for number, (seconds, share) in enumerate(costs)]
     return items, draw(st.integers(0, 20)), draw(st.floats(0, 30)), draw(st.sampled_from([None, GIB, 3 * GIB]))
 

@@ -25,7 +25,7 @@ from graftwork.models.sampling.scheduled import new_scheduler
 from graftwork.models.surgery import Observation, graft, observe
 from graftwork.specs.costs import rootstock_cost
 from graftwork.specs.edits import Edit, Site
-from graftwork.specs.operators import HyenaX, Mlp, Place
+from graftwork.specs.operators import HyenaX, Mlp, NoOperator, Place
 from graftwork.specs.rootstock import PixartModel
 from graftwork.specs.sampler import SchedulerSampler
 from tests.scenes import write_encoder
@@ -288,6 +288,7 @@ EDITS = (
     Edit(site=Site(block=1, target="mha"), operator=HyenaX(kernel=3)),
     Edit(site=Site(block=2, target="mlp"), operator=Mlp(ratio=2)),
 )
+DROPPED = Edit(site=Site(block=1, target="mlp"), operator=NoOperator())
 
 
 def test_a_graft_is_written_and_read_back(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_a_published_graft_is_recognised_by_its_tensors(tmp_path: Path) -> None:
     same(found.eval(), model)
 
 
-@pytest.mark.parametrize("made", [(), EDITS], ids=["rootstock", "graft"])
+@pytest.mark.parametrize("made", [(), (*EDITS, DROPPED)], ids=["rootstock", "graft"])
 def test_an_export_is_what_the_pipeline_of_diffusers_samples_from(made: tuple[Edit, ...], tmp_path: Path) -> None:
     """Its latents are ours, from the same noise by the same scheduler under the same guidance."""
     model = graft(lively(), made, seed=0).eval()

@@ -140,7 +140,7 @@ def test_rows_that_are_named_and_all_there_are_the_job_that_names_none() -> None
     [
         ("[]", "evaluate.rows: got []; accepted: at least one"),
         ("[stage1, stage2, stage1]", "evaluate.rows.2: got 'stage1'; accepted: each row once"),
-        ("[stage1, stage3]", "evaluate.rows.1: got 'stage3'; accepted: 'rootstock', 'stage1', 'stage2' or "),
+        ("[stage1, stage3]", "evaluate.rows.1: got 'stage3'; accepted: 'rootstock', 'finalist1', "),
         ("[heldout]", "evaluate.rows.0: got 'heldout'; accepted: 'rootstock', "),
         ("stage1", "evaluate.rows: got 'stage1'; accepted: a list"),
         (
@@ -161,6 +161,28 @@ def test_a_control_that_no_row_measures_is_told_of() -> None:
     assert told_of in preflight.notes(job("evaluate.rows=[stage2]"))
     for fine in ("evaluate.rows=[random_init]", "finetune.control=false", "seed=1"):
         assert told_of not in preflight.notes(job(fine))
+
+
+DROPPED = "graft=[{target: mha, operator: {kind: none}, layers: {kind: all}}]"
+
+
+def test_scions_alone_are_not_trained_where_no_operator_has_parameters() -> None:
+    line = "finetune.train: got 'scions', and no operator of graft has parameters; accepted: all, lora"
+    with pytest.raises(SpecError) as caught:
+        preflight.check(job(DROPPED, "finetune.train=scions"))
+    assert caught.value.lines == [line]
+    pairs = DROPPED.removesuffix("]") + ", {kind: parallel}]"
+    for fine in ((DROPPED,), (DROPPED, "finetune.train=lora"), (pairs, "finetune.train=scions")):
+        preflight.check(job(*fine))
+
+
+def test_a_control_without_scions_to_draw_is_told_of() -> None:
+    told_of = "finetune.control: true, and no scion has parameters: random_init is stage2 once more"
+    assert told_of in preflight.notes(job(DROPPED))
+    for fine in ("finetune.control=false", "graft.0.operator.kind=swa"):
+        assert told_of not in preflight.notes(job(DROPPED, fine))
+    search = "graft.0.layers={kind: learned, groups: 2, keep: 1, finetune_from: search}"
+    assert told_of not in preflight.notes(job(DROPPED, search))  # the control has not what the search trained
 
 
 # -- precision
@@ -363,7 +385,9 @@ def test_all_parts_of_a_checkpoint_are_in_the_key(tmp_path: Path) -> None:
 def test_a_new_version_of_a_stage_reaches_its_steps_and_what_needs_them(
     stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked = job("graft.0.layers={kind: learned}")  # has a step of every stage but those for texts
+    asked = job("graft.0.layers={kind: learned}")  # has a step of every stage but those for texts and solvers
+    if stage in ("score", "cost", "trial"):
+        asked = job("graft.0.layers={kind: solved}", "solve={limits: {flops: 95%}}")
     if stage in ("text", "synthesis"):
         data = f"{{kind: synthetic, prompts: {tmp_path}/prompts.jsonl, samples: 64, image_size: 16, heldout: 0.25}}"
         weights = f"weights={{kind: checkpoint, path: {tmp_path}}}"

@@ -24,7 +24,7 @@ from graftwork.models.operators.attention import Attention, split_heads
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.surgery import graft, observe, scion_at
 from graftwork.specs.edits import Edit, Site
-from graftwork.specs.operators import Mha, Place, Swa
+from graftwork.specs.operators import Mha, NoOperator, Place, Swa
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import Precision
 from graftwork.stages.artifacts.evidence import Distance, Profile, read_profile
@@ -283,11 +283,8 @@ def found(out: Path) -> Profile:
     return read_profile(out)
 
 
-def test_every_product_of_a_profile_has_its_precision(
-    inputs: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for picture in ("activation_boxes", "locality_map", "locality_by_quarter"):
-        monkeypatch.setattr(profile, picture, lambda *_: None)
+@pytest.mark.usefixtures("painted_alone")
+def test_every_product_of_a_profile_has_its_precision(inputs: dict[str, Folder], tmp_path: Path) -> None:
     for precision in get_args(Precision):
         with Products() as counted:
             run_profile(inputs, tmp_path / precision, precision=precision)
@@ -351,11 +348,13 @@ def test_the_same_step_leaves_the_same_files(tmp_path: Path, inputs: dict[str, F
     assert [name for name in names if (tmp_path / "again" / name).read_bytes() != (out / name).read_bytes()] == []
 
 
+@pytest.mark.usefixtures("painted_alone")
 def test_another_seed_sees_other_noise(tmp_path: Path, inputs: dict[str, Folder], found: Profile) -> None:
     run_profile(inputs, tmp_path / "other", seed=1)
     assert read_profile(tmp_path / "other").mass_within(1, 3, "tokens") != found.mass_within(1, 3, "tokens")
 
 
+@pytest.mark.usefixtures("painted_alone")
 def test_progress_is_told_in_samples_and_the_batch_changes_no_figure(
     tmp_path: Path, inputs: dict[str, Folder], found: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +395,7 @@ def windows(*blocks: int) -> tuple[Edit, ...]:
     return tuple(Edit(site=Site(block=block, target="mha"), operator=Swa(window=2)) for block in blocks)
 
 
+@pytest.mark.usefixtures("painted_alone")
 def test_where_there_is_no_full_attention_only_outputs_are_described(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path, graft(lively(DiT(TINY)), windows(1), 0), windows(1))
     run_profile(inputs, tmp_path / "out")
@@ -406,9 +406,12 @@ def test_where_there_is_no_full_attention_only_outputs_are_described(tmp_path: P
         found.mass_within(1, 3, "tokens")
 
 
+@pytest.mark.usefixtures("painted_alone")
 def test_a_rootstock_without_any_full_attention_has_no_locality_to_show(tmp_path: Path) -> None:
-    inputs = make_inputs(tmp_path, graft(lively(DiT(TINY)), windows(0, 1), 0), windows(0, 1))
-    run_profile(inputs, tmp_path / "out")
+    edits = (*windows(0), Edit(site=Site(block=1, target="mha"), operator=NoOperator()))
+    run_profile(make_inputs(tmp_path, graft(lively(DiT(TINY)), edits, 0), edits), tmp_path / "out")
+    dropped = read_profile(tmp_path / "out").outputs["01.mha"]
+    assert {dropped.mean, dropped.std, dropped.excess_kurtosis, *dropped.quantiles.values()} == {0.0}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.json", "profile.csv", "activations.png"}
 
 

@@ -180,17 +180,17 @@ def race(url: str, number: int, barrier: Any, won: Any) -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_of_eight_that_create_a_document_at_once_one_wins(place: str, s3: Store, tmp_path: Path) -> None:
+def test_of_four_that_create_a_document_at_once_one_wins(place: str, s3: Store, tmp_path: Path) -> None:
     store = s3 if place == "s3" else Store(str(tmp_path / "store"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["s3fs", "graftwork.pipeline.store.artifacts"])
-    barrier, won = context.Barrier(8), context.Queue()
-    racers = [context.Process(target=race, args=(store.url, number, barrier, won)) for number in range(8)]
+    barrier, won = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=race, args=(store.url, number, barrier, won)) for number in range(4)]
     for racer in racers:
         racer.start()
     for racer in racers:
         racer.join()
-    assert [racer.exitcode for racer in racers] == [0] * 8
+    assert [racer.exitcode for racer in racers] == [0] * 4
     winner = won.get(timeout=5)
     assert won.empty() and store.read("leases/a/0.json") == f"process {winner}"
 
@@ -217,13 +217,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_a_large_file_goes_there_and_back_in_little_memory(s3: Store, tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:
-        for piece in range(200):
+        for piece in range(100):
             file.write(hashlib.sha256(str(piece).encode()).digest() * (MIB // 32))
     done = subprocess.run(
         [sys.executable, "-c", LARGE, s3.url, str(large)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert float(done.stdout) < 120, "MiB"
+    assert float(done.stdout) < 80, "MiB"
 
 
 # -- a clear no

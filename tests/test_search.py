@@ -41,7 +41,7 @@ from graftwork.pipeline.store.partial import Partial
 from graftwork.specs.costs import ORIGINALS
 from graftwork.specs.edits import Edit, Site
 from graftwork.specs.layers.learned import Group
-from graftwork.specs.operators import HyenaY, Mlp, MlpHyenaX, Operator
+from graftwork.specs.operators import HyenaY, Mlp, MlpHyenaX, NoOperator, Operator
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import SearchSpec, TrainingSpec
 from graftwork.stages.artifacts.evidence import read_search
@@ -331,7 +331,10 @@ def test_lora_changes_nothing_at_the_start_and_adds_alpha_over_rank_times_its_fa
     torch.testing.assert_close(linear(x), after)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in REGISTRY if "mha" in kind.targets], ids=lambda kind: kind.__name__)
+WITH_LAYERS = [kind for kind in REGISTRY if "mha" in kind.targets and kind is not NoOperator]
+
+
+@pytest.mark.parametrize("kind", WITH_LAYERS, ids=lambda kind: kind.__name__)
 def test_whatever_the_rootstock_carries_has_lora_too(kind: Any) -> None:
     edit = Edit(site=Site(block=0, target="mha"), operator=kind())
     model, inputs = lively(graft(DiT(TINY), [edit], 0)), draw_batch(make_data(), RECIPE, 0, "search", 0, 0, 1)[:3]
@@ -842,6 +845,20 @@ def test_the_merged_model_is_measured_within_2_percent_of_the_budget(share: floa
         assert measured / rootstock == pytest.approx(share, rel=0.02)
         assert measured == budget_of(share, TINY, carried, CHOICES).flops({s.block: holds[s] for s in holds})
     assert len(chosen) > 1  # the gates, too, have a say
+
+
+def test_a_budget_may_leave_sites_without_an_operator() -> None:
+    operators: tuple[Operator, ...] = (Mlp(ratio=3), NoOperator())
+    sites = [Site(block=block, target="mlp") for block in range(4)]
+    candidates = [Edit(site=s, operator=one, option=option) for s in sites for option, one in enumerate(operators)]
+    assert dict(budget_of(0.7, TINY, (), candidates).sites) == cost_table(candidates)[1]
+    gated = make_budgeted(share=0.7, candidates=candidates)
+    gated.draw(torch.zeros(5, 12), 1.0, 1.0)
+    gated(*make_batch()).square().sum().backward()
+    assert gated.gates.logits.grad is not None and gated.gates.logits.grad.ne(0).all()
+    holds = gated.choice()
+    assert 2 in holds.values()
+    assert forward_flops(gated.merge()) / forward_flops(DiT(TINY)) == pytest.approx(0.7, rel=0.02)
 
 
 def test_a_budget_that_nothing_can_meet_on_these_weights_is_refused() -> None:

@@ -20,8 +20,10 @@ from graftwork.stages.artifacts.evidence import (
     Outputs,
     Profile,
     QuarterCurves,
+    Scored,
     write_distilled,
     write_profile,
+    write_scored,
 )
 from graftwork.stages.catalog.select import Rule, SelectParams
 from graftwork.stages.contract import Context
@@ -31,6 +33,20 @@ from tests.tiny_training import Reports
 DEPTH = 4
 MASS = (0.5, 0.9, 0.1, 0.9)  # of each block's attention, within a band of 1 token; patches see it the other way round
 ERRORS = (0.3, 0.1, 0.4, 0.2)
+SCORES = ((0.05, 0.1), (0.3, -0.3), (0.02, 0.2), (0.4, 0.0))  # the output's error, and the change of the loss
+
+
+def a_score(output: float, loss: float) -> Scored:
+    return Scored(
+        output=output,
+        output_by_quarter=(output,) * 4,
+        output_standard_error=None,
+        loss=loss,
+        loss_by_quarter=(loss,) * 4,
+        loss_standard_error=None,
+        rootstock_loss=1.0,
+        samples=1,
+    )
 
 
 @pytest.fixture
@@ -41,6 +57,9 @@ def inputs(tmp_path: Path) -> dict[str, Folder]:
         (tmp_path / f"scion{block}").mkdir()
         found = Distilled(loss="l1", loss_because="", heldout_error=2 * error, relative_error=error, best_epoch=1)
         write_distilled(tmp_path / f"scion{block}", found)
+        folders[f"scores/0{block}.mha"] = Folder(f"score{block}", tmp_path / f"score{block}")
+        (tmp_path / f"score{block}").mkdir()
+        write_scored(tmp_path / f"score{block}", a_score(*SCORES[block]))
     (tmp_path / "profile").mkdir()
     tokens = {f"0{block}.mha": (0.0, mass, 1.0) for block, mass in enumerate(MASS)}
     patches = {f"0{block}.mha": (0.0, 1 - mass) for block, mass in enumerate(MASS)}
@@ -84,6 +103,8 @@ CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[float, ...], str]] = [
         (0.8, 0.6),
         "probability that the gates give to the choice",
     ),
+    ({"kind": "lowest_score"}, (0, 2), (0.05, 0.02), "error at the model's output"),
+    ({"kind": "lowest_score", "error": "loss", "count": 1}, (1,), (-0.3,), "change of the diffusion loss"),
     ({"kind": "last", "count": 1}, (3,), (0.2,), "relative error"),
 ]
 
@@ -117,4 +138,5 @@ def test_the_plan_of_several_edits_is_in_the_order_in_which_they_are_made(
 def test_every_strategy_of_the_spec_is_tested_here() -> None:
     kinds = {member.model_fields["kind"].default for member in get_args(get_args(Layers)[0])}
     static = {"all", "explicit", "interleaved", "first", "middle"}
+    static.add("solved")  # by the job's limits: in test_solving.py
     assert {case[0]["kind"] for case in CASES} >= kinds - static

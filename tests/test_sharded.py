@@ -20,8 +20,10 @@ dist.init_process_group("gloo")
 from graftwork.cluster.training.deepspeed_engine import ShardedEngine
 from graftwork.models.condition import Condition
 from graftwork.models.lora import add_lora
+from graftwork.models.operators import build_operator
 from graftwork.models.rootstocks.dit import DiT, DiTConfig
 from graftwork.models.numerics.streams import generator, initialising
+from graftwork.specs.operators import NoOperator
 from graftwork.specs.training import FinetuneSpec
 from graftwork.stages.training.batches import Batch, share_of
 from graftwork.stages.training.microbatches import parts
@@ -31,6 +33,7 @@ from graftwork.stages.training.loop import set_up_blocks
 def model():
     with initialising(0, "test"):
         made = DiT(DiTConfig(input_size=8, in_channels=1, patch=2, depth=2, width=12, heads=3, num_classes=3))
+        made.blocks[0].mlp = build_operator(NoOperator(), made.config.place)  # a module without parameters
         made.initialise()
         torch.nn.init.normal_(made.final_layer.linear.weight, std=0.1)
     return made

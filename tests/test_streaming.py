@@ -38,6 +38,7 @@ from graftwork.stages.artifacts.evidence import Distilled, read_distilled, write
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew, read
 from graftwork.stages.artifacts.plan import ChosenEdit
 from graftwork.stages.catalog.distill import COPIES, DistillParams, recording_tasks
+from graftwork.stages.catalog.flops import RootstockFlops
 from graftwork.stages.contract import Context, Stopped, TaskScope
 from graftwork.stages.distillation import distill, streaming
 from graftwork.stages.distillation.activations import Pairs, Teacher
@@ -47,10 +48,19 @@ from graftwork.stages.training.batches import TrainingSet
 from graftwork.stages.training.engine import PlainEngine
 from tests.conftest import TINY as TINY_JOB
 from tests.small import noting
-from tests.tiny_distillation import MHA_EDIT, MHA_SITE, MLP_EDIT, MLP_SITE, make_context, run_distill, write_inputs
+from tests.tiny_distillation import (
+    DROPPED,
+    MHA_EDIT,
+    MHA_SITE,
+    MLP_EDIT,
+    MLP_SITE,
+    make_context,
+    run_distill,
+    write_inputs,
+)
 from tests.tiny_training import CPU, TINY, Killed, Reports, assert_same_bits, lively, make_data, state_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "painted_alone")
 
 # 24 samples in batches of 10 are three batches a pass, nine in all.
 RECIPE: dict[str, Any] = {"passes": 3, "checkpoint_every": 1}
@@ -124,6 +134,15 @@ def test_sites_side_by_side_share_each_pass_and_end_in_the_bits_of_sites_alone(
     for edit in (MHA_EDIT, MLP_EDIT):
         streamed(store, inputs, tmp_path / "alone", edit)
     assert_same_files(tmp_path / "together", tmp_path / "alone", MHA_EDIT, MLP_EDIT)
+
+
+def test_a_site_without_an_operator_takes_no_part_in_the_passes_of_its_task(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, passes: list[tuple[Site, ...]]
+) -> None:
+    streamed(store, inputs, tmp_path / "together", DROPPED, MHA_EDIT, DROPPED)
+    assert passes == [(MHA_SITE,)] * (9 + 3)
+    streamed(store, inputs, tmp_path / "alone", MHA_EDIT)
+    assert_same_files(tmp_path / "together", tmp_path / "alone", MHA_EDIT)
 
 
 @pytest.mark.parametrize("dies_at", [2, 3, 5])
@@ -441,6 +460,22 @@ def test_passes_keep_nothing_that_a_pack_or_another_task_would_hold() -> None:
     params = [DistillParams(seed=0, edit=edit, recipe=DistillSpec(passes=2)) for edit in (MHA_EDIT, MLP_EDIT)]
     assert recording_tasks(params, StepResources(), 2) == 0
     assert DistillSpec(samples=80, passes=1).num_heldout == 10
+
+
+def test_a_step_that_trains_nothing_has_no_workers_and_two_passes_of_the_heldout_samples() -> None:
+    from graftwork.stages.catalog.distill import steps, streaming_memory
+
+    graft = "graft=[{target: mha, operator: {kind: none}, layers: {kind: explicit, blocks: [0]}}, {kind: parallel}]"
+    job = load(TINY_JOB, [graft, "distill={passes: 3, samples: 64, heldout: 16, workers: 2}"])
+    dropped, *pairs = steps(job)
+    assert dropped.workers == 1 and {pair.workers for pair in pairs} == {2}
+    upper = job.model_copy(update={"graft": job.graft[1:]})
+    assert streaming_memory(job) == streaming_memory(upper)
+    (pair, _) = steps(upper)
+    assert dropped.work is not None and pair.work is not None and dropped.work.own == 0
+    # One block instead of the pair's two, and 32 samples instead of three times 80.
+    embedded = RootstockFlops.of(job).up_to(-1)
+    assert dropped.work.shared / 32 - embedded == pytest.approx((pair.work.shared / 240 - embedded) / 2)
 
 
 def test_a_plan_tells_the_memory_of_passes_which_no_number_of_samples_changes(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_pixart_goes_through_the_whole_job_from_captions_to_geneval(graft: Gra
         adapted = transformer(x, condition.text, t, encoder_attention_mask=condition.mask).sample
         torch.testing.assert_close(adapted, merged(x, t, condition), rtol=1e-5, atol=1e-5)
     refused = graft("export", run, "alone", "--as", "diffusers", "--adapters", "alone")
-    assert refused.returncode == 2 and "scions were trained with them (01.mha, 03.mha)" in refused.stderr
+    assert refused.returncode == 2 and "they belong with scions (01.mha, 03.mha)" in refused.stderr
     planned = graft("plan", str(job), "--json", *overrides, "--set", "evaluate.samples=6")
     pending = {step for step, state in states(json.loads(planned.stdout)).items() if state != "cached"}
     assert pending == {"reference/heldout", "evaluate/rootstock", "evaluate/stage2", "evaluate"}

@@ -288,7 +288,6 @@ def test_features_say_of_each_latent_of_a_tar_which_caption_it_has(shards: Path,
     assert "  00000.tar/000.png" in (out / "images.sha256").read_text()
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_a_broken_image_in_a_tar_is_named_by_its_place(shards: Path, tmp_path: Path, store: Store) -> None:
     members = samples_of(tmp_path / "pictures", 12)
     write_shard(shards / "00000.tar", members | {"003.png": b"no image"})
@@ -296,7 +295,6 @@ def test_a_broken_image_in_a_tar_is_named_by_its_place(shards: Path, tmp_path: P
         encode(data_of(shards / "*.tar"), tmp_path / "out")
 
 
-@pytest.mark.usefixtures("warm_ray")
 def test_a_broken_image_in_a_tar_is_left_out_if_the_spec_says_so(shards: Path, tmp_path: Path, store: Store) -> None:
     members = samples_of(tmp_path / "pictures", 12)
     write_shard(shards / "00000.tar", members | {"003.png": b"no image"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from graftwork.models import checkpoints
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Site
-from graftwork.specs.operators import HyenaY, Mlp
+from graftwork.specs.operators import HyenaY, Mlp, NoOperator
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
@@ -27,6 +28,7 @@ from tests.tiny_training import CPU, Reports, latents_of
 MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
 MHA_EDIT = Edit(site=MHA_SITE, operator=HyenaY())
 MLP_EDIT = Edit(site=MLP_SITE, operator=Mlp(ratio=2))
+DROPPED = Edit(site=Site(block=1, target="mlp"), operator=NoOperator())
 
 
 def make_context(store: Store, key: str, out: Path, report: Reports | None = None, **changes: Any) -> Context:
@@ -54,8 +56,8 @@ def keep_profile(folder: Path, kurtosis: dict[Site, float]) -> None:
     write_profile(folder, Profile(outputs=outputs, locality=curves))
 
 
-def write_inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str, Folder]:
-    """Write 24 latents to train on, 6 held-out ones, the rootstock and a profile of it."""
+def write_inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet, edits: Sequence[Edit] = ()) -> dict[str, Folder]:
+    """Write 24 latents to train on, 6 held-out ones, the rootstock with the edits that it carries, and a profile."""
     features, base = tmp_path / "features", tmp_path / "base"
     features.mkdir()
     base.mkdir()
@@ -64,9 +66,9 @@ def write_inputs(tmp_path: Path, rootstock: DiT, data: TrainingSet) -> dict[str,
         np.save(features / f"{name}_labels.npy", data.condition.require("labels")[part].numpy())
     meta = LatentsMeta(codec="pixel", shape=(1, 8, 8), classes=("a", "b", "c"), num_training=24, num_heldout=6)
     write_meta(features, meta)
-    checkpoints.save(rootstock, (), base)
+    checkpoints.save(rootstock, edits, base)
     (tmp_path / "profile").mkdir()
-    keep_profile(tmp_path / "profile", {MHA_SITE: 30.0, MLP_SITE: 12.0})
+    keep_profile(tmp_path / "profile", {MHA_SITE: 30.0, MLP_SITE: 12.0, DROPPED.site: 0.0})
     return {
         "features": Folder("f", features),
         "base": Folder("b", base),

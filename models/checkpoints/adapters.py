@@ -27,7 +27,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class KeptAdapters:
-    """Adapters that are in the weights of a model, and the sites whose scions were trained beside them."""
+    """Adapters that are in the weights of a model, and the sites whose scions they were trained with."""
 
     adapters: Adapters
     scions: tuple[str, ...]
@@ -36,7 +36,7 @@ class KeptAdapters:
 def keep_adapters(adapters: Adapters, scions: Iterable[Site], folder: Path) -> None:
     """Write the adapters beside the model that they will be merged into.
 
-    scions: the sites that were trained whole.
+    scions: the sites whose operators are others than the rootstock's; what has parameters was trained whole.
     """
     tensors = {f"{DOWN}{name}": down.cpu().contiguous() for name, (down, _) in adapters.factors.items()}
     tensors |= {f"{UP}{name}": up.cpu().contiguous() for name, (_, up) in adapters.factors.items()}

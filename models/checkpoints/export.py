@@ -224,7 +224,7 @@ def _lora_of(source: str | Path, place: Adapters) -> Lora:
     if place == "alone" and found.scions:
         some = first_few(found.scions, MAX_SITES)
         accepted = "accepted: beside, with the model that they were trained with"
-        raise ExportRefused(f"adapters: got 'alone', and scions were trained with them ({some}); {accepted}")
+        raise ExportRefused(f"adapters: got 'alone', and they belong with scions ({some}); {accepted}")
     return found.adapters
 
 

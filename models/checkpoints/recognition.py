@@ -254,7 +254,10 @@ def rootstock_of(family: type[C], tensors: Tensors, heads: int | None) -> C:
 
 
 def edits_of(tensors: Tensors, config: RootstockConfig) -> tuple[Edit, ...]:
-    """The scions, site by site. What has the rootstock's tensors is no edit; `swa` gets its default window."""
+    """The scions, site by site. What has the rootstock's tensors is no edit; `swa` gets its default window.
+
+    A site without tensors is no edit either: they are missing, unless the file itself says that nothing stands there.
+    """
     model = weightless(replace(config, depth=1), ())
     slots = model.slots_of(model.blocks[0])
     edits = []
@@ -269,11 +272,12 @@ def edits_of(tensors: Tensors, config: RootstockConfig) -> tuple[Edit, ...]:
             if operator is not None:
                 edits.append(Edit(site=Site(block=index, target=target), operator=operator))
             elif shapes.keys() - own.keys():
-                raise UnfitCheckpoint(_unknown(tensors.source, prefix, shapes, target))
+                raise UnfitCheckpoint(_unknown(tensors.source, prefix, shapes, target, config.place))
     return tuple(sorted(edits, key=Edit.sort_key))
 
 
-def _unknown(source: str, prefix: str, shapes: dict[str, Shape], target: Target) -> str:
-    known = ", ".join(kind.model_fields["kind"].default for kind in REGISTRY if target in kind.targets)
+def _unknown(source: str, prefix: str, shapes: dict[str, Shape], target: Target, place: Place) -> str:
+    specs = [kind.model_validate({}) for kind in REGISTRY if target in kind.targets]
+    known = ", ".join(spec.kind for spec in specs if spec.num_parameters(place))
     tensors = named([f"{prefix}{name}: {shape}" for name, shape in sorted(shapes.items())], 4)
     return f"{source}: no known operator: {tensors}; expected the tensors of one of {known}"

@@ -62,7 +62,12 @@ def build_operator(spec: OperatorSpec, place: Place) -> nn.Module:
 
 
 def recognise(shapes: Shapes, target: Target, place: Place) -> OperatorSpec | None:
-    """The operator for `target` whose tensors have just these names and shapes; None where there is none."""
+    """The operator for `target` whose tensors have just these names and shapes; None where there is none.
+
+    No tensors are those of no operator: whether it has none or they are missing, only a file's words can tell.
+    """
+    if not shapes:
+        return None
     for kind, entry in REGISTRY.items():
         if target not in kind.targets:
             continue

@@ -335,7 +335,7 @@ class _Program:
         self.rows.append(_Row(alike, most=len(filled) - apart))
 
     def _counted(self, changes: Sequence[float]) -> list[int]:
-        """Return, by option, the column for its change: the count of all that change the same, or its own."""
+        """Return by option the column of its change: a count of all with the same change, or its own if it is alone."""
         alike: dict[float, list[int]] = {}
         for i, change in enumerate(changes):
             alike.setdefault(change, []).append(i)

@@ -39,6 +39,7 @@ from graftwork.specs.export import Adapters, Layout
 from graftwork.specs.figures import amount, figure
 from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
+from graftwork.specs.solve import described
 from graftwork.specs.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -238,6 +239,8 @@ def plan(
             print(classes)
         if cost is not None:
             show_costs(cost)
+        elif made.job.solve is not None:
+            print(f"costs are for the solver to settle: {described(made.job.solve.limits)}")
         elif made.job.budget() is not None:
             print(f"costs are for the search to settle: {made.job.budget():g} of the rootstock's FLOPs, within 2%")
         show_expected(expected, sum(state != "cached" for state in states.values()), last)

@@ -28,7 +28,7 @@ class Item:
     """A step that is ready to run."""
 
     name: str
-    seconds: float  # of its own work, without the shared pass; only ratios matter; positive
+    seconds: float  # of its own work, without the shared pass; only ratios matter; 0 of what is only measured
     memory: float = 0.0  # bytes of the device that it holds from the shared pass to its end
     depth: int = 0  # how far the shared pass has to go for it; only the order matters
 

@@ -142,15 +142,19 @@ class Execution:
         if self.stopping_since is not None:
             return
         sharing: dict[tuple[str, int], list[Step]] = {}  # by stage and workers
+        held_back: set[str] = set()  # stages whose steps start together, when the last of them can
         for one in self.open:
             if one.task is not None or one.state == "leased elsewhere":
                 continue
-            needs = [self.steps[needed] for needed in one.step.needs.values()]
-            if STAGES[one.step.stage].shares and not one.alone:
+            stage, needs = STAGES[one.step.stage], [self.steps[needed] for needed in one.step.needs.values()]
+            if stage.shares and not one.alone:
                 if all(need.done for need in needs):
                     sharing.setdefault((one.step.stage, one.step.workers), []).append(one.step)
+                elif stage.together:
+                    held_back.add(one.step.stage)
             elif all(need.done or need.task is not None for need in needs):
                 self._start([one.step], (), {})
+        sharing = {name: steps for name, steps in sharing.items() if name[0] not in held_back}
         for sites in sharing.values():
             self._start_sharing(sites)
 

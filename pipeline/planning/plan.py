@@ -141,15 +141,26 @@ def make_plan(job: JobSpec, contents: Contents | None = None) -> Plan:
 
 
 def _drafts(job: JobSpec) -> Iterator[tuple[str, StepDraft]]:
-    """Yield the steps of all stages, each after those that it needs."""
-    before: set[str] = set()
+    """Yield the steps of all stages, each after those that it needs, and else in the order of the stages."""
+    drafts = dict[str, tuple[str, StepDraft]]()
     for stage, declared in STAGES.items():
         for draft in declared.steps(job):
-            unknown = sorted({*draft.needs.values()} - before)
-            assert not unknown, f"{draft.name} needs {', '.join(unknown)}, which no stage listed before {stage} has"
-            assert draft.name not in before, f"{draft.name} is a step already"
-            before.add(draft.name)
-            yield stage, draft
+            assert draft.name not in drafts, f"{draft.name} is a step already"
+            drafts[draft.name] = stage, draft
+    before = dict[str, None]()
+
+    def ordered(name: str, behind: tuple[str, ...]) -> Iterator[tuple[str, StepDraft]]:
+        assert name in drafts and name not in behind, f"{behind[-1]} needs {name}, which is no step, or needs it too"
+        stage, draft = drafts[name]
+        for needed in draft.needs.values():
+            if needed not in before:
+                yield from ordered(needed, (*behind, name))
+        before[name] = None
+        yield stage, draft
+
+    for name in drafts:
+        if name not in before:
+            yield from ordered(name, ())
 
 
 def costs(job: JobSpec, num_classes: int) -> GraftCost:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from graftwork.cluster.session.address import check_cluster, cluster_address
 from graftwork.cluster.session.scratch import scratch_problem
+from graftwork.pipeline.planning.limits import unreachable_limits
 from graftwork.pipeline.planning.networks import network_paths, network_shortages
 from graftwork.pipeline.planning.plan import Plan, carried_edits
 from graftwork.pipeline.planning.texts import check_texts, text_shortages
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.pipeline.store.errors import StoreError
 from graftwork.specs.codec import PixelCodec, VaeCodec
+from graftwork.specs.costs import scion_cost
 from graftwork.specs.data import CaptionsData, ImageFiles, ImageFolderData, SyntheticData
 from graftwork.specs.edits import OperatorEdits, overlapping
 from graftwork.specs.figures import amount
@@ -132,7 +134,7 @@ def _checkpoints(job: JobSpec, pending: Collection[str]) -> Iterator[tuple[str, 
     if isinstance(job.weights, CheckpointWeights) and "base" in pending:
         yield "weights.path", job.weights.path
     for number, edit in enumerate(job.graft):
-        names = {f"distill/{one.name}" for one in edit.edits(job.model.depth)}
+        names = {f"distill/{one.name}" for one in job.rules()[number]}
         if isinstance(edit, OperatorEdits) and edit.scions is not None and names & set(pending):
             yield f"graft.{number}.scions", edit.scions
 
@@ -330,6 +332,9 @@ def notes(job: JobSpec) -> list[str]:
         lines.append(f"evaluate.samples: {samples:,}: kid's subsets have as many at most, not {KID_SUBSET_IMAGES:,}")
     if job.finetune.control and "random_init" not in job.rows():
         lines.append("finetune.control: true, and random_init is not among evaluate.rows: trained, and not measured")
+    searched = any(layers.finetune_from == "search" for layers in job.learned().values())
+    if job.finetune.control and not _have_parameters(job) and not searched:
+        lines.append("finetune.control: true, and no scion has parameters: random_init is stage2 once more")
     return [*lines, *_streaming_memory(job), *_teacher(job), *_without_tensor_cores(job)]
 
 
@@ -446,7 +451,28 @@ def shortages(job: JobSpec) -> list[str]:
     )
     data = _data_shortages(job)
     labels = [] if data else _label_shortages(job)
-    return [*misfits(job.codec, job.data), *pairs, *data, *labels, *text_shortages(job), *network_shortages(job)]
+    return [
+        *misfits(job.codec, job.data),
+        *pairs,
+        *unreachable_limits(job),
+        *data,
+        *labels,
+        *text_shortages(job),
+        *network_shortages(job),
+        *_nothing_to_train(job),
+    ]
+
+
+def _nothing_to_train(job: JobSpec) -> Iterator[str]:
+    """Yield a line if a finetune is to train scions alone, and none can have parameters."""
+    if job.finetune.train == "scions" and not _have_parameters(job):
+        yield "finetune.train: got 'scions', and no operator of graft has parameters; accepted: all, lora"
+
+
+def _have_parameters(job: JobSpec) -> bool:
+    """Return whether any scion that the job may make has parameters."""
+    place = job.place()
+    return any(scion_cost(edit, place).params for edit in job.edits())
 
 
 def _label_shortages(job: JobSpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""Strategies that rank blocks by what was measured: locality of attention, or distillation error."""
+"""Strategies that rank blocks by what was measured: locality of attention, distillation error, or the whole model's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from graftwork.specs.layers.strategy import Share
+from graftwork.specs.solve import ScoredError
 
 
 class LocalityLayers(Share):
@@ -49,3 +50,19 @@ class LowestErrorLayers(Share):
 
     def reason(self) -> str:
         return "lowest relative error"
+
+
+class LowestScoreLayers(Share):
+    """The blocks whose scions, each alone in the rootstock, change what the whole model puts out the least."""
+
+    evidence = "scores"
+    kind: Literal["lowest_score"] = "lowest_score"
+    error: ScoredError = Field(
+        "output", description="the relative error at the model's output, or the change of the diffusion loss"
+    )
+
+    def candidates(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))
+
+    def reason(self) -> str:
+        return "lowest error at the model's output" if self.error == "output" else "least change of the loss"

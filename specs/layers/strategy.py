@@ -11,7 +11,7 @@ from graftwork.specs.fields import Spec, refuse
 
 MAX_DEPTH = 256  # blocks of a model
 
-Evidence = Literal["none", "locality", "errors", "search"]
+Evidence = Literal["none", "locality", "errors", "scores", "search"]
 
 
 class Strategy(Spec):

@@ -10,8 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from graftwork.specs.layers.evidence import LeastLocalLayers, LowestErrorLayers, MostLocalLayers
+from graftwork.specs.layers.evidence import LeastLocalLayers, LowestErrorLayers, LowestScoreLayers, MostLocalLayers
 from graftwork.specs.layers.learned import LearnedLayers
+from graftwork.specs.layers.solved import SolvedLayers
 from graftwork.specs.layers.static import (
     AllLayers,
     ExplicitLayers,
@@ -33,6 +34,8 @@ Layers = Annotated[
     | MostLocalLayers
     | LeastLocalLayers
     | LowestErrorLayers
+    | LowestScoreLayers
+    | SolvedLayers
     | LearnedLayers,
     Field(discriminator="kind"),
 ]

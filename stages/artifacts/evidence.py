@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from graftwork.specs.edits import Site
+from graftwork.specs.edits import Edit, Site
+from graftwork.specs.solve import CostName, ScoredError
 
 Distance = Literal["tokens", "patches"]
 DISTANCES: tuple[Distance, ...] = ("tokens", "patches")
@@ -101,6 +102,118 @@ def write_distilled(folder: Path, distilled: Distilled) -> None:
 
 def read_distilled(folder: Path) -> Distilled:
     return Distilled.model_validate_json((folder / "distill.json").read_bytes())
+
+
+ERROR_WORDS: dict[ScoredError, str] = {"output": "error at the model's output", "loss": "change of the diffusion loss"}
+
+
+class Scored(BaseModel):
+    """What scions in the rootstock do to the whole model; `score.json`."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    output: float  # squared error at the model's output over the rootstock's output squared, a mean over samples
+    output_by_quarter: tuple[float | None, ...]  # by the noise level, the first has the least; None without samples
+    output_standard_error: float | None  # of the mean
+    loss: float  # change of the diffusion loss
+    loss_by_quarter: tuple[float | None, ...]
+    loss_standard_error: float | None
+    rootstock_loss: float
+    samples: int
+
+    def error(self, name: ScoredError) -> float:
+        return self.output if name == "output" else self.loss
+
+
+def write_scored(folder: Path, scored: Scored) -> None:
+    (folder / "score.json").write_text(scored.model_dump_json(indent=1))
+
+
+def read_scored(folder: Path) -> Scored:
+    return Scored.model_validate_json((folder / "score.json").read_bytes())
+
+
+class OperatorCosts(BaseModel):
+    """What an operator in a block adds to what the model costs with the block as it was."""
+
+    model_config = ConfigDict(frozen=True)
+    target: str
+    operator: dict[str, Any]
+    latency_ms: float
+    peak_memory: float  # bytes
+
+
+class MeasuredCosts(BaseModel):
+    """What a model costs on a device, and what each operator changes of it; `cost.json`."""
+
+    model_config = ConfigDict(frozen=True)
+    device: str
+    batch: int
+    latency_ms: float  # of the rootstock: a pass of a batch
+    peak_memory: float  # bytes
+    block_latency_ms: float  # of one block as it is: (T(2N) - T(N)) / N
+    fixed_latency_ms: float  # of what is in no block: 2 T(N) - T(2N)
+    operators: tuple[OperatorCosts, ...]
+
+    def change(self, edit: Edit) -> tuple[float, float]:
+        """Return what an edit changes of latency and peak memory; raise KeyError for an operator not measured."""
+        operator = edit.operator.model_dump(mode="json")
+        for one in self.operators:
+            if one.target == edit.site.target and one.operator == operator:
+                return one.latency_ms, one.peak_memory
+        raise KeyError(str(edit.operator))
+
+
+def write_costs(folder: Path, costs: MeasuredCosts) -> None:
+    (folder / "cost.json").write_text(costs.model_dump_json(indent=1))
+
+
+def read_costs(folder: Path) -> MeasuredCosts:
+    return MeasuredCosts.model_validate_json((folder / "cost.json").read_bytes())
+
+
+class Tried(BaseModel):
+    """A plan as a whole model, beside what was predicted of it."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    name: str
+    edits: tuple[str, ...]
+    given: str
+    predicted_error: float | None  # the sum of its sites' scores; None of a plan that no solver made
+    error: float
+    scored: Scored
+    predicted: Mapping[CostName, float]
+    measured: Mapping[CostName, float] = {}  # of plans that a solver made
+
+
+class Trial(BaseModel):
+    """A solver's plans, the best first, and others of the same cost as the best; `trial.json`."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    error: ScoredError
+    rootstock: Mapping[CostName, float]
+    measured_rootstock: Mapping[CostName, float]
+    plans: tuple[Tried, ...]
+
+    @property
+    def words(self) -> str:
+        return ERROR_WORDS[self.error]
+
+    def columns(self, plan: int) -> dict[str, float]:
+        """Return what was predicted of one of the solver's plans, and measured, as columns of the table."""
+        chosen = self.plans[plan]
+        predicted = {} if chosen.predicted_error is None else {"predicted_error": chosen.predicted_error}
+        columns = predicted | {"measured_error": chosen.error}
+        for name, value in chosen.measured.items():
+            columns |= {f"predicted_{name}": chosen.predicted[name], f"measured_{name}": value}
+        return columns
+
+
+def write_trial(folder: Path, trial: Trial) -> None:
+    (folder / "trial.json").write_text(trial.model_dump_json(indent=1))
+
+
+def read_trial(folder: Path) -> Trial:
+    return Trial.model_validate_json((folder / "trial.json").read_bytes())
 
 
 class SearchedGroup(BaseModel):

@@ -22,18 +22,16 @@ def load_model(inputs: Mapping[str, Input], role: str, folder: str = ".") -> tup
     return told(model, inputs), edits
 
 
-def with_fresh_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
+def with_fresh_scions(context: Context, seed: int, plan: Sequence[Edit]) -> tuple[Rootstock, Sequence[Edit]]:
     """The rootstock with the plan's edits, initialised as they were before distillation."""
     model, edits = load_model(context.inputs, "base")
-    plan = read_plan(context.input("select"))
     return graft(model, plan, seed), all_edits(edits, plan)
 
 
-def with_distilled_scions(context: Context, seed: int) -> tuple[Rootstock, Sequence[Edit]]:
+def with_distilled_scions(context: Context, seed: int, plan: Sequence[Edit]) -> tuple[Rootstock, Sequence[Edit]]:
     """The graft after stage 1; or, where the step needs `searched`, what the search for layers trained."""
     start = "searched" in context.inputs
     model, edits = load_model(context.inputs, "searched", "hybrid") if start else load_model(context.inputs, "base")
-    plan = read_plan(context.input("select"))
     carried = {(edit.site, edit.operator) for edit in edits} if start else set()
     missing = [edit for edit in plan if (edit.site, edit.operator) not in carried]
     return with_scions(model, missing, context, seed), all_edits(edits, plan)
@@ -53,7 +51,7 @@ def row_model(context: Context, row: Row, seed: int) -> Rootstock:
     if row == "rootstock":
         model, _ = load_model(context.inputs, "base")
     elif row == "stage1":
-        model, _ = with_distilled_scions(context, seed)
+        model, _ = with_distilled_scions(context, seed, read_plan(context.input("select")))
     else:
         model, _ = load_model(context.inputs, f"finetuned/{row}")
     return model.eval()

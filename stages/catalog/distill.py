@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from graftwork.specs.costs import block_cost, rootstock_cost, scion_cost
+from graftwork.specs.costs import block_cost, learns, rootstock_cost, scion_cost
 from graftwork.specs.edits import Edit, Parallel
 from graftwork.specs.fields import Spec
 from graftwork.specs.resources import StepResources
@@ -35,9 +35,10 @@ class DistillParams(Spec):
 
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     recipe, edits, flops = job.distill, job.edits(), RootstockFlops.of(job)
+    solved = {*job.candidates()}
     outside = few_samples(job, recipe.samples, recipe.num_heldout) | stream(recipe.precision)
     for edit in edits:
-        within = _within(edit, edits)
+        within = () if edit in solved else _within(edit, edits)
         yield StepDraft(
             f"distill/{edit.name}",
             DistillParams(seed=job.seed, edit=edit, within=within, recipe=recipe),
@@ -45,7 +46,7 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
             outside,
             (External("scions", edit.scions, "graft.scions"),) if edit.scions else (),
             work=_work(recipe, edit, flops),
-            workers=1 if edit.scions else recipe.workers,  # a scion that comes from elsewhere is only measured
+            workers=recipe.workers if learns(edit, flops.place) else 1,  # of what is only measured
             precision=recipe.precision,
         )
 
@@ -65,13 +66,15 @@ def _work(recipe: DistillSpec, edit: Edit, rootstock: RootstockFlops) -> Work:
     if isinstance(edit.operator, Parallel):  # both blocks learn, and a projection that merges them
         scion += 2 * block_cost(rootstock.place, rootstock.model).flops
         last += 1
-    # A scion that comes from another graft is only measured.
-    epochs = recipe.passes or recipe.epochs
-    samples = heldout if edit.scions else epochs * (TRAINING * training + heldout)
+    if learns(edit, rootstock.place):
+        samples = (recipe.passes or recipe.epochs) * (TRAINING * training + heldout)
+        passed = (training + heldout) * (recipe.passes or 1)
+    else:  # it is only measured: where nothing is kept, by a pass for each of two errors
+        samples, passed = heldout, 2 * heldout if recipe.passes else training + heldout
     values = 0 if recipe.passes else 2 * (training + heldout) * rootstock.place.num_tokens * rootstock.place.width
     return Work(
         own=float(scion * samples),
-        shared=float(rootstock.up_to(last) * (training + heldout) * (recipe.passes or 1)),
+        shared=float(rootstock.up_to(last) * passed),
         activations=values * (2 if recipe.precision == "bf16" else 4),
         block=edit.site.block,
     )
@@ -87,7 +90,7 @@ def streaming_memory(job: JobSpec) -> tuple[int, int, int] | None:
         return None
     place, channels = job.place(), job.codec.latent_channels(job.data)
     rootstock = 4 * rootstock_cost(job.model, place, channels, num_classes=1).params
-    scions = sum(scion_cost(edit, place).params for edit in job.edits() if not edit.scions)
+    scions = sum(scion_cost(edit, place).params for edit in job.edits() if learns(edit, place))
     pair = 2 * place.num_tokens * place.width * (2 if job.distill.precision == "bf16" else 4)
     return rootstock, 4 * SCION_COPIES * scions, COPIES * pair
 

@@ -58,6 +58,8 @@ def steps(job: JobSpec) -> Iterator[StepDraft]:
     needs = {role: step for of_row in rows.values() for role, step in of_row.items()}
     needs |= {"rows/heldout": "reference/heldout"} | {f"rows/{row}": f"evaluate/{row}" for row in rows}
     needs |= {f"reference/{metric}": step for metric, step in reference_steps(metrics).items()}
+    if job.solve is not None and "stage1" in rows:
+        needs |= {"trial": "trial"}
     yield StepDraft("evaluate", EvaluateParams(seed=job.seed, recipe=job.evaluate), needs)
 
 
@@ -65,6 +67,7 @@ def _models(job: JobSpec) -> dict[Row, Needs]:
     """Return the rows of the job's table, and what each needs to build its model."""
     models: dict[Row, Needs] = {
         "rootstock": rootstock(job),
+        **{row: features(job) | {f"finetuned/{row}": f"finetune/{row}"} for row in job.finalists()},
         "stage1": hybrid(job),
         "stage2": features(job) | {"finetuned/stage2": "finetune"},
         "random_init": features(job) | {"finetuned/random_init": "finetune/random_init"},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from graftwork.specs.costs import Cost, GraftCost, block_cost, embedding_cost, graft_cost, rootstock_cost
 from graftwork.specs.operators import Place
 from graftwork.specs.rootstock import Model
+from graftwork.specs.solve import CostName, Limits
 from graftwork.stages.stage import Work
 
 if TYPE_CHECKING:
@@ -64,8 +65,27 @@ def graft_flops(job: JobSpec) -> int:
 def cost_of_graft(job: JobSpec, rootstock: Cost, carried: tuple[Edit, ...] = ()) -> GraftCost:
     """Return what the job's graft costs beside its rootstock. carried: edits that the rootstock's weights come with.
 
-    Where evidence chooses, any of the candidates will do: blocks are all of one shape.
+    Where evidence chooses, any of the candidates will do: blocks are all of one shape. What a solver will choose is not
+    known: of that it is the original of every site, or what limits leave.
     """
-    depth = job.model.depth
-    made = [edit for spec in job.graft for edit in spec.edits(depth)[: spec.number(depth)]]
-    return graft_cost(rootstock, made, job.place(), carried)
+    depth, solved = job.model.depth, job.solved()
+    made = [
+        edit
+        for number, spec in enumerate(job.graft)
+        if number not in solved
+        for edit in spec.edits(depth)[: spec.number(depth)]
+    ]
+    cost = graft_cost(rootstock, made, job.place(), carried)
+    return cost if job.solve is None else replace(cost, graft=_within(job.solve.limits, cost))
+
+
+def _within(limits: Limits, cost: GraftCost) -> Cost:
+    """Return the most that limits leave of what a model costs with the originals in the sites that are solved for."""
+
+    def most(name: CostName, of_rootstock: int, whole: int) -> int:
+        limit = limits.by_cost().get(name)
+        bound = limit.bounds(name, of_rootstock)[1] if limit is not None else None
+        return whole if bound is None else min(whole, round(bound))
+
+    rootstock, graft = cost.rootstock, cost.graft
+    return Cost(most("params", rootstock.params, graft.params), most("flops", rootstock.flops, graft.flops))

@@ -45,9 +45,14 @@ def scions(edits: Iterable[Edit]) -> Needs:
     return {f"scions/{edit.name}": f"distill/{edit.name}" for edit in edits}
 
 
+def selection(job: JobSpec) -> Needs:
+    """Return the needs of who takes the plan of edits that is made: of finalists, the best one's."""
+    return {"select": "select/finalist" if job.finalists() else "select"}
+
+
 def hybrid(job: JobSpec) -> Needs:
     """Return the needs of who takes the graft after stage 1."""
-    return rootstock(job) | {"select": "select"} | scions(job.edits())
+    return rootstock(job) | selection(job) | scions(job.edits())
 
 
 def last_turn(job: JobSpec) -> dict[str, str]:

@@ -31,7 +31,7 @@ class SearchParams(Spec):
 def steps(job: JobSpec) -> Iterator[StepDraft]:
     depth, flops = job.model.depth, RootstockFlops.of(job)
     for number, layers in job.learned().items():
-        candidates, recipe = job.graft[number].edits(depth), layers.search
+        candidates, recipe = job.rules()[number], layers.search
         params = SearchParams(
             seed=job.seed,
             candidates=candidates,

@@ -21,6 +21,7 @@ from torch import Tensor
 from graftwork.models.numerics.precision import computing
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.surgery import Observation, observe, observing
+from graftwork.specs.costs import learns
 from graftwork.specs.edits import Edit, Site, overlapping
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.hybrids import load_model
@@ -93,6 +94,10 @@ class Teacher:
         """Raise ValueError if a parallel block of the rootstock's own has one of the edit's blocks."""
         if overlapping(self.carried, [edit]):
             raise ValueError(f"{edit.site}: one of its blocks is in a parallel block of the rootstock already")
+
+    def trains(self, edit: Edit) -> bool:
+        """Return whether an edit's scion learns from the teacher; else it is only measured."""
+        return learns(edit, self.model.config.place)
 
     def bytes_a_sample(self, site: Site) -> int:
         """Return the bytes that one sample's pair at a site takes."""

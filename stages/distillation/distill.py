@@ -3,6 +3,8 @@
 Stage 1 of the method (arXiv 2506.05340, section 3). The rootstock sees latents noised to uniformly drawn timesteps,
 with their labels, up to the site's block; the scion regresses the operator's output. The weights with the lowest
 held-out error are kept. Leaves `scion.safetensors`, `distill.json` and the loss curve.
+
+A scion that comes from another graft, or that has no parameters, is only measured.
 """
 
 from __future__ import annotations
@@ -50,12 +52,13 @@ def record(portion: Portion) -> list[Capture]:
 
 def _distil(context: Context, params: DistillParams) -> None:
     recipe, edit, device = params.recipe, params.edit, context.device
-    context.report(0, 0 if recipe.passes else recipe.epochs)  # of passes, the batches are counted
     task = task_state(context)
     teacher = task.teacher
+    is_trained = teacher.trains(edit)
+    context.report(0, recipe.epochs if is_trained and not recipe.passes else 0)  # of passes, the batches are counted
     teacher.require_free(edit)
     loss, because = loss_for(recipe, edit.site, context)
-    if recipe.passes is not None and edit.scions is None:
+    if is_trained and recipe.passes is not None:
         if recipe.workers > 1 and not is_through(task, context):
             from graftwork.cluster.training.launcher import launch  # Ray, which no other distillation needs
 
@@ -67,10 +70,11 @@ def _distil(context: Context, params: DistillParams) -> None:
     else:
         train, heldout = _sources(task, context)
         scion = _new_scion(teacher, params, context).to(device)
-        if edit.scions is None:
+        if is_trained:
             history = fit(scion, train, heldout, loss, context)
         else:
-            take(scion, edit, edit.scions, teacher.model.config)
+            if edit.scions is not None:
+                take(scion, edit, edit.scions, teacher.model.config)
             history = []
             best_epoch, heldout_error = 0.0, error_on(mimic_of(scion, recipe, device), heldout, LOSSES[loss])
         relative = relative_error(mimic_of(scion, recipe, device), heldout)
@@ -124,7 +128,7 @@ def _new_scion(teacher: Teacher, params: DistillParams, context: Context) -> nn.
 def _inherited_names(scion: nn.Module, teacher: Teacher, context: Context) -> tuple[str, ...] | None:
     """Return the tensors of the step's scion that began with the rootstock's weights; None if none were to."""
     params: DistillParams = context.params
-    if params.recipe.start == "fresh" or params.edit.scions is not None:
+    if params.recipe.start == "fresh" or not teacher.trains(params.edit):
         return None
     names = tuple(inheritance(scion, params.edit, scion_at(teacher.model, params.edit.site)))
     if not names and params.edit.site.target != "pair":

@@ -111,7 +111,7 @@ def choose_source(task: TaskState, context: Context) -> tuple[Source, Source]:
     params: DistillParams = context.params
     site, teacher = params.edit.site, task.teacher
     if site in task.pairs:
-        return task.pairs.pop(site)
+        return _pairs_of(task, context)
 
     needed = teacher.num_samples * teacher.bytes_a_sample(site)
     room, place = memory_budget(context, teacher.device), teacher.device
@@ -124,9 +124,15 @@ def choose_source(task: TaskState, context: Context) -> tuple[Source, Source]:
 
     if needed <= room:
         task.pairs |= _captured_now(teacher, _sites_ahead(context), room, place)
-        return task.pairs.pop(site)
+        return _pairs_of(task, context)
 
     return recomputed(task, context, teacher.train), recomputed(task, context, teacher.heldout)
+
+
+def _pairs_of(task: TaskState, context: Context) -> tuple[InMemory, InMemory]:
+    """Return the pairs of the step's site; they are let go of unless another scion of the task is for that site."""
+    first, *ahead = _sites_ahead(context)
+    return task.pairs[first] if first in ahead else task.pairs.pop(first)
 
 
 def recomputed(task: TaskState, context: Context, latents: Noised | NoisedAnew) -> Recomputed:
@@ -180,6 +186,7 @@ def _captured_now(
     teacher: Teacher, sites: Sequence[Site], room: int, place: torch.device
 ) -> dict[Site, tuple[InMemory, InMemory]]:
     """Make one pass for as many of the sites, in their order, as fit so many bytes at a place."""
+    sites = [*dict.fromkeys(sites)]
     needed = [teacher.num_samples * teacher.bytes_a_sample(site) for site in sites]
     fitting = [site for number, site in enumerate(sites) if sum(needed[: number + 1]) <= room]
     train, heldout = (teacher.capture(fitting, latents, place) for latents in (teacher.train, teacher.heldout))

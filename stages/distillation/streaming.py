@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graftwork.models.numerics.streams import generator
-from graftwork.specs.edits import overlapping
+from graftwork.specs.edits import Site, overlapping
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew
 from graftwork.stages.catalog.distill import COPIES, DistillParams
 from graftwork.stages.contract import Context, Partial, Stopped
@@ -153,7 +154,7 @@ def stream(task: TaskState, context: Context, make: Maker) -> Learner:
     """
     params: DistillParams = context.params
     problems: dict[str, str] = context.task_scope.state.setdefault(PROBLEMS, {})
-    if (name := str(params.edit.site)) in problems:
+    if (name := params.edit.name) in problems:
         raise FloatingPointError(problems[name])
     own = new_learner(params, context.partial, make, context.device)
     together = Together(task, context, own)
@@ -161,10 +162,10 @@ def stream(task: TaskState, context: Context, make: Maker) -> Learner:
         together.learners += [
             new_learner(other, partial, make, context.device)
             for other, partial in zip(context.task_scope.next, context.task_scope.partials, strict=False)
-            if _streams_beside(task, params, other) and str(other.edit.site) not in problems
+            if _streams_beside(task, params, other) and other.edit.name not in problems
         ]
     together.run()
-    problems |= {str(one.params.edit.site): one.problem for one in together.learners if one.problem}
+    problems |= {one.params.edit.name: one.problem for one in together.learners if one.problem}
     if own.problem:
         raise FloatingPointError(own.problem)
     own.scion.load_state_dict(own.best)
@@ -175,7 +176,7 @@ def _streams_beside(task: TaskState, params: DistillParams, other: DistillParams
     """Whether another site of the task sees the same samples, and needs nothing but the rootstock to begin."""
     alike = (other.seed, other.recipe) == (params.seed, params.recipe)
     free = not overlapping(task.teacher.carried, [other.edit])
-    return alike and free and other.edit.scions is None and other.edit.site.target != "pair"
+    return alike and free and task.teacher.trains(other.edit) and other.edit.site.target != "pair"
 
 
 def _batches_a_pass(teacher: Teacher) -> int:
@@ -192,6 +193,14 @@ class Share:
 
     noisy: Noised  # at least one sample, be it one that another worker counts
     weight: float  # of its mean error: its samples over those of the batch, times the number of workers
+
+
+def _by_site(learners: Iterable[Learner]) -> dict[Site, list[Learner]]:
+    """Return the learners of each site, of which several may be for one."""
+    by_site: dict[Site, list[Learner]] = {}
+    for one in learners:
+        by_site.setdefault(one.params.edit.site, []).append(one)
+    return by_site
 
 
 class Together:
@@ -235,7 +244,7 @@ class Together:
         return [one for one in self.learners if one.done == number and one.problem is None]
 
     def _batch(self, number: int, share: Share) -> None:
-        learners = {one.params.edit.site: one for one in self.active(number)}
+        learners = _by_site(self.active(number))
         if not learners:
             return
         parts = torch.arange(len(share.noisy)).split(self.at_once)
@@ -243,8 +252,9 @@ class Together:
         for place, part in enumerate(parts):
             weight, is_last = share.weight * len(part) / len(share.noisy), place + 1 == len(parts)
             for site, pairs in self.teacher.streamed(list(learners), share.noisy[part]):
-                learners[site].learn(pairs, weight, lr if is_last else None)
-        for one in learners.values():
+                for one in learners[site]:
+                    one.learn(pairs, weight, lr if is_last else None)
+        for one in chain.from_iterable(learners.values()):
             one.done += 1
         if self.own.done == number + 1 and (number + 1) % max(1, self.num_batches // POINTS) == 0:
             samples = (number % self.a_pass + 1) * self.recipe.batch
@@ -254,20 +264,22 @@ class Together:
     @torch.no_grad()
     def _end_pass(self) -> None:
         """Measure, in one pass of the held-out samples, all that have come to the end of a pass."""
-        learners = {one.params.edit.site: one for one in self.learners if self._has_passed(one)}
-        sums = {site: torch.zeros((), dtype=torch.float64, device=self.teacher.device) for site in learners}
-        relative = {site: RelativeError() for site in learners}
+        passed = [one for one in self.learners if self._has_passed(one)]
+        learners, names = _by_site(passed), [one.params.edit.name for one in passed]
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.teacher.device) for name in names}
+        relative = {name: RelativeError() for name in names}
         heldout = self.teacher.heldout
         own = torch.tensor(share_of(len(heldout), self.rank, self.workers), dtype=torch.long)
         for part in own.split(min(self.at_once, PASS_BATCH)) if learners and len(own) else ():
             for site, pairs in self.teacher.streamed(list(learners), heldout[part]):
-                one = learners[site]
-                sums[site] += error(one.mimic, pairs, LOSSES[one.loss]).double() * len(pairs)
-                relative[site].add(one.mimic(*pairs.inputs), pairs.outputs)
-        for site, one in learners.items():
-            relative[site].gather()
-            one.end_pass(self.size, sum_over_workers(sums[site]).item() / len(heldout), relative[site].item())
-        if self.own in learners.values():
+                for one in learners[site]:
+                    name = one.params.edit.name
+                    sums[name] += error(one.mimic, pairs, LOSSES[one.loss]).double() * len(pairs)
+                    relative[name].add(one.mimic(*pairs.inputs), pairs.outputs)
+        for name, one in zip(names, passed, strict=True):
+            relative[name].gather()
+            one.end_pass(self.size, sum_over_workers(sums[name]).item() / len(heldout), relative[name].item())
+        if self.own in passed:
             last = self.own.history[-1]
             self._report(self.own.done, {"training_error": last.training, "heldout_error": last.heldout})
 

@@ -30,13 +30,14 @@ from graftwork.models.numerics.precision import computing
 from graftwork.models.objectives import Network
 from graftwork.models.rootstocks import Rootstock
 from graftwork.specs.evaluate import EvaluateSpec, Row
-from graftwork.specs.metrics import METRICS, Metric
+from graftwork.specs.metrics import Metric
+from graftwork.stages.artifacts.evidence import read_trial
 from graftwork.stages.artifacts.hybrids import row_model
 from graftwork.stages.artifacts.latents import read_meta
+from graftwork.stages.artifacts.plan import read_decided
 from graftwork.stages.catalog.evaluate import EvaluateParams, SampleParams
 from graftwork.stages.contract import Context
-from graftwork.stages.evaluation.judges import read_summary
-from graftwork.stages.evaluation.metrics import JUDGES, Summary
+from graftwork.stages.evaluation.judges import figures_of_row
 from graftwork.stages.evaluation.samples import draw, labels_of, network_of, sample_row
 from graftwork.stages.evaluation.subjects import subjects
 from graftwork.stages.pictures.pictures import quality_against_cost
@@ -60,6 +61,9 @@ def _tabulate(context: Context) -> None:
     on_cpu = context.resources.model_copy(update={"gpu": 0.0})
     qualities = list(fan_out(_quality, context, list(costs), on_cpu))
     results = {row: _finite(context, row, quality) | costs[row] for row, quality in zip(costs, qualities, strict=True)}
+    if "trial" in context.inputs:
+        plan = read_decided(context.input("select"))
+        results["stage1"] |= _finite(context, "stage1", read_trial(context.input("trial")).columns(plan))
     (context.out / "results.json").write_text(json.dumps(results, indent=1))
     *_, last = qualities  # of a sampled row
     quality_against_cost(results, next(iter(last), "params"), context.out / "quality-cost")
@@ -74,18 +78,7 @@ def _finite(context: Context, row: str, figures: dict[str, float]) -> dict[str, 
 
 
 def _quality(context: Context, row: str, _: torch.device) -> dict[str, float]:
-    """Return the figures of all metrics for a row."""
-    columns: dict[str, float] = {}
-    folder, rootstock = context.input(f"rows/{row}"), "rows/rootstock"
-    for metric in _metrics(context):
-        held = METRICS[metric].reference != "none"
-        if row == "heldout" and not held:
-            continue
-        reference = read_summary(context.input(f"reference/{metric}"), metric) if held else Summary(None)
-        columns |= JUDGES[metric].figures(read_summary(folder, metric), reference)
-        if row not in ("heldout", "rootstock") and rootstock in context.inputs:
-            columns |= JUDGES[metric].beside(folder, context.input(rootstock))
-    return columns
+    return figures_of_row(context, row, _metrics(context))
 
 
 def _metrics(context: Context) -> list[Metric]:

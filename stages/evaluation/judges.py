@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,21 @@ def read_summary(folder: Path, metric: Metric) -> Summary:
         splits = SplitSums(shares["samples"], tuple(torch.from_numpy(np.load(_splits_file(folder, metric)))))
     rows = np.load(rows_file(folder, name), mmap_mode="r") if name is not None else None
     return Summary(Gaussian.read(statistics) if statistics.exists() else None, shares, splits, rows)
+
+
+def figures_of_row(context: Context, row: str, metrics: Iterable[Metric]) -> dict[str, float]:
+    """Return the figures of metrics for a row of the table."""
+    columns: dict[str, float] = {}
+    folder, rootstock = context.input(f"rows/{row}"), "rows/rootstock"
+    for metric in metrics:
+        held = METRICS[metric].reference != "none"
+        if row == "heldout" and not held:
+            continue
+        reference = read_summary(context.input(f"reference/{metric}"), metric) if held else Summary(None)
+        columns |= JUDGES[metric].figures(read_summary(folder, metric), reference)
+        if row not in ("heldout", "rootstock") and rootstock in context.inputs:
+            columns |= JUDGES[metric].beside(folder, context.input(rootstock))
+    return columns
 
 
 def _splits_file(folder: Path, metric: Metric) -> Path:

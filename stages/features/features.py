@@ -51,6 +51,7 @@ from graftwork.stages.features.codec import (
 SHARD = 2048  # images
 BATCHES_A_TASK = 4
 WORTH_A_STREAM = 4096  # images whose latents are pixels: up to so many are read before Ray Data has begun
+WORTH_A_SURVEY = 256  # images: fewer are looked at for broken ones before Ray Data has begun
 BROKEN = "broken.json"
 ACCEPTED = "accepted: images that can be read, or data.skip_broken: true, which leaves the others out and counts them"
 Row = dict[str, Any]  # of Ray's data set: a piece of a shard, `shard`, `start`, `names`; later `images`; then `latents`
@@ -134,7 +135,9 @@ def _require_same(images: ImageHashes, data: Data, splits: Mapping[str, Sequence
 
 
 def _survey(data: Data, members: Sequence[Item]) -> dict[str, str]:
-    """Read all images, on every CPU, and return by name the problem of each that cannot be read."""
+    """Read all images, many of them on every CPU, and return by name the problem of each that cannot be read."""
+    if len(members) < WORTH_A_SURVEY:
+        return broken_images(data, _places(_sent(members)))
 
     def survey(row: Row) -> Row:
         problems = broken_images(data, _places(row))

@@ -43,8 +43,7 @@ def run(context: Context) -> None:
     model, edits = _start(context)
     model.load_state_dict(weights, strict=False)
     if params.recipe.train == "lora":
-        plan = read_plan(context.input("select"))
-        keep_adapters(adapters_of(model), [edit.site for edit in plan], context.out)
+        keep_adapters(adapters_of(model), [edit.site for edit in _plan(context)], context.out)
         merge_lora(model)
     checkpoints.save(model, edits, context.out)
     loss_curve(curve, "finetuning loss", context.out / "loss")
@@ -80,21 +79,32 @@ def finetune(context: Context, device: torch.device) -> None:
 def _start(context: Context) -> tuple[Rootstock, Sequence[Edit]]:
     params: FinetuneParams = context.params
     build = with_distilled_scions if params.scions == "distilled" else with_fresh_scions
-    model, edits = build(context, params.seed)
-    freeze(model, read_plan(context.input("select")), params.recipe, params.seed)
+    plan = _plan(context)
+    model, edits = build(context, params.seed, plan)
+    freeze(model, plan, params.recipe, params.seed)
     return model, edits
+
+
+def _plan(context: Context) -> Sequence[Edit]:
+    params: FinetuneParams = context.params
+    return read_plan(context.input("select"), params.plan)
 
 
 def freeze(model: Rootstock, plan: Iterable[Edit], recipe: FinetuneSpec, seed: int) -> None:
     """Leave trainable what the recipe trains: all, the plan's scions, or these and LoRA on all else.
 
-    The scion of a pair is its two blocks. Raise ValueError with a line for LoRA on layers that are not there.
+    The scion of a pair is its two blocks. Raise ValueError with a line for LoRA on layers that are not there, and for
+    scions that have nothing to train.
     """
     scions = [scion_at(model, edit.site) for edit in plan]
     if recipe.train == "scions":
         model.requires_grad_(False)
         for scion in scions:
             scion.requires_grad_()
+        if not any(value.requires_grad for value in model.parameters()):
+            raise ValueError(
+                "finetune.train: got 'scions', and no scion of the plan has parameters; accepted: all, lora"
+            )
     elif recipe.train == "lora":
         lora = recipe.lora or LoraSpec()
         with initialising(seed, "finetune", "lora"):
