@@ -1,1 +1,1 @@
-"""Learned selection: gates over what a site may hold, and budgets over a whole model."""
+"""What sites hold: gates that learn it, budgets over a whole model, and a solver for scores that were measured."""

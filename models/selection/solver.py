@@ -50,7 +50,8 @@ SCORE_SCALE = 1e6  # the largest coefficient of the objective
 ROW_SCALE = 1e3  # the largest coefficient of an approximate row
 ROW_MARGIN = 1e-5  # by which an approximate row is looser than its limit; HiGHS' tolerance is 1e-6
 DIGIT_BASE = 2**10  # HiGHS takes 1 - 1e-6 for 1: a coefficient must be far below 1e6 for a row to be exact
-MAX_NODES = 2000  # of a plan, once a choice is known: some ten seconds
+MAX_NODES = 2000  # of a plan, to prove that it is the best: some ten seconds; more of them narrow the gap but slowly
+MAX_SEARCH_NODES = 100_000  # of a plan, to find any choice at all
 HIGHS_DEBUGGING = b"HighsMipSolverData::"  # how the lines begin that HiGHS 1.12 prints even if told to be silent
 
 INFEASIBLE = 2  # a status of `milp`
@@ -78,6 +79,10 @@ class Limit:
 
     least: float | None = None
     most: float | None = None
+
+    def __str__(self) -> str:
+        ends = {"at least": self.least, "at most": self.most}
+        return " and ".join(f"{word} {end:.12g}" for word, end in ends.items() if end is not None) or "unlimited"
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,9 @@ def solve(problem: Problem, plans: int = 1, apart: int = 1, fixed: Collection[st
 def reachable(problem: Problem, cost: str) -> tuple[float, float]:
     """Return the least and the most of a cost that choices come to if all other limits hold.
 
-    Both are costs of real choices, to 1e-9 of the largest change the least and the most. Raises Infeasible if no choice
-    meets the other limits, ValueError if the problem is malformed.
+    Both are costs of real choices, so that each can be a limit. Where HiGHS stops before a proof, which several other
+    limits may cause, a little more may be reachable. Raises Infeasible if no choice meets the other limits, ValueError
+    if the problem is malformed.
     """
     _check(problem, ())
     if cost not in problem.rootstock:
@@ -202,12 +208,7 @@ def _conflict(problem: Problem, limits: Mapping[str, Limit], fixed: Collection[s
         ends = _ends(problem, cost, {}, fixed)
         if ends is None:
             break
-        asked = [
-            f"{word} {end:.12g}"
-            for word, end in (("at least", limit.least), ("at most", limit.most))
-            if end is not None
-        ]
-        parts.append(f"{cost} {' and '.join(asked)} ({ends[0]:.12g} to {ends[1]:.12g} without other limits)")
+        parts.append(f"{cost} {limit} ({ends[0]:.12g} to {ends[1]:.12g} without other limits)")
     if len(parts) < len(limits) or not limits:
         return f"fixed: got {', '.join(sorted(fixed))}; two of them fill one place"
     return f"no choice meets the limits together: {', '.join(parts)}"
@@ -316,7 +317,7 @@ class _Program:
             for side in blunt:
                 self._make_exact(side)
             if not blunt and result.x is None:
-                raise RuntimeError(f"HiGHS could not choose operators: {result.message}")
+                raise RuntimeError(f"HiGHS found no choice and ruled none out ({result.message}); widen the limits")
             if not blunt:  # it took a row of integers for met that is not
                 self.keep_away(chosen, 1)
 
@@ -404,8 +405,8 @@ class _Program:
         )
         with muted():
             result = ask(options={"mip_rel_gap": 0.0, "node_limit": MAX_NODES})
-            if result.x is None and result.status != INFEASIBLE:  # no choice was met in so many nodes
-                result = ask(options={"mip_rel_gap": 0.0})
+            if result.x is None and result.status != INFEASIBLE:  # it came upon none
+                result = ask(options={"mip_rel_gap": 0.0, "node_limit": MAX_SEARCH_NODES})
         return result
 
 
