@@ -229,9 +229,10 @@ class JobSpec(Spec):
         return samplers
 
     def rows(self) -> tuple[Row, ...]:
-        """Return the models of the table: those that were chosen, or all that the job makes."""
-        absent = {*FINALISTS} - {*self.finalists()} | (set() if self.finetune.control else {"random_init"})
-        return self.evaluate.rows or tuple(row for row in get_args(Row) if row not in absent)
+        """Return the models of the table: those that were chosen, or all that the job makes; and all finalists."""
+        others = (row for row in get_args(Row) if row not in FINALISTS)
+        rows = self.evaluate.rows or tuple(row for row in others if row != "random_init" or self.finetune.control)
+        return (*rows, *(row for row in self.finalists() if row not in rows))
 
     def finalists(self) -> tuple[Row, ...]:
         """Return the plans that are finetuned shortly, as rows of the table."""

@@ -37,20 +37,20 @@ class ScoreSpec(Spec):
     precision: Precision = Field("fp32", description="of the passes. On a CPU tf32 is fp32")
 
 
-def _number_or_text(given: Any) -> Any:
-    if isinstance(given, bool) or not isinstance(given, str | int | float):
-        refuse([], given, "a share of the rootstock's as in 75%, or an amount")
-    return given
+def _number_or_text(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        refuse([], value, "a share of the rootstock's as in 75%, or an amount")
+    return value
 
 
-Given = Annotated[float | str, Field(union_mode="left_to_right"), BeforeValidator(_number_or_text, float | str)]
+Amount = Annotated[float | str, Field(union_mode="left_to_right"), BeforeValidator(_number_or_text, float | str)]
 
 
 class Limit(Spec):
     """What a cost of the whole model may come to: shares of the rootstock's, or absolute."""
 
-    min: Given | None = None
-    max: Given | None = None
+    min: Amount | None = None
+    max: Amount | None = None
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -64,14 +64,14 @@ class Limit(Spec):
         return least, most
 
 
-def amount_of(cost: CostName, given: float | str, rootstock: float) -> float:
+def amount_of(cost: CostName, amount: float | str, rootstock: float) -> float:
     """Return a cost given as a share of the rootstock's, as "75%", or as an amount. Raise ValueError for others."""
-    text = str(given).strip()
+    text = str(amount).strip()
     if match := SHARE.fullmatch(text):
         return float(match[1]) / 100 * rootstock
     if cost == "peak_memory":
         try:
-            return float(TypeAdapter(ByteSize).validate_python(given))
+            return float(TypeAdapter(ByteSize).validate_python(amount))
         except ValidationError:
             raise ValueError(FORMS[cost]) from None
     match = AMOUNT.fullmatch(text)
@@ -80,10 +80,10 @@ def amount_of(cost: CostName, given: float | str, rootstock: float) -> float:
     return float(match[1]) * THOUSANDS[match[2].upper()]
 
 
-def _as_limit(given: Any) -> Any:
+def _as_limit(value: Any) -> Any:
     """Return a bare amount as the most that there may be."""
-    bare = isinstance(given, str | int | float) and not isinstance(given, bool)
-    return {"max": given} if bare else given
+    bare = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return {"max": value} if bare else value
 
 
 AnyLimit = Annotated[Limit | None, BeforeValidator(_as_limit, json_schema_input_type=Limit | float | str | None)]
@@ -101,13 +101,13 @@ class Limits(Spec):
     def _readable(self) -> Self:
         for cost, limit in self.by_cost().items():
             for end in ("min", "max"):
-                given = getattr(limit, end)
+                amount = getattr(limit, end)
                 try:
-                    value = 1.0 if given is None else amount_of(cost, given, rootstock=1.0)
+                    value = 1.0 if amount is None else amount_of(cost, amount, rootstock=1.0)
                 except ValueError as error:
-                    refuse([cost, end], given, str(error))
+                    refuse([cost, end], amount, str(error))
                 if value <= 0:
-                    refuse([cost, end], given, f"more than 0: {FORMS[cost]}")
+                    refuse([cost, end], amount, f"more than 0: {FORMS[cost]}")
             least, most = limit.bounds(cost, rootstock=1.0)
             if least is not None and most is not None and is_share(limit.min) == is_share(limit.max) and least > most:
                 refuse([cost, "min"], limit.min, f"at most max, {limit.max}")
@@ -125,9 +125,9 @@ class Limits(Spec):
         return [cost for cost in self.by_cost() if cost in MEASURED]
 
 
-def is_share(given: float | str | None) -> bool:
+def is_share(amount: float | str | None) -> bool:
     """Whether it is a share of the rootstock's cost."""
-    return isinstance(given, str) and SHARE.fullmatch(given.strip()) is not None
+    return isinstance(amount, str) and SHARE.fullmatch(amount.strip()) is not None
 
 
 class FinalistsSpec(Spec):
@@ -174,6 +174,6 @@ def described(limits: Limits) -> str:
 def _described(limits: Mapping[CostName, Limit]) -> Iterator[str]:
     for cost, limit in limits.items():
         for end, word in (("min", "at least"), ("max", "at most")):
-            given = getattr(limit, end)
-            if given is not None:
-                yield f"{cost} {word} {given}"
+            amount = getattr(limit, end)
+            if amount is not None:
+                yield f"{cost} {word} {amount}"

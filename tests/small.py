@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.models.rootstocks import Rootstock
 from graftwork.models.rootstocks.dit import Block, DiTConfig
+from graftwork.stages.artifacts.evidence import Scored
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +47,20 @@ def noting(note: Callable[P, object], function: Callable[P, T]) -> Callable[P, T
         return function(*args, **kwargs)
 
     return noted
+
+
+def a_score(output: float, loss: float) -> Scored:
+    """What some scions did to the whole model's output, and to its loss."""
+    return Scored(
+        output=output,
+        output_by_quarter=(output,) * 4,
+        output_standard_error=None,
+        loss=loss,
+        loss_by_quarter=(loss,) * 4,
+        loss_standard_error=None,
+        rootstock_loss=1.0,
+        samples=1,
+    )
 
 
 def progress(saved: Tensor) -> Tensor:

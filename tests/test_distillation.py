@@ -48,6 +48,7 @@ from tests.tiny_distillation import (
     MHA_SITE,
     MLP_EDIT,
     MLP_SITE,
+    SEVERAL,
     keep_profile,
     make_context,
     run_distill,
@@ -410,6 +411,25 @@ def test_sites_of_one_task_share_passes_as_far_as_memory_goes_and_end_in_the_bit
         run_distill(store, f"alone/{name}", inputs, tmp_path / f"alone-{name}", edit=edit)
         for file in ("scion.safetensors", "distill.json"):
             assert found[f"{name}/{file}"] == (tmp_path / f"alone-{name}" / file).read_bytes()
+
+
+@pytest.mark.parametrize("room", [3 * A_SITE, A_SITE, A_SITE - 1], ids=["for all", "for a site", "for none"])
+@pytest.mark.parametrize("captured", [False, True], ids=["own passes", "passes of tasks before"])
+def test_several_scions_for_one_site_learn_in_one_task_as_they_do_alone(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, room: int, captured: bool
+) -> None:
+    before = dict(zip(SEVERAL, recorded_in(2, inputs, *SEVERAL), strict=True)) if captured else {}
+    state: dict[str, Any] = {}
+    for number, edit in enumerate(SEVERAL):
+        ahead = [
+            make_context(store, "", tmp_path, edit=other, activations=room).params for other in SEVERAL[number + 1 :]
+        ]
+        recorded = partial(before.__getitem__, edit) if captured else None
+        scope, folder = TaskScope(next=ahead, state=state, recorded=recorded), tmp_path / edit.name
+        run_distill(store, f"t/{edit.name}", inputs, folder, edit=edit, task_scope=scope, activations=room)
+        run_distill(store, f"a/{edit.name}", inputs, tmp_path / f"alone-{edit.name}", edit=edit)
+        for file in ("scion.safetensors", "distill.json"):
+            assert (folder / file).read_bytes() == (tmp_path / f"alone-{edit.name}" / file).read_bytes()
 
 
 def test_a_site_without_an_operator_changes_nothing_for_those_that_share_its_task(

@@ -157,3 +157,12 @@ def test_a_latents_draws_depend_on_its_place_and_the_seed_alone() -> None:
     assert torch.equal(whole.t[:4], half.t) and torch.equal(whole.noise[:4], half.noise)
     assert not torch.equal(whole.noise, drawn(latents, TINY.objective, 2, seed=6).noise)
     assert len({*map(float, whole.noise[:, 0, 0, 0])}) == 8  # draws of one latent differ, too
+
+
+def test_a_pair_that_is_made_in_any_case_has_the_scions_of_its_blocks(root: Rootstock, tmp_path: Path) -> None:
+    built = lively(graft(copy.deepcopy(root), [HYENA, PAIR], 0), seed=5)
+    save_file(scion_at(built, PAIR.site).state_dict(), tmp_path / "scion.safetensors")
+    elsewhere = SMALL_MLP.model_copy(update={"site": Site(block=3, target="mlp")})
+    one = read_scion(copy.deepcopy(root), PAIR, tmp_path, 0, CPU, [HYENA, elsewhere])
+    wanted = scion_at(built, PAIR.site).state_dict()
+    assert all(torch.equal(wanted[name], value) for name, value in one.state_dict().items())

@@ -20,7 +20,6 @@ from graftwork.stages.artifacts.evidence import (
     Outputs,
     Profile,
     QuarterCurves,
-    Scored,
     write_distilled,
     write_profile,
     write_scored,
@@ -28,25 +27,13 @@ from graftwork.stages.artifacts.evidence import (
 from graftwork.stages.catalog.select import Rule, SelectParams
 from graftwork.stages.contract import Context
 from graftwork.stages.selection import select
+from tests.small import a_score
 from tests.tiny_training import Reports
 
 DEPTH = 4
 MASS = (0.5, 0.9, 0.1, 0.9)  # of each block's attention, within a band of 1 token; patches see it the other way round
 ERRORS = (0.3, 0.1, 0.4, 0.2)
 SCORES = ((0.05, 0.1), (0.3, -0.3), (0.02, 0.2), (0.4, 0.0))  # the output's error, and the change of the loss
-
-
-def a_score(output: float, loss: float) -> Scored:
-    return Scored(
-        output=output,
-        output_by_quarter=(output,) * 4,
-        output_standard_error=None,
-        loss=loss,
-        loss_by_quarter=(loss,) * 4,
-        loss_standard_error=None,
-        rootstock_loss=1.0,
-        samples=1,
-    )
 
 
 @pytest.fixture

@@ -171,7 +171,14 @@ def test_finalists_are_rows_between_the_plans_and_the_finetune() -> None:
     assert order.index("evaluate/finalist2") < order.index("select/finalist") < order.index("finetune")
     params = plan["finetune/finalist2"].params
     assert isinstance(params, FinetuneParams) and params.plan == 1 and params.recipe.steps == 5
-    assert made.rows() == ("rootstock", "finalist1", "finalist2", "stage1", "stage2", "random_init")
+    assert {*made.rows()} == {"rootstock", "finalist1", "finalist2", "stage1", "stage2", "random_init"}
+
+
+def test_finalists_are_sampled_whatever_rows_are_chosen() -> None:
+    evaluate = {**DOCUMENT["evaluate"], "rows": ["rootstock", "stage2", "finalist2"]}
+    made = job(evaluate=evaluate, solve={"limits": {"flops": "85%"}, "plans": 2, "finalists": {"steps": 5}})
+    assert {*made.rows()} == {"rootstock", "stage2", "finalist1", "finalist2"}
+    assert {"evaluate/finalist1", "evaluate/finalist2"} <= keys(made).keys()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_a_job_scores_solves_tries_and_finetunes_its_plans(graft: Graft, tmp_pat
     assert stage1["predicted_peak_memory"] > 0 and stage1["measured_latency_ms"] > 0
     (trial,) = (json.loads(path.read_text()) for path in tmp_path.glob(".graftwork/artifacts/*/trial.json"))
     first, second, *others = trial["plans"]
-    assert (first["given"], second["given"]) == ("greedy", "none")
+    assert (first["scoring"], second["scoring"]) == ("greedy", "none")
     assert first["error"] == pytest.approx(first["predicted_error"], rel=1e-3)  # of the same samples, greedily: exact
     assert {one["name"] for one in others} <= {"first", "last", "interleaved", "random 1", "random 2", "random 3"}
     assert all(one["predicted"]["flops"] == first["predicted"]["flops"] for one in others)

@@ -29,7 +29,6 @@ from graftwork.stages.artifacts.evidence import (
     Distilled,
     MeasuredCosts,
     OperatorCosts,
-    Scored,
     write_costs,
     write_distilled,
     write_scored,
@@ -42,7 +41,7 @@ from graftwork.stages.selection import select
 from graftwork.stages.selection.baselines import baselines, laid_out
 from graftwork.stages.selection.replacement import Replacements, drawn
 from graftwork.stages.selection.solving import Choice, CostModel, choices
-from tests.small import TINY
+from tests.small import TINY, a_score
 from tests.tiny_training import Reports
 
 CPU = torch.device("cpu")
@@ -200,7 +199,7 @@ def test_greedy_choosing_sees_what_sites_do_to_each_other(
     assert sorted(edit.site.block for edit in greedy.edits) in ([0, 2], [1, 2]) and found["greedy"] < 0.02
     assert greedy.solution.score == pytest.approx(found["greedy"])  # which the sum of scores alone misses by far
     assert alone.solution.score < 0.1 * found["alone"]
-    assert greedy.given == "greedy" and other.given == "none" and {*other.edits} == {*alone.edits}
+    assert greedy.scoring == "greedy" and other.scoring == "none" and {*other.edits} == {*alone.edits}
     assert rounds == [1, 2]
 
 
@@ -237,19 +236,6 @@ def test_a_baseline_that_candidates_do_not_allow_is_none() -> None:
 # -- the step
 
 
-def a_score(output: float) -> Scored:
-    return Scored(
-        output=output,
-        output_by_quarter=(output,) * 4,
-        output_standard_error=0.0,
-        loss=1 - output,
-        loss_by_quarter=(None,) * 4,
-        loss_standard_error=None,
-        rootstock_loss=1.0,
-        samples=4,
-    )
-
-
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Folder]:
     """Artifacts of the steps before a selection of CANDIDATES, whose scores rise in their order."""
@@ -282,7 +268,7 @@ def inputs(tmp_path: Path) -> dict[str, Folder]:
             (tmp_path / f"{role}-{edit.name}").mkdir()
         distilled = Distilled(loss="l1", loss_because="", heldout_error=0.2, relative_error=0.1, best_epoch=1)
         write_distilled(tmp_path / f"scions-{edit.name}", distilled)
-        write_scored(tmp_path / f"scores-{edit.name}", a_score(0.01 * (number + 1)))
+        write_scored(tmp_path / f"scores-{edit.name}", a_score(0.01 * (number + 1), 1 - 0.01 * (number + 1)))
     return folders
 
 
@@ -335,3 +321,11 @@ def test_a_limit_that_the_rootstock_keeps_replaces_nothing_and_says_so(
 ) -> None:
     assert selected(inputs, tmp_path / "out", spec({"latency_ms": 10.0}, plans=1)) == []
     assert "the rootstock itself is within the limits" in (tmp_path / "out" / NOTES).read_text()
+
+
+def test_fewer_plans_than_finalists_are_refused_in_a_line(inputs: dict[str, Folder], tmp_path: Path) -> None:
+    solve = spec({"latency_ms": 9.0}, plans=8, apart=8, finalists={"steps": 5})
+    with pytest.raises(
+        ValueError, match=r"solve\.plans: got 8, to be finetuned each; accepted: at most [1-7]: no more"
+    ):
+        selected(inputs, tmp_path / "out", solve)

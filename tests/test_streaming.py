@@ -54,6 +54,7 @@ from tests.tiny_distillation import (
     MHA_SITE,
     MLP_EDIT,
     MLP_SITE,
+    SEVERAL,
     make_context,
     run_distill,
     write_inputs,
@@ -103,10 +104,10 @@ def streamed(store: Store, inputs: dict[str, Folder], out: Path, *edits: Edit, *
         ahead = edits[number + 1 :]
         scope = TaskScope(
             next=[_params(store, other, changes) for other in ahead],
-            partials=[store.partial(f"{out.name}/{other.site}") for other in ahead],
+            partials=[store.partial(f"{out.name}/{other.name}") for other in ahead],
             state=kept,
         )
-        name = str(edit.site)
+        name = edit.name
         options = {**_recipe(changes), "edit": edit, "task_scope": scope}
         run_distill(store, f"{out.name}/{name}", inputs, out / name, report, **options)
 
@@ -123,7 +124,7 @@ def _params(store: Store, edit: Edit, changes: dict[str, Any]) -> DistillParams:
 def assert_same_files(one: Path, other: Path, *edits: Edit) -> None:
     for edit in edits:
         for file in FILES:
-            assert (one / str(edit.site) / file).read_bytes() == (other / str(edit.site) / file).read_bytes()
+            assert (one / edit.name / file).read_bytes() == (other / edit.name / file).read_bytes()
 
 
 def test_sites_side_by_side_share_each_pass_and_end_in_the_bits_of_sites_alone(
@@ -134,6 +135,16 @@ def test_sites_side_by_side_share_each_pass_and_end_in_the_bits_of_sites_alone(
     for edit in (MHA_EDIT, MLP_EDIT):
         streamed(store, inputs, tmp_path / "alone", edit)
     assert_same_files(tmp_path / "together", tmp_path / "alone", MHA_EDIT, MLP_EDIT)
+
+
+def test_several_scions_for_one_site_learn_beside_each_other_as_they_do_alone(
+    store: Store, inputs: dict[str, Folder], tmp_path: Path, passes: list[tuple[Site, ...]]
+) -> None:
+    streamed(store, inputs, tmp_path / "together", *SEVERAL)
+    assert passes == [(MHA_SITE, MLP_SITE)] * (9 + 3)
+    for edit in SEVERAL:
+        streamed(store, inputs, tmp_path / "alone", edit)
+    assert_same_files(tmp_path / "together", tmp_path / "alone", *SEVERAL)
 
 
 def test_a_site_without_an_operator_takes_no_part_in_the_passes_of_its_task(

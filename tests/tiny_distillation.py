@@ -14,7 +14,7 @@ from graftwork.models import checkpoints
 from graftwork.models.rootstocks.dit import DiT
 from graftwork.pipeline.store.artifacts import Store
 from graftwork.specs.edits import Edit, Site
-from graftwork.specs.operators import HyenaY, Mlp, NoOperator
+from graftwork.specs.operators import HyenaX, HyenaY, Mlp, NoOperator
 from graftwork.specs.resources import StepResources
 from graftwork.specs.training import DistillSpec
 from graftwork.stages.artifacts.evidence import LocalityCurves, Outputs, Profile, QuarterCurves, write_profile
@@ -28,6 +28,8 @@ from tests.tiny_training import CPU, Reports, latents_of
 MHA_SITE, MLP_SITE = Site(block=1, target="mha"), Site(block=0, target="mlp")
 MHA_EDIT = Edit(site=MHA_SITE, operator=HyenaY())
 MLP_EDIT = Edit(site=MLP_SITE, operator=Mlp(ratio=2))
+# Three scions for one site, and one for another.
+SEVERAL = (MHA_EDIT, *(Edit(site=MHA_SITE, operator=HyenaX(kernel=one), option=one) for one in (1, 2)), MLP_EDIT)
 DROPPED = Edit(site=Site(block=1, target="mlp"), operator=NoOperator())
 
 

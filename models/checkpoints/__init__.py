@@ -24,10 +24,10 @@ from graftwork.models.checkpoints.errors import UnfitCheckpoint
 from graftwork.models.checkpoints.export import ExportRefused, export
 from graftwork.models.checkpoints.fit import fill
 from graftwork.models.checkpoints.labels import Labels
-from graftwork.models.checkpoints.layouts.native import load, save
+from graftwork.models.checkpoints.layouts.native import describe, load, save
 from graftwork.models.checkpoints.reading import check, read
 
 __all__ = [
-    "Card", "ExportRefused", "Labels", "UnfitCheckpoint", "check", "export", "fill", "load", "read", "save",
+    "Card", "ExportRefused", "Labels", "UnfitCheckpoint", "check", "describe", "export", "fill", "load", "read", "save",
     "write_card",
 ]  # fmt: skip

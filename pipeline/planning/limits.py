@@ -94,4 +94,6 @@ def _together(spec: SolveSpec, formula: _Formula) -> list[str]:
         from graftwork.stages.selection.solving import unreachable
 
         return [f"solve.limits: {unreachable(problem, spec)}"]
+    except RuntimeError:  # neither found nor ruled out in the time of a plan: `select` goes by scores
+        return []
     return []

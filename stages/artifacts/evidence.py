@@ -177,7 +177,7 @@ class Tried(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     name: str
     edits: tuple[str, ...]
-    given: str
+    scoring: str
     predicted_error: float | None  # the sum of its sites' scores; None of a plan that no solver made
     error: float
     scored: Scored

@@ -30,7 +30,7 @@ class SolvedPlan(BaseModel):
     model_config = ConfigDict(frozen=True)
     edits: tuple[ChosenEdit, ...]  # in the order in which they are made; those of other strategies among them
     solved: tuple[str, ...]  # names of those that the solver chose
-    given: str  # none: of scores of candidates alone; greedy: of scores beside what was chosen before
+    scoring: str  # none: of scores of candidates alone; greedy: of scores beside what was chosen before
     error: float  # the sum of scores
     costs: Mapping[str, float]  # of the whole model
     gap: float = 0.0  # by which the sum may be above the least one, if the solver gave up

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftwork.cluster.machine import available_memory, num_cpus, num_gpus
 from graftwork.specs.edits import Site
+from graftwork.specs.resources import StepResources
 from graftwork.stages.artifacts.latents import Noised, NoisedAnew
 from graftwork.stages.catalog.distill import DistillParams
 from graftwork.stages.contract import Context
@@ -149,14 +150,17 @@ def memory_budget(context: Context, place: torch.device) -> int:
     params: DistillParams = context.params
     if params.recipe.activations is not None:
         return int(params.recipe.activations)
+    return memory_share(context.resources, place)
+
+
+def memory_share(resources: StepResources, place: torch.device) -> int:
+    """Return the bytes that a task may fill with activations on a device, or on the host, unless a job says."""
     if place.type == "cuda":
-        return int(MEMORY_SHARE * gpu_memory(place, context.resources.gpu))
-    if context.resources.memory is not None:
-        return int(MEMORY_SHARE * context.resources.memory)
-    if context.resources.gpu:  # what such tasks there can be beside this one is settled by the GPUs
-        neighbours = num_gpus() / context.resources.gpu
-    else:
-        neighbours = num_cpus() / max(context.resources.cpu, 1.0)
+        return int(MEMORY_SHARE * gpu_memory(place, resources.gpu))
+    if resources.memory is not None:
+        return int(MEMORY_SHARE * resources.memory)
+    # What such tasks there can be beside this one is settled by the GPUs, if it takes any.
+    neighbours = num_gpus() / resources.gpu if resources.gpu else num_cpus() / max(resources.cpu, 1.0)
     return int(MEMORY_SHARE * available_memory() / max(neighbours, 1.0))
 
 

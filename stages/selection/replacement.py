@@ -71,12 +71,20 @@ def drawn(latents: Latents, objective: Objective, draws: int, seed: int) -> Exam
     return Examples(x0, torch.cat(t), torch.cat(noise), latents.condition[repeated])
 
 
-def read_scion(model: Rootstock, edit: Edit, folder: Path, seed: int, device: torch.device) -> nn.Module:
-    """Return a distilled scion, with nothing in common with the model."""
-    block = edit.site.block
+def read_scion(
+    model: Rootstock, edit: Edit, folder: Path, seed: int, device: torch.device, made: Iterable[Edit] = ()
+) -> nn.Module:
+    """Return a distilled scion, with nothing in common with the model.
+
+    made: edits that are made in any case; a pair among them has those of its blocks.
+    """
     if edit.site.target == "pair":
-        blocks = (copy.deepcopy(model.blocks[block]), copy.deepcopy(model.blocks[block + 1]))
-        scion: nn.Module = ParallelBlock(*blocks, model.config.width)
+        blocks = {place.block: copy.deepcopy(model.blocks[place.block]) for place in edit.places}
+        for other in made:
+            if other.site in edit.places:
+                model.slots_of(blocks[other.site.block])[other.site.target].fill(new_scion(model, other, seed))
+        first, second = (blocks[number] for number in sorted(blocks))
+        scion: nn.Module = ParallelBlock(first, second, model.config.width)
     else:
         scion = new_scion(model, edit, seed)
     scion.load_state_dict(load_file(folder / "scion.safetensors"))

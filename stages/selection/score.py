@@ -14,8 +14,8 @@ from graftwork.stages.artifacts.hybrids import load_model
 from graftwork.stages.artifacts.latents import read
 from graftwork.stages.catalog.score import ScoreParams
 from graftwork.stages.contract import Context
+from graftwork.stages.distillation.sources import memory_share
 from graftwork.stages.selection.replacement import Replacements, drawn, read_scion
-from graftwork.stages.selection.room import stream_room
 
 TASK_STATE = "replacements"  # the name under which a task keeps its state from step to step
 
@@ -60,5 +60,5 @@ def replacements_of(
     begins = range(model.config.depth) if begins is None else begins
     latents = read(context.input("features"), "heldout").stratified(recipe.samples)
     examples = drawn(latents, model.config.objective, recipe.draws, seed)
-    room = stream_room(context.device, context.resources)
+    room = memory_share(context.resources, context.device)
     return Replacements(model, examples, recipe, context.device, begins, room, context.stopping)

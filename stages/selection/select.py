@@ -14,6 +14,7 @@ from torch import nn
 
 from graftwork.models import checkpoints
 from graftwork.specs.edits import Edit
+from graftwork.specs.figures import counted
 from graftwork.specs.layers.evidence import LocalityLayers, LowestErrorLayers, LowestScoreLayers, MostLocalLayers
 from graftwork.specs.layers.learned import LearnedLayers
 from graftwork.specs.layers.solved import SolvedLayers
@@ -114,15 +115,13 @@ def solved(
     spec, made = solving.solve, [chosen.edit for chosen in before]
     candidates = [edit for rule in params.rules if isinstance(rule.layers, SolvedLayers) for edit in rule.edits]
     distilled = _distilled(candidates, context)
-    model, carried = checkpoints.load(context.input("base"))
     measured = read_costs(context.input("cost")) if "cost" in context.inputs else None
-    costs = CostModel(model.config, tuple(carried), measured)
-    del model
+    costs = CostModel(*checkpoints.describe(context.input("base")), measured)
     rescore = _rescoring(solving, made, context) if spec.given == "greedy" else None
     plans = []
     for choice in choices(spec, _scores(candidates, spec.error, context), made, costs, rescore):
-        reason = SolvedLayers().reason() + (", one after another" if choice.given == "greedy" else "")
-        score_is = ERROR_WORDS[spec.error] + (", beside those chosen before" if choice.given == "greedy" else "")
+        reason = SolvedLayers().reason() + (", one after another" if choice.scoring == "greedy" else "")
+        score_is = ERROR_WORDS[spec.error] + (", beside those chosen before" if choice.scoring == "greedy" else "")
         edits = [
             *before,
             *(_chosen(edit, reason, choice.scores[edit], score_is, distilled[edit]) for edit in choice.edits),
@@ -130,12 +129,15 @@ def solved(
         plan = SolvedPlan(
             edits=tuple(sorted(edits, key=lambda chosen: chosen.edit.sort_key())),
             solved=tuple(edit.name for edit in choice.edits),
-            given=choice.given,
+            scoring=choice.scoring,
             error=choice.solution.score,
             costs=costs.of([*made, *choice.edits]),
             gap=choice.solution.gap,
         )
         plans.append(plan)
+    if spec.finalists is not None and len(plans) < spec.plans:
+        accepted = f"at most {len(plans)}: no more differ in {counted(spec.apart, 'site')} within the limits"
+        raise ValueError(f"solve.plans: got {spec.plans}, to be finetuned each; accepted: {accepted}")
     if not plans[0].solved:
         context.note("solve.limits: the rootstock itself is within the limits, and nothing that is solved for replaced")
     if plans[0].gap:
@@ -161,7 +163,8 @@ def _rescoring(
         context.stop_if_asked()
 
         def scion(edit: Edit) -> nn.Module:
-            return read_scion(replacements.model, edit, context.input(f"scions/{edit.name}"), seed, context.device)
+            folder = context.input(f"scions/{edit.name}")
+            return read_scion(replacements.model, edit, folder, seed, context.device, made)
 
         standing = {edit: scion(edit) for edit in (*made, *chosen)}
         before = replacements.score(standing).error(error)

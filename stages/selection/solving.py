@@ -87,7 +87,7 @@ class Choice:
 
     edits: tuple[Edit, ...]
     scores: Mapping[Edit, float]  # of those, that the choice went by
-    given: str
+    scoring: str  # none or greedy, as of SolvedPlan
     solution: Solution
 
 
@@ -130,9 +130,9 @@ def unreachable(problem: Problem, spec: SolveSpec) -> str:
     return f"got {described(spec.limits)}, which no choice meets; accepted: limits within {', '.join(parts)}"
 
 
-def _choice(solution: Solution, by_name: Mapping[str, Edit], scores: Mapping[Edit, float], given: str) -> Choice:
+def _choice(solution: Solution, by_name: Mapping[str, Edit], scores: Mapping[Edit, float], scoring: str) -> Choice:
     edits = tuple(by_name[option.name] for option in solution.chosen)
-    return Choice(edits, {edit: scores[edit] for edit in edits}, given, solution)
+    return Choice(edits, {edit: scores[edit] for edit in edits}, scoring, solution)
 
 
 def _greedily(problem: Problem, scores: Mapping[Edit, float], rescore: Rescore) -> Choice:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from graftwork.models import checkpoints
 from graftwork.models.measures.costs import forward_inputs, forward_memory, forward_seconds
 from graftwork.models.measures.marginal import least_ms
 from graftwork.models.numerics.precision import computing
@@ -23,7 +24,6 @@ from graftwork.specs.edits import Edit
 from graftwork.specs.figures import figure
 from graftwork.specs.solve import MEASURED, CostName
 from graftwork.stages.artifacts.evidence import Scored, Trial, Tried, read_costs, write_trial
-from graftwork.stages.artifacts.hybrids import load_model
 from graftwork.stages.artifacts.plan import read_solutions
 from graftwork.stages.catalog.trial import TrialParams
 from graftwork.stages.contract import Context
@@ -44,7 +44,7 @@ class Entrant:
     edits: tuple[Edit, ...]
     costs: Mapping[CostName, float]
     predicted_error: float | None  # None for those that no solver made
-    given: str
+    scoring: str  # none or greedy, as of SolvedPlan
 
 
 def run(context: Context) -> None:
@@ -53,11 +53,11 @@ def run(context: Context) -> None:
     params: TrialParams = context.params
     replacements = replacements_of(context, params.recipe, params.seed)
     model = replacements.model
-    _, carried = load_model(context.inputs, "base")
-    costs = CostModel(model.config, tuple(carried), read_costs(context.input("cost")))
+    costs = CostModel(*checkpoints.describe(context.input("base")), read_costs(context.input("cost")))
     entrants = [*_entrants(context, costs)]
+    made = {*entrants[0].edits} - {*params.candidates}
     scions = {
-        edit: read_scion(model, edit, context.input(f"scions/{edit.name}"), params.seed, context.device)
+        edit: read_scion(model, edit, context.input(f"scions/{edit.name}"), params.seed, context.device, made)
         for edit in dict.fromkeys(edit for entrant in entrants for edit in entrant.edits)
     }
     tried, by_edits = [], dict[frozenset[Edit], Scored]()
@@ -90,7 +90,7 @@ def _entrants(context: Context, costs: CostModel) -> Iterator[Entrant]:
     plans = read_solutions(context.input("select"))
     for number, plan in enumerate(plans, start=1):
         edits = tuple(chosen.edit for chosen in plan.edits)
-        yield Entrant(f"plan {number}", edits, costs.of(edits), plan.error, plan.given)
+        yield Entrant(f"plan {number}", edits, costs.of(edits), plan.error, plan.scoring)
     solved = {chosen.edit for chosen in plans[0].edits if chosen.edit.name in plans[0].solved}
     others = [chosen.edit for chosen in plans[0].edits if chosen.edit not in solved]
     for name, laid_out in baselines(solved, params.candidates, params.seed) if solved else ():
@@ -105,7 +105,7 @@ def _tried(entrant: Entrant, scored: Scored, params: TrialParams) -> Tried:
     return Tried(
         name=entrant.name,
         edits=tuple(edit.name for edit in entrant.edits),
-        given=entrant.given,
+        scoring=entrant.scoring,
         predicted_error=entrant.predicted_error,
         error=scored.error(params.error),
         scored=scored,
@@ -126,6 +126,8 @@ def _measured(
 
     def measured(measure: Callable[[], R], edits: Collection[Edit]) -> R:
         with standing(model, {edit: scions[edit] for edit in edits}), computing(params.precision, device):
+            if params.precision == "bf16":  # the first pass rounds the weights
+                forward_seconds(model, inputs)
             return measure()
 
     seconds = partial(forward_seconds, model, inputs)
@@ -139,7 +141,7 @@ def _misses(trial: Trial, params: TrialParams) -> Iterator[str]:
     chosen = trial.plans[0]
     predicted, measured = chosen.predicted_error or 0.0, chosen.error
     if is_off(predicted, measured) and chosen.edits:
-        then = "; solve.given: greedy scores sites beside each other" if chosen.given == "none" else ""
+        then = "; solve.given: greedy scores sites beside each other" if chosen.scoring == "none" else ""
         yield (
             f"the plan's {trial.words} is {measured:.4g}, where its sites' scores add up to {predicted:.4g}: what "
             f"sites do to each other is more than {TOLERANCE:.0%} of it{then}"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from graftwork.models.checkpoints.files import read_tensors
 from graftwork.models.checkpoints.fit import build
 from graftwork.models.checkpoints.recognition import Found, edits_json, fields_of, parse_description
-from graftwork.models.rootstocks import Rootstock
+from graftwork.models.rootstocks import Rootstock, RootstockConfig
 from graftwork.specs.edits import Edit
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "graftwork.dit/1"
@@ -37,6 +37,15 @@ def load(folder: Path, *, device: torch.device | str | None = None) -> tuple[Roo
     return build(found.config, found.edits, found.tensors, device), found.edits
 
 
+def describe(folder: Path) -> tuple[RootstockConfig, tuple[Edit, ...]]:
+    """What the model in a folder that `save` wrote is, and the edits that it carries; none of its tensors is read."""
+    return _description(folder, json.loads((folder / CONFIG).read_text()))
+
+
+def _description(folder: Path, config: dict[str, Any]) -> tuple[RootstockConfig, tuple[Edit, ...]]:
+    return parse_description(str(folder / CONFIG), config.get("rootstock", {}), config.get("edits", ()))
+
+
 def find(folder: Path, config: dict[str, Any]) -> Found:
-    rootstock, edits = parse_description(str(folder / CONFIG), config.get("rootstock", {}), config.get("edits", ()))
+    rootstock, edits = _description(folder, config)
     return Found(read_tensors(folder / WEIGHTS), heads=rootstock.heads, config=rootstock, edits=edits)
