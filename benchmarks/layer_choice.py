@@ -155,8 +155,8 @@ def _scored(job: str, case: Case, seed: int, limits: str) -> RunRecord:
         "evaluate.samples=40",
         "evaluate.rows=[rootstock]",
     )
-    asked = (f"graft=[{graft}]", f"solve={{limits: {limits}, given: greedy, plans: 2, apart: 1}}", "score.draws=2")
-    return run(job, ("name=layer-choice", f"seed={seed}", *asked, *settings), PlainView())
+    overrides = (f"graft=[{graft}]", f"solve={{limits: {limits}, given: greedy, plans: 2, apart: 1}}", "score.draws=2")
+    return run(job, ("name=layer-choice", f"seed={seed}", *overrides, *settings), PlainView())
 
 
 def _outcome(job: str, case: Case, seed: int, plan: Plan) -> dict[str, Any]:
@@ -265,8 +265,8 @@ def curve(job: str, out: Path) -> None:
     for budget in BUDGETS:
         solve = SolveSpec.model_validate({"limits": {"flops": f"{budget:.0%}"}, "plans": 1})
         limits = solve.limits.model_dump_json(exclude_none=True)
-        asked = (f"graft={graft}", f"solve={{limits: {limits}, plans: 1}}", *SETTINGS)
-        done = run(job, ("name=quality-cost", *asked), PlainView())
+        overrides = (f"graft={graft}", f"solve={{limits: {limits}, plans: 1}}", *SETTINGS)
+        done = run(job, ("name=quality-cost", *overrides), PlainView())
         assert done.results is not None
         rows[f"{budget:.0%}"] = done.results
         out.with_suffix(".json").write_text(json.dumps(rows, indent=1))

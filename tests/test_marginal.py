@@ -63,7 +63,7 @@ def test_a_block_that_seems_to_cost_nothing_is_measured_again_and_then_refused(m
 def test_of_unsteady_measurements_the_most_plausible_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, (10.0, 40.0), (10.0, 30.0), (10.0, 50.0))  # fixed: -20, -10, -30
     assert marginal(TINY, [], PASSES).fixed_latency_ms == -10.0
-    assert not Marginal(1.0, 1.0, -0.2, 0.0).is_steady and Marginal(1.0, 1.0, -0.05, 0.0).is_steady
+    assert not Marginal(1.0, 1.0, -0.2).is_steady and Marginal(1.0, 1.0, -0.05).is_steady
 
 
 def test_things_are_timed_in_turns_and_the_least_counts() -> None:

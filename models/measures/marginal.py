@@ -48,7 +48,6 @@ class Marginal:
     latency_ms: float
     memory: float  # bytes
     fixed_latency_ms: float
-    fixed_memory: float
 
     @property
     def is_positive(self) -> bool:
@@ -74,7 +73,6 @@ def marginal(config: RootstockConfig, edits: Sequence[Edit], passes: Passes, cop
             latency_ms=(latencies[1] - latencies[0]) / copies,
             memory=(memories[1] - memories[0]) / copies,
             fixed_latency_ms=2 * latencies[0] - latencies[1],
-            fixed_memory=2 * memories[0] - memories[1],
         )
         if measured.is_steady:
             return measured

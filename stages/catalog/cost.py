@@ -61,13 +61,13 @@ def device_of(resources: StepResources) -> str:
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages whose code runs in an operator, of those that are installed."""
-    found = dict[str, str]()
+    by_package = dict[str, str]()
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            by_package[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 STAGE = Stage(version=1, steps=steps, module="graftwork.stages.selection.cost", memory="evaluate.batch")

@@ -38,13 +38,13 @@ def run(context: Context) -> None:
     operators = []
     for number, edit in enumerate(params.operators, start=3):
         context.stop_if_asked()
-        found, blocks = marginal(config, [edit], passes), 2 if edit.site.target == "pair" else 1
+        cost, blocks = marginal(config, [edit], passes), 2 if edit.site.target == "pair" else 1
         operators.append(
             OperatorCosts(
                 target=edit.site.target,
                 operator=edit.operator.model_dump(mode="json"),
-                latency_ms=found.latency_ms - blocks * block.latency_ms,
-                peak_memory=found.memory - blocks * block.memory,
+                latency_ms=cost.latency_ms - blocks * block.latency_ms,
+                peak_memory=cost.memory - blocks * block.memory,
             )
         )
         context.report(number, total, {_named(edit): operators[-1].latency_ms})
