@@ -39,7 +39,6 @@ from graftwork.specs.export import Adapters, Layout
 from graftwork.specs.figures import amount, figure
 from graftwork.specs.problems import SpecError, plain, shown
 from graftwork.specs.secrets import redacted
-from graftwork.specs.solve import described
 from graftwork.specs.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -240,6 +239,8 @@ def plan(
         if cost is not None:
             show_costs(cost)
         elif made.job.solve is not None:
+            from graftwork.specs.solve import described  # pydantic, which help need not wait for
+
             print(f"costs are for the solver to settle: {described(made.job.solve.limits)}")
         elif made.job.budget() is not None:
             print(f"costs are for the search to settle: {made.job.budget():g} of the rootstock's FLOPs, within 2%")
